@@ -1,0 +1,64 @@
+"""The error tree, and the one table from it to gRPC status codes.
+
+    IsthmusError
+    ├── InvalidRequest      what was asked can never work: the caller must change it
+    ├── NotFound            no such model, codec or worker
+    ├── Incompatible        two sides differ in protocol, model or codec parameters
+    ├── Exhausted           no room now: try again later
+    ├── Unavailable         the other side is not there, or is going away
+    ├── Corrupt             received bytes are not what they claim to be: refused, never used
+    └── Expired             the deadline passed before the work was done
+
+The text of an error is for the person who reads it: one line, what was wrong and what is allowed. Anything that is
+not an IsthmusError is a bug, stays UNKNOWN for the client and is logged with its trace (`serving.py`).
+"""
+
+import grpc
+
+
+class IsthmusError(Exception):
+    """The root of all errors that are meant for a caller."""
+
+
+class InvalidRequest(IsthmusError):
+    """The request can never succeed as it is."""
+
+
+class NotFound(IsthmusError):
+    """Something the request names does not exist here."""
+
+
+class Incompatible(IsthmusError):
+    """Two sides of a transfer must not be paired."""
+
+
+class Exhausted(IsthmusError):
+    """There is no room for the request now."""
+
+
+class Unavailable(IsthmusError):
+    """The one who should answer cannot."""
+
+
+class Corrupt(IsthmusError):
+    """Received pages do not match what was asked for, or were damaged on the way."""
+
+
+class Expired(IsthmusError):
+    """The time allowed is over."""
+
+
+STATUS_OF: dict[type[IsthmusError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    Incompatible: grpc.StatusCode.FAILED_PRECONDITION,
+    Exhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    Corrupt: grpc.StatusCode.DATA_LOSS,
+    Expired: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+def status_of(error: IsthmusError) -> grpc.StatusCode:
+    """The gRPC code of an error: that of the nearest class in the table."""
+    return next((STATUS_OF[cls] for cls in type(error).__mro__ if cls in STATUS_OF), grpc.StatusCode.UNKNOWN)

@@ -1,0 +1,146 @@
+"""A gRPC server as all of ours are: limits, errors mapped to status codes, health per service, reflection."""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from .errors import IsthmusError, status_of
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+FRAME_MESSAGE_LIMIT = 16 * MIB  # a frame is at most 4 MiB, but a page of a large model may not split further
+
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", FRAME_MESSAGE_LIMIT),
+    ("grpc.max_send_message_length", FRAME_MESSAGE_LIMIT),
+    # A dead peer is noticed within seconds even where no byte is under way.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns an IsthmusError of any handler into its status; logs anything else with its trace."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or handler.request_streaming or method.startswith("/grpc."):
+            return handler
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                _guard_stream(handler.unary_stream, method),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _guard_unary(handler.unary_unary, method),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+
+def _guard_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await behaviour(request, context)
+        except IsthmusError as error:
+            await context.abort(status_of(error), str(error))
+        except Exception as error:
+            await _abort_on_bug(error, method, context)
+
+    return guarded
+
+
+def _guard_stream(
+    behaviour: Callable[..., AsyncIterator[Any]], method: str
+) -> Callable[..., AsyncIterator[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        try:
+            async for response in behaviour(request, context):
+                yield response
+        except IsthmusError as error:
+            await context.abort(status_of(error), str(error))
+        except Exception as error:
+            await _abort_on_bug(error, method, context)
+
+    return guarded
+
+
+async def _abort_on_bug(error: Exception, method: str, context: grpc.aio.ServicerContext) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    log.error("a bug in %s", method, exc_info=error)
+    await context.abort(grpc.StatusCode.UNKNOWN, f"internal error ({type(error).__name__}); see the server's log")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A started server; `health` tells probes about each service by its full name."""
+
+    grpc_server: grpc.aio.Server
+    health: HealthServicer
+    port: int
+    services: tuple[str, ...]
+
+    async def set_serving(self, serving: bool) -> None:
+        """Answers health probes for every service of this server, and for the empty name."""
+        status = health_pb2.HealthCheckResponse
+        for name in ("", *self.services):
+            await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+
+async def start_server(
+    listen: str,
+    services: dict[ServiceDescriptor, Callable[[grpc.aio.Server], None]],
+    *,
+    max_request_bytes: int = FRAME_MESSAGE_LIMIT,
+) -> Server:
+    """Starts a server on `listen` ("host:port"; port 0 picks one), not yet serving for health probes.
+
+    `services` maps each service to the call that adds its servicer. OSError where the address cannot be bound.
+    """
+    options = [
+        *(option for option in CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"),
+        ("grpc.max_receive_message_length", max_request_bytes),
+        ("grpc.so_reuseport", 0),  # a port in use is an error, not a silent share
+        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ]
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
+    for add in services.values():
+        add(server)
+    health = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    names = tuple(descriptor.full_name for descriptor in services)
+    known = (*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(known, server)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {listen}: {error}") from error
+    await server.start()
+    running = Server(grpc_server=server, health=health, port=port, services=names)
+    await running.set_serving(False)
+    return running
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to a worker or gateway at "host:port"; connects lazily and reconnects by itself."""
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
