@@ -1,7 +1,7 @@
 """A gRPC server as all of ours are: limits, errors mapped to status codes, health per service, reflection."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,36 +46,23 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return handler
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _guard_stream(handler.unary_stream, method),
-                handler.request_deserializer,
-                handler.response_serializer,
+                _guard(handler.unary_stream, method), handler.request_deserializer, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
-            _guard_unary(handler.unary_unary, method),
-            handler.request_deserializer,
-            handler.response_serializer,
+            _guard(handler.unary_unary, method), handler.request_deserializer, handler.response_serializer
         )
 
 
-def _guard_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+def _guard(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+    """Wraps a handler that is a coroutine.
+
+    Streaming handlers are coroutines too and call `context.write`: a cancellation is then raised inside the
+    handler, whereas an async generator that is suspended in a `yield` is only closed when it is collected.
+    """
+
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
             return await behaviour(request, context)
-        except IsthmusError as error:
-            await context.abort(status_of(error), str(error))
-        except Exception as error:
-            await _abort_on_bug(error, method, context)
-
-    return guarded
-
-
-def _guard_stream(
-    behaviour: Callable[..., AsyncIterator[Any]], method: str
-) -> Callable[..., AsyncIterator[Any]]:
-    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        try:
-            async for response in behaviour(request, context):
-                yield response
         except IsthmusError as error:
             await context.abort(status_of(error), str(error))
         except Exception as error:
