@@ -1,0 +1,27 @@
+"""Settings of a decode worker."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..kvtransfer.codec_names import DEFAULT_CODEC
+
+
+class DecodeConfig(BaseModel):
+    """Unknown keys are errors. Sizes in tokens are of KV, over all layers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str  # a local folder, a GGUF file, a hub id, or a name that `isthmus models` lists
+    listen: str = "127.0.0.1:0"  # host:port; port 0 picks a free one
+    advertise: str | None = None  # the address told to others; default: the host of `listen` and the bound port
+    dtype: str = "auto"  # of weights and KV: float32, bfloat16, float16, or what the device is fast at
+    device: str = "auto"  # cpu, cuda, cuda:1, or a GPU where there is one
+    threads: int = Field(1, ge=1)  # of torch; set before it is imported
+    codecs: tuple[str, ...] = ()  # that requests may ask for; empty: all
+    default_codec: str = DEFAULT_CODEC
+    page_tokens: int = Field(64, ge=8, le=1024, multiple_of=8)
+    pool_gib: float = Field(2.0, gt=0)  # memory for the KV of running requests
+    pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens; wins over pool_gib
+    max_batch: int = Field(64, ge=1)  # requests that hold pages at once
+    max_waiting: int = Field(1024, ge=0)  # requests that wait for pages; more are refused
+    inbox_mib: int = Field(64, ge=1)  # received frames not yet decoded; above it the transfer pauses
+    decode_mib_per_step: int = Field(4, ge=1)  # of received frames decoded between two steps of a running batch

@@ -1,0 +1,38 @@
+"""Content addresses of pages: what a page holds, for whom, and how it is encoded, in 16 bytes.
+
+The hash of a page covers everything before it (a chain), the model, the codec with its parameters and the tenant, so
+that two pages with the same hash may stand for each other. Addresses decide whose KV answers whom: they are BLAKE2b,
+which nobody can forge a collision for, and not one of the faster checksums that guard single frames.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+HASH_BYTES = 16
+
+
+def page_salt(model_fingerprint: str, codec: str, codec_hash: str, tenant: str = "") -> bytes:
+    """The start of the chain: everything that pages depend on besides the tokens."""
+    parts = (model_fingerprint, codec, codec_hash, tenant)
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=HASH_BYTES).digest()
+
+
+def page_hashes(token_ids: Sequence[int], page_tokens: int, salt: bytes) -> bytes:
+    """The hashes of all full pages of a prompt, HASH_BYTES each, one after the other.
+
+    A page that is still filling has no hash.
+    """
+    tokens = np.asarray(token_ids, dtype="<u4")
+    hashes, last = bytearray(), salt
+    for start in range(0, len(tokens) - page_tokens + 1, page_tokens):
+        page = tokens[start : start + page_tokens].tobytes()
+        last = hashlib.blake2b(last + page, digest_size=HASH_BYTES).digest()
+        hashes += last
+    return bytes(hashes)
+
+
+def prompt_hash(token_ids: Sequence[int], salt: bytes) -> bytes:
+    """One hash over a whole prompt, its partial page included: binds frames to the prompt they belong to."""
+    return hashlib.blake2b(salt + np.asarray(token_ids, dtype="<u4").tobytes(), digest_size=HASH_BYTES).digest()

@@ -1,0 +1,130 @@
+"""The receiving side of one transfer: refuses everything that is not exactly what was asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.shapes import LayerShape
+from ..proto.errors import Corrupt
+from ..proto.prefill_pb2 import KvCommit, KvFrame
+from .codecs import PageCodec
+from .frame import (
+    BF16,
+    F32,
+    MAX_FRAME_BYTES,
+    PACKED,
+    Binding,
+    Digest,
+    FrameHeader,
+    SectionHeader,
+    frame_checksum,
+)
+from .page import packed_range
+from .sender import decode_raw, raw_bytes
+
+
+@dataclass(frozen=True)
+class ReceivedSection:
+    """A section that passed all checks; its bytes are still encoded."""
+
+    header: SectionHeader
+    data: memoryview
+
+
+class KvReceiver:
+    """Checks the frames of one transfer in order, and at the commit that nothing is missing.
+
+    It holds no pages: the engine decodes what `accept` returns. Every refusal is a Corrupt error that names the
+    mismatch; nothing is guessed or repaired.
+    """
+
+    def __init__(
+        self,
+        binding: Binding,
+        codec: PageCodec,
+        layers: Sequence[LayerShape],
+        page_tokens: int,
+        prompt_tokens: int,
+        held_tokens: int,
+    ) -> None:
+        self._binding, self._codec, self._layers = binding.fields(), codec, layers
+        self._page_tokens, self._prompt_tokens = page_tokens, prompt_tokens
+        self._packed = packed_range(prompt_tokens, page_tokens, codec.packs)
+        self._have = [held_tokens] * len(layers)  # tokens from the start, per layer: sections come in order
+        self._digest = Digest()
+
+    def accept(self, frame: KvFrame) -> list[ReceivedSection]:
+        """The sections of a frame; Corrupt where anything in it is not as asked for."""
+        if len(frame.payload) > MAX_FRAME_BYTES + (1 << 20):
+            raise Corrupt(f"a frame of {len(frame.payload)} bytes; allowed: {MAX_FRAME_BYTES}")
+        if frame_checksum(frame.header, frame.payload) != frame.checksum:
+            raise Corrupt(f"frame {self._digest.frames} does not match its checksum")
+        header = FrameHeader.unpack(frame.header)
+        for name, got, want in zip(_BINDING_NAMES, header.binding, self._binding, strict=False):
+            if got != want or type(got) is not type(want):
+                raise Corrupt(f"a frame is for {name} {got!r}; asked for {want!r}")
+        if len(header.binding) != len(self._binding):
+            raise Corrupt("a frame header has the wrong number of fields")
+        if header.index != self._digest.frames:
+            raise Corrupt(f"frame {header.index} came where frame {self._digest.frames} was due")
+        if sum(section.nbytes for section in header.sections) != len(frame.payload):
+            raise Corrupt("the sections of a frame do not add up to its payload")
+        received, at = [], 0
+        for section in header.sections:
+            self._check_section(section)
+            received.append(ReceivedSection(section, memoryview(frame.payload)[at : at + section.nbytes]))
+            at += section.nbytes
+        self._digest.add(frame)
+        return received
+
+    def finish(self, commit: KvCommit) -> None:
+        """Corrupt where the commit does not match what came, or a token of any layer is missing."""
+        for layer, have in enumerate(self._have):
+            if have != self._prompt_tokens:
+                raise Corrupt(f"layer {layer} has {have} of {self._prompt_tokens} tokens at the commit")
+        got = (self._digest.frames, self._digest.payload_bytes, self._digest.digest())
+        if got != (commit.frames, commit.payload_bytes, commit.digest):
+            raise Corrupt("the commit does not match the frames that came")
+
+    def decode(self, section: ReceivedSection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [tokens, KV heads, D] of a checked section; called by the engine."""
+        header = section.header
+        if header.encoding == PACKED:
+            page_bytes = self._codec.page_bytes(header.layer)
+            pages = torch.frombuffer(bytearray(section.data), dtype=torch.uint8).view(-1, page_bytes)
+            return self._codec.decode(header.layer, pages, dtype)
+        return decode_raw(section.data, self._layers[header.layer], header.encoding)
+
+    def _check_section(self, section: SectionHeader) -> None:
+        if section.layer >= len(self._layers):
+            raise Corrupt(f"a section of layer {section.layer}; the model has {len(self._layers)}")
+        layer, start, end = self._layers[section.layer], section.start, section.start + section.tokens
+        if (section.first_head, section.end_head) != (0, layer.kv_heads):
+            raise Corrupt(f"a section of heads {section.first_head} to {section.end_head}; asked for all")
+        if not section.tokens or start != self._have[section.layer] or end > self._prompt_tokens:
+            have = self._have[section.layer]
+            raise Corrupt(f"layer {section.layer}: tokens {start} to {end} came where token {have} was due")
+        packed = self._packed[0] <= start < self._packed[1]
+        crosses = any(start < bound < end for bound in self._packed)
+        if packed != (section.encoding == PACKED) or crosses:
+            raise Corrupt(f"layer {section.layer}: tokens {start} to {end} came as {section.encoding}")
+        if section.nbytes != self._expected_bytes(layer, section):
+            raise Corrupt(f"layer {section.layer}: {section.nbytes} bytes for {section.tokens} tokens")
+        self._have[section.layer] = end
+
+    def _expected_bytes(self, layer: LayerShape, section: SectionHeader) -> int:
+        if section.encoding == PACKED:
+            pages, rest = divmod(section.tokens, self._page_tokens)
+            return -1 if rest else pages * self._codec.page_bytes(section.layer)
+        exact = not self._codec.packs  # the sender's dtype; otherwise raw pages are bf16
+        if section.encoding != BF16 and not (exact and section.encoding == F32):
+            raise Corrupt(f"unknown encoding {section.encoding!r}")
+        return raw_bytes(layer, section.tokens, section.encoding)
+
+
+_BINDING_NAMES = (
+    *("protocol version", "request", "attempt", "model", "codec", "codec parameters"),
+    "prompt",
+)

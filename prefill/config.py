@@ -1,0 +1,32 @@
+"""Settings of a prefill worker."""
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..kvtransfer.codec_names import DEFAULT_CODEC
+
+
+class PrefillConfig(BaseModel):
+    """Unknown keys are errors. Sizes in tokens are of KV, over all layers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str  # a local folder, a GGUF file, a hub id, or a name that `isthmus models` lists
+    listen: str = "127.0.0.1:0"  # host:port; port 0 picks a free one
+    advertise: str | None = None  # the address told to others; default: the host of `listen` and the bound port
+    dtype: str = "auto"  # of weights and KV: float32, bfloat16, float16, or what the device is fast at
+    device: str = "auto"  # cpu, cuda, cuda:1, or a GPU where there is one
+    threads: int = Field(1, ge=1)  # of torch; set before it is imported
+    codecs: tuple[str, ...] = ()  # that requests may ask for; empty: all
+    default_codec: str = DEFAULT_CODEC
+    page_tokens: int = Field(64, ge=8, le=1024, multiple_of=8)
+    pool_gib: float = Field(2.0, gt=0)  # memory for the KV of prompts in work
+    pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens; wins over pool_gib
+    chunk_tokens: int = Field(512, ge=64)  # computed in one step, over all prompts
+    max_waiting_tokens: int = Field(1_000_000, ge=1)  # more are refused with RESOURCE_EXHAUSTED
+    host_buffer_gib: float = Field(1.0, gt=0)  # encoded frames not yet sent; above it new requests are refused
+
+    @model_validator(mode="after")
+    def _chunk_is_pages(self) -> "PrefillConfig":
+        if self.chunk_tokens % self.page_tokens:
+            raise ValueError(f"chunk_tokens must be a multiple of page_tokens ({self.page_tokens})")
+        return self
