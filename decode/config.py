@@ -12,7 +12,8 @@ class DecodeConfig(BaseModel):
 
     model: str  # a local folder, a GGUF file, a hub id, or a name that `isthmus models` lists
     listen: str = "127.0.0.1:0"  # host:port; port 0 picks a free one
-    advertise: str | None = None  # the address told to others; default: the host of `listen` and the bound port
+    advertise: str | None = None  # host:port told to others; default: the host of `listen` and the bound port
+    name: str | None = None  # of this worker in reports; default: role, host and port
     dtype: str = "auto"  # of weights and KV: float32, bfloat16, float16, or what the device is fast at
     device: str = "auto"  # cpu, cuda, cuda:1, or a GPU where there is one
     threads: int = Field(1, ge=1)  # of torch; set before it is imported

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.shapes import LayerShape
+from ..proto.worker_pb2 import PageCounts
 from .allocator import PageAllocator, Run
 
 
@@ -32,6 +33,11 @@ class DensePool:
         shapes = [(pages * page_tokens, layer.kv_heads, layer.head_dim) for layer in layers]
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+
+    def counts(self) -> PageCounts:
+        """For reports."""
+        allocator = self.allocator
+        return PageCounts(total=allocator.total, free=allocator.free, in_use=allocator.in_use)
 
     def pages_for(self, tokens: int) -> int:
         """How many pages hold that many tokens."""
@@ -65,6 +71,16 @@ class DensePool:
             self.keys[layer][slot : slot + tokens] = keys_THD[done : done + tokens]
             self.values[layer][slot : slot + tokens] = values_THD[done : done + tokens]
             done += tokens
+
+
+def pages_in(
+    layers: Sequence[LayerShape], page_tokens: int, dtype: torch.dtype, *, gib: float, tokens: int | None
+) -> int:
+    """How many pages a pool gets: those of `tokens` where given, else what fits in `gib`; at least one."""
+    if tokens is None:
+        token_bytes = sum(2 * layer.kv_heads * layer.head_dim for layer in layers) * dtype.itemsize
+        tokens = int(gib * (1 << 30)) // token_bytes
+    return max(1, tokens // page_tokens)
 
 
 def _gather(rows: Tensor, stretches: list[tuple[int, int]]) -> Tensor:

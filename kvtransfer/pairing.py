@@ -1,0 +1,43 @@
+"""What two workers must agree on before KV may pass between them."""
+
+from collections.abc import Mapping, Sequence
+
+from ..kernels.shapes import LayerShape
+from ..proto.errors import Incompatible, NotFound
+from ..proto.worker_pb2 import WorkerReport
+from .codec_names import codec_names
+from .codecs import PageCodec, build_codec
+from .frame import PROTOCOL_VERSION
+
+
+class CodecSet:
+    """The codecs that one worker allows, made for its model."""
+
+    def __init__(
+        self, names: Sequence[str], default: str, layers: Sequence[LayerShape], page_tokens: int
+    ) -> None:
+        self.page_tokens = page_tokens
+        self._default = default
+        self._codecs = {name: build_codec(name, layers, page_tokens) for name in names or codec_names()}
+        self.get(default)
+
+    def get(self, name: str) -> PageCodec:
+        """An allowed codec; NotFound with the list of them for any other."""
+        if name not in self._codecs:
+            raise NotFound(f"codec {name!r} is not allowed here; allowed: {', '.join(self._codecs)}")
+        return self._codecs[name]
+
+    def fill_report(self, report: WorkerReport) -> None:
+        """Tells others what they must match."""
+        report.protocol_version = PROTOCOL_VERSION
+        report.default_codec = self._default
+        report.page_tokens = self.page_tokens
+        for name, codec in self._codecs.items():
+            report.codecs[name] = codec.params_hash
+
+
+def require_same(who: str, pairs: Mapping[str, tuple[object, object]]) -> None:
+    """Incompatible for the first thing in which the caller's value (first) is not ours (second)."""
+    for what, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise Incompatible(f"{who} has {what} {ours}; the caller has {theirs}")

@@ -1,0 +1,72 @@
+"""Runs chunks of several prompts through the model and sends each layer's pages while the next layers compute."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.attention import Span, ragged_attention
+from ..kvtransfer.page import Section
+from ..kvtransfer.pool import DensePool
+from ..model.model import Model
+from ..proto.prefill_pb2 import KvFrame, PrefillEvent
+from .job import PrefillJob
+from .scheduler import Chunk
+
+
+class PrefillRunner:
+    """One forward pass over a ragged batch of chunks. The engine thread alone uses it."""
+
+    def __init__(self, model: Model, pool: DensePool) -> None:
+        self._model, self._pool = model, pool
+
+    def run(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> Tensor:
+        """Computes the chunks, stores their KV and queues full frames in the jobs' outboxes.
+
+        Returns the logits [number of last chunks, vocabulary] of the prompts that are complete now, in order.
+        """
+        token_ids, positions, spans, last_rows = [], [], [], []
+        for job, chunk in work:
+            stretches = tuple(self._pool.slots(job.runs, 0, chunk.end))
+            spans.append(Span(len(token_ids), chunk.end - chunk.start, chunk.start, stretches))
+            token_ids += job.token_ids[chunk.start : chunk.end]
+            positions += range(chunk.start, chunk.end)
+            if chunk.last:
+                last_rows.append(len(token_ids) - 1)
+        due = [job.sender.advance(chunk.end) for job, chunk in work]
+        attend = self._attend(work, spans, due)
+        device = self._model.device
+        return self._model.forward(
+            torch.tensor(token_ids, device=device),
+            torch.tensor(positions, device=device),
+            torch.tensor(last_rows, device=device, dtype=torch.long),
+            attend,
+        )
+
+    def _attend(
+        self, work: Sequence[tuple[PrefillJob, Chunk]], spans: list[Span], due: list[list[Section]]
+    ) -> Callable[[int, Tensor, Tensor, Tensor, float], Tensor]:
+        pool, windows = self._pool, [layer.window for layer in self._model.layers]
+
+        def attend(layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float) -> Tensor:
+            for (job, chunk), span in zip(work, spans, strict=True):
+                rows = slice(span.row, span.row + span.new)
+                pool.write(layer, job.runs, chunk.start, k_THD[rows], v_THD[rows])
+            keys, values = pool.keys[layer], pool.values[layer]
+            out = ragged_attention(q_THD, keys, values, spans, scale, windows[layer])
+            for (job, _), job_sections in zip(work, due, strict=True):
+                self._send_layer(job, layer, job_sections)
+            return out
+
+        return attend
+
+    def _send_layer(self, job: PrefillJob, layer: int, due: list[Section]) -> None:
+        for section in due:
+            keys, values = self._pool.read(layer, job.runs, section.start, section.end)
+            put_frames(job, job.sender.encode(layer, section, keys, values))
+
+
+def put_frames(job: PrefillJob, frames: list[KvFrame]) -> None:
+    """Queues frames for sending."""
+    if frames:
+        job.outbox.put([PrefillEvent(frame=frame) for frame in frames])

@@ -1,0 +1,173 @@
+"""The prefill worker: how a prompt becomes KV pages.
+
+The life of a request here:
+1. `Prefill` checks that the caller means this model, codec and protocol, and that the prompt fits.
+2. The job waits in the scheduler; its pages are reserved with its first chunk.
+3. The engine computes it chunk by chunk; each layer's finished pages are encoded and queued as frames, which leave
+   while the next layers compute.
+4. With the last chunk the first token is sampled and overtakes the frames that still wait.
+5. The commit, with counts and a digest, ends the stream. Whenever the call ends earlier, the job is dropped.
+"""
+
+import asyncio
+import itertools
+
+import grpc.aio
+
+from ..kvtransfer.codecs import PageCodec
+from ..kvtransfer.frame import PROTOCOL_VERSION, Binding
+from ..kvtransfer.hashing import page_salt, prompt_hash
+from ..kvtransfer.pairing import CodecSet, require_same
+from ..kvtransfer.pool import DensePool, pages_in
+from ..kvtransfer.sender import KvSender
+from ..model.load import load_model
+from ..model.model import Model
+from ..model.reporting import report_model
+from ..proto import prefill_pb2
+from ..proto.errors import Exhausted, InvalidRequest
+from ..proto.hosting import WorkerServer
+from ..proto.prefill_pb2 import PrefillAccepted, PrefillEvent, PrefillRequest
+from ..proto.prefill_pb2_grpc import PrefillServicer, add_PrefillServicer_to_server
+from ..proto.sampling import Sampling
+from ..proto.worker_pb2 import WorkerReport, WorkerRole
+from .config import PrefillConfig
+from .engine import PrefillEngine
+from .job import Outbox, PrefillJob
+from .scheduler import JobId, PrefillScheduler
+
+SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"]
+
+
+class PrefillWorker(PrefillServicer):
+    """One prefill worker: a gRPC server and an engine thread. Starts with or without Ray."""
+
+    def __init__(self, config: PrefillConfig) -> None:
+        self.config = config
+        role = WorkerRole.WORKER_ROLE_PREFILL
+        self.server = WorkerServer(role, config.listen, config.advertise, config.name)
+        self._ids = itertools.count()
+        self._open: set[PrefillJob] = set()
+        self._model: Model
+        self._engine: PrefillEngine
+
+    @property
+    def address(self) -> str:
+        """host:port for others, once started."""
+        return self.server.address
+
+    async def start(self) -> None:
+        """Loads the model and serves. Raises what loading raises; OSError where the address cannot be bound."""
+        config = self.config
+        model = await asyncio.to_thread(load_model, config.model, dtype=config.dtype, device=config.device)
+        self._model = model
+        self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens)
+        pages = pages_in(
+            model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens
+        )
+        self._pool = DensePool(model.layers, pages, config.page_tokens, dtype=model.dtype, device=model.device)
+        self._scheduler = PrefillScheduler(chunk_tokens=config.chunk_tokens, page_tokens=config.page_tokens)
+        self._engine = PrefillEngine(model, self._pool, self._scheduler, config.name or "prefill")
+        self._engine.thread.start()
+        await self.server.open(
+            SERVICE, lambda server: add_PrefillServicer_to_server(self, server), self._fill_report
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new requests; returns when the running ones are done or the time is over."""
+        await self.server.drain(timeout_s)
+
+    async def stop(self) -> None:
+        """Ends at once: running transfers are cancelled."""
+        await self.server.close()
+        await asyncio.to_thread(self._engine.thread.stop)
+
+    async def Prefill(self, request: PrefillRequest, context: grpc.aio.ServicerContext) -> None:
+        """One transfer: the response stream is the KV."""
+        with self.server.request():
+            job = self._job(request)
+            accepted = PrefillAccepted(
+                worker_id=self.server.name, queued_tokens=self._scheduler.waiting_tokens
+            )
+            self._open.add(job)
+            self._engine.submit(job)
+            try:
+                await context.write(PrefillEvent(accepted=accepted))
+                await _send(job, context)
+            finally:
+                self._open.discard(job)
+                self._engine.drop(job)
+
+    def _job(self, request: PrefillRequest) -> PrefillJob:
+        codec = self._check(request)
+        token_ids = list(request.prompt_token_ids)
+        salt = page_salt(request.model_fingerprint, codec.name, codec.params_hash)
+        binding = Binding(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            model_fingerprint=request.model_fingerprint,
+            codec=codec.name,
+            codec_hash=codec.params_hash,
+            prompt_hash=prompt_hash(token_ids, salt),
+        )
+        held = request.held_pages * self.config.page_tokens
+        return PrefillJob(
+            id=JobId(next(self._ids)),
+            request_id=request.request_id,
+            attempt=request.attempt,
+            token_ids=token_ids,
+            sampling=Sampling.from_pb(request.sampling),
+            sender=KvSender(
+                binding, codec, self._model.layers, self.config.page_tokens, len(token_ids), held
+            ),
+            outbox=Outbox(asyncio.get_running_loop()),
+        )
+
+    def _check(self, request: PrefillRequest) -> PageCodec:
+        """The codec of a request that this worker can serve; raises what is wrong with any other."""
+        model, config, who = self._model, self.config, f"prefill worker {self.server.name}"
+        require_same(
+            who,
+            {
+                "protocol version": (request.protocol_version, PROTOCOL_VERSION),
+                "model": (request.model_fingerprint, model.fingerprint),
+                "page size": (request.page_tokens, config.page_tokens),
+            },
+        )
+        codec = self._codecs.get(request.codec)
+        require_same(who, {f"parameters of codec {codec.name}": (request.codec_hash, codec.params_hash)})
+        tokens = len(request.prompt_token_ids)
+        room = min(model.context_length, self._pool.allocator.total * config.page_tokens)
+        if not 1 <= tokens <= room:
+            raise InvalidRequest(f"a prompt of {tokens} tokens; allowed here: 1 to {room}")
+        if max(request.prompt_token_ids) >= model.vocab_size:
+            raise InvalidRequest(f"a token id is out of the vocabulary of {model.vocab_size}")
+        if request.held_pages * config.page_tokens > tokens:
+            raise InvalidRequest(f"held_pages {request.held_pages} is more than the prompt has")
+        if self._scheduler.waiting_tokens + tokens > config.max_waiting_tokens:
+            raise Exhausted(f"{self._scheduler.waiting_tokens} prompt tokens wait here already; try again later")
+        if self._buffered() > config.host_buffer_gib * (1 << 30):
+            raise Exhausted("the send buffer of this prefill worker is full; try again later")
+        return codec
+
+    def _buffered(self) -> int:
+        return sum(job.outbox.buffered_bytes for job in self._open)
+
+    def _fill_report(self, report: WorkerReport) -> None:
+        report_model(report, self._model)
+        self._codecs.fill_report(report)
+        report.pages.CopyFrom(self._pool.counts())
+        report.waiting_requests = self._engine.active
+        report.waiting_tokens = self._scheduler.waiting_tokens
+        report.host_buffer_bytes = self._buffered()
+        for name, count in self._engine.counters.items():
+            report.counters[name] = count
+
+
+async def _send(job: PrefillJob, context: grpc.aio.ServicerContext) -> None:
+    """Writes what the engine makes, until the commit."""
+    done = False
+    while not done:
+        event = await job.outbox.get()
+        await context.write(event)
+        job.outbox.wrote(event)
+        done = event.HasField("commit")
