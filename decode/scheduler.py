@@ -45,20 +45,19 @@ class DecodeScheduler:
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._entries: dict[SequenceId, _Entry] = {}
 
-    def check_fits(self, prompt_tokens: int, max_tokens: int) -> None:
+    def check_fits(self, tokens: int) -> None:
         """InvalidRequest for what can never fit, Exhausted where too many wait already."""
         room = self.total_pages * self.page_tokens
-        if prompt_tokens + max_tokens > room:
+        if tokens > room:
             raise InvalidRequest(
-                f"{prompt_tokens} prompt tokens and up to {max_tokens} new ones; "
-                f"this worker holds at most {room} tokens"
+                f"prompt and new tokens come to {tokens}; this worker holds at most {room}: ask for fewer max_tokens"
             )
         if self.count(State.WAITING) >= self._max_waiting:
             raise Exhausted(f"{self._max_waiting} requests wait here already; try again later")
 
-    def add(self, sequence: SequenceId, prompt_tokens: int, max_tokens: int) -> None:
-        pages = -(-(prompt_tokens + max_tokens) // self.page_tokens)
-        self._entries[sequence] = _Entry(pages, prompt_tokens)
+    def add(self, sequence: SequenceId, prompt_tokens: int, tokens: int) -> None:
+        """Queues a request that can come to hold `tokens`, its prompt included."""
+        self._entries[sequence] = _Entry(-(-tokens // self.page_tokens), prompt_tokens)
 
     def admit(self, free_pages: int) -> list[tuple[SequenceId, int]]:
         """The requests that get their pages now, with the number of pages, oldest first."""

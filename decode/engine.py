@@ -1,0 +1,188 @@
+"""The decode engine: admits requests, takes in their pages, steps the batch, hands out tokens."""
+
+import asyncio
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from ..kvtransfer.pool import DensePool
+from ..kvtransfer.receiver import KvReceiver, ReceivedSection
+from ..model.engine import EngineThread
+from ..model.model import Model
+from ..model.sampling import SampleRow, sample
+from ..proto.errors import IsthmusError, Unavailable
+from .runner import DecodeRunner
+from .scheduler import DecodeScheduler, SequenceId, State
+from .sequence import DecodeSequence, Token
+
+MIB = 1 << 20
+IDLE_DECODE_BYTES = 32 * MIB  # decoded between two looks at the inbox where no batch waits for its step
+
+
+@dataclass(frozen=True)
+class _Arrived:
+    """A checked section of a prompt's KV, still encoded."""
+
+    sequence: DecodeSequence
+    receiver: KvReceiver
+    section: ReceivedSection
+
+
+@dataclass(frozen=True)
+class _Complete:
+    """All of a prompt's KV has arrived before this; `first` is its first token."""
+
+    sequence: DecodeSequence
+    first: int
+
+
+class DecodeEngine:
+    """Owns the model, the pool and the sequences; its thread alone touches them.
+
+    Page ownership: a sequence gets its pages at admission and returns them at its release, which its handler calls
+    exactly when the call ends, however it ends.
+    """
+
+    def __init__(
+        self, model: Model, pool: DensePool, scheduler: DecodeScheduler, *, inbox_mib: int, decode_mib_per_step: int
+    ) -> None:
+        self._model, self._pool, self._scheduler = model, pool, scheduler
+        self._runner = DecodeRunner(model, pool)
+        self._sequences: dict[SequenceId, DecodeSequence] = {}
+        self._arrivals: deque[_Arrived | _Complete] = deque()
+        self._decode_bytes = decode_mib_per_step * MIB
+        self._inbox_limit = inbox_mib * MIB
+        self._inbox_bytes = 0  # delivered and not decoded; the event loop's thread alone counts it
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        self._loop = asyncio.get_running_loop()
+        self.counters: Counter[str] = Counter()
+        self.failure: str | None = None
+        self.thread = EngineThread("decode-engine", self._step, self._fail)
+
+    # From the event loop's thread.
+
+    def submit(self, sequence: DecodeSequence) -> None:
+        """Queues a request for pages; `sequence.stream.admitted()` returns once it holds them."""
+        if self.failure:
+            raise Unavailable(self.failure)
+        self.thread.post(lambda: self._add(sequence))
+
+    async def deliver(
+        self, sequence: DecodeSequence, receiver: KvReceiver, sections: list[ReceivedSection]
+    ) -> None:
+        """Hands over checked sections; waits while too much is not decoded yet."""
+        await self._has_room.wait()
+        self._count_inbox(sum(len(section.data) for section in sections))
+        arrived = [_Arrived(sequence, receiver, section) for section in sections]
+        self.thread.post(lambda: self._arrivals.extend(arrived))
+
+    def complete(self, sequence: DecodeSequence, first: int) -> None:
+        """The prompt's KV was delivered in full: the request joins the batch with its first token."""
+        self.thread.post(lambda: self._arrivals.append(_Complete(sequence, first)))
+
+    def release(self, sequence: DecodeSequence) -> None:
+        """Ends a request at any point of its life and frees what it holds. Called once for each submitted one."""
+        sequence.released = True
+        self.thread.post(lambda: self._remove(sequence))
+
+    def _count_inbox(self, change: int) -> None:
+        self._inbox_bytes += change
+        if self._inbox_bytes < self._inbox_limit:
+            self._has_room.set()
+        else:
+            self._has_room.clear()
+
+    # In the engine thread.
+
+    def _add(self, sequence: DecodeSequence) -> None:
+        if not sequence.released:
+            self._sequences[sequence.id] = sequence
+            tokens = sequence.tokens_at_most(self._model.context_length)
+            self._scheduler.add(sequence.id, len(sequence.prompt), tokens)
+
+    def _remove(self, sequence: DecodeSequence) -> None:
+        if self._sequences.pop(sequence.id, None):
+            self._scheduler.remove(sequence.id)
+            self._pool.allocator.give_back(sequence.runs)
+            sequence.runs = ()
+        if not self._sequences:
+            assert not self._pool.allocator.in_use, "pages are in use with no request"
+
+    def _step(self) -> bool:
+        self._admit()
+        batch = [self._sequences[sequence] for sequence in self._scheduler.batch()]
+        took_in = self._take_in(self._decode_bytes if batch else IDLE_DECODE_BYTES)
+        if batch:
+            self._advance(batch)
+        return took_in or bool(batch)
+
+    def _admit(self) -> None:
+        for sequence_id, pages in self._scheduler.admit(self._pool.allocator.free):
+            sequence = self._sequences[sequence_id]
+            runs = self._pool.allocator.take(pages)
+            assert runs is not None, "the scheduler admitted a request that does not fit"
+            sequence.runs = runs
+            self._loop.call_soon_threadsafe(sequence.stream.admit)
+
+    def _take_in(self, byte_budget: int) -> bool:
+        """Decodes received sections into the pool, and starts sequences that are complete."""
+        done_bytes = 0
+        some = bool(self._arrivals)
+        while self._arrivals and done_bytes < byte_budget:
+            arrival = self._arrivals.popleft()
+            if isinstance(arrival, _Arrived):
+                done_bytes += len(arrival.section.data)
+                self._store(arrival)
+            elif arrival.sequence.id in self._sequences:
+                arrival.sequence.output.append(arrival.first)
+                self._scheduler.run(arrival.sequence.id)
+        if done_bytes:
+            self._loop.call_soon_threadsafe(self._count_inbox, -done_bytes)
+            self.counters["kv_bytes_received"] += done_bytes
+        return some
+
+    def _store(self, arrival: _Arrived) -> None:
+        sequence, header = arrival.sequence, arrival.section.header
+        if sequence.id not in self._sequences:
+            return
+        try:
+            keys, values = arrival.receiver.decode(arrival.section, self._model.dtype)
+        except IsthmusError as error:
+            self._loop.call_soon_threadsafe(sequence.stream.put, error)
+            return
+        self._pool.write(header.layer, sequence.runs, header.start, keys, values)
+
+    def _advance(self, batch: list[DecodeSequence]) -> None:
+        """One step: a token for each sequence, delivered to all handlers in one go."""
+        eos, context = self._model.eos_token_ids, self._model.context_length
+        logits_BV = self._runner.run(batch)
+        rows = [SampleRow(s.sampling, s.prompt, s.output, eos) for s in batch]
+        drawn = sample(logits_BV, rows)
+        tokens = []
+        for sequence, token in zip(batch, drawn, strict=True):
+            sequence.output.append(token.token_id)
+            finish = sequence.finish_reason(token.token_id, len(sequence.output), eos, context)
+            if finish is not None:
+                self._remove(sequence)
+            tokens.append((sequence.stream, Token(token.token_id, token.logprobs_pb(), finish)))
+        self._loop.call_soon_threadsafe(_hand_out, tokens)
+        self.counters["steps"] += 1
+        self.counters["output_tokens"] += len(batch)
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = f"the decode engine failed: {type(error).__name__}: {error}"
+        for sequence in list(self._sequences.values()):
+            self._loop.call_soon_threadsafe(sequence.stream.put, Unavailable(self.failure))
+
+    def running(self) -> int:
+        """Sequences that hold pages."""
+        return self._scheduler.count(State.RECEIVING) + self._scheduler.count(State.RUNNING)
+
+    def waiting(self) -> int:
+        """Sequences that wait for pages."""
+        return self._scheduler.count(State.WAITING)
+
+
+def _hand_out(tokens: list[tuple]) -> None:
+    for stream, token in tokens:
+        stream.put(token)

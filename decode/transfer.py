@@ -1,0 +1,154 @@
+"""Gets the KV of one prompt from a prefill worker: tries the candidates in order, refuses what does not match."""
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from ..kernels.shapes import LayerShape
+from ..kvtransfer.codecs import PageCodec
+from ..kvtransfer.frame import PROTOCOL_VERSION, Binding
+from ..kvtransfer.hashing import page_salt, prompt_hash
+from ..kvtransfer.receiver import KvReceiver
+from ..proto.common_pb2 import TransferStats
+from ..proto.decode_pb2 import DecodeRequest
+from ..proto.errors import Corrupt, Exhausted, Expired, InvalidRequest, Unavailable
+from ..proto.prefill_pb2 import FirstToken, PrefillEvent, PrefillRequest
+from ..proto.prefill_pb2_grpc import PrefillStub
+from ..proto.serving import open_channel
+from .engine import DecodeEngine
+from .sequence import DecodeSequence
+
+# The caller's own fault: another prefill worker would say the same.
+_FINAL = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Expired,
+}
+
+
+class PrefillPeers:
+    """Channels to prefill workers, opened once per address and kept."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def stub(self, address: str) -> PrefillStub:
+        if address not in self._channels:
+            self._channels[address] = open_channel(address)
+        return PrefillStub(self._channels[address])
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Everything that one request's transfer needs; `run` does it."""
+
+    engine: DecodeEngine
+    peers: PrefillPeers
+    sequence: DecodeSequence
+    request: DecodeRequest
+    codec: PageCodec
+    layers: Sequence[LayerShape]
+    page_tokens: int
+    counters: Counter[str]
+    on_first_token: Callable[[FirstToken], Awaitable[bool]]  # passes it on; returns whether the output ends with it
+
+    async def run(self, time_left: Callable[[], float | None]) -> TransferStats | None:
+        """Receives the prompt's KV; the sequence joins the batch at the end.
+
+        Returns the transfer's statistics, or None where the output ended with the first token. A candidate that
+        cannot be reached, refuses for lack of room or sends corrupt frames is followed by the next; a corrupt
+        transfer is tried once more where there is no other. Unavailable where none is left.
+        """
+        candidates = list(self.request.prefill_addresses)
+        if len(candidates) == 1:
+            candidates *= 2
+        error: Exception = Unavailable("the request names no prefill worker")
+        first: list[FirstToken] = []
+        for attempt, address in enumerate(candidates, start=1):
+            if attempt > 1 and isinstance(error, Unavailable | Exhausted) and address == candidates[0]:
+                break  # only a corrupt transfer is worth a second try with the same worker
+            try:
+                return await self._attempt(attempt, address, first, time_left())
+            except (Corrupt, Unavailable, Exhausted) as failed:
+                self.counters["transfers_failed"] += 1
+                self.counters["frames_refused"] += isinstance(failed, Corrupt)
+                error = failed
+        raise error
+
+    async def _attempt(
+        self, attempt: int, address: str, first: list[FirstToken], timeout_s: float | None
+    ) -> TransferStats | None:
+        receiver = KvReceiver(
+            self._binding(attempt), self.codec, self.layers, self.page_tokens, len(self.sequence.prompt), 0
+        )
+        call = self.peers.stub(address).Prefill(self._request(attempt), timeout=timeout_s)
+        try:
+            async for event in call:
+                if event.HasField("frame"):
+                    await self.engine.deliver(self.sequence, receiver, receiver.accept(event.frame))
+                elif event.HasField("first_token"):
+                    if await self._take_first(event, first):
+                        return None
+                elif event.HasField("commit"):
+                    receiver.finish(event.commit)
+                    if not first:
+                        raise Corrupt("the commit came before the first token")
+                    self.engine.complete(self.sequence, first[0].token_id)
+                    return event.commit.stats
+            raise Corrupt("the stream ended with no commit")
+        except grpc.aio.AioRpcError as error:
+            raise _as_ours(address, error) from error
+        finally:
+            call.cancel()
+
+    async def _take_first(self, event: PrefillEvent, first: list[FirstToken]) -> bool:
+        """Passes the first token on; a later attempt must draw the same one, and it is not passed on again."""
+        token = event.first_token
+        if first:
+            if token.token_id != first[0].token_id:
+                raise Corrupt("a second prefill worker drew another first token")
+            return False
+        first.append(token)
+        return await self.on_first_token(token)
+
+    def _binding(self, attempt: int) -> Binding:
+        fingerprint = self.request.model_fingerprint
+        salt = page_salt(fingerprint, self.codec.name, self.codec.params_hash)
+        return Binding(
+            request_id=self.request.request_id,
+            attempt=attempt,
+            model_fingerprint=fingerprint,
+            codec=self.codec.name,
+            codec_hash=self.codec.params_hash,
+            prompt_hash=prompt_hash(self.sequence.prompt, salt),
+        )
+
+    def _request(self, attempt: int) -> PrefillRequest:
+        return PrefillRequest(
+            protocol_version=PROTOCOL_VERSION,
+            request_id=self.request.request_id,
+            attempt=attempt,
+            model_fingerprint=self.request.model_fingerprint,
+            codec=self.codec.name,
+            codec_hash=self.codec.params_hash,
+            page_tokens=self.page_tokens,
+            prompt_token_ids=self.sequence.prompt,
+            page_hashes=self.request.page_hashes,
+            sampling=self.request.sampling,
+        )
+
+
+def _as_ours(address: str, error: grpc.aio.AioRpcError) -> Exception:
+    """The error of our tree for what a prefill worker answered."""
+    text = f"prefill worker {address}: {error.details()}"
+    if error.code() in _FINAL:
+        return _FINAL[error.code()](text)
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return Exhausted(text)
+    return Unavailable(f"{text} ({error.code().name})")

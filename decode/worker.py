@@ -1,0 +1,181 @@
+"""The decode worker: how KV pages become tokens. It owns the request.
+
+The life of a request here:
+1. `Generate` checks that the gateway means this model and codec, and that the request can ever fit.
+2. The request waits until its pages (prompt and all new tokens) are free, and holds them from then on.
+3. One `Prefill` call brings the prompt's KV; sections are checked here and decoded by the engine as they come.
+4. The first token is passed on the moment it arrives; the commit puts the request into the batch.
+5. The engine steps the batch; tokens leave as they are drawn. When the call ends, however it ends, the call to the
+   prefill worker is cancelled and the pages are free again.
+"""
+
+import asyncio
+import itertools
+from collections import Counter
+
+import grpc.aio
+
+from ..kvtransfer.codecs import PageCodec
+from ..kvtransfer.frame import PROTOCOL_VERSION
+from ..kvtransfer.pairing import CodecSet, require_same
+from ..kvtransfer.pool import DensePool, pages_in
+from ..model.load import load_model
+from ..model.model import Model
+from ..model.reporting import report_model
+from ..proto import decode_pb2
+from ..proto.common_pb2 import TransferStats
+from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
+from ..proto.decode_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
+from ..proto.errors import InvalidRequest
+from ..proto.hosting import WorkerServer
+from ..proto.prefill_pb2 import FirstToken
+from ..proto.sampling import Sampling
+from ..proto.worker_pb2 import WorkerReport, WorkerRole
+from .config import DecodeConfig
+from .engine import DecodeEngine
+from .scheduler import DecodeScheduler, SequenceId
+from .sequence import DecodeSequence, Token, TokenStream
+from .transfer import PrefillPeers, Transfer
+
+SERVICE = decode_pb2.DESCRIPTOR.services_by_name["Decode"]
+
+
+class DecodeWorker(DecodeServicer):
+    """One decode worker: a gRPC server and an engine thread. Starts with or without Ray."""
+
+    def __init__(self, config: DecodeConfig) -> None:
+        self.config = config
+        role = WorkerRole.WORKER_ROLE_DECODE
+        self.server = WorkerServer(role, config.listen, config.advertise, config.name)
+        self._ids = itertools.count()
+        self._counters: Counter[str] = Counter()
+        self._peers = PrefillPeers()
+        self._model: Model
+        self._engine: DecodeEngine
+
+    @property
+    def address(self) -> str:
+        """host:port for others, once started."""
+        return self.server.address
+
+    async def start(self) -> None:
+        """Loads the model and serves. Raises what loading raises; OSError where the address cannot be bound."""
+        config = self.config
+        model = await asyncio.to_thread(load_model, config.model, dtype=config.dtype, device=config.device)
+        self._model = model
+        self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens)
+        pages = pages_in(
+            model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens
+        )
+        self._pool = DensePool(model.layers, pages, config.page_tokens, dtype=model.dtype, device=model.device)
+        self._scheduler = DecodeScheduler(
+            total_pages=pages,
+            page_tokens=config.page_tokens,
+            max_batch=config.max_batch,
+            max_waiting=config.max_waiting,
+        )
+        self._engine = DecodeEngine(
+            *(model, self._pool, self._scheduler),
+            inbox_mib=config.inbox_mib,
+            decode_mib_per_step=config.decode_mib_per_step,
+        )
+        self._engine.thread.start()
+        await self.server.open(
+            SERVICE, lambda server: add_DecodeServicer_to_server(self, server), self._fill_report
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new requests; returns when the running ones are done or the time is over."""
+        await self.server.drain(timeout_s)
+
+    async def stop(self) -> None:
+        """Ends at once: running requests are cancelled."""
+        await self.server.close()
+        await self._peers.close()
+        await asyncio.to_thread(self._engine.thread.stop)
+
+    async def Generate(self, request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+        """One request, from its pages to its last token."""
+        with self.server.request():
+            codec = self._check(request)
+            sequence = DecodeSequence(
+                id=SequenceId(next(self._ids)),
+                prompt=list(request.prompt_token_ids),
+                sampling=Sampling.from_pb(request.sampling),
+                stream=TokenStream(),
+            )
+            self._scheduler.check_fits(sequence.tokens_at_most(self._model.context_length))
+            self._engine.submit(sequence)
+            try:
+                await self._serve(sequence, request, codec, context)
+            finally:
+                self._engine.release(sequence)
+
+    async def _serve(
+        self,
+        sequence: DecodeSequence,
+        request: DecodeRequest,
+        codec: PageCodec,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        model = self._model
+
+        async def on_first_token(first: FirstToken) -> bool:
+            finish = sequence.finish_reason(first.token_id, 1, model.eos_token_ids, model.context_length)
+            logprobs = first.logprobs if first.HasField("logprobs") else None
+            event = Token(first.token_id, logprobs, finish).to_pb()
+            if finish is not None:
+                event.transfer.CopyFrom(TransferStats(first_token_unix_ns=first.sampled_unix_ns))
+            await context.write(event)
+            return finish is not None
+
+        await sequence.stream.admitted()
+        transfer = Transfer(
+            engine=self._engine,
+            peers=self._peers,
+            sequence=sequence,
+            request=request,
+            codec=codec,
+            layers=model.layers,
+            page_tokens=self.config.page_tokens,
+            counters=self._counters,
+            on_first_token=on_first_token,
+        )
+        stats = await transfer.run(context.time_remaining)
+        if stats is None:
+            return
+        while True:
+            token = await sequence.stream.get()
+            event: DecodeEvent = token.to_pb()
+            if token.finish is not None:
+                event.transfer.CopyFrom(stats)
+            await context.write(event)
+            if token.finish is not None:
+                return
+
+    def _check(self, request: DecodeRequest) -> PageCodec:
+        """The codec of a request that this worker can serve; raises what is wrong with any other."""
+        model = self._model
+        require_same(
+            f"decode worker {self.server.name}",
+            {
+                "protocol version": (request.protocol_version, PROTOCOL_VERSION),
+                "model": (request.model_fingerprint, model.fingerprint),
+            },
+        )
+        tokens = len(request.prompt_token_ids)
+        if not 1 <= tokens < model.context_length:
+            raise InvalidRequest(f"a prompt of {tokens} tokens; allowed: 1 to {model.context_length - 1}")
+        if max(request.prompt_token_ids) >= model.vocab_size:
+            raise InvalidRequest(f"a token id is out of the vocabulary of {model.vocab_size}")
+        return self._codecs.get(request.codec)
+
+    def _fill_report(self, report: WorkerReport) -> None:
+        report_model(report, self._model)
+        self._codecs.fill_report(report)
+        report.pages.CopyFrom(self._pool.counts())
+        report.waiting_requests = self._engine.waiting()
+        report.waiting_tokens = self._scheduler.waiting_tokens
+        report.running_requests = self._engine.running()
+        for name, count in (self._counters + self._engine.counters).items():
+            report.counters[name] = count
