@@ -1,0 +1,65 @@
+"""The cluster's greedy output is that of transformers' `generate`, token by token (codec raw, fp32)."""
+
+import asyncio
+import random
+
+import pytest
+import torch
+from harness import worker_pair
+from models import REAL_MODELS, TINY_MODELS, model_path
+from transformers import AutoModelForCausalLM
+
+from isthmus.proto.sampling import Sampling
+
+LENGTHS = (1, 2, 63, 64, 65, 200, 700)
+NEW_TOKENS = 64
+GREEDY = Sampling(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+def make_prompts(vocab_size: int) -> list[list[int]]:
+    """One prompt of each length and a second one of 128 tokens, so that eight can run at once."""
+    rng = random.Random(7)
+    return [[rng.randrange(vocab_size) for _ in range(tokens)] for tokens in (*LENGTHS, 128)]
+
+
+def reference(path: str, prompts: list[list[int]]) -> list[list[int]]:
+    """What transformers makes of each prompt, alone."""
+    net = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    outputs = []
+    for prompt in prompts:
+        with torch.inference_mode():
+            ids = net.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                eos_token_id=None,
+                pad_token_id=0,
+                repetition_penalty=1.0,
+            )
+        outputs.append(ids[0, len(prompt) :].tolist())
+    return outputs
+
+
+@pytest.mark.parametrize("name", [*TINY_MODELS, *REAL_MODELS])
+async def test_greedy_output_is_that_of_transformers(name: str) -> None:
+    path = model_path(name)
+    async with worker_pair(path, prefill={"chunk_tokens": 256}) as pair:
+        prompts = make_prompts(pair.decode.server.report().model.vocab_size)
+        expected = reference(path, prompts)
+
+        alone = [await pair.generate(prompt, GREEDY) for prompt in prompts]
+        assert [answer.token_ids for answer in alone] == expected
+
+        order = list(range(len(prompts)))
+        random.Random(name).shuffle(order)
+
+        async def arrive(index: int) -> list[int]:
+            await asyncio.sleep(order.index(index) * 0.02)
+            return (await pair.generate(prompts[index], GREEDY)).token_ids
+
+        together = await asyncio.gather(*(arrive(index) for index in range(len(prompts))))
+        assert together == expected
+
+        packed = [await pair.generate(prompt, GREEDY, codec="tq-k4v4") for prompt in prompts[-3:]]
+        assert [answer.token_ids[0] for answer in packed] == [tokens[0] for tokens in expected[-3:]]
