@@ -1,0 +1,249 @@
+"""The gateway: what clients talk to. It checks, tokenizes, places and streams; it never touches KV.
+
+The life of a request here: `admit` (request.py), page hashes, `route` (router.py) and `Decode.Generate` with
+the deadline that is left (dispatch.py), a `Session` (session.py) that makes the client's events, until the
+answer is finished. Whatever ends the handler cancels the inner call, and that frees everything below.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+
+import grpc.aio
+
+from ..kvtransfer.frame import PROTOCOL_VERSION
+from ..proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
+from ..proto.decode_pb2 import DecodeEvent
+from ..proto.errors import Exhausted, IsthmusError, Unavailable, status_of
+from ..proto.serving import MIB, Server, start_server
+from .compat import Expected
+from .dispatch import TRACE_KEYS, Dispatcher, Metadata
+from .request import Admitted, ServedModel, admit
+from .router import offered_codecs, token_limit
+from .session import Session, new_session
+from .watch import Fleet
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 4 * MIB
+RETRY_KEY = "retry-after-ms"  # trailing metadata beside RESOURCE_EXHAUSTED
+SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["Generation"],
+    worker_pb2.DESCRIPTOR.services_by_name["Cluster"],
+)
+
+
+class Load:
+    """Active requests, and how long one takes: what draining and retry hints go by."""
+
+    def __init__(self) -> None:
+        self.active = 0
+        self._mean_s = 1.0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextlib.contextmanager
+    def track(self) -> Iterator[None]:
+        """Counts one request for as long as the block runs."""
+        start_s = time.monotonic()
+        self.active += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.active -= 1
+            self._mean_s += 0.1 * (time.monotonic() - start_s - self._mean_s)
+            if not self.active:
+                self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Waits until no request is active."""
+        await self._idle.wait()
+
+    def retry_after_ms(self) -> int:
+        """About when the next request ends and makes room: 100 ms to 10 s."""
+        return round(min(10.0, max(0.1, self._mean_s / max(1, self.active))) * 1e3)
+
+
+class GenerationService(generation_pb2_grpc.GenerationServicer):
+    """`isthmus.v1.Generation` for one model on the workers of a fleet."""
+
+    def __init__(self, model: ServedModel, fleet: Fleet, load: Load) -> None:
+        self._model = model
+        self._fleet = fleet
+        self._load = load
+        self._dispatcher = Dispatcher(fleet, model.fingerprint)
+        self.draining = False
+
+    async def Generate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        request: generation_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateEvent],
+    ) -> None:
+        arrived_s = time.monotonic()
+        if self.draining:
+            raise Unavailable("the gateway is shutting down")
+        with self._load.track():
+            session = None
+            try:
+                admitted = await admit(
+                    request, self._model, self._fleet.snapshot(), self._fleet.default_codec()
+                )
+                session = new_session(admitted, self._model, arrived_s)
+                await self._answer(admitted, session, context)
+            except IsthmusError as error:
+                if isinstance(error, Exhausted):
+                    context.set_trailing_metadata(((RETRY_KEY, str(self._load.retry_after_ms())),))
+                _log_end(request.request_id, session, arrived_s, f"{status_of(error).name}: {error}")
+                raise
+            except asyncio.CancelledError:
+                _log_end(request.request_id, session, arrived_s, "CANCELLED")
+                raise
+        _log_end(admitted.request_id, session, arrived_s, "OK")
+
+    async def _answer(
+        self,
+        admitted: Admitted,
+        session: Session,
+        context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateEvent],
+    ) -> None:
+        async def pass_on(worker: str, event: DecodeEvent) -> bool:
+            session.decode_worker = worker
+            await context.write(session.push(event, time.monotonic()))
+            return session.finished
+
+        await self._dispatcher.run(
+            admitted, pass_on, time_left=context.time_remaining, trace=_trace(context.invocation_metadata())
+        )
+
+    async def GetModel(
+        self, request: generation_pb2.GetModelRequest, context: object
+    ) -> generation_pb2.Model:
+        self._model.check_name(request.name)
+        return self._describe()
+
+    async def ListModels(
+        self, request: generation_pb2.ListModelsRequest, context: object
+    ) -> generation_pb2.ListModelsResponse:
+        return generation_pb2.ListModelsResponse(models=[self._describe()])
+
+    def _describe(self) -> generation_pb2.Model:
+        model, snapshot = self._model, self._fleet.snapshot()
+        return generation_pb2.Model(
+            name=model.name,
+            fingerprint=model.fingerprint,
+            architecture=model.architecture,
+            context_length=model.context_length,
+            vocab_size=model.vocab_size,
+            has_chat_template=model.tokenizer.has_chat_template,
+            codecs=offered_codecs(snapshot),
+            default_codec=self._fleet.default_codec(),
+            max_request_tokens=min(model.context_length, token_limit(snapshot)[1]),
+        )
+
+
+class ClusterService(worker_pb2_grpc.ClusterServicer):
+    """`isthmus.v1.Cluster`."""
+
+    def __init__(self, fleet: Fleet, load: Load) -> None:
+        self._fleet = fleet
+        self._load = load
+        self._start_s = time.monotonic()
+
+    async def GetStatus(
+        self, request: worker_pb2.GetStatusRequest, context: object
+    ) -> worker_pb2.ClusterStatus:
+        return worker_pb2.ClusterStatus(
+            version=version("isthmus"),
+            workers=self._fleet.statuses(),
+            active_requests=self._load.active,
+            uptime_ms=round((time.monotonic() - self._start_s) * 1e3),
+        )
+
+
+class Gateway:
+    """The gateway as a server: `start`, then `drain` and `stop`. Healthy while a pair of workers is ready."""
+
+    def __init__(self, listen: str, model: ServedModel, workers: Iterable[str] = ()) -> None:
+        self._listen = listen
+        self._model = model
+        self._workers = tuple(workers)
+        self._server: Server | None = None
+        self._health: asyncio.Task[None] | None = None
+        self.ready = asyncio.Event()
+
+    async def start(self) -> None:
+        """Listens and starts to watch the workers. OSError where the address cannot be bound."""
+        expected = Expected(
+            protocol_version=PROTOCOL_VERSION, model=self._model.name, fingerprint=self._model.fingerprint
+        )
+        self.fleet = Fleet(expected)
+        self.load = Load()
+        self._generation = GenerationService(self._model, self.fleet, self.load)
+        cluster = ClusterService(self.fleet, self.load)
+        adders = (
+            lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server),
+            lambda server: worker_pb2_grpc.add_ClusterServicer_to_server(cluster, server),
+        )
+        self._server = await start_server(
+            self._listen, dict(zip(SERVICES, adders, strict=True)), max_request_bytes=MAX_MESSAGE_BYTES
+        )
+        for address in self._workers:
+            self.fleet.add(address)
+        self._health = asyncio.create_task(self._follow_health(self._server), name="gateway health")
+
+    @property
+    def address(self) -> str:
+        """host:port, with the port that was bound."""
+        assert self._server is not None, "not started"
+        return f"{self._listen.rpartition(':')[0]}:{self._server.port}"
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuses new requests and waits for the running ones; whether all have ended in time."""
+        assert self._server is not None, "not started"
+        self._generation.draining = True
+        await self._server.set_serving(False)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.load.wait_idle(), timeout_s)
+        return not self.load.active
+
+    async def stop(self) -> None:
+        """Cancels what still runs and closes everything."""
+        if self._health is not None:
+            self._health.cancel()
+        if self._server is not None:
+            await self._server.grpc_server.stop(grace=0.2)
+            await self.fleet.close()
+
+    async def _follow_health(self, server: Server) -> None:
+        while True:
+            change = self.fleet.change
+            pairs = bool(offered_codecs(self.fleet.snapshot()))
+            await server.set_serving(pairs and not self._generation.draining)
+            if pairs:
+                self.ready.set()
+            await change.wait()
+
+
+def _trace(metadata: Iterable[tuple[str, str | bytes]] | None) -> Metadata:
+    return tuple((key, str(value)) for key, value in metadata or () if key in TRACE_KEYS)
+
+
+def _log_end(request_id: str, session: Session | None, arrived_s: float, status: str) -> None:
+    fields = {
+        "request_id": request_id,
+        "status": status,
+        "ms": round((time.monotonic() - arrived_s) * 1e3, 1),
+    }
+    if session is not None:
+        usage = session.usage()
+        fields |= {
+            "request_id": session.request.request_id,
+            "prompt_tokens": usage.prompt_tokens,
+            "output_tokens": usage.output_tokens,
+            "decode_worker": session.decode_worker,
+        }
+    log.info("request ended", extra={"fields": fields})

@@ -1,0 +1,139 @@
+"""The door: what a client asked for, checked, tokenized and completed; nothing else goes further in."""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..kvtransfer.codec_names import codec_names
+from ..proto.errors import InvalidRequest, NotFound, Unavailable
+from ..proto.generation_pb2 import Chat, GenerateRequest, TokenIds
+from ..proto.sampling import Sampling
+from .router import Snapshot, offered_codecs, token_limit
+from .served import ServedModel
+
+MAX_REQUEST_ID = 128
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """A request that can be served: every default set, every limit kept."""
+
+    request_id: str  # the client's, or drawn
+    call_id: str  # unique among all calls, starts with the request id
+    prompt_token_ids: list[int]
+    sampling: Sampling
+    codec: str
+
+
+async def admit(
+    request: GenerateRequest, model: ServedModel, snapshot: Snapshot, default_codec: str
+) -> Admitted:
+    """Checks and completes a request; the tokenizer runs in a thread.
+
+    InvalidRequest, NotFound or Unavailable (no workers) with what was wrong and what is allowed.
+    """
+    request_id = _request_id(request.request_id)
+    model.check_name(request.model)
+    sampling = _sampling(request, model)
+    known = set(codec_names())
+    if request.codec and request.codec not in known:
+        raise NotFound(
+            f"no codec {request.codec!r}; allowed: {', '.join(offered_codecs(snapshot) or sorted(known))}"
+        )
+    tokens = await _tokenize(request, model)
+    codec = _codec(request.codec or default_codec, snapshot)
+    return Admitted(
+        request_id=request_id,
+        call_id=f"{request_id}.{secrets.token_hex(4)}",
+        prompt_token_ids=tokens,
+        sampling=_fit(sampling, len(tokens), model.context_length, token_limit(snapshot, codec)),
+        codec=codec,
+    )
+
+
+def _request_id(asked: str) -> str:
+    if len(asked) > MAX_REQUEST_ID:
+        raise InvalidRequest(f"request_id of {len(asked)} characters; allowed: at most {MAX_REQUEST_ID}")
+    if not asked.isprintable():
+        raise InvalidRequest("request_id has characters that cannot be printed; allowed: printable ones")
+    return asked or secrets.token_hex(8)
+
+
+def _sampling(request: GenerateRequest, model: ServedModel) -> Sampling:
+    sampling = Sampling.from_pb(request.sampling)
+    _check_vocabulary("stop_token_ids", sorted(sampling.stop_token_ids), model.vocab_size)
+    if not request.sampling.HasField("seed"):
+        sampling = replace(sampling, seed=secrets.randbits(63))
+    return sampling
+
+
+def _codec(name: str, snapshot: Snapshot) -> str:
+    offered = offered_codecs(snapshot)
+    if not offered:
+        raise Unavailable("no pair of prefill and decode workers is ready")
+    if name not in offered:
+        raise NotFound(f"codec {name!r} is not offered by this cluster; allowed: {', '.join(offered)}")
+    return name
+
+
+async def _tokenize(request: GenerateRequest, model: ServedModel) -> list[int]:
+    kind = request.WhichOneof("input")
+    if kind == "tokens":
+        return _token_ids(request.tokens, model)
+    if kind == "prompt":
+        if not request.prompt:
+            raise InvalidRequest("the prompt is empty; allowed: at least one character")
+        tokens = await asyncio.to_thread(model.tokenizer.encode, request.prompt)
+    elif kind == "chat":
+        messages = _messages(request.chat, model)
+        tokens = await asyncio.to_thread(model.tokenizer.encode_chat, messages)
+    else:
+        raise InvalidRequest("the request has no input; allowed: prompt, chat or tokens")
+    if not tokens:
+        raise InvalidRequest("the prompt is empty once tokenized; allowed: at least one token")
+    return tokens
+
+
+def _token_ids(tokens: TokenIds, model: ServedModel) -> list[int]:
+    ids = list(tokens.ids)
+    if not ids:
+        raise InvalidRequest("the prompt has no token ids; allowed: at least one")
+    _check_vocabulary("tokens", ids, model.vocab_size)
+    return ids
+
+
+def _check_vocabulary(what: str, ids: Sequence[int], vocab_size: int) -> None:
+    bad = next((token for token in ids if token >= vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(f"{what} has token id {bad}; allowed: 0 to {vocab_size - 1}")
+
+
+def _messages(chat: Chat, model: ServedModel) -> list[dict[str, str]]:
+    if not chat.messages:
+        raise InvalidRequest("the chat has no messages; allowed: at least one")
+    for message in chat.messages:
+        if message.role not in ROLES:
+            raise InvalidRequest(
+                f"unknown role {message.role!r} in a chat message; allowed: {', '.join(ROLES)}"
+            )
+    if not model.tokenizer.has_chat_template:
+        raise InvalidRequest(f"model {model.name} has no chat template; allowed: prompt or tokens")
+    return [{"role": message.role, "content": message.content} for message in chat.messages]
+
+
+def _fit(sampling: Sampling, prompt: int, context: int, held: tuple[int, int]) -> Sampling:
+    """Cuts max_tokens to what the context and the largest worker leave; InvalidRequest where nothing is."""
+    if prompt >= context:
+        raise InvalidRequest(
+            f"prompt of {prompt} tokens; allowed: at most {context - 1} (the model's context is {context})"
+        )
+    held_prompt, held_total = held
+    if prompt > held_prompt:
+        raise InvalidRequest(
+            f"prompt of {prompt} tokens; allowed: at most {held_prompt}, what the workers can hold"
+        )
+    room = min(context, held_total) - prompt
+    most = min(sampling.max_tokens, room)
+    return replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))

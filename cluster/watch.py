@@ -1,0 +1,215 @@
+"""The gateway's view of all workers: one `Worker.Watch` stream each, reconnected as long as it is wanted."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from ..proto.serving import open_channel
+from ..proto.worker_pb2 import (
+    WORKER_HEALTH_INCOMPATIBLE,
+    WORKER_HEALTH_READY,
+    WORKER_HEALTH_UNREACHABLE,
+    WORKER_ROLE_DECODE,
+    WORKER_ROLE_PREFILL,
+    WatchRequest,
+    WorkerReport,
+)
+from ..proto.worker_pb2_grpc import WorkerStub
+from .compat import Expected, incompatible
+from .router import Demand, Placement, Snapshot, WorkerLoad
+
+log = logging.getLogger(__name__)
+
+SILENCE_S = 5.0  # a worker reports at least every 100 ms; after this long it is taken for dead
+FIRST_RETRY_S, LAST_RETRY_S = 0.1, 1.0
+REPORT_LAG_S = 0.2  # a report may be older than what was placed this long before it came
+
+
+@dataclass
+class _Watched:
+    """One worker's address, connection and last report."""
+
+    address: str
+    channel: grpc.aio.Channel
+    report: WorkerReport | None = None
+    problem: str = "not reached yet"  # empty while reports come
+    placed: deque[tuple[float, int]] = field(default_factory=deque)  # when, tokens: not in a report yet
+    task: asyncio.Task[None] | None = None
+
+    def take(self, report: WorkerReport, now: float) -> None:
+        self.report, self.problem = report, ""
+        while self.placed and self.placed[0][0] < now - REPORT_LAG_S:
+            self.placed.popleft()
+
+    @property
+    def placed_tokens(self) -> int:
+        return sum(tokens for _, tokens in self.placed)
+
+
+class Fleet:
+    """All workers by address: adds, removes, watches them and tells what may be used.
+
+    Belongs to one event loop. `close` ends the streams and closes the channels, which it owns.
+    """
+
+    def __init__(self, expected: Expected) -> None:
+        self._expected = expected
+        self._workers: dict[str, _Watched] = {}
+        self._changed = asyncio.Event()
+
+    def add(self, address: str) -> None:
+        """Starts to watch a worker; nothing happens where it is watched already."""
+        if address not in self._workers:
+            worker = _Watched(address=address, channel=open_channel(address))
+            self._workers[address] = worker
+            worker.task = asyncio.create_task(self._watch(worker), name=f"watch {address}")
+
+    async def remove(self, address: str) -> None:
+        """Forgets a worker."""
+        worker = self._workers.pop(address, None)
+        if worker is None:
+            return
+        if worker.task is not None:
+            worker.task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await worker.task
+        await worker.channel.close()
+        self._notify()
+
+    async def close(self) -> None:
+        """Forgets all workers."""
+        for address in list(self._workers):
+            await self.remove(address)
+
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """The open channel to a worker; KeyError where it is gone."""
+        return self._workers[address].channel
+
+    def statuses(self) -> list[WorkerReport]:
+        """The last report of each worker, its health as the gateway sees it, sorted by role and id."""
+        reasons = self._incompatible()
+        statuses = []
+        for worker in self._workers.values():
+            status = WorkerReport()
+            status.CopyFrom(worker.report or WorkerReport(worker_id=worker.address))
+            status.address = worker.address
+            if worker.problem:
+                status.health, status.reason = WORKER_HEALTH_UNREACHABLE, worker.problem
+            elif worker.address in reasons:
+                status.health, status.reason = WORKER_HEALTH_INCOMPATIBLE, reasons[worker.address]
+            statuses.append(status)
+        return sorted(statuses, key=lambda status: (status.role, status.worker_id))
+
+    def snapshot(self) -> Snapshot:
+        """The workers that take new work, with what was placed on them since their last report."""
+        reasons = self._incompatible()
+        loads: dict[int, list[WorkerLoad]] = {WORKER_ROLE_PREFILL: [], WORKER_ROLE_DECODE: []}
+        for worker in self._workers.values():
+            report = worker.report
+            ready = report is not None and not worker.problem and report.health == WORKER_HEALTH_READY
+            if report is not None and ready and worker.address not in reasons:
+                loads[report.role].append(_load(worker, report))
+        return Snapshot(
+            prefill=tuple(loads[WORKER_ROLE_PREFILL]),
+            decode=tuple(loads[WORKER_ROLE_DECODE]),
+        )
+
+    def placed(self, demand: Demand, placement: Placement) -> None:
+        """Counts a placement until reports show it."""
+        now = time.monotonic()
+        for address, tokens in (
+            (placement.decode, demand.prompt_tokens + demand.max_tokens),
+            (placement.prefill[0], demand.prompt_tokens),
+        ):
+            if address in self._workers:
+                self._workers[address].placed.append((now, tokens))
+
+    def default_codec(self) -> str:
+        """The default of the decode workers (the same for all unless settings are mixed); "" with none."""
+        defaults = [
+            worker.report.default_codec
+            for worker in self._workers.values()
+            if worker.report is not None and worker.report.role == WORKER_ROLE_DECODE and not worker.problem
+        ]
+        return min(defaults, default="")
+
+    @property
+    def change(self) -> asyncio.Event:
+        """Is set at the next change of a worker's health or of the set of workers; a new one replaces it."""
+        return self._changed
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _incompatible(self) -> dict[str, str]:
+        reachable = {
+            worker.address: worker.report
+            for worker in self._workers.values()
+            if worker.report is not None and not worker.problem
+        }
+        return incompatible(reachable, self._expected)
+
+    async def _watch(self, worker: _Watched) -> None:
+        retry_s = FIRST_RETRY_S
+        while True:
+            was_up = not worker.problem
+            try:
+                await self._follow(worker)
+                problem = "ended its report stream"
+            except TimeoutError:
+                problem = f"no report for {SILENCE_S:g} s"
+            except grpc.aio.AioRpcError as error:
+                problem = _one_line(error)
+            if not worker.problem:  # it had reported
+                retry_s = FIRST_RETRY_S
+            worker.problem = problem
+            if was_up:
+                log.warning("lost a worker", extra={"fields": {"worker": worker.address, "problem": problem}})
+            self._notify()
+            await asyncio.sleep(retry_s)
+            retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+    async def _follow(self, worker: _Watched) -> None:
+        call = WorkerStub(worker.channel).Watch(WatchRequest())
+        try:
+            while True:
+                report = await asyncio.wait_for(call.read(), SILENCE_S)
+                if not isinstance(report, WorkerReport):
+                    return
+                before = None if worker.problem or worker.report is None else worker.report.health
+                worker.take(report, time.monotonic())
+                if report.health != before:
+                    self._notify()
+        finally:
+            call.cancel()
+
+
+def _load(worker: _Watched, report: WorkerReport) -> WorkerLoad:
+    free = report.pages.free + report.pages.cached
+    queued = report.waiting_tokens
+    if report.role == WORKER_ROLE_DECODE:
+        free = max(0, free - worker.placed_tokens // max(1, report.page_tokens))
+    else:
+        queued += worker.placed_tokens
+    return WorkerLoad(
+        address=worker.address,
+        codecs=dict(report.codecs),
+        page_tokens=report.page_tokens,
+        pages_total=report.pages.total,
+        pages_free=free,
+        queued_tokens=queued,
+        requests=report.waiting_requests + report.running_requests,
+    )
+
+
+def _one_line(error: grpc.aio.AioRpcError) -> str:
+    details = (error.details() or "").splitlines() or [""]
+    if error.code() is grpc.StatusCode.UNAVAILABLE and "onnect" in details[0]:
+        return "cannot be reached (connection refused or reset)"
+    return f"{error.code().name}: {details[0]}"
