@@ -1,0 +1,96 @@
+"""The bridge from a transformers model to whoever owns the KV cache.
+
+A transformers model looks its attention function up by name. The one registered here hands query, key and value of
+each layer to the `Attend` callback of the forward that runs in this thread. Threads do not see each other's callback,
+so that several models of one process can run at once.
+
+No mask is ever made: a name that is not in transformers' `AttentionMaskInterface` gets None for each mask, without
+the look for packed sequences (a device synchronisation per mask) that a registered name costs. What a layer's tokens
+see is found out once, at load (`probe.py`), and belongs to its `LayerShape`.
+
+Letters of tensor shapes: T tokens of the ragged batch, H heads, D head dimension.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from ..proto.errors import InvalidRequest
+
+NAME = "isthmus"
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""(layer, q_THD [T, query heads, D], k_THD [T, kv heads, D], v_THD, scale) -> out_THD [T, query heads, D].
+
+Keys come after RoPE. The callback makes the keys and values part of the KV cache before it attends, so that a token
+sees itself; the scale is that of q · k."""
+
+# What a layer may pass that does not change its attention, or that the caller of forward knows already.
+_HARMLESS = frozenset(
+    {
+        *("cache_position", "is_causal", "layer_idx", "output_attentions", "output_hidden_states"),
+        *("output_router_logits", "position_embeddings", "position_ids", "return_dict", "sliding_window"),
+        "use_cache",
+    }
+)
+
+
+class _Current(threading.local):
+    attend: Attend | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def attending(attend: Attend) -> Iterator[None]:
+    """Layers that run in this thread inside the `with` hand their attention to `attend`."""
+    before, _current.attend = _current.attend, attend
+    try:
+        yield
+    finally:
+        _current.attend = before
+
+
+def hand_over(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers: q, k, v of shape [1, H, T, D] -> out of shape [1, T, H, D].
+
+    InvalidRequest where the layer asks for something that the callback cannot do (soft capping, sinks, a mask).
+    """
+    refuse_unknown(options, dropout)
+    if attention_mask is not None:
+        raise InvalidRequest(
+            "the model makes an attention mask of its own; only causal and sliding-window work"
+        )
+    attend = _current.attend
+    assert attend is not None, "a model runs through Model.forward only"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(module.layer_idx, q_THD, k_THD, v_THD, scale)[None], None  # type: ignore[arg-type]
+
+
+def refuse_unknown(options: dict[str, Any], dropout: float) -> None:
+    """InvalidRequest for an option with a value that would change the attention."""
+    if dropout:
+        raise InvalidRequest(f"the model asks for attention dropout {dropout} while it serves")
+    for name, value in options.items():
+        if name not in _HARMLESS and value is not None and value is not False:
+            raise InvalidRequest(
+                f"the model's attention needs {name!r}, which paged attention here does not have"
+            )
+
+
+AttentionInterface.register(NAME, hand_over)

@@ -1,0 +1,82 @@
+"""The folder of converted models: `$ISTHMUS_CACHE/models` or `~/.cache/isthmus/models`.
+
+A model stands in a folder `NAME-KEY`, where the key is of the source's content, with a note (`isthmus.json`) of what it
+was made from. It is made in a folder beside it and renamed when complete: what is there under its name is whole.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+_NOTE = "isthmus.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """What a folder of the cache was made from."""
+
+    name: str
+    source: str
+    converter: str  # version of the conversion
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """The note of a folder; None where there is none."""
+        try:
+            return cls(**json.loads((folder / _NOTE).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def cache_root() -> Path:
+    """Where converted models are kept."""
+    if own := os.environ.get("ISTHMUS_CACHE"):
+        return Path(own) / "models"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "isthmus" / "models"
+
+
+def cached_models() -> list[tuple[Note, Path]]:
+    """The complete folders of the cache, by name."""
+    found = [(note, path) for path in cache_root().glob("*") if path.is_dir() and (note := Note.read(path))]
+    return sorted(found, key=lambda item: (item[0].name, str(item[1])))
+
+
+def cached_or_made(folder: Path, note: Note, make: Callable[[Path], None]) -> Path:
+    """`folder`, filled by `make(empty folder)` if it was not there; one process makes it, others wait for it."""
+    if Note.read(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(
+        folder.with_name(f".{folder.name}.lock"), f"waiting for {note.name}, which is being converted"
+    ):
+        if Note.read(folder):
+            return folder
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            make(fresh)
+            (fresh / _NOTE).write_text(json.dumps(asdict(note), indent=2))
+            fresh.chmod(0o755)
+            fresh.rename(folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _locked(path: Path, waiting: str) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(waiting, file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

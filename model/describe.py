@@ -1,0 +1,72 @@
+"""What can be told of a model without running it. No torch: the gateway asks this."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..proto.errors import InvalidRequest
+from .fingerprint import model_fingerprint
+from .sources import locate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """A model that is here, described by its files."""
+
+    name: str
+    fingerprint: str  # 32 hex digits, see fingerprint.py
+    architecture: str  # the class of transformers that runs it
+    context_length: int  # tokens, prompt and output together
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    path: Path  # of its Hugging Face folder
+
+
+def describe_model(source: str) -> ModelDescription:
+    """The description of a source (`sources.py`), which is fetched or converted once if need be; errors as there."""
+    located = locate(source)
+    config = _read(located.folder / "config.json")
+    text = config.get("text_config") or config
+    return ModelDescription(
+        name=located.name,
+        fingerprint=model_fingerprint(located.folder),
+        architecture=next(iter(config.get("architectures") or [config.get("model_type", "unknown")])),
+        context_length=_size(text, "max_position_embeddings", located.folder),
+        vocab_size=_size(text, "vocab_size", located.folder),
+        eos_token_ids=eos_token_ids(located.folder),
+        path=located.folder,
+    )
+
+
+def eos_token_ids(folder: Path) -> frozenset[int]:
+    """The tokens that end an output: those transformers' `generate` stops at, and the tokenizer's own."""
+    config = _read(folder / "config.json")
+    generation = _read(folder / "generation_config.json")
+    text = config.get("text_config") or {}
+    for named in (generation, config, text):
+        if (ids := named.get("eos_token_id")) is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def _size(config: dict[str, Any], key: str, folder: Path) -> int:
+    """A number of the config. transformers leaves values out that are a class's default: then it is asked."""
+    if key not in config:
+        from transformers import AutoConfig
+
+        full = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
+        config = {key: getattr(full, key, None)}
+    value = config[key]
+    if not isinstance(value, int) or value < 1:
+        raise InvalidRequest(f"the config of {folder.name} has no usable {key}")
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InvalidRequest(f"{path} is not JSON: {error}") from None

@@ -1,0 +1,139 @@
+"""Loading a model for a worker: weights into transformers' own classes, with our attention."""
+
+import re
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from ..proto.errors import InvalidRequest, IsthmusError
+from . import attention
+from .describe import describe_model
+from .model import Model
+from .probe import probe_layers
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+_loading = threading.Lock()  # transformers sets process-wide defaults (dtype, initialisers) while it loads
+
+
+def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Model:
+    """The model of a source (`sources.py` says which there are), ready to run.
+
+    dtype: "bf16", "fp32" or "auto": bf16 on a GPU or a CPU that computes in it, else fp32.
+    device: "cpu", "cuda", "cuda:1", ... or "auto": the first GPU where there is one.
+    NotFound or Unavailable where there is no such model, InvalidRequest where it is there and cannot be served.
+    """
+    place = _device(device)
+    number = _dtype(dtype, place)
+    about = describe_model(source)
+    with _loading:
+        net = _load_net(about.path, number, place)
+        config = net.config.get_text_config(decoder=True)
+        layers = probe_layers(net, config.num_hidden_layers, about.context_length)
+    return Model(
+        name=about.name,
+        fingerprint=about.fingerprint,
+        architecture=about.architecture,
+        path=about.path,
+        context_length=about.context_length,
+        vocab_size=about.vocab_size,
+        eos_token_ids=about.eos_token_ids,
+        layers=layers,
+        dtype=number,
+        device=place,
+        net=net,
+    )
+
+
+def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    _quiet()
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        refuse_inexact(config)
+        net = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            device_map={"": device} if device.type != "cpu" else None,
+            local_files_only=True,
+        )
+    except IsthmusError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise InvalidRequest(f"the model in {path} cannot be loaded: {_first_line(error)}") from error
+    return net.eval()
+
+
+def refuse_inexact(config: PretrainedConfig) -> None:
+    """InvalidRequest for what the config says cannot be exact here; `probe.py` finds the rest by running the model."""
+    if config.is_encoder_decoder:
+        raise InvalidRequest(
+            f"{config.model_type} is an encoder-decoder model; only decoder-only models can be served"
+        )
+    text = config.get_text_config(decoder=True)
+    for kind in sorted(set(getattr(text, "layer_types", None) or ())):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise InvalidRequest(f"layers of type {kind}; allowed: full_attention, sliding_attention")
+    for kind in sorted(_rope_types(getattr(text, "rope_parameters", None))):
+        if kind in ("dynamic", "longrope"):
+            raise InvalidRequest(
+                f"rotary embeddings of type {kind} change with the length of the longest sequence"
+            )
+
+
+def _rope_types(parameters: object) -> set[str]:
+    """All rope types in `rope_parameters`, which may be one dict or one dict for each layer type."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = set().union(*(_rope_types(value) for value in parameters.values()))
+    kind = parameters.get("rope_type")
+    return nested | ({kind} if isinstance(kind, str) else set())
+
+
+def _quiet() -> None:
+    """Keeps transformers' bars and advice out of a worker's output; its errors still come as exceptions."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidRequest(f"device is {name!r}; allowed: auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise InvalidRequest(f"device is {name!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" or _cpu_computes_bf16() else torch.float32
+    if name not in _DTYPES:
+        raise InvalidRequest(f"dtype is {name!r}; allowed: auto, bf16, fp32")
+    return _DTYPES[name]
+
+
+def _cpu_computes_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively (x86: AMX or AVX512_BF16; ARM: BF16); otherwise fp32 is faster."""
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", cpuinfo) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
