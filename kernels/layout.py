@@ -1,0 +1,71 @@
+"""Where the bytes of a packed page lie.
+
+    page  = head 0 | head 1 | ...                         one layer, all KV heads
+    head  = codesK | codesV | scaleK | scaleV | meanK     each padded to 16 bytes
+
+    codesK  rows = tokens,     columns = dimensions       [P, d]
+    codesV  rows = dimensions, columns = tokens           [d, P]
+    scaleK, scaleV  one `scale16` a token                 [P]
+    meanK   bf16, the rotated mean of the page's keys     [d]
+
+A row of n codes, packed so that one byte holds columns that lie n/2 or n/4 apart and no kernel has to interleave:
+
+    4 bits  n/2 bytes  byte j = code j | code j + n/2 << 4
+    2 bits  n/4 bytes  byte j = code j | code j + n/4 << 2 | code j + n/2 << 4 | code j + 3n/4 << 6
+    3 bits  all rows of the low plane, n/4 bytes each (the low two bits, as at 2 bits), then all rows of the high plane,
+            n/8 bytes each: byte j = nibble j | nibble j + n/8 << 4, where bit i of nibble j is the high bit of code j + i n/4
+
+Values are stored across tokens because a product with the attention weights sums over tokens: the summed index is
+contiguous in memory for keys (dimensions) and for values (tokens) alike.
+"""
+
+from dataclasses import dataclass
+
+ALIGNMENT = 16
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageLayout:
+    """Offsets, in bytes, of the sections of one KV head in a packed page."""
+
+    head_dim: int
+    page_tokens: int
+    key_bits: int
+    value_bits: int
+
+    @property
+    def code_bytes_key(self) -> int:
+        return self.page_tokens * self.head_dim * self.key_bits // 8
+
+    @property
+    def code_bytes_value(self) -> int:
+        return self.page_tokens * self.head_dim * self.value_bits // 8
+
+    @property
+    def codes_value(self) -> int:
+        return _aligned(self.code_bytes_key)
+
+    @property
+    def scale_key(self) -> int:
+        return self.codes_value + _aligned(self.code_bytes_value)
+
+    @property
+    def scale_value(self) -> int:
+        return self.scale_key + _aligned(2 * self.page_tokens)
+
+    @property
+    def mean_key(self) -> int:
+        return self.scale_value + _aligned(2 * self.page_tokens)
+
+    @property
+    def head_bytes(self) -> int:
+        return self.mean_key + _aligned(2 * self.head_dim)
+
+
+def code_groups(bits: int) -> int:
+    """How many columns of a row share one byte of the (low) plane."""
+    return 2 if bits == 4 else 4

@@ -1,0 +1,76 @@
+"""Rotations: Hadamard matrices with random signs.
+
+    H = Sylvester(2^k) ⊗ Paley(m),  d = m 2^k,  m in {1, 12, 20}
+
+Entries are ±1, so a rotation of integer centroids is exact in fp32 and the same on every machine; with the orders 12 and
+20 (Paley's first construction over the primes 11 and 19) the head dimensions 80, 96, 160, 192 mix as well as powers of two do.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+MIN_HEAD_DIM = 8
+MAX_HEAD_DIM = 512
+_PALEY_ORDERS = (1, 12, 20)
+
+
+def factor(head_dim: int) -> tuple[int, int] | None:
+    """(2^k, m) with head_dim = 2^k m and 2^k at least 4, or None where there is no such rotation."""
+    for order in _PALEY_ORDERS:
+        power, rest = divmod(head_dim, order)
+        if rest == 0 and power >= 4 and power & (power - 1) == 0 and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+            return power, order
+    return None
+
+
+def head_dims() -> tuple[int, ...]:
+    """All head dimensions that can be rotated, ascending."""
+    return tuple(d for d in range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1, 8) if factor(d))
+
+
+def _paley(order: int) -> Tensor:
+    """Hadamard matrix of order q + 1 for a prime q = 3 (mod 4), entries ±1; [[1]] for order 1."""
+    if order == 1:
+        return torch.ones(1, 1)
+    q = order - 1
+    squares = {i * i % q for i in range(1, q)}
+    chi = torch.tensor([0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)])
+    rows = torch.arange(q)
+    skew = torch.zeros(order, order)
+    skew[0, 1:], skew[1:, 0] = 1.0, -1.0
+    skew[1:, 1:] = chi[(rows[None, :] - rows[:, None]) % q]
+    return skew + torch.eye(order)
+
+
+@cache
+def sylvester(power: int) -> Tensor:
+    """[power, power] of ±1, power = 2^k: entry (i, j) is negative where i & j has an odd number of bits."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < power:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+    return matrix
+
+
+@cache
+def hadamard(head_dim: int) -> Tensor:
+    """[d, d] of ±1 with H Hᵀ = d I. ValueError where `factor` knows none."""
+    factors = factor(head_dim)
+    if factors is None:
+        raise ValueError(f"no Hadamard rotation for head dimension {head_dim}")
+    power, order = factors
+    return torch.kron(sylvester(power), _paley(order)).contiguous()
+
+
+def signs(seed: int, head_dim: int) -> Tensor:
+    """[d] of ±1: entry i is negative where the top bit of splitmix64's i-th output for this seed is set."""
+    mask = (1 << 64) - 1
+    state, out = seed & mask, []
+    for _ in range(head_dim):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        out.append(-1.0 if (z ^ (z >> 31)) >> 63 else 1.0)
+    return torch.tensor(out)

@@ -1,0 +1,116 @@
+"""The `tq-kXvY` family: TurboQuant's MSE form with page means of keys, a calibrated balance and norm-preserving scales.
+
+X bits a key value, Y bits a value's value. Bytes and arithmetic: `docs/codec.md`, `kernels/pack.py`, `kernels/layout.py`.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.layout import PageLayout
+from ..kernels.pack import Rotations, pack_reference
+from ..kernels.rotation import factor, hadamard, head_dims, signs
+from ..kernels.shapes import LayerShape
+from ..kernels.unpack import unpack_reference
+from ..proto.errors import Corrupt, InvalidRequest
+from .codec_checks import check_finite, check_packed, check_pages
+from .codec_names import TQ_BITS
+
+LAYOUT_VERSION = 1
+SEED_KEYS, SEED_VALUES = 1, 2
+
+
+class TqCodec:
+    """One member of the family; see `PageCodec` for the methods."""
+
+    packs = True
+
+    def __init__(
+        self,
+        name: str,
+        layers: Sequence[LayerShape],
+        page_tokens: int,
+        balance: Sequence[Tensor] | None = None,
+    ) -> None:
+        key_bits, value_bits = TQ_BITS[name]
+        for shape in layers:
+            if factor(shape.head_dim) is None:
+                allowed = ", ".join(map(str, head_dims()))
+                raise InvalidRequest(
+                    f"codec {name!r} has no rotation for head dimension {shape.head_dim}; allowed: {allowed}"
+                )
+        self.name = name
+        self._shapes = tuple(layers)
+        self._page_tokens = page_tokens
+        self._balance = _checked_balance(self._shapes, balance)
+        self._layouts = [
+            PageLayout(head_dim=s.head_dim, page_tokens=page_tokens, key_bits=key_bits, value_bits=value_bits)
+            for s in self._shapes
+        ]
+        self._rotations: dict[tuple[int, torch.device], Rotations] = {}
+        self.params_hash = self._hash()
+
+    def _hash(self) -> str:
+        digest = hashlib.sha256(
+            f"{self.name} {LAYOUT_VERSION} {self._page_tokens} {SEED_KEYS} {SEED_VALUES}".encode()
+        )
+        for shape, balance_HD in zip(self._shapes, self._balance, strict=True):
+            digest.update(f" {shape.kv_heads} {shape.head_dim} ".encode())
+            digest.update(balance_HD.numpy().astype("<f4").tobytes())
+        return digest.hexdigest()[:16]
+
+    def layout(self, layer: int) -> PageLayout:
+        """Offsets within one KV head of a packed page of this layer."""
+        return self._layouts[layer]
+
+    def rotations(self, layer: int, device: torch.device) -> Rotations:
+        """The layer's rotations, built at first use on each device."""
+        cached = self._rotations.get((layer, device))
+        if cached is None:
+            cached = build_rotations(self._balance[layer], device)
+            self._rotations[layer, device] = cached
+        return cached
+
+    def page_bytes(self, layer: int) -> int:
+        return self._shapes[layer].kv_heads * self._layouts[layer].head_bytes
+
+    def encode(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> Tensor:
+        check_pages(self._shapes[layer], self._page_tokens, k_THD, v_THD)
+        check_finite(layer, k_THD, v_THD)
+        return pack_reference(k_THD, v_THD, self.rotations(layer, k_THD.device), self._layouts[layer])
+
+    def decode(self, layer: int, packed_PB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        check_packed(packed_PB, self.page_bytes(layer))
+        k_THD, v_THD = unpack_reference(
+            packed_PB, self.rotations(layer, packed_PB.device), self._layouts[layer], dtype
+        )
+        return k_THD, v_THD
+
+
+def build_rotations(balance_HD: Tensor, device: torch.device) -> Rotations:
+    """W_k = H diag(signs / balance) / sqrt(d) for each head, W_v = H diag(signs) / sqrt(d), and their inverses."""
+    dim = balance_HD.shape[1]
+    orthonormal = hadamard(dim).double() / dim**0.5
+    key_signs, value_signs = signs(SEED_KEYS, dim).double(), signs(SEED_VALUES, dim).double()
+    balance = balance_HD.double()
+    key_HDD = orthonormal * (key_signs / balance)[:, None, :]
+    key_inverse_HDD = orthonormal.T * (key_signs * balance)[:, :, None]
+    return Rotations(
+        key_HDD=key_HDD.float().to(device),
+        key_inverse_HDD=key_inverse_HDD.float().to(device),
+        value_DD=(orthonormal * value_signs).float().to(device),
+        value_inverse_DD=(orthonormal.T * value_signs[:, None]).float().to(device),
+    )
+
+
+def _checked_balance(shapes: Sequence[LayerShape], balance: Sequence[Tensor] | None) -> list[Tensor]:
+    if balance is None:
+        return [torch.ones(s.kv_heads, s.head_dim) for s in shapes]
+    if [tuple(b.shape) for b in balance] != [(s.kv_heads, s.head_dim) for s in shapes]:
+        raise Corrupt("the balance was made for layers of other shapes")
+    for layer, one in enumerate(balance):
+        if not bool((one.isfinite() & (one > 0)).all()):
+            raise Corrupt(f"the balance of layer {layer} has entries that are not positive and finite")
+    return [b.float().cpu().contiguous() for b in balance]
