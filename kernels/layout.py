@@ -8,15 +8,18 @@
     scaleK, scaleV  one `scale16` a token                 [P]
     meanK   bf16, the rotated mean of the page's keys     [d]
 
-A row of n codes, packed so that one byte holds columns that lie n/2 or n/4 apart and no kernel has to interleave:
+A row of n codes, packed so that one byte holds columns that lie n/2 or n/4 apart and no kernel has to
+interleave:
 
     4 bits  n/2 bytes  byte j = code j | code j + n/2 << 4
     2 bits  n/4 bytes  byte j = code j | code j + n/4 << 2 | code j + n/2 << 4 | code j + 3n/4 << 6
-    3 bits  all rows of the low plane, n/4 bytes each (the low two bits, as at 2 bits), then all rows of the high plane,
-            n/8 bytes each: byte j = nibble j | nibble j + n/8 << 4, where bit i of nibble j is the high bit of code j + i n/4
+    3 bits  all rows of the low plane, n/4 bytes each (the low two bits, as at 2 bits), then all rows of the
+    high plane,
+            n/8 bytes each: byte j = nibble j | nibble j + n/8 << 4, where bit i of nibble j is the high bit
+            of code j + i n/4
 
-Values are stored across tokens because a product with the attention weights sums over tokens: the summed index is
-contiguous in memory for keys (dimensions) and for values (tokens) alike.
+Values are stored across tokens because a product with the attention weights sums over tokens: the summed
+index is contiguous in memory for keys (dimensions) and for values (tokens) alike.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,8 @@
     scale = |y| / |centroids|   so the norm is preserved
 
 Shapes: P page tokens, T = pages * P tokens, H KV heads, D head dimension, B bytes of a packed page.
-Source: TurboQuant's MSE form (arXiv 2504.19874) with page means of the keys, a diagonal balance and norm-preserving scales.
+Source: TurboQuant's MSE form (arXiv 2504.19874) with page means of the keys, a diagonal balance and
+norm-preserving scales.
 """
 
 from collections.abc import Iterator
@@ -83,7 +84,8 @@ def _pack_values(v_THD: Tensor, rotation_DD: Tensor, layout: PageLayout, out_PHB
 
 
 def _pages(x_THD: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor | None]:
-    """float32 [H, pages, P, D] and, where magnitudes are extreme, the powers of two taken out [H, pages, 1]."""
+    """float32 [H, pages, P, D] and, where magnitudes are extreme, the powers of two taken out [H, pages,
+    1]."""
     tokens, heads, dim = x_THD.shape
     x_HPTD = torch.empty(heads, tokens // layout.page_tokens, layout.page_tokens, dim, device=x_THD.device)
     x_HPTD.view(heads, tokens, dim).copy_(x_THD.transpose(0, 1))

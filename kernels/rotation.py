@@ -2,8 +2,9 @@
 
     H = Sylvester(2^k) ⊗ Paley(m),  d = m 2^k,  m in {1, 12, 20}
 
-Entries are ±1, so a rotation of integer centroids is exact in fp32 and the same on every machine; with the orders 12 and
-20 (Paley's first construction over the primes 11 and 19) the head dimensions 80, 96, 160, 192 mix as well as powers of two do.
+Entries are ±1, so a rotation of integer centroids is exact in fp32 and the same on every machine; with the
+orders 12 and 20 (Paley's first construction over the primes 11 and 19) the head dimensions 80, 96, 160, 192
+mix as well as powers of two do.
 """
 
 from functools import cache

@@ -1,7 +1,7 @@
 """scale16: a non-negative float in 16 bits that no finite float32 overflows.
 
-Sign bit clear: the bits of a half float (11 bits of precision, 2^-14 to 65504). Sign bit set: the other 15 bits are those
-of a bfloat16 without its sign (8 bits of precision), for what lies outside of that range.
+Sign bit clear: the bits of a half float (11 bits of precision, 2^-14 to 65504). Sign bit set: the other 15
+bits are those of a bfloat16 without its sign (8 bits of precision), for what lies outside of that range.
 """
 
 import torch

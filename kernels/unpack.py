@@ -46,7 +46,8 @@ def _unpack_keys(packed_PHB: Tensor, inverse_HDD: Tensor, layout: PageLayout, ou
     mean = _section(packed_PHB, layout.mean_key, 2 * dim).view(torch.bfloat16).float()
     mean_HPD = _apply(mean, inverse_HDD)
     for i, table in enumerate(_butterfly(layout.key_bits)):
-        # Row block i of the inverse rotation sees only the sums of the outermost Hadamard stages, which the table holds.
+        # Row block i of the inverse rotation sees only the sums of the outermost Hadamard stages, which the
+        # table holds.
         sums = table.to(index.device).index_select(0, index).view(heads, pages * page, width)
         columns = slice(i * width, (i + 1) * width)
         x = torch.bmm(sums, inverse_HDD[:, columns, :width].transpose(1, 2)).view(heads, pages, page, width)
@@ -94,7 +95,8 @@ def _store(out_PTHD: Tensor, x_HPTD: Tensor, largest: float) -> None:
 
 
 def code_index(section: Tensor, rows: int, columns: int, bits: int) -> Tensor:
-    """int32 [..., rows, columns / groups]: all the codes that share a byte, the high plane above the low one."""
+    """int32 [..., rows, columns / groups]: all the codes that share a byte, the high plane above the low
+    one."""
     width = columns // code_groups(bits)
     low = section[..., : rows * width].to(torch.int32).reshape(*section.shape[:-1], rows, width)
     if bits != 3:
@@ -117,6 +119,7 @@ def _plain(bits: int) -> tuple[Tensor, ...]:
 
 @cache
 def _butterfly(bits: int) -> tuple[Tensor, ...]:
-    """For each group i, sum over groups j of Sylvester(i, j) times the centroid of group j, by `code_index`."""
+    """For each group i, sum over groups j of Sylvester(i, j) times the centroid of group j, by
+    `code_index`."""
     groups = torch.stack(_plain(bits))
     return tuple(row.contiguous() for row in sylvester(groups.shape[0]) @ groups)

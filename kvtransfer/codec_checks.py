@@ -8,7 +8,8 @@ from ..proto.errors import Corrupt, InvalidRequest
 
 
 def check_pages(shape: LayerShape, page_tokens: int, k_THD: Tensor, v_THD: Tensor) -> int:
-    """How many pages these are; ValueError where the shapes are not those of the layer (a bug of the caller)."""
+    """How many pages these are; ValueError where the shapes are not those of the layer (a bug of the
+    caller)."""
     expected = (k_THD.shape[0], shape.kv_heads, shape.head_dim)
     if tuple(k_THD.shape) != expected or tuple(v_THD.shape) != expected:
         raise ValueError(f"keys {tuple(k_THD.shape)}, values {tuple(v_THD.shape)}; wanted {expected}")
@@ -20,7 +21,8 @@ def check_pages(shape: LayerShape, page_tokens: int, k_THD: Tensor, v_THD: Tenso
 def check_finite(layer: int, k_THD: Tensor, v_THD: Tensor) -> None:
     """Raise InvalidRequest, naming layer, head and kind, where a value is NaN or infinite."""
     for kind, x_THD in (("keys", k_THD), ("values", v_THD)):
-        # The sum of squares would overflow and min/max would cost twice: an infinity norm passes NaN and infinity on.
+        # The sum of squares would overflow and min/max would cost twice: an infinity norm passes NaN and
+        # infinity on.
         if not x_THD.numel() or bool(torch.linalg.vector_norm(x_THD, ord=torch.inf).isfinite()):
             continue
         bad_TH = ~x_THD.isfinite().all(-1)

@@ -1,6 +1,8 @@
-"""The `tq-kXvY` family: TurboQuant's MSE form with page means of keys, a calibrated balance and norm-preserving scales.
+"""The `tq-kXvY` family: TurboQuant's MSE form with page means of keys, a calibrated balance and
+norm-preserving scales.
 
-X bits a key value, Y bits a value's value. Bytes and arithmetic: `docs/codec.md`, `kernels/pack.py`, `kernels/layout.py`.
+X bits a key value, Y bits a value's value. Bytes and arithmetic: `docs/codec.md`, `kernels/pack.py`,
+`kernels/layout.py`.
 """
 
 import hashlib
@@ -90,7 +92,8 @@ class TqCodec:
 
 
 def build_rotations(balance_HD: Tensor, device: torch.device) -> Rotations:
-    """W_k = H diag(signs / balance) / sqrt(d) for each head, W_v = H diag(signs) / sqrt(d), and their inverses."""
+    """W_k = H diag(signs / balance) / sqrt(d) for each head, W_v = H diag(signs) / sqrt(d), and their
+    inverses."""
     dim = balance_HD.shape[1]
     orthonormal = hadamard(dim).double() / dim**0.5
     key_signs, value_signs = signs(SEED_KEYS, dim).double(), signs(SEED_VALUES, dim).double()

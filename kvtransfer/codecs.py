@@ -1,7 +1,8 @@
 """Codecs: what a page of keys and values looks like in memory, on the wire and on disk.
 
-A codec is made for one model and one page size. Raw pages (the first, the newest, a partial one) never pass through it.
-Legend of shape suffixes: P pages, T tokens = pages * page_tokens, H KV heads, D head dimension, B bytes of a packed page.
+A codec is made for one model and one page size. Raw pages (the first, the newest, a partial one) never pass
+through it. Legend of shape suffixes: P pages, T tokens = pages * page_tokens, H KV heads, D head dimension,
+B bytes of a packed page.
 """
 
 from collections.abc import Sequence
@@ -72,8 +73,9 @@ def build_codec(
 ) -> PageCodec:
     """The codec of that name for these layers.
 
-    `balance`: for each layer float [KV heads, head dimension], positive, as `calibration.py` makes it; None: all ones.
-    Raises NotFound for an unknown name, InvalidRequest where the codec cannot hold the layers or the page size.
+    `balance`: for each layer float [KV heads, head dimension], positive, as `calibration.py` makes it;
+    None: all ones. Raises NotFound for an unknown name, InvalidRequest where the codec cannot hold the
+    layers or the page size.
     """
     if name == "raw":
         return RawCodec()
