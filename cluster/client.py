@@ -28,6 +28,8 @@ from ..proto.serving import open_channel
 from ..proto.worker_pb2 import ClusterStatus, GetStatusRequest
 from ..proto.worker_pb2_grpc import ClusterStub
 
+RETRY_KEY = "retry-after-ms"  # trailing metadata beside RESOURCE_EXHAUSTED: when to try again
+
 
 def build_request(
     *,

@@ -18,9 +18,7 @@ class Expected:
 def incompatible(reports: Mapping[str, WorkerReport], expected: Expected) -> dict[str, str]:
     """Why a worker must not be paired, by its key in `reports`; workers that may be are left out."""
     reasons = {
-        key: reason
-        for key, report in reports.items()
-        if (reason := _unlike_gateway(report, expected)) is not None
+        key: reason for key, report in reports.items() if (reason := _unlike_gateway(report, expected)) is not None
     }
     sound = {key: report for key, report in reports.items() if key not in reasons}
     for key, report in sound.items():

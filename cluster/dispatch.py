@@ -21,9 +21,7 @@ ERROR_OF = {code: error for error, code in STATUS_OF.items()}
 AFFINITY_TOKENS = 64  # prompts that share so many first tokens go to the same workers when loads are equal
 TRACE_KEYS = ("traceparent", "tracestate")  # W3C trace context, handed on to the next hop
 
-OnEvent = Callable[
-    [str, DecodeEvent], Awaitable[bool]
-]  # (decode worker, event) -> whether the answer is finished
+OnEvent = Callable[[str, DecodeEvent], Awaitable[bool]]  # (decode worker, event) -> whether the answer is finished
 Metadata = tuple[tuple[str, str], ...]
 
 
@@ -139,8 +137,4 @@ def _translated(error: grpc.aio.AioRpcError, worker: str) -> Exception:
     if code is grpc.StatusCode.UNAVAILABLE:
         return Unavailable(f"decode worker {worker}: {details}")
     known = ERROR_OF.get(code)
-    return (
-        known(details)
-        if known is not None
-        else RuntimeError(f"decode worker {worker}: {code.name}: {details}")
-    )
+    return known(details) if known is not None else RuntimeError(f"decode worker {worker}: {code.name}: {details}")

@@ -19,6 +19,7 @@ from ..proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_
 from ..proto.decode_pb2 import DecodeEvent
 from ..proto.errors import Exhausted, IsthmusError, Unavailable, status_of
 from ..proto.serving import MIB, Server, start_server
+from .client import RETRY_KEY
 from .compat import Expected
 from .dispatch import TRACE_KEYS, Dispatcher, Metadata
 from .request import Admitted, ServedModel, admit
@@ -29,7 +30,6 @@ from .watch import Fleet
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 4 * MIB
-RETRY_KEY = "retry-after-ms"  # trailing metadata beside RESOURCE_EXHAUSTED
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["Generation"],
     worker_pb2.DESCRIPTOR.services_by_name["Cluster"],
@@ -89,9 +89,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         with self._load.track():
             session = None
             try:
-                admitted = await admit(
-                    request, self._model, self._fleet.snapshot(), self._fleet.default_codec()
-                )
+                admitted = await admit(request, self._model, self._fleet.snapshot(), self._fleet.default_codec())
                 session = new_session(admitted, self._model, arrived_s)
                 await self._answer(admitted, session, context)
             except IsthmusError as error:
@@ -119,9 +117,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             admitted, pass_on, time_left=context.time_remaining, trace=_trace(context.invocation_metadata())
         )
 
-    async def GetModel(
-        self, request: generation_pb2.GetModelRequest, context: object
-    ) -> generation_pb2.Model:
+    async def GetModel(self, request: generation_pb2.GetModelRequest, context: object) -> generation_pb2.Model:
         self._model.check_name(request.name)
         return self._describe()
 
@@ -153,9 +149,7 @@ class ClusterService(worker_pb2_grpc.ClusterServicer):
         self._load = load
         self._start_s = time.monotonic()
 
-    async def GetStatus(
-        self, request: worker_pb2.GetStatusRequest, context: object
-    ) -> worker_pb2.ClusterStatus:
+    async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: object) -> worker_pb2.ClusterStatus:
         return worker_pb2.ClusterStatus(
             version=version("isthmus"),
             workers=self._fleet.statuses(),

@@ -27,9 +27,7 @@ class Admitted:
     codec: str
 
 
-async def admit(
-    request: GenerateRequest, model: ServedModel, snapshot: Snapshot, default_codec: str
-) -> Admitted:
+async def admit(request: GenerateRequest, model: ServedModel, snapshot: Snapshot, default_codec: str) -> Admitted:
     """Checks and completes a request; the tokenizer runs in a thread.
 
     InvalidRequest, NotFound or Unavailable (no workers) with what was wrong and what is allowed.
@@ -39,9 +37,7 @@ async def admit(
     sampling = _sampling(request, model)
     known = set(codec_names())
     if request.codec and request.codec not in known:
-        raise NotFound(
-            f"no codec {request.codec!r}; allowed: {', '.join(offered_codecs(snapshot) or sorted(known))}"
-        )
+        raise NotFound(f"no codec {request.codec!r}; allowed: {', '.join(offered_codecs(snapshot) or sorted(known))}")
     tokens = await _tokenize(request, model)
     codec = _codec(request.codec or default_codec, snapshot)
     return Admitted(
@@ -115,9 +111,7 @@ def _messages(chat: Chat, model: ServedModel) -> list[dict[str, str]]:
         raise InvalidRequest("the chat has no messages; allowed: at least one")
     for message in chat.messages:
         if message.role not in ROLES:
-            raise InvalidRequest(
-                f"unknown role {message.role!r} in a chat message; allowed: {', '.join(ROLES)}"
-            )
+            raise InvalidRequest(f"unknown role {message.role!r} in a chat message; allowed: {', '.join(ROLES)}")
     if not model.tokenizer.has_chat_template:
         raise InvalidRequest(f"model {model.name} has no chat template; allowed: prompt or tokens")
     return [{"role": message.role, "content": message.content} for message in chat.messages]
@@ -131,9 +125,7 @@ def _fit(sampling: Sampling, prompt: int, context: int, held: tuple[int, int]) -
         )
     held_prompt, held_total = held
     if prompt > held_prompt:
-        raise InvalidRequest(
-            f"prompt of {prompt} tokens; allowed: at most {held_prompt}, what the workers can hold"
-        )
+        raise InvalidRequest(f"prompt of {prompt} tokens; allowed: at most {held_prompt}, what the workers can hold")
     room = min(context, held_total) - prompt
     most = min(sampling.max_tokens, room)
     return replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))

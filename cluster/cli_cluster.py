@@ -1,0 +1,250 @@
+"""`isthmus up`, `demo`, `worker prefill|decode` and `gateway`."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import cli_options as opt
+
+if TYPE_CHECKING:
+    from .config import ClusterConfig, Role
+    from .gateway import Gateway
+
+worker_app = typer.Typer(
+    no_args_is_help=True, help="Run one worker in this process, without Ray.", rich_markup_mode="rich"
+)
+
+
+def up(
+    prefill: Annotated[int | None, typer.Option(min=1, help="Prefill workers.", show_default="1")] = None,
+    decode: Annotated[int | None, typer.Option(min=1, help="Decode workers.", show_default="1")] = None,
+    model: opt.ModelSource = None,
+    codec: Annotated[str | None, typer.Option(help="Of the KV transfer by default.", show_default="tq-k4v4")] = None,
+    host: Annotated[str | None, typer.Option(help="To listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="0 picks a free one.", show_default="50051")] = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a local Ray.")] = None,
+    config: opt.ConfigFile = None,
+    log_level: opt.LogLevel = "warning",
+) -> None:
+    """Start a cluster and run it until Ctrl-C, which drains and stops everything.
+
+    [bold]Examples[/]
+
+      isthmus up
+
+      isthmus up --prefill 1 --decode 2 --codec raw --dtype float32
+
+      isthmus up --config cluster.yaml --port 7000
+
+      isthmus up --address auto    # on the Ray that runs here already
+    """
+    begun_s = time.monotonic()
+    _configure_logs(log_level)
+    from .config import load_config
+
+    flags = {
+        "prefill": prefill,
+        "decode": decode,
+        "model": model,
+        "codec": codec,
+        "host": host,
+        "port": port,
+        "dtype": dtype,
+        "device": device,
+        "threads": threads,
+        "address": address,
+    }
+    settings = load_config(config, flags)
+    raise typer.Exit(_serve_cluster(settings, begun_s))
+
+
+def demo(
+    codec: Annotated[str | None, typer.Option(help="Of the KV transfer.", show_default="tq-k4v4")] = None,
+    model: opt.ModelSource = None,
+    dtype: opt.Dtype = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Start a small cluster, send it real prompts, show the answers and what moving their KV took.
+
+    [bold]Examples[/]
+
+      isthmus demo
+
+      isthmus demo --codec raw
+    """
+    _configure_logs("warning")
+    from .config import load_config
+    from .demo import run_demo
+
+    settings = load_config(None, {"codec": codec, "model": model, "dtype": dtype, "port": 0})
+    raise typer.Exit(run_demo(settings, as_json=as_json))
+
+
+@worker_app.command("prefill")
+def worker_prefill(
+    listen: Annotated[str, typer.Option(help="host:port; port 0 picks a free one.")] = "127.0.0.1:0",
+    model: opt.ModelSource = None,
+    codec: opt.WorkerCodec = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch; default: all cores.")] = None,
+    name: opt.WorkerName = None,
+    advertise: opt.Advertise = None,
+    config: opt.ConfigFile = None,
+    log_level: opt.LogLevel = "warning",
+) -> None:
+    """Run a prefill worker until Ctrl-C.
+
+    [bold]Examples[/]
+
+      isthmus worker prefill --listen 127.0.0.1:7001
+
+      isthmus worker prefill --listen 0.0.0.0:7001 --advertise 10.0.0.7:7001 --model ./my-model
+    """
+    flags = _worker_flags(listen, model, codec, dtype, device, threads, name, advertise)
+    _run_worker("prefill", flags, config, log_level)
+
+
+@worker_app.command("decode")
+def worker_decode(
+    listen: Annotated[str, typer.Option(help="host:port; port 0 picks a free one.")] = "127.0.0.1:0",
+    model: opt.ModelSource = None,
+    codec: opt.WorkerCodec = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch; default: all cores.")] = None,
+    name: opt.WorkerName = None,
+    advertise: opt.Advertise = None,
+    config: opt.ConfigFile = None,
+    log_level: opt.LogLevel = "warning",
+) -> None:
+    """Run a decode worker until Ctrl-C.
+
+    [bold]Examples[/]
+
+      isthmus worker decode --listen 127.0.0.1:7002
+
+      isthmus worker decode --listen 127.0.0.1:7002 --config decode.yaml
+    """
+    flags = _worker_flags(listen, model, codec, dtype, device, threads, name, advertise)
+    _run_worker("decode", flags, config, log_level)
+
+
+def gateway(
+    workers: Annotated[list[str], typer.Option(help="host:port of workers, with commas or repeated.")],
+    listen: Annotated[str, typer.Option(help="host:port; port 0 picks a free one.")] = opt.DEFAULT_SERVER,
+    model: opt.ModelSource = None,
+    drain_s: Annotated[float, typer.Option(min=0, help="For running requests when it stops.")] = 30.0,
+    log_level: opt.LogLevel = "warning",
+) -> None:
+    """Run the gateway for a list of workers until Ctrl-C, without Ray.
+
+    [bold]Examples[/]
+
+      isthmus gateway --workers 127.0.0.1:7001,127.0.0.1:7002
+
+      isthmus gateway --listen 0.0.0.0:50051 --workers 10.0.0.7:7001 --workers 10.0.0.8:7002
+    """
+    _configure_logs(log_level)
+    from .config import DEFAULT_MODEL
+    from .gateway import Gateway
+    from .served import load_served_model
+    from .service import run_service
+
+    addresses = [address.strip() for group in workers for address in group.split(",") if address.strip()]
+    for address in [listen, *addresses]:
+        _check_address(address)
+    served = load_served_model(model or DEFAULT_MODEL)
+    running = Gateway(listen, served, addresses)
+
+    async def start() -> None:
+        await running.start()
+        _say(f"gateway for {served.name} on {running.address}, {len(addresses)} workers")
+
+    async def stop(drain: float) -> None:
+        await running.drain(drain)
+        await running.stop()
+
+    raise typer.Exit(run_service(start, stop, drain_s))
+
+
+def _serve_cluster(settings: "ClusterConfig", begun_s: float) -> int:
+    from .ray_cluster import RayCluster
+    from .service import run_service
+    from .steps import ShownSteps
+    from .supervisor import Supervisor
+
+    shown = ShownSteps()
+    supervisor = Supervisor(settings, RayCluster(settings), shown.step)
+
+    async def start() -> None:
+        with shown:
+            running = await supervisor.start()
+        _welcome(settings, running, time.monotonic() - begun_s)
+
+    async def stop(drain_s: float) -> None:
+        if drain_s:
+            _say("stopping: running requests may end; Ctrl-C again stops at once")
+        await supervisor.stop(drain_s)
+
+    return run_service(start, stop, settings.drain_s)
+
+
+def _welcome(settings: "ClusterConfig", running: "Gateway", took_s: float) -> None:
+    workers = f"{settings.prefill} prefill and {settings.decode} decode"
+    _say(f"ready on {running.address}: {settings.model}, {workers}, codec {settings.codec} ({took_s:.1f} s)")
+    server = "" if running.address == opt.DEFAULT_SERVER else f" --server {running.address}"
+    _say(f'try: isthmus generate --chat{server} "Why is the sky blue?"')
+
+
+def _worker_flags(*values: Any) -> dict[str, Any]:
+    names = ("listen", "model", "default_codec", "dtype", "device", "threads", "name", "advertise")
+    return {name: value for name, value in zip(names, values, strict=True) if value is not None}
+
+
+def _run_worker(role: "Role", flags: dict[str, Any], config: Path | None, log_level: str) -> None:
+    _configure_logs(log_level)
+    from .config import load_worker_settings
+    from .host import make_worker, thread_settings, usable_cores
+
+    settings = load_worker_settings(role, config, flags, default_threads=usable_cores())
+    _check_address(settings["listen"])
+    os.environ.update(thread_settings(settings["threads"]))  # before torch is imported
+    from .service import run_service
+
+    worker = make_worker(role, settings)
+
+    async def start() -> None:
+        await worker.start()
+        _say(f"{role} worker for {settings['model']} on {worker.address}")
+
+    async def stop(drain_s: float) -> None:
+        await worker.drain(drain_s)
+        await worker.stop()
+
+    raise typer.Exit(run_service(start, stop, 30.0))
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise typer.BadParameter(f"{address!r} is not host:port")
+
+
+def _configure_logs(level: str) -> None:
+    from .logs import LEVELS, configure_logs
+
+    if level not in LEVELS:
+        raise typer.BadParameter(f"log level {level!r}; allowed: {', '.join(LEVELS)}")
+    configure_logs(level)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

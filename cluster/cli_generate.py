@@ -1,0 +1,218 @@
+"""`isthmus generate` and `isthmus chat`."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import cli_options as opt
+
+if TYPE_CHECKING:
+    from ..proto.generation_pb2 import GenerateEvent, GenerateRequest
+    from .client import Answer
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - or a pipe: read it from stdin.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a UTF-8 file.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's chat message.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Show counts and timings on stderr.")] = False,
+    as_json: opt.Json = False,
+    temperature: opt.Temperature = None,
+    top_p: opt.TopP = None,
+    top_k: opt.TopK = None,
+    min_p: opt.MinP = None,
+    repetition_penalty: opt.Repetition = None,
+    presence_penalty: opt.Presence = None,
+    frequency_penalty: opt.Frequency = None,
+    seed: opt.Seed = None,
+    max_tokens: opt.MaxTokens = None,
+    min_tokens: opt.MinTokens = None,
+    stop: opt.Stop = None,
+    stop_token_id: opt.StopTokenId = None,
+    ignore_eos: opt.IgnoreEos = False,
+    logprobs: opt.Logprobs = None,
+    codec: opt.RequestCodec = "",
+    model: opt.RequestModel = "",
+    request_id: Annotated[str, typer.Option(help="Your own id of the request, for the logs.")] = "",
+    timeout: opt.Timeout = None,
+    server: opt.Server = opt.DEFAULT_SERVER,
+) -> None:
+    """Complete a prompt; the text streams to stdout.
+
+    [bold]Examples[/]
+
+      isthmus generate "The sea is"
+
+      isthmus generate --chat --temperature 0 "Why is the sky blue?"
+
+      isthmus generate --file story.txt --max-tokens 64 --stats
+
+      git log -5 | isthmus generate --chat --json
+    """
+    from .client import build_request
+
+    text = _prompt(prompt, file)
+    sampling = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "stop": stop or [],
+        "stop_token_ids": stop_token_id or [],
+        "ignore_eos": ignore_eos,
+        "logprobs": logprobs,
+    }
+    request = build_request(
+        prompt=None if chat else text,
+        chat=[{"role": "user", "content": text}] if chat else None,
+        sampling=sampling,
+        codec=codec,
+        model=model,
+    )
+    request.request_id = request_id
+    events: list[GenerateEvent] = []
+    answer = asyncio.run(_ask(server, request, timeout, events.append if as_json else _show))
+    if as_json:
+        print(json.dumps(_as_json(answer, events)))
+    else:
+        print()
+    if stats:
+        print(_stats(answer), file=sys.stderr)
+
+
+def chat(
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    temperature: opt.Temperature = None,
+    top_p: opt.TopP = None,
+    seed: opt.Seed = None,
+    max_tokens: opt.MaxTokens = None,
+    codec: opt.RequestCodec = "",
+    stats: Annotated[bool, typer.Option("--stats", help="Show counts and timings on stderr.")] = False,
+    timeout: opt.Timeout = None,
+    server: opt.Server = opt.DEFAULT_SERVER,
+) -> None:
+    """Talk with the model; every turn sends the whole conversation. Ctrl-D or /exit ends it.
+
+    [bold]Examples[/]
+
+      isthmus chat
+
+      isthmus chat --system "You answer in one sentence." --temperature 0.2
+    """
+    from .client import build_request
+
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
+    messages = [{"role": "system", "content": system}] if system else []
+    while (line := _read_line()) is not None:
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        request = build_request(chat=messages, sampling=sampling, codec=codec)
+        answer = asyncio.run(_ask(server, request, timeout, _show))
+        print()
+        if stats:
+            print(_stats(answer), file=sys.stderr)
+        messages.append({"role": "assistant", "content": answer.text})
+
+
+async def _ask(server: str, request: "GenerateRequest", timeout_s: float | None, on_event: Any) -> "Answer":
+    async with opt.gateway_client(server) as client:
+        return await client.answer(request, on_event=on_event, timeout_s=timeout_s)
+
+
+def _show(event: "GenerateEvent") -> None:
+    sys.stdout.write(event.text)
+    sys.stdout.flush()
+
+
+def _prompt(argument: str | None, file: Path | None) -> str:
+    """The prompt from where it was given; usage errors where it was given twice or not at all."""
+    if argument is not None and file is not None:
+        raise typer.BadParameter("give the prompt as an argument or with --file, not both")
+    if file is not None:
+        return _decoded(_bytes_of(file), str(file))
+    if argument is not None and argument != "-":
+        return argument
+    if argument is None and sys.stdin.isatty():
+        raise typer.BadParameter("no prompt; give it as an argument, with --file, or on stdin")
+    return _decoded(sys.stdin.buffer.read(), "stdin")
+
+
+def _bytes_of(file: Path) -> bytes:
+    from ..proto.errors import InvalidRequest
+
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _decoded(raw: bytes, where: str) -> str:
+    from ..proto.errors import InvalidRequest
+
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = raw[error.start]
+        raise InvalidRequest(
+            f"{where} is not UTF-8 text (byte 0x{byte:02x} at offset {error.start}); allowed: UTF-8"
+        ) from None
+
+
+def _read_line() -> str | None:
+    """The user's next line; None at the end."""
+    shown = sys.stdin.isatty()
+    try:
+        line = input("\n> " if shown else "")
+    except EOFError:
+        return None
+    except UnicodeDecodeError as error:
+        return _decoded(bytes(error.object), "stdin")
+    return None if line.strip() == "/exit" else line
+
+
+def _as_json(answer: "Answer", events: "list[GenerateEvent]") -> dict[str, Any]:
+    from google.protobuf.json_format import MessageToDict
+
+    logprobs = [MessageToDict(entry) for event in events for entry in event.logprobs]
+    return {
+        "request_id": events[-1].request_id if events else "",
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish,
+        "usage": {"prompt_tokens": answer.usage.prompt_tokens, "output_tokens": answer.usage.output_tokens},
+        "seed": answer.timings.seed,
+        "ttft_ms": answer.ttft_ms,
+        "itl_ms": answer.itl_ms,
+        "handover_ms": answer.handover_ms,
+        "timings": MessageToDict(answer.timings, preserving_proto_field_name=True),
+        **({"logprobs": logprobs} if logprobs else {}),
+    }
+
+
+def _stats(answer: "Answer") -> str:
+    from .measures import figures_of, human_bytes
+
+    figures = figures_of(answer)
+    parts = [
+        f"{figures.prompt_tokens} prompt + {figures.output_tokens} output tokens ({answer.finish})",
+        f"TTFT {figures.ttft_ms or 0:.0f} ms",
+    ]
+    if figures.itl_p50_ms is not None:
+        parts.append(f"ITL p50 {figures.itl_p50_ms:.1f} ms, p99 {figures.itl_p99_ms:.1f} ms")
+    if figures.handover_ms is not None:
+        parts.append(f"handover {figures.handover_ms:.1f} ms")
+    if figures.ratio is not None:
+        wire = human_bytes(figures.kv_bytes_wire)
+        parts.append(f"KV {wire} on the wire, {figures.ratio:.2f}x smaller than bf16")
+    return " · ".join(parts)

@@ -1,0 +1,103 @@
+"""Options that several commands share, and what they do with them."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from .client import Client
+
+SAMPLING, CLUSTER = "Sampling", "Cluster"
+
+Server = Annotated[
+    str,
+    typer.Option("--server", "-s", envvar="ISTHMUS_SERVER", help="host:port of the gateway.", show_default=True),
+]
+DEFAULT_SERVER = "127.0.0.1:50051"
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error; JSON lines on stderr.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", exists=True, dir_okay=False, help="YAML file of settings; flags win over it."),
+]
+
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; the default is 1.", rich_help_panel=SAMPLING)]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this sum.", rich_help_panel=SAMPLING)]
+TopK = Annotated[int | None, typer.Option(min=0, help="Keep that many tokens; 0: all.", rich_help_panel=SAMPLING)]
+MinP = Annotated[
+    float | None, typer.Option(help="Keep tokens at least so likely as the best.", rich_help_panel=SAMPLING)
+]
+Repetition = Annotated[
+    float | None,
+    typer.Option("--repetition-penalty", help="Of tokens in prompt and output.", rich_help_panel=SAMPLING),
+]
+Presence = Annotated[
+    float | None,
+    typer.Option("--presence-penalty", help="Of tokens in the output, once.", rich_help_panel=SAMPLING),
+]
+Frequency = Annotated[
+    float | None,
+    typer.Option("--frequency-penalty", help="Of tokens in the output, each time.", rich_help_panel=SAMPLING),
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Makes the output repeatable.", rich_help_panel=SAMPLING)]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens", "-n", min=0, help="End after that many; the default is 256.", rich_help_panel=SAMPLING
+    ),
+]
+MinTokens = Annotated[int | None, typer.Option(min=0, help="No end before that many tokens.", rich_help_panel=SAMPLING)]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End before this text; may be repeated.", rich_help_panel=SAMPLING)
+]
+StopTokenId = Annotated[
+    list[int] | None,
+    typer.Option(min=0, help="End with this token; may be repeated.", rich_help_panel=SAMPLING),
+]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end.", rich_help_panel=SAMPLING)]
+Logprobs = Annotated[int | None, typer.Option(min=0, help="Top log-probabilities in --json.", rich_help_panel=SAMPLING)]
+RequestCodec = Annotated[str, typer.Option("--codec", help="Of this request's KV; default: the cluster's.")]
+RequestModel = Annotated[str, typer.Option("--model", help="Fails unless the cluster serves this one.")]
+Timeout = Annotated[float | None, typer.Option(min=0.001, help="Give up after so many seconds.")]
+
+ModelSource = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Name (isthmus models), folder, .gguf file or hub id.",
+        show_default="smollm2-135m",
+    ),
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (what the device is fast at).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or auto.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of torch in each worker; default: cores / workers.")]
+
+
+WorkerCodec = Annotated[str | None, typer.Option("--codec", help="The default one.", show_default="tq-k4v4")]
+WorkerName = Annotated[str | None, typer.Option(help="Of this worker in status; default: role, host and port.")]
+Advertise = Annotated[str | None, typer.Option(help="host:port that others shall use; default: as bound.")]
+
+
+@asynccontextmanager
+async def gateway_client(server: str) -> AsyncIterator["Client"]:
+    """A client of the gateway at `server`; Unavailable, with what to do, where nobody answers there."""
+    import grpc
+    import grpc.aio
+
+    from ..proto.errors import Unavailable
+    from .client import Client
+
+    async with Client(server) as client:
+        try:
+            yield client
+        except grpc.aio.AioRpcError as error:
+            details = error.details() or ""
+            if error.code() is grpc.StatusCode.UNAVAILABLE and ("connect" in details or "DNS" in details):
+                hint = "start one with `isthmus up`, or name another with --server"
+                raise Unavailable(f"no gateway answers at {server}; {hint}") from None
+            raise

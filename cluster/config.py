@@ -1,0 +1,135 @@
+"""Settings of a whole cluster, from a YAML file and flags; the workers' own settings are checked by their
+folders."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ..decode.config import DecodeConfig
+from ..kvtransfer.codec_names import DEFAULT_CODEC, codec_names
+from ..prefill.config import PrefillConfig
+from ..proto.errors import InvalidRequest
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_PORT = 50051
+
+Role = Literal["prefill", "decode"]
+CONFIG_OF: dict[Role, type[PrefillConfig] | type[DecodeConfig]] = {
+    "prefill": PrefillConfig,
+    "decode": DecodeConfig,
+}
+
+
+class ClusterConfig(BaseModel):
+    """What `isthmus up` starts. Unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefill: int = Field(1, ge=1, le=1024)  # number of prefill workers
+    decode: int = Field(1, ge=1, le=1024)  # number of decode workers
+    model: str = DEFAULT_MODEL  # a local folder, a GGUF file, a hub id, or a name that `isthmus models` lists
+    codec: str = DEFAULT_CODEC  # of the KV transfer where a request names none
+    codecs: tuple[str, ...] = ()  # that requests may ask for; empty: all
+    host: str = "127.0.0.1"  # that the gateway listens on
+    port: int = Field(DEFAULT_PORT, ge=0, le=65535)  # 0 picks a free one
+    dtype: str = "auto"  # of weights and KV: float32, bfloat16, float16, or what the device is fast at
+    device: str = "auto"  # cpu, cuda, or a GPU where there is one
+    threads: int | None = Field(None, ge=1)  # of torch in each worker; default: cores / workers
+    address: str | None = None  # of a Ray cluster to join ("auto" finds one here); default: start a local one
+    drain_s: float = Field(30.0, ge=0)  # how long running requests may take when the cluster stops
+    prefill_worker: dict[str, Any] = {}  # further settings of prefill workers (prefill/config.py)
+    decode_worker: dict[str, Any] = {}  # further settings of decode workers (decode/config.py)
+
+    @field_validator("codec", "codecs")
+    @classmethod
+    def _known(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for name in (value,) if isinstance(value, str) else value:
+            if name not in codec_names():
+                raise ValueError(f"no codec {name!r}; allowed: {', '.join(codec_names())}")
+        return value
+
+    @property
+    def workers(self) -> int:
+        """Number of workers of both roles."""
+        return self.prefill + self.decode
+
+    def worker_settings(self, role: Role, name: str, listen: str, threads: int) -> dict[str, Any]:
+        """The settings of one worker as plain data, checked. InvalidRequest where a key or value is wrong."""
+        own = self.prefill_worker if role == "prefill" else self.decode_worker
+        shared = {
+            "model": self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "default_codec": self.codec,
+            "codecs": self.codecs,
+            "name": name,
+            "listen": listen,
+            "threads": threads,
+        }
+        try:
+            return CONFIG_OF[role](**{**shared, **own}).model_dump()
+        except ValidationError as error:
+            raise InvalidRequest(f"{role}_worker: {explain(error, CONFIG_OF[role])}") from None
+
+
+def load_config(path: Path | None, flags: Mapping[str, Any]) -> ClusterConfig:
+    """The settings of a file, if any, with the flags that are not None on top. InvalidRequest for bad
+    ones."""
+    from_file = _read(path) if path is not None else {}
+    where = f"{path}: " if path is not None else ""
+    chosen = {key: value for key, value in flags.items() if value is not None}
+    try:
+        config = ClusterConfig(**{**from_file, **chosen})
+    except ValidationError as error:
+        raise InvalidRequest(where + explain(error, ClusterConfig)) from None
+    for role in CONFIG_OF:
+        config.worker_settings(role, "check", "127.0.0.1:0", config.threads or 1)
+    return config
+
+
+def load_worker_settings(
+    role: Role, path: Path | None, flags: Mapping[str, Any], *, default_threads: int
+) -> dict[str, Any]:
+    """The settings of one worker from a file, if any, with flags on top; InvalidRequest for bad ones."""
+    from_file = _read(path) if path is not None else {}
+    where = f"{path}: " if path is not None else ""
+    given = {"model": DEFAULT_MODEL, "threads": default_threads, **from_file, **flags}
+    try:
+        return CONFIG_OF[role](**given).model_dump()
+    except ValidationError as error:
+        raise InvalidRequest(where + explain(error, CONFIG_OF[role])) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """All that is wrong with settings, in one line."""
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(f"unknown key {key!r}; allowed: {', '.join(model.model_fields)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = item["input"]
+            given = f" is {value!r}" if isinstance(value, str | int | float) else ""
+            problems.append(f"{key}{given}: {message}" if key else message)
+    return "; ".join(problems)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise InvalidRequest(f"{path} is not YAML: {problem}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise InvalidRequest(f"{path} is not a mapping of settings")
+    return loaded

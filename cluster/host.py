@@ -1,0 +1,106 @@
+"""A worker in a thread of its own: what a Ray actor is made of, and what tests start in their process.
+
+No Ray in here. The worker's own imports (torch, transformers) happen in that thread, after the process was
+given its thread settings.
+"""
+
+import asyncio
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from ..proto.errors import Unavailable
+from .config import CONFIG_OF, Role
+
+
+def thread_settings(threads: int) -> dict[str, str]:
+    """Environment of a worker process, to be set before torch is imported there.
+
+    Passive waiting: threads that spin for work were measured to slow a busy two-core machine 30 times.
+    """
+    count = str(threads)
+    return {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Restarting(Unavailable):
+    """A worker is not there now, but is coming back."""
+
+
+class Worker(Protocol):
+    """What prefill and decode workers have in common."""
+
+    @property
+    def address(self) -> str: ...
+    async def start(self) -> None: ...
+    async def drain(self, timeout_s: float) -> None: ...
+    async def stop(self) -> None: ...
+
+
+def make_worker(role: Role, settings: Mapping[str, Any]) -> Worker:
+    """A worker that is not started yet; imports what it needs."""
+    config = CONFIG_OF[role](**settings)
+    if role == "prefill":
+        from ..prefill.config import PrefillConfig
+        from ..prefill.worker import PrefillWorker
+
+        assert isinstance(config, PrefillConfig)
+        return PrefillWorker(config)
+    from ..decode.config import DecodeConfig
+    from ..decode.worker import DecodeWorker
+
+    assert isinstance(config, DecodeConfig)
+    return DecodeWorker(config)
+
+
+class WorkerHost:
+    """Runs one worker from its construction to `stop`. Methods block and may be called from any thread."""
+
+    def __init__(self, role: Role, settings: Mapping[str, Any]) -> None:
+        self._role: Role = role
+        self._settings = dict(settings)
+        self._address: Future[str] = Future()
+        self._closed = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._worker: Worker | None = None
+        self._thread = threading.Thread(target=self._run, name=f"{role} worker", daemon=True)
+        self._thread.start()
+
+    def address(self) -> str:
+        """host:port, once the worker serves. Raises what its start raised."""
+        return self._address.result()
+
+    def drain(self, timeout_s: float) -> None:
+        """Takes no new work and waits for what runs, at most so long."""
+        if self._worker is not None and self._address.done() and not self._address.exception():
+            asyncio.run_coroutine_threadsafe(self._worker.drain(timeout_s), self._loop).result()
+
+    def stop(self) -> None:
+        """Ends the worker at once; returns when it is gone."""
+        if not self._closed.is_set() and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    def wait_closed(self) -> None:
+        """Returns when the worker has ended."""
+        self._closed.wait()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._worker = make_worker(self._role, self._settings)
+            self._loop.run_until_complete(self._worker.start())
+        except BaseException as error:  # handed to whoever asks for the address
+            self._address.set_exception(error)
+            self._closed.set()
+            return
+        self._address.set_result(self._worker.address)
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._worker.stop())
+        self._closed.set()

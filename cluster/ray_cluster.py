@@ -1,0 +1,160 @@
+"""Workers as Ray actors: Ray starts, places, names and restarts them. No request ever passes through it."""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..proto.errors import IsthmusError, Unavailable
+from .config import ClusterConfig, Role
+from .host import Restarting, WorkerHost, thread_settings, usable_cores
+
+MAX_RESTARTS = 5  # of one worker, after that it stays dead
+OBJECT_STORE_BYTES = 100 << 20  # nothing of ours is kept there
+NAMESPACE = "isthmus"
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Spare Python processes started ahead cost more of a small machine than they save.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+}
+
+
+class RayWorker:
+    """One worker actor, restarted by Ray when its process dies."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self._actor = actor
+
+    async def address(self) -> str:
+        """host:port of the worker as it runs now, once it serves.
+
+        Raises what its start raised; Unavailable where it died for good.
+        """
+        return await self._call("address")
+
+    async def wait_closed(self) -> None:
+        """Returns when the process that runs the worker now has ended, for whatever reason."""
+        with contextlib.suppress(IsthmusError):
+            await self._call("wait_closed")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new work and waits for what runs."""
+        await self._call("drain", timeout_s)
+
+    async def stop(self) -> None:
+        """Ends it for good."""
+        import ray
+
+        await asyncio.to_thread(ray.kill, self._actor)
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+
+        try:
+            return await asyncio.wrap_future(getattr(self._actor, method).remote(*args).future())
+        except RayTaskError as error:
+            known = isinstance(error.cause, IsthmusError | OSError)
+            raise error.cause if known else Unavailable(_last_line(error)) from None
+        except ActorUnavailableError:
+            raise Restarting(f"worker {self.name} is being restarted") from None
+        except ActorDiedError as error:
+            raise Unavailable(f"worker {self.name} died for good: {_last_line(error)}") from None
+        except RayError as error:
+            raise Unavailable(f"worker {self.name}: {_last_line(error)}") from None
+
+
+class RayCluster:
+    """A local Ray that ends with this process, or a running one that is joined."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self.threads = config.threads or 1
+        self._gpus = 0.0
+        self._starting: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Starts or joins Ray. Unavailable where there is none to join or it does not start."""
+        self._starting = asyncio.create_task(asyncio.to_thread(self._start))
+        await asyncio.shield(self._starting)
+
+    async def launch(self, role: Role, name: str) -> RayWorker:
+        """Asks for one worker; it is there when its `address` returns."""
+        return await asyncio.to_thread(self._launch, role, name)
+
+    async def close(self) -> None:
+        """Ends all workers, and the Ray that was started."""
+        if self._starting is None:
+            return
+        await asyncio.wait([self._starting])  # a start that nobody waits for any more cannot be stopped half-way
+        import ray
+
+        await asyncio.to_thread(ray.shutdown)
+
+    def _start(self) -> None:
+        joins = self._config.address is not None
+        if not joins:
+            self.threads = self._config.threads or max(1, usable_cores() // self._config.workers)
+            # All processes of a local Ray inherit this: no runtime environment to set up for each worker.
+            os.environ.update(thread_settings(self.threads))
+        os.environ.update(QUIET)
+        import ray
+
+        options: dict[str, Any] = {"address": self._config.address} if joins else self._local_options()
+        try:
+            ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            what = f"join Ray at {self._config.address}" if joins else "start Ray"
+            raise Unavailable(f"cannot {what}: {_last_line(error)}") from None
+        if joins and self._config.threads is None:
+            cores = ray.cluster_resources().get("CPU", 1)
+            self.threads = max(1, int(cores) // self._config.workers)
+        if self._config.device != "cpu":
+            self._gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / self._config.workers)
+
+    def _local_options(self) -> dict[str, Any]:
+        return {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": max(usable_cores(), self.threads * self._config.workers),
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+
+    def _launch(self, role: Role, name: str) -> RayWorker:
+        import ray
+
+        joins = self._config.address is not None
+        host = "0.0.0.0" if joins else "127.0.0.1"
+        settings = self._config.worker_settings(role, name, f"{host}:0", self.threads)
+        options: dict[str, Any] = {
+            "name": f"{name}.{os.getpid()}",
+            "num_cpus": self.threads,
+            "num_gpus": self._gpus,
+            "max_restarts": MAX_RESTARTS,
+            "max_concurrency": 4,  # waiting for the address or the end must not keep `drain` out
+        }
+        if joins:
+            options["runtime_env"] = {"env_vars": thread_settings(self.threads)}
+            options["scheduling_strategy"] = "SPREAD"
+        actor = ray.remote(ActorHost).options(**options).remote(role, settings)
+        return RayWorker(name, actor)
+
+
+class ActorHost(WorkerHost):
+    """A WorkerHost that listens on its Ray node's own address where the settings say any address."""
+
+    def __init__(self, role: Role, settings: Mapping[str, Any]) -> None:
+        import ray.util
+
+        listen = str(settings["listen"]).replace("0.0.0.0", ray.util.get_node_ip_address())
+        super().__init__(role, {**settings, "listen": listen})
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

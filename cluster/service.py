@@ -1,0 +1,55 @@
+"""Runs something in the foreground until SIGINT or SIGTERM: the first one ends it in order, a second one at
+once."""
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+
+DONE, INTERRUPTED = 0, 130
+
+
+def run_service(start: Callable[[], Awaitable[None]], stop: Callable[[float], Awaitable[None]], drain_s: float) -> int:
+    """Starts, waits for a signal, stops with `drain_s` seconds for what still runs; the exit code.
+
+    `stop` is called in every case, with 0 where there is no time: start failed, or a second signal came.
+    The code is INTERRUPTED where a signal came before everything ran or while it was ending. Raises what
+    `start` or `stop` raises.
+    """
+    return asyncio.run(_run(start, stop, drain_s))
+
+
+async def _run(start: Callable[[], Awaitable[None]], stop: Callable[[float], Awaitable[None]], drain_s: float) -> int:
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (second if first.is_set() else first).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    starting = asyncio.ensure_future(start())
+    if not await _before(starting, first):
+        await stop(0)
+        return INTERRUPTED
+    if starting.exception() is not None:
+        await stop(0)
+        starting.result()
+    await first.wait()
+    stopping = asyncio.ensure_future(stop(drain_s))
+    if not await _before(stopping, second):
+        await stop(0)
+        return INTERRUPTED
+    stopping.result()
+    return DONE
+
+
+async def _before(work: "asyncio.Future[None]", event: asyncio.Event) -> bool:
+    """Waits for both; whether the work was done first. If not, it is cancelled."""
+    waiting = asyncio.ensure_future(event.wait())
+    await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if work.done():
+        return True
+    work.cancel()
+    await asyncio.wait({work})
+    return False
