@@ -18,7 +18,7 @@ class Token:
 
     id: int
     logprobs: TokenLogprobs | None
-    finish: FinishReason | None
+    finish: FinishReason.ValueType | None
 
     def to_pb(self) -> DecodeEvent:
         event = DecodeEvent(token_ids=[self.id])
@@ -86,7 +86,7 @@ class DecodeSequence:
 
     def finish_reason(
         self, token: int, count: int, eos_token_ids: frozenset[int], context_length: int
-    ) -> FinishReason | None:
+    ) -> FinishReason.ValueType | None:
         """Why the output ends with `token` as its `count`-th token, or None where it goes on."""
         if token in eos_token_ids and not self.sampling.ignore_eos:
             return FinishReason.FINISH_REASON_EOS

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -18,6 +19,9 @@ from ..proto.errors import Corrupt, Exhausted, Expired, InvalidRequest, Unavaila
 from ..proto.prefill_pb2 import FirstToken, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillStub
 from ..proto.serving import open_channel
+
+if TYPE_CHECKING:
+    from ..proto.prefill_pb2_grpc import PrefillAsyncStub
 from .engine import DecodeEngine
 from .sequence import DecodeSequence
 
@@ -34,7 +38,7 @@ class PrefillPeers:
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
-    def stub(self, address: str) -> PrefillStub:
+    def stub(self, address: str) -> "PrefillAsyncStub":
         if address not in self._channels:
             self._channels[address] = open_channel(address)
         return PrefillStub(self._channels[address])

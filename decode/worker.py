@@ -94,7 +94,9 @@ class DecodeWorker(DecodeServicer):
         await self._peers.close()
         await asyncio.to_thread(self._engine.thread.stop)
 
-    async def Generate(self, request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+    async def Generate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, request: DecodeRequest, context: grpc.aio.ServicerContext
+    ) -> None:
         """One request, from its pages to its last token."""
         with self.server.request():
             codec = self._check(request)

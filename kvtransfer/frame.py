@@ -72,7 +72,9 @@ class FrameHeader:
     def pack(self) -> bytes:
         """The header as msgpack."""
         sections = [list(astuple(section)) for section in self.sections]
-        return msgpack.packb([*self.binding, self.index, sections])
+        packed = msgpack.packb([*self.binding, self.index, sections])
+        assert packed is not None
+        return packed
 
     @classmethod
     def unpack(cls, packed: bytes) -> Self:

@@ -9,6 +9,7 @@ costs nothing at length (measured in `docs/codec.md`).
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def sections(
     packed_start, packed_end = packed_range(prompt_tokens, page_tokens, packs)
     bounds = sorted({start, end, *(b for b in (packed_start, packed_end) if start < b < end)})
     pieces = []
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in pairwise(bounds):
         packed = packed_start <= low < packed_end
         pieces += [Section(at, min(max_tokens, high - at), packed) for at in range(low, high, max_tokens)]
     return pieces

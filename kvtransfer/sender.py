@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..kernels.shapes import LayerShape
 from ..proto.prefill_pb2 import KvCommit, KvFrame
+from .codec_checks import check_finite
 from .codecs import PageCodec
-from .frame import BF16, F32, MAX_FRAME_BYTES, PACKED, RAW_BYTES, Binding, FrameWriter, SectionHeader
+from .frame import BF16, F32, MAX_FRAME_BYTES, PACKED, RAW_BYTES, Binding, Digest, FrameWriter, SectionHeader
 from .page import Section, sections
 
 
@@ -38,7 +39,7 @@ class KvSender:
         self._section_tokens = pages * page_tokens
 
     @property
-    def digest(self):
+    def digest(self) -> Digest:
         """Counts of what was made so far."""
         return self._writer.digest
 
@@ -57,13 +58,17 @@ class KvSender:
         return due
 
     def encode(self, layer: int, section: Section, keys_THD: Tensor, values_THD: Tensor) -> list[KvFrame]:
-        """Encodes a section of one layer, [tokens, KV heads, D] each; returns the frames that are full."""
+        """Encodes a section of one layer, [tokens, KV heads, D] each; returns the frames that are full.
+
+        InvalidRequest, naming layer and head, where a value is NaN or infinite.
+        """
         if section.packed:
             encoding, data = PACKED, self._codec.encode(layer, keys_THD, values_THD)
         else:
+            check_finite(layer, keys_THD, values_THD)
             encoding, data = _encode_raw(keys_THD, values_THD, exact=not self._codec.packs)
         self.bf16_bytes += raw_bytes(self._layers[layer], section.tokens, BF16)
-        view = memoryview(data.cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+        view = data.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
         heads = self._layers[layer].kv_heads
         header = SectionHeader(layer, 0, heads, section.start, section.tokens, encoding, len(view))
         return self._writer.add(header, view)

@@ -10,10 +10,10 @@ from ..kvtransfer.pool import DensePool
 from ..model.engine import EngineThread
 from ..model.model import Model
 from ..model.sampling import SampleRow, sample
-from ..proto.errors import IsthmusError, Unavailable
+from ..proto.errors import Unavailable
 from ..proto.prefill_pb2 import FirstToken, PrefillEvent
 from .job import PrefillJob
-from .runner import PrefillRunner, put_frames
+from .runner import PrefillRunner
 from .scheduler import Chunk, JobId, PrefillScheduler
 
 
@@ -68,16 +68,12 @@ class PrefillEngine:
                 self._begin(job)
         if not work:
             return False
-        try:
-            logits_RV = self._runner.run(work)
-            done = [job for job, chunk in work if chunk.last]
-            self._finish_prompts(done, logits_RV)
-        except IsthmusError as error:  # of one of the jobs (a page with NaN, say); which one is not known
-            self._refuse(work, error)
-            return True
+        logits_RV = self._runner.run(work)
+        self._drop_failed(work)
+        self._finish_prompts([job for job, chunk in work if chunk.last], logits_RV)
         for job, chunk in work:
             if not chunk.last:
-                put_frames(job, job.sender.flush())
+                job.put_frames(job.sender.flush())
         self.counters["prompt_tokens"] += sum(chunk.end - chunk.start for chunk in chunks)
         return True
 
@@ -95,10 +91,14 @@ class PrefillEngine:
         sampled_s, sampled_ns = time.monotonic(), time.time_ns()
         written = [job.outbox.written_bytes for job in done]
         for job, token in zip(done, tokens, strict=True):
+            if job.failure:
+                continue
             first = FirstToken(token_id=token.token_id, sampled_unix_ns=sampled_ns, logprobs=token.logprobs_pb())
             job.outbox.put([PrefillEvent(first_token=first)], urgent=True)
         for job, written_before in zip(done, written, strict=True):
-            put_frames(job, job.sender.flush())
+            if job.failure:
+                continue
+            job.put_frames(job.sender.flush())
             commit = job.sender.commit()
             commit.stats.CopyFrom(
                 job.stats(
@@ -112,11 +112,12 @@ class PrefillEngine:
             self._remove(job)
             self.counters["prompts"] += 1
 
-    def _refuse(self, work: Sequence[tuple[PrefillJob, Chunk]], error: IsthmusError) -> None:
-        self.counters["prompts_failed"] += len(work)
+    def _drop_failed(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> None:
         for job, _ in work:
-            job.outbox.fail(error)
-            self._remove(job)
+            if job.failure is not None:
+                self.counters["prompts_failed"] += 1
+                job.outbox.fail(job.failure)
+                self._remove(job)
 
     def _fail(self, error: BaseException) -> None:
         self.failure = f"the prefill engine failed: {type(error).__name__}: {error}"

@@ -3,13 +3,14 @@
 import asyncio
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..kvtransfer.allocator import Run
 from ..kvtransfer.sender import KvSender
 from ..proto.common_pb2 import TransferStats
 from ..proto.errors import IsthmusError
-from ..proto.prefill_pb2 import PrefillEvent
+from ..proto.prefill_pb2 import KvFrame, PrefillEvent
 from ..proto.sampling import Sampling
 from .scheduler import JobId
 
@@ -48,7 +49,7 @@ class Outbox:
         if event.HasField("frame"):
             self.written_bytes += event.frame.ByteSize()
 
-    def _deliver(self, events: list[PrefillEvent | IsthmusError], urgent: bool) -> None:
+    def _deliver(self, events: Sequence[PrefillEvent | IsthmusError], urgent: bool) -> None:
         self.buffered_bytes += sum(_payload(event) for event in events)
         if urgent:
             self._events.extendleft(reversed(events))
@@ -75,6 +76,12 @@ class PrefillJob:
     arrived_s: float = field(default_factory=time.monotonic)
     started_s: float | None = None  # when its first chunk began
     runs: tuple[Run, ...] = ()  # its pages, from the first chunk to the first token
+    failure: IsthmusError | None = None  # its KV cannot be sent (a NaN, say)
+
+    def put_frames(self, frames: list[KvFrame]) -> None:
+        """Queues frames for sending. From the engine thread."""
+        if frames:
+            self.outbox.put([PrefillEvent(frame=frame) for frame in frames])
 
     def stats(self, *, sampled_unix_ns: int, sampled_s: float, written_before: int, worker: str) -> TransferStats:
         """What the transfer cost, once all frames are made."""

@@ -9,7 +9,7 @@ from ..kernels.attention import Span, ragged_attention
 from ..kvtransfer.page import Section
 from ..kvtransfer.pool import DensePool
 from ..model.model import Model
-from ..proto.prefill_pb2 import KvFrame, PrefillEvent
+from ..proto.errors import IsthmusError
 from .job import PrefillJob
 from .scheduler import Chunk
 
@@ -61,12 +61,10 @@ class PrefillRunner:
         return attend
 
     def _send_layer(self, job: PrefillJob, layer: int, due: list[Section]) -> None:
-        for section in due:
-            keys, values = self._pool.read(layer, job.runs, section.start, section.end)
-            put_frames(job, job.sender.encode(layer, section, keys, values))
-
-
-def put_frames(job: PrefillJob, frames: list[KvFrame]) -> None:
-    """Queues frames for sending."""
-    if frames:
-        job.outbox.put([PrefillEvent(frame=frame) for frame in frames])
+        """A page that cannot be encoded ends its own job only: `job.failure` says why."""
+        try:
+            for section in due if job.failure is None else []:
+                keys, values = self._pool.read(layer, job.runs, section.start, section.end)
+                job.put_frames(job.sender.encode(layer, section, keys, values))
+        except IsthmusError as error:
+            job.failure = error

@@ -81,7 +81,9 @@ class PrefillWorker(PrefillServicer):
         await self.server.close()
         await asyncio.to_thread(self._engine.thread.stop)
 
-    async def Prefill(self, request: PrefillRequest, context: grpc.aio.ServicerContext) -> None:
+    async def Prefill(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, request: PrefillRequest, context: grpc.aio.ServicerContext
+    ) -> None:
         """One transfer: the response stream is the KV."""
         with self.server.request():
             job = self._job(request)

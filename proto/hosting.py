@@ -22,7 +22,7 @@ from .worker_pb2_grpc import add_WorkerServicer_to_server
 class WorkerServer:
     """The gRPC server of one worker. Health probes see SERVING between `open` and `drain`."""
 
-    def __init__(self, role: WorkerRole, listen: str, advertise: str | None, name: str | None) -> None:
+    def __init__(self, role: WorkerRole.ValueType, listen: str, advertise: str | None, name: str | None) -> None:
         self._role, self._listen, self._advertise, self._name = role, listen, advertise, name
         self._reports = ReportServicer(self.report)
         self._fill: Callable[[WorkerReport], None] = lambda report: None

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def make_prompts(vocab_size: int) -> list[list[int]]:
 
 def reference(path: str, prompts: list[list[int]]) -> list[list[int]]:
     """What transformers makes of each prompt, alone."""
-    net = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    net: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
     outputs = []
     for prompt in prompts:
         with torch.inference_mode():
