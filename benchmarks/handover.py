@@ -1,0 +1,96 @@
+"""How fast a prompt's KV and its first token get across: `python benchmarks/handover.py --json handover.json`.
+
+Starts a local cluster of one prefill and one decode worker with `isthmus up`, and sends one request after the other
+over the public API. Handover is the time from the prefill worker's sampling of the first token to its arrival at this
+client, by the clock of this host. The first and second tokens' gap holds the tail of the pages, their decoding and
+one step of the decode worker.
+"""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc.aio
+import typer
+from processes import free_port, isthmus
+from report import conditions, percentiles, write_json
+from rich.console import Console
+from rich.progress import track
+
+from isthmus.cluster.client import Answer, Client, build_request
+
+PROMPT_TOKENS = (64, 256, 1024)
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+
+
+async def first_answer(client: Client, within_s: float) -> None:
+    """Asks until the cluster answers; TimeoutError after `within_s`."""
+    request = build_request(token_ids=[1, 2, 3], sampling=GREEDY | {"max_tokens": 1})
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        try:
+            await client.answer(request, timeout_s=10)
+            return
+        except grpc.aio.AioRpcError:
+            await asyncio.sleep(0.05)
+    raise TimeoutError(f"the cluster did not answer within {within_s:.0f} s")
+
+
+async def measure(client: Client, requests: int, codec: str) -> list[Answer]:
+    """Runs the requests one after the other, cycling through the prompt lengths."""
+    vocab = (await client.model()).vocab_size
+    answers = []
+    for number in track(range(requests), "requests"):
+        length = PROMPT_TOKENS[number % len(PROMPT_TOKENS)]
+        token_ids = [(number * 7919 + position * 104729) % vocab for position in range(length)]
+        request = build_request(token_ids=token_ids, sampling=GREEDY | {"max_tokens": 8}, codec=codec)
+        answers.append(await client.answer(request, timeout_s=120))
+    return answers
+
+
+def summarize(answers: list[Answer], start_to_first_token_s: float) -> dict[str, Any]:
+    """The figures of the JSON."""
+    transfers = [answer.timings.transfer for answer in answers]
+    wire = sum(transfer.kv_bytes_wire for transfer in transfers)
+    steps = [gap for answer in answers for gap in answer.itl_ms[1:]]
+    return {
+        "requests": len(answers),
+        "start_to_first_token_s": round(start_to_first_token_s, 2),
+        "handover_ms": percentiles([answer.handover_ms or 0 for answer in answers]),
+        "gap_1_2_ms": percentiles([answer.itl_ms[0] for answer in answers]),
+        "step_ms": percentiles(steps),
+        "bytes_sent_before_prefill_end": round(sum(t.kv_bytes_before_prefill_end for t in transfers) / wire, 4),
+        "kv_ratio_to_bf16": round(sum(t.kv_bytes_bf16 for t in transfers) / wire, 3),
+    }
+
+
+async def run(model: str, requests: int, codec: str, dtype: str) -> dict[str, Any]:
+    """Brings the cluster up, measures, takes it down."""
+    port = free_port()
+    begun = time.monotonic()
+    with isthmus("up", "--model", model, "--port", str(port), "--dtype", dtype):
+        async with Client(f"127.0.0.1:{port}") as client:
+            await first_answer(client, 180)
+            took = time.monotonic() - begun
+            await measure(client, len(PROMPT_TOKENS), codec)  # warm up
+            answers = await measure(client, requests, codec)
+    return summarize(answers, took)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="What the workers serve.")] = "smollm2-135m",
+    requests: Annotated[int, typer.Option(min=1, help="How many to send.")] = 60,
+    codec: Annotated[str, typer.Option(help="Of the KV transfer.")] = "tq-k4v4",
+    dtype: Annotated[str, typer.Option(help="Of weights and KV.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+) -> None:
+    """Measures handover, the gap between tokens 1 and 2, overlap and start-up of a local cluster."""
+    result = asyncio.run(run(model, requests, codec, dtype))
+    result["conditions"] = conditions(model=model, codec=codec, dtype=dtype, prompt_tokens=PROMPT_TOKENS)
+    write_json(json, result)
+    Console().print_json(data=result)
+
+
+if __name__ == "__main__":
+    typer.run(main)

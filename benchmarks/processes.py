@@ -1,0 +1,68 @@
+"""Workers and clusters as processes of their own, for benchmarks; each is gone when its context ends."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from isthmus.proto.serving import open_channel
+from isthmus.proto.worker_pb2 import GetReportRequest, WorkerReport
+from isthmus.proto.worker_pb2_grpc import WorkerStub
+
+ISTHMUS = str(Path(sys.executable).with_name("isthmus"))
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def isthmus(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs `isthmus ARGUMENTS` beside the benchmark; SIGTERM at the end, SIGKILL if that does not help in 30 s."""
+    process = subprocess.Popen([ISTHMUS, *arguments], stdout=subprocess.DEVNULL, env=os.environ)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def worker(role: str, model: str, dtype: str, threads: int) -> Iterator[str]:
+    """One worker with no Ray; yields its address at once, `ready` waits for it."""
+    address = f"127.0.0.1:{free_port()}"
+    shared = ("--model", model, "--dtype", dtype, "--threads", str(threads))
+    with isthmus("worker", role, "--listen", address, *shared):
+        yield address
+
+
+async def ready(addresses: Sequence[str], within_s: float = 120) -> list[WorkerReport]:
+    """Waits until all workers answer; TimeoutError after `within_s`."""
+    end = time.monotonic() + within_s
+    return [await _report(address, end) for address in addresses]
+
+
+async def _report(address: str, end: float) -> WorkerReport:
+    async with open_channel(address) as channel:
+        while time.monotonic() < end:
+            try:
+                return await WorkerStub(channel).GetReport(GetReportRequest(), timeout=1)
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(0.1)
+    raise TimeoutError(f"no worker answers at {address}")
