@@ -29,14 +29,16 @@ def sources(folder: str) -> list[Path]:
 def crossings(path: Path) -> Iterator[str]:
     """Folders of ours that a file imports from, its own left out."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 2:
-            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level > 2:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        level = node.level if isinstance(node, ast.ImportFrom) else 0
+        if level == 2:
+            yield from (name.split(".")[0] for name in names)
+        elif level > 2:
             yield "outside"
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("isthmus"):
-            yield "absolute"
-        elif isinstance(node, ast.Import) and any(alias.name.startswith("isthmus") for alias in node.names):
-            yield "absolute"
+        elif level == 0 and any(name.split(".")[0] == "isthmus" for name in names):
+            yield "an absolute name"
 
 
 @pytest.mark.parametrize("folder", ALLOWED)

@@ -1,0 +1,62 @@
+"""Settings from a file and flags, and how mistakes in them read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus.cluster.config import ClusterConfig, load_config, load_worker_settings
+from isthmus.proto.errors import InvalidRequest
+
+
+def written(folder: Path, text: str | bytes) -> Path:
+    path = folder / "cluster.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def test_defaults() -> None:
+    config = load_config(None, {"port": None})
+    assert (config.prefill, config.decode, config.model, config.codec) == (1, 1, "smollm2-135m", "tq-k4v4")
+    assert (config.host, config.port, config.workers) == ("127.0.0.1", 50051, 2)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "decode: 3\ncodec: raw\nprefill_worker:\n  chunk_tokens: 256\n")
+    config = load_config(path, {"decode": 2, "codec": None})
+    assert (config.decode, config.codec) == (2, "raw")
+    settings = config.worker_settings("prefill", "prefill-0", "127.0.0.1:0", 1)
+    assert (settings["chunk_tokens"], settings["default_codec"], settings["name"]) == (256, "raw", "prefill-0")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("decodes: 2", "unknown key 'decodes'; allowed: prefill, decode, model"),
+        ("decode: 0", "decode is 0: Input should be greater than or equal to 1"),
+        ("decode: many", "decode is 'many': Input should be a valid integer"),
+        ("codec: zip", "codec is 'zip': no codec 'zip'; allowed: "),
+        ("decode_worker: {max_batsch: 3}", "decode_worker: unknown key 'max_batsch'; allowed: model, "),
+        ("prefill_worker: {chunk_tokens: 100}", "chunk_tokens must be a multiple of page_tokens"),
+        ("- a\n- b", "is not a mapping of settings"),
+        ("a: [", "is not YAML"),
+        (b"model: \xff", "is not UTF-8 text (byte 7)"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path: Path, text: str | bytes, message: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        load_config(written(tmp_path, text), {})
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, ""), {}) == ClusterConfig()
+
+
+def test_worker_settings_from_file_and_flags(tmp_path: Path) -> None:
+    path = written(tmp_path, "max_batch: 4\nthreads: 3\n")
+    settings: dict[str, Any] = load_worker_settings("decode", path, {"listen": "h:1"}, default_threads=2)
+    assert (settings["max_batch"], settings["threads"], settings["listen"]) == (4, 3, "h:1")
+    with pytest.raises(InvalidRequest, match="unknown key 'port'"):
+        load_worker_settings("decode", None, {"port": 1}, default_threads=1)

@@ -1,0 +1,264 @@
+"""The gateway against workers that follow a script."""
+
+import asyncio
+import time
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from scripted import Script, Scripted, hangs, says, scripted_cluster, served
+
+from isthmus.cluster.client import RETRY_KEY, Client, build_request
+from isthmus.cluster.gateway import Gateway
+from isthmus.kvtransfer.hashing import HASH_BYTES
+from isthmus.proto.common_pb2 import FINISH_REASON_STOP
+from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
+from isthmus.proto.errors import Exhausted, InvalidRequest, IsthmusError, Unavailable
+from isthmus.proto.generation_pb2 import ListModelsRequest
+from isthmus.proto.generation_pb2_grpc import GenerationStub
+from isthmus.proto.serving import open_channel
+from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_HEALTH_UNREACHABLE
+
+
+def raises(error: Exception, *, after: bytes = b"") -> Script:
+    async def script(request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+        for token in after:
+            await context.write(DecodeEvent(token_ids=[token]))
+        raise error
+
+    return script
+
+
+async def until(worker: Scripted, cancelled: int) -> None:
+    """Waits until a worker has seen so many cancellations."""
+    async with asyncio.timeout(5):
+        while worker.cancelled < cancelled:
+            await asyncio.sleep(0.01)
+
+
+async def test_an_answer_with_its_figures() -> None:
+    async with scripted_cluster(says("hello")) as cluster, Client(cluster.gateway.address) as client:
+        answer = await client.answer(build_request(prompt="p" * 130, codec="raw", sampling={"seed": 5}))
+        assert (answer.text, answer.finish, answer.token_ids) == ("hello", "length", list(b"hello"))
+        assert (answer.usage.prompt_tokens, answer.usage.output_tokens) == (130, 5)
+        assert (answer.timings.seed, answer.timings.transfer.kv_bytes_wire) == (5, 1000)
+        assert answer.timings.decode_worker == cluster.decodes[0].address
+        assert len(answer.itl_ms) == 4
+        asked = cluster.decodes[0].requests[0]
+        assert list(asked.prefill_addresses) == [cluster.prefill.address]
+        assert (asked.codec, len(asked.page_hashes), asked.sampling.seed) == ("raw", 2 * HASH_BYTES, 5)
+        assert asked.sampling.HasField("temperature")  # every default is set
+
+
+async def test_the_first_token_is_passed_on_at_once() -> None:
+    async with scripted_cluster(hangs) as cluster, Client(cluster.gateway.address) as client:
+        events = client.generate(build_request(prompt="x"))
+        first = await asyncio.wait_for(anext(events), 2)
+        assert first.text == "A"
+        await events.aclose()
+        await until(cluster.decodes[0], cancelled=1)
+        async with asyncio.timeout(5):
+            await cluster.gateway.load.wait_idle()
+
+
+async def test_fifty_cancels_leave_nothing_behind() -> None:
+    async with scripted_cluster(hangs) as cluster, Client(cluster.gateway.address) as client:
+        for _ in range(50):
+            events = client.generate(build_request(prompt="x"))
+            await anext(events)
+            await events.aclose()
+        await until(cluster.decodes[0], cancelled=50)
+        async with asyncio.timeout(5):
+            await cluster.gateway.load.wait_idle()
+
+
+async def test_the_deadline_reaches_the_worker() -> None:
+    left = []
+
+    async def script(request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+        left.append(context.time_remaining())
+        await hangs(request, context)
+
+    async with scripted_cluster(script) as cluster, Client(cluster.gateway.address) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await client.answer(build_request(prompt="x"), timeout_s=0.5)
+        assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert 0 < left[0] <= 0.5
+        await until(cluster.decodes[0], cancelled=1)
+
+
+async def test_a_stop_string_across_tokens_cancels_the_worker() -> None:
+    async def script(request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+        for token in b"one END two":
+            await context.write(DecodeEvent(token_ids=[token]))
+        await asyncio.Event().wait()
+
+    async with scripted_cluster(script) as cluster, Client(cluster.gateway.address) as client:
+        answer = await client.answer(build_request(prompt="x", sampling={"stop": ["END"]}))
+        assert (answer.text, answer.finish_reason) == ("one ", FINISH_REASON_STOP)
+        assert answer.usage.output_tokens == len("one END")
+        await until(cluster.decodes[0], cancelled=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "details"),
+    [
+        (InvalidRequest("too odd"), grpc.StatusCode.INVALID_ARGUMENT, "too odd"),
+        (Exhausted("no pages"), grpc.StatusCode.RESOURCE_EXHAUSTED, "no pages"),
+    ],
+)
+async def test_a_workers_error_is_the_clients(error: IsthmusError, code: grpc.StatusCode, details: str) -> None:
+    async with scripted_cluster(raises(error)) as cluster, Client(cluster.gateway.address) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await client.answer(build_request(prompt="x"))
+        assert (raised.value.code(), raised.value.details()) == (code, details)
+        hints = [int(value) for key, value in raised.value.trailing_metadata() or () if key == RETRY_KEY]
+        assert len(hints) == (code is grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert all(100 <= hint <= 10_000 for hint in hints)
+
+
+async def test_a_workers_bug_is_not_explained_to_clients(caplog: pytest.LogCaptureFixture) -> None:
+    async with scripted_cluster(raises(KeyError("secret"))) as cluster, Client(cluster.gateway.address) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await client.answer(build_request(prompt="x"))
+        assert raised.value.code() is grpc.StatusCode.UNKNOWN
+        assert "secret" not in (raised.value.details() or "")
+    assert "a bug in /isthmus.v1.Generation/Generate" in caplog.text
+
+
+@pytest.mark.parametrize("error", [Exhausted("full"), Unavailable("draining")])
+async def test_before_the_first_token_another_worker_takes_over(error: IsthmusError) -> None:
+    async with (
+        scripted_cluster(raises(error), raises(error), says("fine")) as cluster,
+        Client(cluster.gateway.address) as client,
+    ):
+        for _ in range(3):
+            assert (await client.answer(build_request(prompt="x"))).text == "fine"
+
+
+async def test_after_the_first_token_the_error_is_told() -> None:
+    async with (
+        scripted_cluster(raises(Unavailable("gone"), after=b"ab")) as cluster,
+        Client(cluster.gateway.address) as client,
+    ):
+        text = ""
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            async for event in client.generate(build_request(prompt="x")):
+                text += event.text
+        assert (text, raised.value.code()) == ("ab", grpc.StatusCode.UNAVAILABLE)
+        assert "gone" in (raised.value.details() or "")
+
+
+async def test_a_message_over_the_limit() -> None:
+    async with scripted_cluster(says("x")) as cluster, Client(cluster.gateway.address) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await client.answer(build_request(prompt="x" * (4 << 20)))
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "4194304" in (raised.value.details() or "")
+
+
+async def test_status_and_models() -> None:
+    async with scripted_cluster(says("x")) as cluster, Client(cluster.gateway.address) as client:
+        status = await client.status()
+        assert [(worker.worker_id, worker.health) for worker in status.workers] == [
+            ("prefill-0", WORKER_HEALTH_READY),
+            ("decode-0", WORKER_HEALTH_READY),
+        ]
+        model = await client.model("bytes")
+        assert (list(model.codecs), model.default_codec) == (["raw", "tq-k4v4"], "tq-k4v4")
+        assert (model.context_length, model.max_request_tokens, model.has_chat_template) == (1000, 1000, True)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await client.model("other")
+        assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+        async with open_channel(cluster.gateway.address) as channel:
+            listed = await GenerationStub(channel).ListModels(ListModelsRequest())
+        assert list(listed.models) == [model]
+
+
+async def test_health_follows_the_workers() -> None:
+    async with scripted_cluster(says("x")) as cluster, open_channel(cluster.gateway.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service="isthmus.v1.Generation"))
+        async with asyncio.timeout(10):
+            while (await watch.read()).status != health_pb2.HealthCheckResponse.SERVING:
+                pass
+            await cluster.prefill.stop()
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watch.cancel()
+
+
+async def test_reflection_lists_the_services() -> None:
+    async with scripted_cluster(says("x")) as cluster, open_channel(cluster.gateway.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        call = stub.ServerReflectionInfo()
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        reply = await call.read()
+        await call.done_writing()
+        names = {service.name for service in reply.list_services_response.service}
+        assert {"isthmus.v1.Generation", "isthmus.v1.Cluster", "grpc.health.v1.Health"} <= names
+
+
+async def test_a_worker_that_comes_back_is_used_again() -> None:
+    async with scripted_cluster(says("one")) as cluster, Client(cluster.gateway.address) as client:
+        worker = cluster.decodes[0]
+        address = worker.address
+        await worker.stop()
+        async with asyncio.timeout(5):
+            while cluster.gateway.fleet.snapshot().decode:
+                await cluster.gateway.fleet.change.wait()
+        status = await client.status()
+        assert [worker.health for worker in status.workers] == [WORKER_HEALTH_READY, WORKER_HEALTH_UNREACHABLE]
+        assert status.workers[1].reason == "cannot be reached (connection refused or reset)"
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await client.answer(build_request(prompt="x"))
+        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+        await worker.start(address)
+        async with asyncio.timeout(5):
+            while not cluster.gateway.fleet.snapshot().decode:
+                await cluster.gateway.fleet.change.wait()
+        assert (await client.answer(build_request(prompt="x"))).text == "one"
+
+
+async def test_draining_lets_running_requests_end() -> None:
+    release = asyncio.Event()
+
+    async def script(request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+        await context.write(DecodeEvent(token_ids=[65]))
+        await release.wait()
+        await says("B")(request, context)
+
+    async with scripted_cluster(script) as cluster, Client(cluster.gateway.address) as client:
+        running = asyncio.create_task(client.answer(build_request(prompt="x")))
+        async with asyncio.timeout(5):
+            while not cluster.decodes[0].requests:
+                await asyncio.sleep(0.01)
+        draining = asyncio.create_task(cluster.gateway.drain(5))
+        await asyncio.sleep(0)
+        with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
+            await client.answer(build_request(prompt="x"))
+        release.set()
+        assert await draining
+        assert (await running).text == "AB"
+
+
+async def test_draining_gives_up_in_time() -> None:
+    async with scripted_cluster(hangs) as cluster, Client(cluster.gateway.address) as client:
+        running = asyncio.create_task(client.answer(build_request(prompt="x")))
+        async with asyncio.timeout(5):
+            while not cluster.decodes[0].requests:
+                await asyncio.sleep(0.01)
+        begun = time.monotonic()
+        assert not await cluster.gateway.drain(0.2)
+        assert time.monotonic() - begun < 2
+        await cluster.gateway.stop()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await running
+
+
+async def test_a_port_in_use_is_an_error() -> None:
+    async with scripted_cluster(says("x")) as cluster:
+        second = Gateway(cluster.gateway.address, served())
+        with pytest.raises(OSError, match="cannot listen on"):
+            await second.start()

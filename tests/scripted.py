@@ -1,0 +1,189 @@
+"""Workers that follow a script, a model of bytes, and a gateway on top: the gateway's tests need no weights."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc.aio
+
+from isthmus.cluster.gateway import Gateway
+from isthmus.cluster.served import ServedModel
+from isthmus.kvtransfer.frame import PROTOCOL_VERSION
+from isthmus.proto import decode_pb2, worker_pb2
+from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, TransferStats
+from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
+from isthmus.proto.decode_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
+from isthmus.proto.reporting import ReportServicer
+from isthmus.proto.serving import Server, start_server
+from isthmus.proto.worker_pb2 import (
+    WORKER_HEALTH_READY,
+    WORKER_ROLE_DECODE,
+    WORKER_ROLE_PREFILL,
+    ModelReport,
+    PageCounts,
+    WorkerReport,
+)
+from isthmus.proto.worker_pb2_grpc import add_WorkerServicer_to_server
+
+FINGERPRINT = "f" * 32
+CODECS = {"raw": "r0", "tq-k4v4": "t0"}
+
+Script = Callable[[DecodeRequest, grpc.aio.ServicerContext], Awaitable[None]]
+
+
+class ByteText:
+    """A tokenizer and detokenizer whose tokens are the bytes of UTF-8 text."""
+
+    has_chat_template = True
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return list("".join(f"<{message['role']}>{message['content']}" for message in messages).encode())
+
+
+class ByteDecoder:
+    """Text of whole characters only."""
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        self._held += bytes(token_ids)
+        text = self._held.decode(errors="ignore")
+        self._held = self._held[len(text.encode()) :]
+        return text
+
+    def finish(self) -> str:
+        return self._held.decode(errors="replace")
+
+
+def served(**changes: Any) -> ServedModel:
+    """The model of bytes: 256 tokens, a context of 1,000."""
+    from isthmus.model.tokens import StopStrings
+
+    fields: dict[str, Any] = {
+        "name": "bytes",
+        "fingerprint": FINGERPRINT,
+        "architecture": "BytesForCausalLM",
+        "context_length": 1000,
+        "vocab_size": 256,
+        "tokenizer": ByteText(),
+        "new_decoder": ByteDecoder,
+        "new_stops": StopStrings,
+    }
+    return ServedModel(**{**fields, **changes})
+
+
+def report_of(role: int, **changes: Any) -> WorkerReport:
+    """A ready worker with 100 pages of 64 tokens."""
+    name = "prefill" if role == WORKER_ROLE_PREFILL else "decode"
+    fields: dict[str, Any] = {
+        "worker_id": f"{name}-0",
+        "role": role,
+        "health": WORKER_HEALTH_READY,
+        "protocol_version": PROTOCOL_VERSION,
+        "model": ModelReport(name="bytes", fingerprint=FINGERPRINT, context_length=1000, vocab_size=256),
+        "codecs": CODECS,
+        "default_codec": "tq-k4v4",
+        "page_tokens": 64,
+        "pages": PageCounts(total=100, free=100),
+    }
+    return WorkerReport(**{**fields, **changes})
+
+
+@dataclass
+class Scripted(DecodeServicer):
+    """A worker that reports what it is told to and answers as its script says."""
+
+    report: WorkerReport
+    script: Script | None = None
+    requests: list[DecodeRequest] = field(default_factory=list)
+    cancelled: int = 0
+    server: Server | None = None
+
+    async def start(self, listen: str = "127.0.0.1:0") -> None:
+        self.reports = ReportServicer(lambda: self.report)
+        services = {
+            decode_pb2.DESCRIPTOR.services_by_name["Decode"]: lambda server: add_DecodeServicer_to_server(self, server),
+            worker_pb2.DESCRIPTOR.services_by_name["Worker"]: lambda server: add_WorkerServicer_to_server(
+                self.reports, server
+            ),
+        }
+        self.server = await start_server(listen, services)
+        await self.server.set_serving(True)
+
+    @property
+    def address(self) -> str:
+        assert self.server is not None
+        return f"127.0.0.1:{self.server.port}"
+
+    async def stop(self) -> None:
+        assert self.server is not None
+        await self.server.grpc_server.stop(grace=None)
+
+    async def Generate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, request: DecodeRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        self.requests.append(request)
+        assert self.script is not None
+        try:
+            await self.script(request, context)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+
+def says(text: str, *, size: int = 1, finish: int = FINISH_REASON_LENGTH) -> Script:
+    """A script that sends the bytes of `text`, `size` tokens an event, and then ends."""
+
+    async def script(request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+        tokens = list(text.encode())
+        for start in range(0, len(tokens), size):
+            await context.write(DecodeEvent(token_ids=tokens[start : start + size]))
+        stats = TransferStats(kv_bytes_bf16=4000, kv_bytes_wire=1000, kv_bytes_before_prefill_end=500)
+        await context.write(DecodeEvent(finish_reason=finish, transfer=stats))
+
+    return script
+
+
+async def hangs(request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+    """A script that sends one token and then nothing."""
+    await context.write(DecodeEvent(token_ids=[65]))
+    await asyncio.Event().wait()
+
+
+@dataclass
+class ScriptedCluster:
+    """A gateway, one prefill worker that only reports, and decode workers."""
+
+    gateway: Gateway
+    prefill: Scripted
+    decodes: list[Scripted]
+
+
+@asynccontextmanager
+async def scripted_cluster(*scripts: Script, model: ServedModel | None = None) -> AsyncIterator[ScriptedCluster]:
+    """A gateway that is ready, with one decode worker for each script."""
+    prefill = Scripted(report_of(WORKER_ROLE_PREFILL))
+    decodes = [
+        Scripted(report_of(WORKER_ROLE_DECODE, worker_id=f"decode-{number}"), script)
+        for number, script in enumerate(scripts)
+    ]
+    for worker in (prefill, *decodes):
+        await worker.start()
+    addresses = [worker.address for worker in (prefill, *decodes)]
+    gateway = Gateway("127.0.0.1:0", model or served(), addresses)
+    await gateway.start()
+    try:
+        async with asyncio.timeout(10):
+            while len(gateway.fleet.snapshot().decode) < len(decodes) or not gateway.fleet.snapshot().prefill:
+                await gateway.fleet.change.wait()
+        yield ScriptedCluster(gateway, prefill, decodes)
+    finally:
+        await gateway.stop()
+        for worker in (prefill, *decodes):
+            await worker.stop()
