@@ -27,18 +27,21 @@ def ragged_attention(
 ) -> Tensor:
     """Causal attention of every new token over its own sequence, which the pool already holds.
 
-    `window`: a token sees itself and the window - 1 tokens before it; None: everything before it. Returns
-    [T, query heads, D] in the dtype of `q_THD`.
+    `spans` cover the rows of `q_THD` in order. `window`: a token sees itself and the window - 1 tokens before it;
+    None: everything before it. Returns [T, query heads, D] in the dtype of `q_THD`.
     """
-    out_THD = torch.empty_like(q_THD)
+    heads, dim = q_THD.shape[1:]
+    # Every query head of a group is a query row of its KV head, so that a decode step reads K and V once.
+    q_T1HGD = q_THD.view(len(q_THD), 1, keys_SHD.shape[1], -1, dim)
+    outs = []
     for span in spans:
-        q = q_THD[span.row : span.row + span.new]
-        out = out_THD[span.row : span.row + span.new]
         if span.new == 1:
-            out.copy_(_decode(q, keys_SHD, values_SHD, _visible(span, window), scale))
+            out = _decode(q_T1HGD[span.row], keys_SHD, values_SHD, _visible(span, window), scale)
+            outs.append(out.view(1, heads, dim))
         else:
-            out.copy_(_chunk(q, keys_SHD, values_SHD, span, scale, window))
-    return out_THD
+            q = q_THD[span.row : span.row + span.new]
+            outs.append(_chunk(q, keys_SHD, values_SHD, span, scale, window))
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
 def _visible(span: Span, window: int | None) -> tuple[tuple[int, int], ...]:
@@ -55,17 +58,25 @@ def _visible(span: Span, window: int | None) -> tuple[tuple[int, int], ...]:
 
 
 def _decode(
-    q_1HD: Tensor, keys: Tensor, values: Tensor, stretches: tuple[tuple[int, int], ...], scale: float
+    q_1HGD: Tensor, keys: Tensor, values: Tensor, stretches: tuple[tuple[int, int], ...], scale: float
 ) -> Tensor:
-    """One token: every query head of a group is a query row of its KV head, so that K and V are read once."""
-    _, heads, dim = q_1HD.shape
-    q = q_1HD.view(1, keys.shape[1], heads // keys.shape[1], dim)
-    if _merges(q):
-        pieces = [(keys[slot : slot + n], values[slot : slot + n]) for slot, n in stretches]
+    """One token: [1, KV heads, G, D] over its stretches."""
+    if _merges(q_1HGD):
+        parts = [
+            _attend(q_1HGD, _stretch(keys, slot, tokens), _stretch(values, slot, tokens), scale)
+            for slot, tokens in stretches
+        ]
     else:
-        pieces = [(_contiguous(keys, stretches), _contiguous(values, stretches))]
-    parts = [_attend(q, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), scale) for k, v in pieces]
-    return _merge(parts).reshape(1, heads, dim)
+        k, v = (_contiguous(rows, stretches).transpose(0, 1).unsqueeze(0) for rows in (keys, values))
+        parts = [_attend(q_1HGD, k, v, scale)]
+    return _merge(parts)
+
+
+def _stretch(rows_SHD: Tensor, slot: int, tokens: int) -> Tensor:
+    """A view [1, H, tokens, D], made in one call: this runs for every sequence and layer of every step."""
+    _, heads, dim = rows_SHD.shape
+    row = heads * dim
+    return rows_SHD.as_strided((1, heads, tokens, dim), (row, dim, row, 1), slot * row)
 
 
 def _chunk(

@@ -1,0 +1,67 @@
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from isthmus.kernels.attention import Span, ragged_attention
+
+SLOTS = 500
+
+
+def make_spans(rng: random.Random) -> list[Span]:
+    """Up to four sequences with old and new tokens, in one stretch of the pool or in two."""
+    spans, row = [], 0
+    for _ in range(rng.randint(1, 4)):
+        new, past = rng.choice([1, 1, 2, 5, 40]), rng.choice([0, 1, 7, 63, 64, 100])
+        cut = rng.choice([0, rng.randint(0, past + new)])
+        lengths = [tokens for tokens in (cut, past + new - cut) if tokens]
+        stretches = tuple((rng.randint(0, SLOTS - tokens), tokens) for tokens in lengths)
+        spans.append(Span(row, new, past, stretches))
+        row += new
+    return spans
+
+
+def token_by_token(q: Tensor, keys: Tensor, values: Tensor, spans: list[Span], scale: float, window: int | None):
+    """The definition, in double precision."""
+    out = torch.empty_like(q, dtype=torch.float64)
+    groups = q.shape[1] // keys.shape[1]
+    for span in spans:
+        k, v = (
+            torch.cat([rows[slot : slot + n] for slot, n in span.stretches]).double().repeat_interleave(groups, dim=1)
+            for rows in (keys, values)
+        )
+        for index in range(span.new):
+            at = span.past + index
+            seen = slice(0 if window is None else max(0, at - window + 1), at + 1)
+            scores = torch.einsum("hd,shd->hs", q[span.row + index].double(), k[seen]) * scale
+            out[span.row + index] = torch.einsum("hs,shd->hd", scores.softmax(-1), v[seen])
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 8, 50, 64])
+@pytest.mark.parametrize(("kv_heads", "groups", "dim"), [(1, 1, 16), (3, 3, 64), (2, 4, 80), (1, 4, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_agrees_with_the_definition(window, kv_heads, groups, dim, dtype):
+    rng = random.Random(dim)
+    torch.manual_seed(dim)
+    for _ in range(5):
+        keys, values = torch.randn(2, SLOTS, kv_heads, dim).to(dtype)
+        spans = make_spans(rng)
+        q = torch.randn(spans[-1].row + spans[-1].new, kv_heads * groups, dim).to(dtype)
+        out = ragged_attention(q, keys, values, spans, dim**-0.5, window)
+        expected = token_by_token(q, keys, values, spans, dim**-0.5, window)
+        tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+        torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_sequence_sees_nothing_of_another():
+    torch.manual_seed(1)
+    keys, values = torch.randn(2, 128, 2, 16)
+    spans = [Span(0, 1, 39, ((0, 40),)), Span(1, 3, 10, ((64, 13),))]
+    q = torch.randn(4, 4, 16)
+    before = ragged_attention(q, keys, values, spans, 0.25, None)
+    keys[64:], values[64:] = 7.0, 7.0
+    after = ragged_attention(q, keys, values, spans, 0.25, None)
+    assert torch.equal(before[:1], after[:1])
+    assert not torch.allclose(before[1:], after[1:])
