@@ -76,7 +76,8 @@ def _stretch(rows_SHD: Tensor, slot: int, tokens: int) -> Tensor:
     """A view [1, H, tokens, D], made in one call: this runs for every sequence and layer of every step."""
     _, heads, dim = rows_SHD.shape
     row = heads * dim
-    return rows_SHD.as_strided((1, heads, tokens, dim), (row, dim, row, 1), slot * row)
+    start = rows_SHD.storage_offset() + slot * row
+    return rows_SHD.as_strided((1, heads, tokens, dim), (row, dim, row, 1), start)
 
 
 def _chunk(
