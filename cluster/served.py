@@ -1,10 +1,11 @@
 """The model as the gateway knows it: its limits and its text, no weights and no torch."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..proto.errors import NotFound
+from ..proto.errors import InvalidRequest, NotFound
 
 
 class TextEncoder(Protocol):
@@ -58,6 +59,9 @@ def load_served_model(source: str) -> ServedModel:
 
     described = describe_model(source)
     tokenizer = Tokenizer(described.path)
+    if tokenizer.has_chat_template:
+        with contextlib.suppress(InvalidRequest):  # the first use imports much; no client should wait for that
+            tokenizer.encode_chat([{"role": "user", "content": "hello"}])
     return ServedModel(
         name=described.name,
         fingerprint=described.fingerprint,

@@ -209,7 +209,7 @@ def _load(worker: _Watched, report: WorkerReport) -> WorkerLoad:
 
 
 def _one_line(error: grpc.aio.AioRpcError) -> str:
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return "cannot be reached (no process there, or no way to it)"
     details = (error.details() or "").splitlines() or [""]
-    if error.code() is grpc.StatusCode.UNAVAILABLE and "onnect" in details[0]:
-        return "cannot be reached (connection refused or reset)"
     return f"{error.code().name}: {details[0]}"

@@ -113,8 +113,9 @@ class Scripted(DecodeServicer):
                 self.reports, server
             ),
         }
-        self.server = await start_server(listen, services)
-        await self.server.set_serving(True)
+        server = await start_server(listen, services)
+        await server.set_serving(True)
+        self.server = server
 
     @property
     def address(self) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -179,7 +180,7 @@ async def test_status_and_models() -> None:
 
 async def test_health_follows_the_workers() -> None:
     async with scripted_cluster(says("x")) as cluster, open_channel(cluster.gateway.address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="isthmus.v1.Generation"))
         async with asyncio.timeout(10):
             while (await watch.read()).status != health_pb2.HealthCheckResponse.SERVING:
@@ -191,7 +192,7 @@ async def test_health_follows_the_workers() -> None:
 
 async def test_reflection_lists_the_services() -> None:
     async with scripted_cluster(says("x")) as cluster, open_channel(cluster.gateway.address) as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
         call = stub.ServerReflectionInfo()
         await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
         reply = await call.read()
@@ -210,7 +211,7 @@ async def test_a_worker_that_comes_back_is_used_again() -> None:
                 await cluster.gateway.fleet.change.wait()
         status = await client.status()
         assert [worker.health for worker in status.workers] == [WORKER_HEALTH_READY, WORKER_HEALTH_UNREACHABLE]
-        assert status.workers[1].reason == "cannot be reached (connection refused or reset)"
+        assert status.workers[1].reason == "cannot be reached (no process there, or no way to it)"
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await client.answer(build_request(prompt="x"))
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE

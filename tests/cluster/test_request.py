@@ -66,7 +66,7 @@ async def test_chat_goes_through_the_template() -> None:
         (build_request(chat=[]), "the chat has no messages; allowed: at least one"),
         (
             build_request(chat=[{"role": "robot", "content": "x"}]),
-            "unknown chat role 'robot'; allowed: system, user, assistant",
+            "unknown role 'robot' in a chat message; allowed: system, user, assistant",
         ),
         (
             build_request(prompt="x" * 1000),
