@@ -125,7 +125,7 @@ def _fit(sampling: Sampling, prompt: int, context: int, held: tuple[int, int]) -
         )
     held_prompt, held_total = held
     if prompt > held_prompt:
-        raise InvalidRequest(f"prompt of {prompt} tokens; allowed: at most {held_prompt}, what the workers can hold")
+        raise InvalidRequest(f"prompt of {prompt} tokens; allowed: at most {held_prompt} (what a worker can hold)")
     room = min(context, held_total) - prompt
     most = min(sampling.max_tokens, room)
     return replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
