@@ -17,18 +17,23 @@ MAX_HEAD_DIM = 512
 _PALEY_ORDERS = (1, 12, 20)
 
 
-def factor(head_dim: int) -> tuple[int, int] | None:
-    """(2^k, m) with head_dim = 2^k m and 2^k at least 4, or None where there is no such rotation."""
-    for order in _PALEY_ORDERS:
-        power, rest = divmod(head_dim, order)
-        if rest == 0 and power >= 4 and power & (power - 1) == 0 and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
-            return power, order
-    return None
-
-
 def head_dims() -> tuple[int, ...]:
-    """All head dimensions that can be rotated, ascending."""
-    return tuple(d for d in range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1, 8) if factor(d))
+    """All head dimensions of packed pages, ascending: those that split into four blocks of rotations."""
+    candidates = range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1, 8)
+    return tuple(d for d in candidates for power, _ in _splits(d) if power >= 4)
+
+
+def _splits(dim: int) -> list[tuple[int, int]]:
+    """All (2^k, m) with dim = 2^k m; there is at most one."""
+    found = [(dim // order, order) for order in _PALEY_ORDERS if dim % order == 0]
+    return [(power, order) for power, order in found if power & (power - 1) == 0]
+
+
+def _split(dim: int) -> tuple[int, int]:
+    splits = _splits(dim)
+    if not splits:
+        raise ValueError(f"no Hadamard matrix of order {dim}")
+    return splits[0]
 
 
 def _paley(order: int) -> Tensor:
@@ -56,11 +61,8 @@ def sylvester(power: int) -> Tensor:
 
 @cache
 def hadamard(head_dim: int) -> Tensor:
-    """[d, d] of ±1 with H Hᵀ = d I. ValueError where `factor` knows none."""
-    factors = factor(head_dim)
-    if factors is None:
-        raise ValueError(f"no Hadamard rotation for head dimension {head_dim}")
-    power, order = factors
+    """[d, d] of ±1 with H Hᵀ = d I. ValueError where there is no such m and k."""
+    power, order = _split(head_dim)
     return torch.kron(sylvester(power), _paley(order)).contiguous()
 
 

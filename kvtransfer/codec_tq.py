@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.layout import PageLayout
 from ..kernels.pack import Rotations, pack_reference
-from ..kernels.rotation import factor, hadamard, head_dims, signs
+from ..kernels.rotation import hadamard, head_dims, signs
 from ..kernels.shapes import LayerShape
 from ..kernels.unpack import unpack_reference
 from ..proto.errors import Corrupt, InvalidRequest
@@ -38,7 +38,7 @@ class TqCodec:
     ) -> None:
         key_bits, value_bits = TQ_BITS[name]
         for shape in layers:
-            if factor(shape.head_dim) is None:
+            if shape.head_dim not in head_dims():
                 allowed = ", ".join(map(str, head_dims()))
                 raise InvalidRequest(
                     f"codec {name!r} has no rotation for head dimension {shape.head_dim}; allowed: {allowed}"
@@ -55,9 +55,7 @@ class TqCodec:
         self.params_hash = self._hash()
 
     def _hash(self) -> str:
-        digest = hashlib.sha256(
-            f"{self.name} {LAYOUT_VERSION} {self._page_tokens} {SEED_KEYS} {SEED_VALUES}".encode()
-        )
+        digest = hashlib.sha256(f"{self.name} {LAYOUT_VERSION} {self._page_tokens} {SEED_KEYS} {SEED_VALUES}".encode())
         for shape, balance_HD in zip(self._shapes, self._balance, strict=True):
             digest.update(f" {shape.kv_heads} {shape.head_dim} ".encode())
             digest.update(balance_HD.numpy().astype("<f4").tobytes())
@@ -85,9 +83,7 @@ class TqCodec:
 
     def decode(self, layer: int, packed_PB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         check_packed(packed_PB, self.page_bytes(layer))
-        k_THD, v_THD = unpack_reference(
-            packed_PB, self.rotations(layer, packed_PB.device), self._layouts[layer], dtype
-        )
+        k_THD, v_THD = unpack_reference(packed_PB, self.rotations(layer, packed_PB.device), self._layouts[layer], dtype)
         return k_THD, v_THD
 
 

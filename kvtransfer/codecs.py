@@ -14,7 +14,8 @@ from torch import Tensor
 from ..kernels.shapes import LayerShape
 from ..proto.errors import InvalidRequest, NotFound
 from .codec_fp8 import Fp8Codec
-from .codec_names import DEFAULT_CODEC, TQ_BITS, codec_names
+from .codec_names import DEFAULT_CODEC, REFERENCES, TQ_BITS, codec_names
+from .codec_reference import ReferenceCodec
 from .codec_tq import TqCodec
 
 __all__ = ["DEFAULT_CODEC", "PageCodec", "RawCodec", "build_codec", "codec_names"]
@@ -85,4 +86,6 @@ def build_codec(
         return Fp8Codec(layers, page_tokens)
     if name in TQ_BITS:
         return TqCodec(name, layers, page_tokens, balance)
+    if name in REFERENCES:
+        return ReferenceCodec(name, layers, page_tokens)
     raise NotFound(f"no codec {name!r}; there are {', '.join(codec_names())}")
