@@ -15,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..proto.generation_pb2 import GenerateEvent, GenerateRequest
+from ..proto.serving import MIB
 from .client import Answer, Client, build_request
 from .config import ClusterConfig
 from .demo_prompts import AT_ONCE, ONE_BY_ONE, DemoRequest
-from .measures import Figures, figures_of, human_bytes
+from .measures import Figures, figures_of
 from .ray_cluster import RayCluster
 from .steps import ShownSteps
 from .supervisor import Supervisor
@@ -97,9 +98,8 @@ class _Demo:
         self._console.print()
         self._console.print(_table(rows))
         self._console.print(
-            f"[dim]{settings.model}, codec {settings.codec}. Handover: from sampling the first token on the "
-            "prefill worker to its arrival at the client. Sent early: bytes written before the prompt was "
-            "done.[/]"
+            f"[dim]{settings.model}, codec {settings.codec}. Handover: from the first token's sampling on the prefill "
+            "worker to its arrival at the client. Sent early: share of the bytes written before the prompt was done.[/]"
         )
 
 
@@ -116,24 +116,25 @@ def _shortened(request: DemoRequest) -> str:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("request")
-    for column in ("prompt\ntokens", "output\ntokens", "TTFT\nms", "ITL ms\np50 / p99", "handover\nms"):
-        table.add_column(column, justify="right")
-    for column in ("KV\nbf16", "on the\nwire", "ratio", "sent\nearly"):
-        table.add_column(column, justify="right")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("request", no_wrap=True)
+    for column in ("prompt\ntokens", "output\ntokens", "TTFT\nms", "ITL ms\np50/p99", "handover\nms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("KV MiB\nbf16", "KV MiB\nsent", "ratio", "sent\nearly"):
+        table.add_column(column, justify="right", no_wrap=True)
     for request, figures in rows:
+        early = figures.sent_before_prefill_end
         table.add_row(
             request.title,
             str(figures.prompt_tokens),
             str(figures.output_tokens),
             _number(figures.ttft_ms, 0),
-            f"{_number(figures.itl_p50_ms, 1)} / {_number(figures.itl_p99_ms, 1)}",
+            f"{_number(figures.itl_p50_ms, 1)}/{_number(figures.itl_p99_ms, 1)}",
             _number(figures.handover_ms, 1),
-            human_bytes(figures.kv_bytes_bf16),
-            human_bytes(figures.kv_bytes_wire),
+            _number(figures.kv_bytes_bf16 / MIB, 2),
+            _number(figures.kv_bytes_wire / MIB, 2),
             _number(figures.ratio, 2, "x"),
-            _number(figures.sent_before_prefill_end and 100 * figures.sent_before_prefill_end, 0, " %"),
+            _number(None if early is None else 100 * early, 0, "%"),
         )
     return table
 

@@ -70,7 +70,7 @@ ONE_BY_ONE = (
 )
 
 AT_ONCE = (
-    DemoRequest(title="together 1", text="Name three things that a lighthouse keeper needs.", max_tokens=64),
-    DemoRequest(title="together 2", text=f"{logbook(8, first=40)}\nWhich goods were carried?", max_tokens=64),
-    DemoRequest(title="together 3", text=f"{logbook(20, first=60)}\nWrite the next entry.", max_tokens=64),
+    DemoRequest(title="at once 1", text="Name three things that a lighthouse keeper needs.", max_tokens=64),
+    DemoRequest(title="at once 2", text=f"{logbook(8, first=40)}\nWhich goods were carried?", max_tokens=64),
+    DemoRequest(title="at once 3", text=f"{logbook(20, first=60)}\nWrite the next entry.", max_tokens=64),
 )
