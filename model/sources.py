@@ -9,6 +9,7 @@
 Torch is not imported here: a conversion runs in a process of its own.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from . import packages
 from .cache import Note, cache_root, cached_models, cached_or_made
 from .fingerprint import file_key
 
-CONVERTER = "1"  # of `convert.py`; a new number makes old folders of the cache unused
+CONVERTER = "2"  # of `convert.py`; a new number makes old folders of the cache unused
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 
@@ -56,9 +57,7 @@ def locate(source: str) -> Located:
 
 
 def _allowed() -> str:
-    return (
-        f"{', '.join(packages.PACKAGED)}, a model folder, a .gguf file, or OWNER/NAME of the Hugging Face hub"
-    )
+    return f"{', '.join(packages.PACKAGED)}, a model folder, a .gguf file, or OWNER/NAME of the Hugging Face hub"
 
 
 def _folder(path: Path) -> Located:
@@ -84,7 +83,8 @@ def _from_gguf(gguf: Path, name: str) -> Located:
 def _convert(gguf: Path, folder: Path) -> None:
     print(f"converting {gguf.name} (once)", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "isthmus.model.convert", str(gguf.resolve()), str(folder)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
+    quiet = os.environ | {"TQDM_DISABLE": "1"}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=quiet, check=False)
     if done.returncode:
         raise InvalidRequest(f"{gguf} cannot be converted (the reason stands above)")
 
@@ -100,7 +100,5 @@ def _from_hub(repo: str) -> Located:
         raise NotFound(f"the Hugging Face hub has no model {repo!r} (or it is gated: set HF_TOKEN)") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise Unavailable(
-            f"{repo!r} is not here, and the Hugging Face hub cannot be reached: {reason}"
-        ) from error
+        raise Unavailable(f"{repo!r} is not here, and the Hugging Face hub cannot be reached: {reason}") from error
     return Located(repo, _folder(Path(folder)).folder)

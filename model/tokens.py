@@ -160,7 +160,7 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
-def _read_converted(folder: Path) -> tuple[Backend, str | None, dict[str, str]]:
+def _read_converted(folder: Path) -> tuple[Backend, str | None, dict[str, Any]]:
     """Backend, chat template and special tokens of a folder that `convert.py` wrote."""
     config = json.loads((folder / "tokenizer_config.json").read_text())
     template = folder / "chat_template.jinja"

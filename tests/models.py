@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 VERSION = 1  # of what this file makes: a new number makes them anew
 WINDOW = 48
@@ -34,19 +34,24 @@ _SMALL: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
-    "tiny-llama": lambda: transformers.LlamaConfig(**_SMALL),
-    "tiny-mistral": lambda: transformers.MistralConfig(**_SMALL, sliding_window=WINDOW, head_dim=16),
-    "tiny-qwen2": lambda: transformers.Qwen2Config(**_SMALL),
-    "tiny-qwen3": lambda: transformers.Qwen3Config(**_SMALL, head_dim=32),
-    "tiny-phi3": lambda: transformers.Phi3Config(**_SMALL),
-    "tiny-mixtral": lambda: transformers.MixtralConfig(**_SMALL, num_local_experts=4, num_experts_per_tok=2),
-    "tiny-gemma3": lambda: transformers.Gemma3TextConfig(
-        **_SMALL | {"num_hidden_layers": 4, "num_key_value_heads": 1},
-        head_dim=16,
-        query_pre_attn_scalar=16,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention"] * 2,
+# name -> (model type of transformers, what differs from _SMALL)
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny-llama": ("llama", {}),
+    "tiny-mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 16}),
+    "tiny-qwen2": ("qwen2", {}),
+    "tiny-qwen3": ("qwen3", {"head_dim": 32}),
+    "tiny-phi3": ("phi3", {}),
+    "tiny-mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "tiny-gemma3": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
     ),
 }
 TINY_MODELS = tuple(_CONFIGS)
@@ -55,10 +60,15 @@ TINY_MODELS = tuple(_CONFIGS)
 def model_path(name: str) -> str:
     """What to give `load_model` for a name of TINY_MODELS or REAL_MODELS; a model's folder is made if need be."""
     if name in TINY_MODELS:
-        return str(made(name, lambda folder: make_tiny(_CONFIGS[name](), folder)))
+        return str(made(name, lambda folder: make_tiny(tiny_config(*_CONFIGS[name]), folder)))
     from isthmus.model.describe import describe_model
 
     return str(describe_model(name).path)
+
+
+def tiny_config(model_type: str, differences: dict[str, Any]) -> PretrainedConfig:
+    """The config of a small model."""
+    return AutoConfig.for_model(model_type, **_SMALL | differences)
 
 
 def made(name: str, make: Callable[[Path], None]) -> Path:
