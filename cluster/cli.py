@@ -60,7 +60,7 @@ def run(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # nobody reads the output any more, and Python would say so at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at exit
         return 1
     except Exception as error:
         return _fail(_line_of(error), 1)

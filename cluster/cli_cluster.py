@@ -239,6 +239,8 @@ def _check_address(address: str) -> None:
 
 
 def _configure_logs(level: str) -> None:
+    """Before anything imports gRPC, whose own hints on forks (Ray's start of its daemons) are of no use here."""
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from .logs import LEVELS, configure_logs
 
     if level not in LEVELS:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,8 @@ from . import cli_options as opt
 if TYPE_CHECKING:
     from ..proto.generation_pb2 import GenerateEvent, GenerateRequest
     from .client import Answer
+
+OnEvent = Callable[["GenerateEvent"], object]
 
 
 def generate(
@@ -81,11 +84,9 @@ def generate(
     )
     request.request_id = request_id
     events: list[GenerateEvent] = []
-    answer = asyncio.run(_ask(server, request, timeout, events.append if as_json else _show))
+    answer = _run(server, request, timeout, events.append if as_json else _show)
     if as_json:
         print(json.dumps(_as_json(answer, events)))
-    else:
-        print()
     if stats:
         print(_stats(answer), file=sys.stderr)
 
@@ -118,14 +119,29 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         request = build_request(chat=messages, sampling=sampling, codec=codec)
-        answer = asyncio.run(_ask(server, request, timeout, _show))
-        print()
+        answer = _run(server, request, timeout, _show)
         if stats:
             print(_stats(answer), file=sys.stderr)
         messages.append({"role": "assistant", "content": answer.text})
 
 
-async def _ask(server: str, request: "GenerateRequest", timeout_s: float | None, on_event: Any) -> "Answer":
+def _run(server: str, request: "GenerateRequest", timeout_s: float | None, on_event: OnEvent) -> "Answer":
+    """One request to its end. A line that was begun on stdout is ended, whatever happens."""
+    shown = False
+
+    def watched(event: "GenerateEvent") -> None:
+        nonlocal shown
+        shown = shown or on_event is _show
+        on_event(event)
+
+    try:
+        return asyncio.run(_ask(server, request, timeout_s, watched))
+    finally:
+        if shown:
+            print(flush=True)
+
+
+async def _ask(server: str, request: "GenerateRequest", timeout_s: float | None, on_event: OnEvent) -> "Answer":
     async with opt.gateway_client(server) as client:
         return await client.answer(request, on_event=on_event, timeout_s=timeout_s)
 

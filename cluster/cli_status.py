@@ -96,22 +96,12 @@ def _can_serve(cluster: "ClusterStatus") -> bool:
 
 
 def _table(cluster: "ClusterStatus") -> "Table":
+    """Two lines for each worker: fits 80 columns."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for column in (
-        "worker",
-        "role",
-        "health",
-        "queue",
-        "running",
-        "pages used",
-        "model",
-        "codec",
-        "runs on",
-        "version",
-    ):
-        table.add_column(column, overflow="fold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("worker", "role", "load", "pages", "model", "device", "version"):
+        table.add_column(column, no_wrap=True)
     for worker in cluster.workers:
         table.add_row(*_row(worker))
     return table
@@ -122,17 +112,17 @@ def _row(worker: "WorkerReport") -> list[str]:
 
     health = WorkerHealth.Name(worker.health).removeprefix("WORKER_HEALTH_").lower()
     colour = {WORKER_HEALTH_READY: "green", WORKER_HEALTH_DRAINING: "yellow"}.get(worker.health, "red")
-    role = WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower()
-    pages = worker.pages
+    role = WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower() if worker.role else "?"
+    queue = f"{worker.waiting_requests} waiting"
+    if worker.waiting_tokens:
+        queue = f"{worker.waiting_requests} wait, {worker.waiting_tokens} tok"
+    cached = f", {worker.pages.cached} cached" if worker.pages.cached else ""
     return [
         f"{worker.worker_id}\n[dim]{worker.address}[/]",
-        role if worker.role else "?",
-        f"[{colour}]{health}[/]",
-        f"{worker.waiting_requests} ({worker.waiting_tokens} tokens)",
-        str(worker.running_requests),
-        f"{pages.in_use}/{pages.total}" + (f" (+{pages.cached} cached)" if pages.cached else ""),
-        f"{worker.model.name}\n[dim]{worker.model.fingerprint[:12]}[/]",
-        worker.default_codec,
-        f"{worker.device} {worker.dtype}, {worker.threads} threads",
-        f"{worker.version}, protocol {worker.protocol_version}",
+        f"{role}\n[{colour}]{health}[/]",
+        f"{queue}\n{worker.running_requests} running",
+        f"{worker.pages.in_use} used{cached}\nof {worker.pages.total}",
+        f"{worker.model.name}\n{worker.default_codec}",
+        f"{worker.device}\n{worker.dtype}",
+        f"{worker.version}\nprotocol {worker.protocol_version}",
     ]

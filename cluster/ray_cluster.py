@@ -11,6 +11,8 @@ from ..proto.errors import IsthmusError, Unavailable
 from .config import ClusterConfig, Role
 from .host import Restarting, WorkerHost, thread_settings, usable_cores
 
+log = logging.getLogger(__name__)
+
 MAX_RESTARTS = 5  # of one worker, after that it stays dead
 OBJECT_STORE_BYTES = 100 << 20  # nothing of ours is kept there
 NAMESPACE = "isthmus"
@@ -111,6 +113,7 @@ class RayCluster:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             what = f"join Ray at {self._config.address}" if joins else "start Ray"
             raise Unavailable(f"cannot {what}: {_last_line(error)}") from None
+        _silence_raylet()
         if joins and self._config.threads is None:
             cores = ray.cluster_resources().get("CPU", 1)
             self.threads = max(1, int(cores) // self._config.workers)
@@ -153,6 +156,17 @@ class ActorHost(WorkerHost):
 
         listen = str(settings["listen"]).replace("0.0.0.0", ray.util.get_node_ip_address())
         super().__init__(role, {**settings, "listen": listen})
+
+
+def _silence_raylet() -> None:
+    """Sends what Ray's daemons tell a driver of dead workers to the log: the supervisor says it in one line."""
+    import ray._private.worker
+
+    def to_log(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        log.debug("raylet: %s", " ".join(str(line) for line in data.get("lines", ())))
+
+    if hasattr(ray._private.worker, "print_to_stdstream"):  # private: there is no setting for it
+        ray._private.worker.print_to_stdstream = to_log
 
 
 def _last_line(error: BaseException) -> str:
