@@ -1,0 +1,135 @@
+"""Starting, following and stopping workers, with a launcher of scripted workers instead of Ray."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+from scripted import Scripted, report_of, says, served
+
+from isthmus.cluster import supervisor as supervisor_module
+from isthmus.cluster.client import Client, build_request
+from isthmus.cluster.config import ClusterConfig, Role
+from isthmus.cluster.supervisor import Supervisor
+from isthmus.proto.errors import NotFound, Unavailable
+from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
+
+
+@dataclass
+class FakeWorker:
+    """A worker whose process can be made to die: it comes back at another address."""
+
+    name: str
+    worker: Scripted
+    restarts: int = 1
+    drained: bool = False
+    died: asyncio.Event = field(default_factory=asyncio.Event)
+    starting: Exception | None = None
+
+    async def address(self) -> str:
+        if self.starting is not None:
+            raise self.starting
+        if self.worker.server is None:
+            await self.worker.start()
+        return self.worker.address
+
+    async def wait_closed(self) -> None:
+        await self.died.wait()
+
+    async def die(self) -> None:
+        await self.worker.stop()
+        self.worker.server = None
+        self.restarts -= 1
+        if self.restarts < 0:
+            self.starting = Unavailable("died for good")
+        died, self.died = self.died, asyncio.Event()
+        died.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        self.drained = True
+
+    async def stop(self) -> None:
+        await self.worker.stop()
+
+
+@dataclass
+class FakeLauncher:
+    """Where fake workers come from."""
+
+    workers: list[FakeWorker] = field(default_factory=list)
+    failing: str = ""
+    closed: bool = False
+
+    async def start(self) -> None:
+        pass
+
+    async def launch(self, role: Role, name: str) -> FakeWorker:
+        kind = WORKER_ROLE_PREFILL if role == "prefill" else WORKER_ROLE_DECODE
+        worker = FakeWorker(name, Scripted(report_of(kind, worker_id=name), says("hello")))
+        if name == self.failing:
+            worker.starting = NotFound("no such model")
+        self.workers.append(worker)
+        return worker
+
+    async def close(self) -> None:
+        self.closed = True
+        for worker in self.workers:
+            if worker.worker.server is not None:
+                await worker.worker.stop()
+
+
+@pytest.fixture(autouse=True)
+def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "load_served_model", lambda source: served())
+
+
+async def test_up_answer_and_down() -> None:
+    launcher = FakeLauncher()
+    supervisor = Supervisor(ClusterConfig(prefill=2, decode=2, port=0), launcher)
+    gateway = await supervisor.start()
+    assert [worker.name for worker in launcher.workers] == ["prefill-0", "prefill-1", "decode-0", "decode-1"]
+    async with Client(gateway.address) as client:
+        assert (await client.answer(build_request(prompt="x"))).text == "hello"
+    await supervisor.stop(5)
+    assert launcher.closed
+    assert all(worker.drained for worker in launcher.workers)
+
+
+async def test_a_worker_that_cannot_start_is_told_at_once() -> None:
+    launcher = FakeLauncher(failing="decode-0")
+    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    with pytest.raises(NotFound, match="no such model"):
+        await supervisor.start()
+    await supervisor.stop(0)
+    assert launcher.closed
+
+
+async def test_a_worker_that_died_is_found_at_its_new_address() -> None:
+    launcher = FakeLauncher()
+    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    gateway = await supervisor.start()
+    decode = launcher.workers[1]
+    before = decode.worker.address
+    await decode.die()
+    async with asyncio.timeout(10):
+        while [status.address for status in gateway.fleet.statuses()][1:] in ([before], []):
+            await asyncio.sleep(0.02)
+        while not gateway.fleet.snapshot().decode:
+            await gateway.fleet.change.wait()
+    assert len(gateway.fleet.statuses()) == 2
+    async with Client(gateway.address) as client:
+        assert (await client.answer(build_request(prompt="x"))).text == "hello"
+    await supervisor.stop(0)
+
+
+async def test_a_worker_that_died_for_good_stays_in_the_status(caplog: pytest.LogCaptureFixture) -> None:
+    launcher = FakeLauncher()
+    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    gateway = await supervisor.start()
+    launcher.workers[1].restarts = 0
+    await launcher.workers[1].die()
+    async with asyncio.timeout(10):
+        while "a worker is lost" not in caplog.text:
+            await asyncio.sleep(0.02)
+    statuses = gateway.fleet.statuses()
+    assert [status.worker_id for status in statuses] == ["prefill-0", "decode-0"]
+    await supervisor.stop(0)
