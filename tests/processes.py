@@ -1,0 +1,80 @@
+"""`isthmus` as processes of their own, the way a user starts it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+
+from isthmus.proto.worker_pb2 import GetStatusRequest, WorkerHealth, WorkerRole
+from isthmus.proto.worker_pb2_grpc import ClusterStub
+
+ISTHMUS = str(Path(sys.executable).with_name("isthmus"))
+START_S = 180
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(*arguments: str, stdin: bytes = b"", timeout_s: float = 120) -> subprocess.CompletedProcess[bytes]:
+    """One `isthmus` command, to its end."""
+    return subprocess.run([ISTHMUS, *arguments], input=stdin, capture_output=True, timeout=timeout_s)
+
+
+@contextmanager
+def isthmus(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A running `isthmus` command; killed at the end where it has not ended by then."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([ISTHMUS, *arguments], stdout=subprocess.DEVNULL, env=environment)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_ready(server: str, workers: int, within_s: float = START_S) -> None:
+    """Returns once the gateway sees that many ready workers, of both roles; TimeoutError after `within_s`."""
+    end = time.monotonic() + within_s
+    roles: set[WorkerRole.ValueType] = set()
+    with grpc.insecure_channel(server) as channel:
+        while time.monotonic() < end:
+            try:
+                status = ClusterStub(channel).GetStatus(GetStatusRequest(), timeout=2)
+                ready = [w for w in status.workers if w.health == WorkerHealth.WORKER_HEALTH_READY]
+                roles = {worker.role for worker in ready}
+                if len(ready) == workers and len(roles) == 2:
+                    return
+            except grpc.RpcError:
+                pass
+            time.sleep(0.2)
+    raise TimeoutError(f"no {workers} ready workers at {server}; roles seen: {roles}")
+
+
+@contextmanager
+def cluster_without_ray(model: str, *, gateway: tuple[str, ...] = ()) -> Iterator[str]:
+    """A prefill worker, a decode worker and a gateway; yields the gateway's address."""
+    prefill, decode, server = (f"127.0.0.1:{free_port()}" for _ in range(3))
+    own = ("--model", model, "--dtype", "fp32", "--threads", "1")
+    with (
+        isthmus("worker", "prefill", "--listen", prefill, *own),
+        isthmus("worker", "decode", "--listen", decode, *own),
+        isthmus("gateway", "--listen", server, "--workers", f"{prefill},{decode}", "--model", model, *gateway),
+    ):
+        wait_ready(server, 2)
+        yield server
