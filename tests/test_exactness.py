@@ -62,5 +62,7 @@ async def test_greedy_output_is_that_of_transformers(name: str) -> None:
         together = await asyncio.gather(*(arrive(index) for index in range(len(prompts))))
         assert together == expected
 
-        packed = [await pair.generate(prompt, GREEDY, codec="tq-k4v4") for prompt in prompts[-3:]]
-        assert [answer.token_ids[0] for answer in packed] == [tokens[0] for tokens in expected[-3:]]
+        # Packed pages change later tokens, but the first one comes from exact KV.
+        first = Sampling(temperature=0, max_tokens=1, ignore_eos=True)
+        packed = [await pair.generate(prompt, first, codec="tq-k4v4") for prompt in prompts]
+        assert [answer.token_ids for answer in packed] == [tokens[:1] for tokens in expected]
