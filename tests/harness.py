@@ -73,9 +73,7 @@ class Pair:
         end = time.monotonic() + within_s
         while True:
             reports = [worker.server.report() for worker in (self.prefill, self.decode)]
-            left = [
-                (r.pages.in_use, r.waiting_requests, r.running_requests, r.host_buffer_bytes) for r in reports
-            ]
+            left = [(r.pages.in_use, r.waiting_requests, r.running_requests, r.host_buffer_bytes) for r in reports]
             if left == [(0, 0, 0, 0)] * 2:
                 assert all(r.pages.free + r.pages.cached == r.pages.total for r in reports)
                 return

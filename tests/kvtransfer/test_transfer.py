@@ -119,7 +119,7 @@ def test_frames_have_a_good_size():
         ({"model_fingerprint": "other"}, "model 'other'"),
         ({"codec": "tq-k4v2"}, "codec 'tq-k4v2'"),
         ({"codec_hash": "x"}, "codec parameters 'x'"),
-        ({"prompt_hash": b"another prompt's"}, "prompt b\"another"),
+        ({"prompt_hash": b"another prompt's"}, 'prompt b"another'),
         ({"protocol_version": 2}, "protocol version 2"),
     ],
 )
