@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from ..proto.errors import InvalidRequest, IsthmusError
+from ..kernels.shapes import LayerShape
+from ..proto.errors import InvalidRequest
 from . import attention
 from .describe import describe_model
 from .model import Model
@@ -37,7 +38,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Mod
     with _loading:
         net = _load_net(about.path, number, place)
         config = net.config.get_text_config(decoder=True)
-        layers = probe_layers(net, config.num_hidden_layers, about.context_length)
+        layers = _probe(net, about.architecture, config.num_hidden_layers, about.context_length)
     return Model(
         name=about.name,
         fingerprint=about.fingerprint,
@@ -55,9 +56,9 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Mod
 
 def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     _quiet()
+    config = _read_config(path)
+    refuse_inexact(config)
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        refuse_inexact(config)
         net = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -66,28 +67,40 @@ def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTraine
             device_map={"": device} if device.type != "cpu" else None,
             local_files_only=True,
         )
-    except IsthmusError:
-        raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        if isinstance(error, KeyError) and error.args == (attention.NAME,):  # older model code, with its own table
+            raise InvalidRequest(f"{config.model_type} does not use transformers' attention interface") from None
         raise InvalidRequest(f"the model in {path} cannot be loaded: {_first_line(error)}") from error
     return net.eval()
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidRequest(f"the config in {path} cannot be read: {_first_line(error)}") from error
+
+
+def _probe(net: PreTrainedModel, architecture: str, layers: int, context_length: int) -> tuple[LayerShape, ...]:
+    try:
+        return probe_layers(net, layers, context_length)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InvalidRequest(
+            f"{architecture} does not run through transformers' attention interface: {_first_line(error)}"
+        ) from error
 
 
 def refuse_inexact(config: PretrainedConfig) -> None:
     """InvalidRequest for what the config says cannot be exact here; `probe.py` finds the rest by running the model."""
     if config.is_encoder_decoder:
-        raise InvalidRequest(
-            f"{config.model_type} is an encoder-decoder model; only decoder-only models can be served"
-        )
+        raise InvalidRequest(f"{config.model_type} is an encoder-decoder model; only decoder-only models can be served")
     text = config.get_text_config(decoder=True)
     for kind in sorted(set(getattr(text, "layer_types", None) or ())):
         if kind not in ("full_attention", "sliding_attention"):
             raise InvalidRequest(f"layers of type {kind}; allowed: full_attention, sliding_attention")
     for kind in sorted(_rope_types(getattr(text, "rope_parameters", None))):
         if kind in ("dynamic", "longrope"):
-            raise InvalidRequest(
-                f"rotary embeddings of type {kind} change with the length of the longest sequence"
-            )
+            raise InvalidRequest(f"rotary embeddings of type {kind} change with the length of the longest sequence")
 
 
 def _rope_types(parameters: object) -> set[str]:

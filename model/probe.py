@@ -44,10 +44,15 @@ def probe_layers(net: PreTrainedModel, layers: int, context_length: int) -> tupl
     missing = sorted(set(range(layers)) - set(seen.shapes))
     if missing or len(seen.shapes) != layers:
         raise InvalidRequest(
-            f"layers {missing} of the model are not attention layers; only attention has KV pages"
+            f"layers {missing} do not use transformers' attention interface (recurrent or convolutional layers, or "
+            "older model code)"
         )
     _check_independence(first, second)
-    return tuple(_layer_shape(seen, layer, context_length) for layer in range(layers))
+    windows = {mask: _window(seen.predicates[mask], context_length) for mask in set(seen.mask_of.values())}
+    return tuple(
+        LayerShape(kv_heads=heads, head_dim=dim, window=windows[seen.mask_of[layer]])
+        for layer, (heads, dim) in sorted(seen.shapes.items())
+    )
 
 
 @dataclass
@@ -57,13 +62,9 @@ class _Recording:
     shapes: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer -> (kv heads, head dim)
     mask_of: dict[int, int] = field(default_factory=dict)  # layer -> index in `predicates`
     predicates: list[MaskPredicate] = field(default_factory=list)
-    first_row: list[torch.Tensor] = field(
-        default_factory=list
-    )  # q and k of row 0, layer by layer, then logits
+    first_row: list[torch.Tensor] = field(default_factory=list)  # q and k of row 0, layer by layer, then logits
 
-    def attend(
-        self, layer: int, q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor, _scale: float
-    ):
+    def attend(self, layer: int, q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor, _scale: float):
         if k_THD.shape != v_THD.shape:
             raise InvalidRequest(
                 f"keys of {k_THD.shape[-1]} and values of {v_THD.shape[-1]} dimensions (latent attention) do not fit "
@@ -73,9 +74,7 @@ class _Recording:
             raise InvalidRequest(f"the model runs attention layer {layer} twice for one token")
         self.shapes[layer] = (k_THD.shape[1], k_THD.shape[2])
         self.first_row += [q_THD[0].float(), k_THD[0].float()]
-        return v_THD.repeat_interleave(
-            q_THD.shape[1] // v_THD.shape[1], dim=1
-        )  # every token sees itself alone
+        return v_THD.repeat_interleave(q_THD.shape[1] // v_THD.shape[1], dim=1)  # every token sees itself alone
 
 
 _recording: _Recording | None = None  # of the probing name; models are loaded one at a time
@@ -97,9 +96,7 @@ def _run(net: PreTrainedModel, tokens: tuple[int, int], positions: tuple[int, in
     return recording
 
 
-def _probe_attention(
-    module: torch.nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
-):
+def _probe_attention(module: torch.nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any):
     """The attention function under the probing name: notes the mask of the layer, then hands over as usual."""
     assert _recording is not None
     if attention_mask is None:
@@ -130,24 +127,20 @@ def _check_independence(first: _Recording, second: _Recording) -> None:
             )
 
 
-def _layer_shape(seen: _Recording, layer: int, context_length: int) -> LayerShape:
-    kv_heads, head_dim = seen.shapes[layer]
-    predicate = seen.predicates[seen.mask_of[layer]]
-    windows = {
-        _window(predicate, query, context_length) for query in (context_length - 1, context_length - 2)
-    }
-    if len(windows) != 1:
-        raise InvalidRequest(
-            f"layer {layer} attends in chunks or some other pattern than a causal sliding window"
-        )
-    return LayerShape(kv_heads=kv_heads, head_dim=head_dim, window=windows.pop())
+def _window(predicate: MaskPredicate, context_length: int) -> int | None:
+    """How many tokens a query sees, itself included; None for all before it."""
+    seen = {_seen(predicate, query, context_length) for query in (context_length - 1, context_length - 2)}
+    window = seen.pop()
+    if seen or window == 0:
+        raise InvalidRequest("layers attend in chunks or by some other pattern than a causal sliding window")
+    return window
 
 
-def _window(predicate: MaskPredicate, query: int, context_length: int) -> int | None:
-    """How many tokens the query sees, itself included: None for all before it, -1 where they are not a window."""
+def _seen(predicate: MaskPredicate, query: int, context_length: int) -> int | None:
+    """The same for one query; 0 where what it sees is no window that ends with it."""
     zero = torch.zeros((), dtype=torch.long)
     visible = predicate(zero, zero, torch.tensor(query), torch.arange(context_length)).expand(context_length)
     count = int(visible.sum())
-    if count == query + 1 and bool(visible[: query + 1].all()):
-        return None
-    return count if count and bool(visible[query - count + 1 : query + 1].all()) else -1
+    if not 0 < count <= query + 1 or not bool(visible[query - count + 1 : query + 1].all()):
+        return 0
+    return None if count == query + 1 else count
