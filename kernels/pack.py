@@ -28,9 +28,9 @@ _SAFE_MAX, _SAFE_MIN = (
 )  # outside of this, squares and sums of fp32 could overflow or lose bits
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Rotations:
-    """Constants of one layer, float32 on the device of the pages."""
+    """Constants of one layer, float32 and contiguous, on the device of the pages."""
 
     key_HDD: Tensor  # W_k of each head: y = W x
     key_inverse_HDD: Tensor

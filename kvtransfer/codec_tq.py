@@ -96,12 +96,9 @@ def build_rotations(balance_HD: Tensor, device: torch.device) -> Rotations:
     balance = balance_HD.double()
     key_HDD = orthonormal * (key_signs / balance)[:, None, :]
     key_inverse_HDD = orthonormal.T * (key_signs * balance)[:, :, None]
-    return Rotations(
-        key_HDD=key_HDD.float().to(device),
-        key_inverse_HDD=key_inverse_HDD.float().to(device),
-        value_DD=(orthonormal * value_signs).float().to(device),
-        value_inverse_DD=(orthonormal.T * value_signs[:, None]).float().to(device),
-    )
+    value_DD, value_inverse_DD = orthonormal * value_signs, orthonormal.T * value_signs[:, None]
+    parts = (key_HDD, key_inverse_HDD, value_DD, value_inverse_DD)
+    return Rotations(*(part.float().contiguous().to(device) for part in parts))
 
 
 def _checked_balance(shapes: Sequence[LayerShape], balance: Sequence[Tensor] | None) -> list[Tensor]:

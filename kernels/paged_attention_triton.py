@@ -1,0 +1,393 @@
+"""Attention over raw and packed pages, in Triton. Reference and `PagedKV`: `paged_attention.py`; formats:
+`layout.py`.
+
+Packed pages are attended to as they are: with q' = W_k⁻ᵀ q and y the rotated space of the values,
+
+    score = scale_k · (q' · c_k) + q' · mean            out_y = sum p · scale_v · c_v            out = W_v⁻¹
+    out_y
+
+1. `_partial`: one program for each sequence, KV head and split of the pages, all query heads of the KV head
+together as the rows
+   of a matrix product. Splits 0 .. S-1 share the packed pages, splits S .. S+R-1 the raw ones. Numbers come
+   from the codes in registers (`dequant_triton.py`), 128 + v as bf16; their offset is taken out of the
+   sums: 2 sum(q v') - 383 sum(q).
+2. `_merge`: joins the splits by log-sum-exp, those of the packed pages first, then rotates their output back.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dequant_triton import POINT_OFFSET, dot_bf16, load_nibbles, load_scale16, point_table, points2, points3, points4
+from .pack import Rotations
+from .paged_attention import MAX_QUERY_TOKENS, PagedKV
+from .unpack_triton import uses_asm
+
+_LOG2E = 1.4426950408889634
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _load_query(
+    q_ptr, rows, block, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, ROWS: tl.constexpr
+):
+    """Columns block * WIDTH ... of the query matrix, bf16 [rows, width]; padding is zero."""
+    columns = tl.arange(0, WIDTH_PAD)
+    mask = (rows < ROWS)[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(q_ptr + rows[:, None] * DIM + block * WIDTH + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _query_dot_mean(q, mean_ptr, block, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr):
+    columns = tl.arange(0, WIDTH_PAD)
+    mean = tl.load(mean_ptr + block * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    return tl.sum(q.to(tl.float32) * mean[None, :], 1)
+
+
+@triton.jit
+def _packed_scores(
+    q0, q1, q2, q3, q_sum, q_mean, head, first, table, position, oldest, limit,
+    DIM: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, SCALE_AT: tl.constexpr, TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr, TOKENS_PAD: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Scores [rows, tokens] of tokens first ... first + TOKENS of a packed page, in units of log2."""
+    WIDTH: tl.constexpr = DIM // (2 if BITS == 4 else 4)
+    columns, offsets = tl.arange(0, WIDTH_PAD), tl.arange(0, TOKENS_PAD)
+    tokens = first + offsets
+    mask = (columns < WIDTH)[:, None] & (offsets < TOKENS)[None, :]
+    x = tl.load(head + tokens[None, :] * WIDTH + columns[:, None], mask=mask, other=0)
+    s = tl.zeros([ROWS_PAD, TOKENS_PAD], tl.float32)
+    if BITS == 4:
+        p0, p1 = points4(x, table, ASM)
+        s = dot_bf16(q0, p0, s, ASM)
+        s = dot_bf16(q1, p1, s, ASM)
+    else:
+        if BITS == 3:
+            h = load_nibbles(head + PAGE * WIDTH, tokens[None, :], columns[:, None], WIDTH, mask)
+            p0, p1, p2, p3 = points3(x, h, table, ASM)
+        else:
+            p0, p1, p2, p3 = points2(x, table, ASM)
+        s = dot_bf16(q0, p0, s, ASM)
+        s = dot_bf16(q1, p1, s, ASM)
+        s = dot_bf16(q2, p2, s, ASM)
+        s = dot_bf16(q3, p3, s, ASM)
+    scale = load_scale16((head + SCALE_AT).to(tl.pointer_type(tl.int16)) + tokens, offsets < TOKENS)
+    s = (2.0 * s - POINT_OFFSET * q_sum[:, None]) * scale[None, :] + q_mean[:, None]
+    seen = (offsets < TOKENS)[None, :] & (tokens < limit)[None, :]
+    if WINDOW > 0:
+        seen = seen & ((position + tokens)[None, :] > oldest[:, None] - WINDOW)
+    return tl.where(seen, s, float("-inf")), scale
+
+
+@triton.jit
+def _add_values(acc, offset, p, points, head, first, SCALE_AT: tl.constexpr, TOKENS: tl.constexpr, TOKENS_PAD: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """Adds p · scale · points to acc, and p · scale, as it was rounded, to offset."""
+    offsets = tl.arange(0, TOKENS_PAD)
+    scale = load_scale16((head + SCALE_AT).to(tl.pointer_type(tl.int16)) + first + offsets, offsets < TOKENS)
+    weights = (p * scale[None, :]).to(tl.bfloat16)
+    return dot_bf16(weights, points, acc, ASM), offset + tl.sum(weights.to(tl.float32), 1)
+
+
+@triton.jit
+def _finish(acc, m, weight, out, lse, rows, dims, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """Stores the normalised output and its log-sum-exp in units of log2 (-inf where nothing was seen)."""
+    inside = rows < ROWS
+    norm = tl.where(weight > 0, weight, 1.0)
+    mask = inside[:, None] & (dims < DIM)[None, :]
+    tl.store(out + rows[:, None] * DIM + dims[None, :], acc / norm[:, None], mask=mask)
+    tl.store(lse + rows, tl.where(weight > 0, m + tl.log2(norm), float("-inf")), mask=inside)
+
+
+@triton.jit
+def _packed_split(
+    q_ptr, pool, table_row, start, end, page_first, page_last, length, out, lse, key_table, value_table, head_index,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    HEAD_BYTES: tl.constexpr, CODES_VALUE: tl.constexpr, SCALE_KEY: tl.constexpr, SCALE_VALUE: tl.constexpr,
+    MEAN_KEY: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr, PAGE_PAD: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = GROUP * QUERIES
+    K_GROUPS: tl.constexpr = 2 if KEY_BITS == 4 else 4
+    V_GROUPS: tl.constexpr = 2 if VALUE_BITS == 4 else 4
+    WIDTH: tl.constexpr = DIM // K_GROUPS
+    WIDTH_PAD: tl.constexpr = max(16, DIM_PAD // K_GROUPS)
+    TOKENS: tl.constexpr = PAGE // V_GROUPS
+    TOKENS_PAD: tl.constexpr = max(16, PAGE_PAD // V_GROUPS)
+    rows, dims, offsets = tl.arange(0, ROWS_PAD), tl.arange(0, DIM_PAD), tl.arange(0, TOKENS_PAD)
+    oldest = length - QUERIES + rows // GROUP  # position of each row's query
+    q0 = _load_query(q_ptr, rows, 0, DIM, WIDTH, WIDTH_PAD, ROWS)
+    q1 = _load_query(q_ptr, rows, 1, DIM, WIDTH, WIDTH_PAD, ROWS)
+    q_sum = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
+    q2, q3 = q0, q1
+    if K_GROUPS == 4:
+        q2 = _load_query(q_ptr, rows, 2, DIM, WIDTH, WIDTH_PAD, ROWS)
+        q3 = _load_query(q_ptr, rows, 3, DIM, WIDTH, WIDTH_PAD, ROWS)
+        q_sum += tl.sum(q2.to(tl.float32), 1) + tl.sum(q3.to(tl.float32), 1)
+    m = tl.full([ROWS_PAD], float("-inf"), tl.float32)
+    weight = tl.zeros([ROWS_PAD], tl.float32)
+    offset = tl.zeros([ROWS_PAD], tl.float32)
+    acc = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
+    value_mask = (offsets < TOKENS)[:, None] & (dims < DIM)[None, :]
+    for page in range(start, end):
+        slot = tl.load(table_row + page).to(tl.int64)
+        head = pool + (slot * HEADS + head_index) * HEAD_BYTES
+        mean = (head + MEAN_KEY).to(tl.pointer_type(tl.bfloat16))
+        q_mean = _query_dot_mean(q0, mean, 0, WIDTH, WIDTH_PAD) + _query_dot_mean(q1, mean, 1, WIDTH, WIDTH_PAD)
+        if K_GROUPS == 4:
+            q_mean += _query_dot_mean(q2, mean, 2, WIDTH, WIDTH_PAD) + _query_dot_mean(q3, mean, 3, WIDTH, WIDTH_PAD)
+        codes = head + CODES_VALUE
+        x = tl.load(codes + dims[None, :] * TOKENS + offsets[:, None], mask=value_mask, other=0)
+        position = page * PAGE
+        s0, _ = _packed_scores(
+            q0, q1, q2, q3, q_sum, q_mean, head, 0, key_table, position, oldest, PAGE,
+            DIM, PAGE, KEY_BITS, SCALE_KEY, TOKENS, WINDOW, ROWS_PAD, WIDTH_PAD, TOKENS_PAD, ASM,
+        )  # fmt: skip
+        s1, _ = _packed_scores(
+            q0, q1, q2, q3, q_sum, q_mean, head, TOKENS, key_table, position, oldest, PAGE,
+            DIM, PAGE, KEY_BITS, SCALE_KEY, TOKENS, WINDOW, ROWS_PAD, WIDTH_PAD, TOKENS_PAD, ASM,
+        )  # fmt: skip
+        largest = tl.maximum(tl.max(s0, 1), tl.max(s1, 1))
+        if V_GROUPS == 4:
+            s2, _ = _packed_scores(
+                q0, q1, q2, q3, q_sum, q_mean, head, 2 * TOKENS, key_table, position, oldest, PAGE,
+                DIM, PAGE, KEY_BITS, SCALE_KEY, TOKENS, WINDOW, ROWS_PAD, WIDTH_PAD, TOKENS_PAD, ASM,
+            )  # fmt: skip
+            s3, _ = _packed_scores(
+                q0, q1, q2, q3, q_sum, q_mean, head, 3 * TOKENS, key_table, position, oldest, PAGE,
+                DIM, PAGE, KEY_BITS, SCALE_KEY, TOKENS, WINDOW, ROWS_PAD, WIDTH_PAD, TOKENS_PAD, ASM,
+            )  # fmt: skip
+            largest = tl.maximum(largest, tl.maximum(tl.max(s2, 1), tl.max(s3, 1)))
+        m_new = tl.maximum(m, largest)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows that have seen nothing yet
+        fade = tl.exp2(m - base)
+        acc, offset, weight, m = acc * fade[:, None], offset * fade, weight * fade, m_new
+        e0, e1 = tl.exp2(s0 - base[:, None]), tl.exp2(s1 - base[:, None])
+        weight += tl.sum(e0, 1) + tl.sum(e1, 1)
+        if V_GROUPS == 2:
+            p0, p1 = points4(x, value_table, ASM)
+        else:
+            if VALUE_BITS == 3:
+                h = load_nibbles(codes + DIM * TOKENS, dims[None, :], offsets[:, None], TOKENS, value_mask)
+                p0, p1, p2, p3 = points3(x, h, value_table, ASM)
+            else:
+                p0, p1, p2, p3 = points2(x, value_table, ASM)
+        acc, offset = _add_values(acc, offset, e0, p0, head, 0, SCALE_VALUE, TOKENS, TOKENS_PAD, ASM)
+        acc, offset = _add_values(acc, offset, e1, p1, head, TOKENS, SCALE_VALUE, TOKENS, TOKENS_PAD, ASM)
+        if V_GROUPS == 4:
+            e2, e3 = tl.exp2(s2 - base[:, None]), tl.exp2(s3 - base[:, None])
+            weight += tl.sum(e2, 1) + tl.sum(e3, 1)
+            acc, offset = _add_values(acc, offset, e2, p2, head, 2 * TOKENS, SCALE_VALUE, TOKENS, TOKENS_PAD, ASM)
+            acc, offset = _add_values(acc, offset, e3, p3, head, 3 * TOKENS, SCALE_VALUE, TOKENS, TOKENS_PAD, ASM)
+    _finish(2.0 * acc - POINT_OFFSET * offset[:, None], m, weight, out, lse, rows, dims, ROWS, DIM)
+
+
+@triton.jit
+def _raw_split(
+    q_ptr, raw_k, raw_v, table_row, start, end, packed_from, packed_to, length, out, lse, head_index,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr, PAGE_PAD: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Raw pages start ... end, counted without the packed ones between them."""
+    ROWS: tl.constexpr = GROUP * QUERIES
+    rows, dims, offsets = tl.arange(0, ROWS_PAD), tl.arange(0, DIM_PAD), tl.arange(0, PAGE_PAD)
+    query_at = length - QUERIES + rows // GROUP
+    q = _load_query(q_ptr, rows, 0, DIM, DIM, DIM_PAD, ROWS)
+    m = tl.full([ROWS_PAD], float("-inf"), tl.float32)
+    weight = tl.zeros([ROWS_PAD], tl.float32)
+    acc = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
+    for index in range(start, end):
+        page = tl.where(index < packed_from, index, index + tl.maximum(packed_to - packed_from, 0))
+        slot = tl.load(table_row + page).to(tl.int64)
+        at = (slot * PAGE * HEADS + head_index) * DIM
+        mask = (offsets < PAGE)[None, :] & (dims < DIM)[:, None]
+        key = tl.load(raw_k + at + offsets[None, :] * (HEADS * DIM) + dims[:, None], mask=mask, other=0.0)
+        s = dot_bf16(q, key.to(tl.bfloat16), tl.zeros([ROWS_PAD, PAGE_PAD], tl.float32), ASM)
+        position = page * PAGE + offsets
+        seen = (offsets < PAGE)[None, :] & (position[None, :] <= query_at[:, None])
+        if WINDOW > 0:
+            seen = seen & (position[None, :] > query_at[:, None] - WINDOW)
+        s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        fade, p = tl.exp2(m - base), tl.exp2(s - base[:, None])
+        weight, m = weight * fade + tl.sum(p, 1), m_new
+        # What lies after the newest token was never written: it must not meet a weight of zero as NaN.
+        mask = (page * PAGE + offsets < length)[:, None] & (offsets < PAGE)[:, None] & (dims < DIM)[None, :]
+        value = tl.load(raw_v + at + offsets[:, None] * (HEADS * DIM) + dims[None, :], mask=mask, other=0.0)
+        acc = dot_bf16(p.to(tl.bfloat16), value.to(tl.bfloat16), acc * fade[:, None], ASM)
+    _finish(acc, m, weight, out, lse, rows, dims, ROWS, DIM)
+
+
+@triton.jit
+def _partial(
+    q, q_rotated, raw_k, raw_v, pool, table, table_stride, packed_from_ptr, packed_to_ptr, lengths, out, lse,
+    key_table, value_table,
+    PACKED_SPLITS: tl.constexpr, RAW_SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    HEAD_BYTES: tl.constexpr, CODES_VALUE: tl.constexpr, SCALE_KEY: tl.constexpr, SCALE_VALUE: tl.constexpr,
+    MEAN_KEY: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr, PAGE_PAD: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Grid (sequences, KV heads, splits). q, q_rotated: bf16 [B, KV heads, rows, D], scaled by log2(e)."""
+    ROWS: tl.constexpr = GROUP * QUERIES
+    sequence, head_index, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    place = (sequence * HEADS + head_index).to(tl.int64)
+    partial = place * (PACKED_SPLITS + RAW_SPLITS) + split
+    length = tl.load(lengths + sequence)
+    packed_from, packed_to = tl.load(packed_from_ptr + sequence), tl.load(packed_to_ptr + sequence)
+    table_row = table + sequence.to(tl.int64) * table_stride
+    first = 0
+    if WINDOW > 0:  # pages that no query sees any more
+        first = tl.maximum(length - QUERIES - WINDOW + 1, 0) // PAGE
+    if split < PACKED_SPLITS:
+        begin = tl.maximum(packed_from, first)
+        share = tl.cdiv(tl.maximum(packed_to - begin, 0), PACKED_SPLITS)
+        start = begin + split * share
+        _packed_split(
+            q_rotated + place * ROWS * DIM, pool, table_row, start, tl.minimum(start + share, packed_to), 0, 0, length,
+            out + partial * ROWS * DIM, lse + partial * ROWS, key_table, value_table, head_index,
+            HEADS, DIM, PAGE, KEY_BITS, VALUE_BITS, HEAD_BYTES, CODES_VALUE, SCALE_KEY, SCALE_VALUE, MEAN_KEY,
+            GROUP, QUERIES, WINDOW, ROWS_PAD, DIM_PAD, PAGE_PAD, ASM,
+        )  # fmt: skip
+    else:
+        packed = tl.maximum(packed_to - packed_from, 0)
+        pages = tl.cdiv(length, PAGE) - packed
+        begin = tl.minimum(first, packed_from) + tl.maximum(first - tl.maximum(packed_to, packed_from), 0)
+        share = tl.cdiv(tl.maximum(pages - begin, 0), RAW_SPLITS)
+        start = begin + (split - PACKED_SPLITS) * share
+        _raw_split(
+            q + place * ROWS * DIM, raw_k, raw_v, table_row, start, tl.minimum(start + share, pages),
+            packed_from, packed_to, length, out + partial * ROWS * DIM, lse + partial * ROWS, head_index,
+            HEADS, DIM, PAGE, GROUP, QUERIES, WINDOW, ROWS_PAD, DIM_PAD, PAGE_PAD, ASM,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merge_splits(
+    out, lse, rows, dims, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
+):  # fmt: skip
+    """Sum of the splits' outputs weighted by 2^(lse - m), m, and the sum of the weights."""
+    m = tl.full([ROWS_PAD], float("-inf"), tl.float32)
+    weight = tl.zeros([ROWS_PAD], tl.float32)
+    acc = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
+    mask = (rows < ROWS)[:, None] & (dims < DIM)[None, :]
+    for split in range(FIRST, FIRST + COUNT):
+        one = tl.load(lse + split * ROWS + rows, mask=rows < ROWS, other=float("-inf"))
+        m_new = tl.maximum(m, one)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        fade, share = tl.exp2(m - base), tl.exp2(one - base)
+        part = tl.load(out + split * ROWS * DIM + rows[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
+        acc = acc * fade[:, None] + part * share[:, None]
+        weight, m = weight * fade + share, m_new
+    return acc, m, weight
+
+
+@triton.jit
+def _merge(
+    out, lse, inverse, result, result_lse,
+    PACKED_SPLITS: tl.constexpr, RAW_SPLITS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
+):  # fmt: skip
+    """Grid (sequences, KV heads). result [B, Q, query heads, D], result_lse [B, Q, query heads]."""
+    ROWS: tl.constexpr = GROUP * QUERIES
+    sequence, head_index = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = (sequence * HEADS + head_index) * (PACKED_SPLITS + RAW_SPLITS)
+    rows, dims = tl.arange(0, ROWS_PAD), tl.arange(0, DIM_PAD)
+    out += place * ROWS * DIM
+    lse += place * ROWS
+    packed, m_packed, w_packed = _merge_splits(out, lse, rows, dims, 0, PACKED_SPLITS, ROWS, DIM, ROWS_PAD, DIM_PAD)
+    raw, m_raw, w_raw = _merge_splits(out, lse, rows, dims, PACKED_SPLITS, RAW_SPLITS, ROWS, DIM, ROWS_PAD, DIM_PAD)
+    square = (dims < DIM)[:, None] & (dims < DIM)[None, :]
+    # inverse[i, j] of W_v⁻¹, read transposed: rows of the product are queries.
+    rotation = tl.load(inverse + dims[None, :] * DIM + dims[:, None], mask=square, other=0.0)
+    packed = tl.dot(packed, rotation, input_precision="ieee")
+    m = tl.maximum(m_packed, m_raw)
+    base = tl.where(m == float("-inf"), 0.0, m)
+    share_packed, share_raw = tl.exp2(m_packed - base), tl.exp2(m_raw - base)
+    weight = w_packed * share_packed + w_raw * share_raw
+    y = (packed * share_packed[:, None] + raw * share_raw[:, None]) / weight[:, None]
+    # Row = query token * GROUP + head of the group.
+    to = ((sequence * QUERIES + rows // GROUP) * HEADS + head_index) * GROUP + rows % GROUP
+    mask = (rows < ROWS)[:, None] & (dims < DIM)[None, :]
+    tl.store(result + to[:, None] * DIM + dims[None, :], y.to(result.dtype.element_ty), mask=mask)
+    tl.store(result_lse + to, (base + tl.log2(weight)) * _LN2, mask=rows < ROWS)
+
+
+def paged_attention(
+    q_BQHD: Tensor,
+    kv: PagedKV,
+    rotations: Rotations,
+    scale: float,
+    window: int | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of the newest 1 to 8 tokens of each sequence over its raw and packed pages.
+
+    q_BQHD: bf16, fp16 or fp32 [B, Q, query heads, D]; query token i of sequence b is at position
+    lengths_B[b] - Q + i, and its key and value are in the raw pool already. `kv`: see `PagedKV`; all
+    tensors contiguous on one device. `splits`: how many programs share the packed pages of one KV head of
+    one sequence; None: as many as fill the device. Returns the output [B, Q, query heads, D] in the dtype
+    of q and the log-sum-exp (natural) float32 [B, Q, query heads]. ValueError where shapes do not fit
+    together.
+    """
+    batch, queries, heads, dim = q_BQHD.shape
+    page, kv_heads = kv.layout.page_tokens, kv.raw_k_RPHD.shape[2]
+    _check(q_BQHD, kv, kv_heads)
+    group, device = heads // kv_heads, q_BQHD.device
+    rows = group * queries
+    splits = splits or _splits(batch * kv_heads, kv.table_BN.shape[1], device)
+    raw_splits = 1
+    q = (
+        q_BQHD.float()
+        .view(batch, queries, kv_heads, group, dim)
+        .permute(0, 2, 1, 3, 4)
+        .reshape(batch, kv_heads, rows, dim)
+    )
+    q = q * (scale * _LOG2E)
+    q_rotated = torch.matmul(q, rotations.key_inverse_HDD).to(torch.bfloat16).contiguous()
+    partial = torch.empty(batch, kv_heads, splits + raw_splits, rows, dim, dtype=torch.float32, device=device)
+    partial_lse = torch.empty(partial.shape[:-1], dtype=torch.float32, device=device)
+    rows_pad, dim_pad = triton.next_power_of_2(max(16, rows)), triton.next_power_of_2(max(16, dim))
+    layout = kv.layout
+    _partial[(batch, kv_heads, splits + raw_splits)](
+        q.to(torch.bfloat16).contiguous(), q_rotated, kv.raw_k_RPHD, kv.raw_v_RPHD, kv.packed_SB,
+        kv.table_BN, kv.table_BN.stride(0), kv.packed_from_B, kv.packed_to_B, kv.lengths_B, partial, partial_lse,
+        point_table(layout.key_bits, device), point_table(layout.value_bits, device),
+        splits, raw_splits, kv_heads, dim, page, layout.key_bits, layout.value_bits,
+        layout.head_bytes, layout.codes_value, layout.scale_key, layout.scale_value, layout.mean_key,
+        group, queries, window or 0, rows_pad, dim_pad, triton.next_power_of_2(max(16, page)), uses_asm(device),
+        num_warps=4,
+    )  # fmt: skip
+    out, lse = torch.empty_like(q_BQHD), torch.empty(q_BQHD.shape[:3], dtype=torch.float32, device=device)
+    _merge[(batch, kv_heads)](
+        partial, partial_lse, rotations.value_inverse_DD, out, lse,
+        splits, raw_splits, kv_heads, dim, group, queries, rows_pad, dim_pad,
+    )  # fmt: skip
+    return out, lse
+
+
+def _check(q_BQHD: Tensor, kv: PagedKV, kv_heads: int) -> None:
+    batch, queries, heads, dim = q_BQHD.shape
+    layout = kv.layout
+    if not 1 <= queries <= MAX_QUERY_TOKENS or heads % kv_heads or dim != layout.head_dim:
+        raise ValueError(f"queries {tuple(q_BQHD.shape)} do not fit {kv_heads} KV heads of {layout}")
+    pool = (layout.page_tokens, kv_heads, dim)
+    if kv.raw_k_RPHD.shape[1:] != pool or kv.raw_v_RPHD.shape != kv.raw_k_RPHD.shape:
+        raise ValueError(f"raw pool {tuple(kv.raw_k_RPHD.shape)}; wanted [slots, {', '.join(map(str, pool))}]")
+    if kv.packed_SB.shape[1] != kv_heads * layout.head_bytes:
+        raise ValueError(f"packed pool {tuple(kv.packed_SB.shape)} does not hold {kv_heads} heads of {layout}")
+    if len({batch, len(kv.table_BN), len(kv.packed_from_B), len(kv.packed_to_B), len(kv.lengths_B)}) > 1:
+        raise ValueError("queries, page table, packed ranges and lengths are of different numbers of sequences")
+    tensors = (q_BQHD, kv.raw_k_RPHD, kv.raw_v_RPHD, kv.packed_SB, kv.table_BN)
+    if not all(t.is_contiguous() for t in tensors):
+        raise ValueError("queries, pools and page table must be contiguous")
+
+
+def _splits(programs: int, pages: int, device: torch.device) -> int:
+    """Enough programs for four on each multiprocessor, none with fewer than four pages."""
+    if device.type != "cuda":
+        return 2
+    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(-(-wanted // programs), -(-pages // 4)))
