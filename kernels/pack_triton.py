@@ -31,13 +31,20 @@ def _power_of_two(largest):
 
 
 @triton.jit
+def _bf16_bits(x):
+    """The upper half of float32 after rounding to nearest even, int32: the same in the interpreter, which truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+
+@triton.jit
 def _scale16(scale):
     """int16 bits in `scale16.py`'s format."""
     scale = tl.minimum(scale, _BF16_MAX)
     usual = ((scale >= 0.00006103515625) & (scale <= 65504.0)) | (scale == 0.0)
     half = tl.where(usual, scale, 0.0).to(tl.float16).to(tl.int16, bitcast=True)
-    wide = scale.to(tl.bfloat16).to(tl.int16, bitcast=True) | -32768
-    return tl.where(usual, half, wide)
+    wide = _bf16_bits(scale) - 32768
+    return tl.where(usual, half, wide.to(tl.int16))
 
 
 @triton.jit
@@ -74,9 +81,9 @@ def _rotated_keys(
     y = dot_bf16(low, rotation, tl.zeros([PAGE_PAD, WIDTH_PAD], tl.float32), NATIVE)
     y = dot_bf16(high, rotation, y, NATIVE) * ROOT
     mean = tl.sum(y, 0) * (1.0 / PAGE) * up
-    mean = tl.minimum(tl.maximum(mean, -_BF16_MAX), _BF16_MAX).to(tl.bfloat16)
+    mean = _bf16_bits(tl.minimum(tl.maximum(mean, -_BF16_MAX), _BF16_MAX))
     tokens = tl.arange(0, PAGE_PAD)
-    y = y - (mean.to(tl.float32) * down)[None, :]
+    y = y - ((mean << 16).to(tl.float32, bitcast=True) * down)[None, :]
     return tl.where((tokens < PAGE)[:, None] & (columns < WIDTH)[None, :], y, 0.0), mean
 
 
@@ -103,8 +110,8 @@ def _pack_keys(
             DIM, PAGE, WIDTH, WIDTH_PAD, DIM_PAD, PAGE_PAD, ROOT, NATIVE,
         )  # fmt: skip
         norm2 += tl.sum(y * y, 1)
-        at = (out + MEAN_AT).to(tl.pointer_type(tl.bfloat16)) + block * WIDTH + columns
-        tl.store(at, mean, mask=columns < WIDTH)
+        at = (out + MEAN_AT).to(tl.pointer_type(tl.int16)) + block * WIDTH + columns
+        tl.store(at, mean.to(tl.int16), mask=columns < WIDTH)
     norm = tl.sqrt(norm2)
     to_unit = UNIT / (ROOT * tl.maximum(norm, _NO_NORM))
     square = tl.zeros([PAGE_PAD], tl.float32)

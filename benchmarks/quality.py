@@ -1,0 +1,248 @@
+"""What the codecs cost in quality: divergence from bf16 KV, agreement of greedy answers, retrieval of a
+needle.
+
+    .venv/bin/python benchmarks/quality.py --model smollm2-135m --text TEXT --context 1024 --windows 4 \\
+        --codecs tq-k4v4,tq-k2v2,turboquant-mse-4 --json OUT.json --plot OUT.png
+
+Protocol `all`: everything but the first 4 tokens packed, one forward a window (`--context` tokens).
+Protocol `served`: pages as the cluster packs them, while decoding goes on (`--served-context` tokens). The
+balance is calibrated as a worker does it, on the text that the project ships, or not at all with
+--no-balance. `bits_per_value` counts everything in a packed page.
+"""
+
+import argparse
+import gzip
+import json
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+from quality_protocols import Cache, Correlation, Divergence, logits_all, logits_served, step
+from rich.progress import Progress
+
+from isthmus.kvtransfer.calibration import calibrate
+from isthmus.kvtransfer.calibration_text import TEXT
+from isthmus.kvtransfer.codecs import PageCodec, build_codec, codec_names
+from isthmus.model.load import load_model
+from isthmus.model.model import Model
+from isthmus.model.tokens import Tokenizer
+
+PAGE = 64
+FAMILIES = ("tq-", "turboquant-mse", "turboquant-prod", "turboquant-", "polarquant", "fp8")
+NEEDLE = "The number of the blue door is {}."
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    model = load_model(options.model, dtype="fp32")
+    tokenizer = Tokenizer(model.path)
+    ids = torch.tensor(tokenizer.encode(read_text(options.text)))
+    balance = None
+    if not options.no_balance:
+        balance = calibrate(model.forward, tokenizer.encode(TEXT), model.layers, PAGE)
+    names = options.codecs.split(",")
+    codecs = {name: build_codec(name, model.layers, PAGE, balance) for name in names}
+    result = {
+        "model": model.name,
+        "date": date.today().isoformat(),
+        "text": Path(options.text).name,
+        "context": options.context,
+        "served_context": options.served_context,
+        "windows": options.windows,
+        "balance": not options.no_balance,
+    }
+    with Progress() as progress:
+        result["rows"] = all_rows(model, codecs, ids, options, progress)
+        result["greedy_agreement"] = greedy_agreement(model, codecs, ids, options, progress)
+        result["needle"] = needle(model, codecs, tokenizer, ids, options, progress)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    if options.plot:
+        plot(result, options.plot)
+    for row in result["rows"]:
+        print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else str(value) for key, value in row.items()))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", required=True, help="UTF-8, plain or .gz; not the calibration text")
+    parser.add_argument("--codecs", default=",".join(codec_names()[1:]))
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a window of protocol all")
+    parser.add_argument(
+        "--served-context", type=int, default=2048, help="tokens of a window of protocol served; 0: none"
+    )
+    parser.add_argument("--windows", type=int, default=4, help="windows of each protocol, spread over the text")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts of the greedy agreement; 0: none")
+    parser.add_argument("--answer-tokens", type=int, default=128)
+    parser.add_argument("--needles", type=int, default=10, help="depths of the needle test; 0: none")
+    parser.add_argument("--no-balance", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json")
+    parser.add_argument("--plot")
+    return parser.parse_args()
+
+
+def read_text(path: str) -> str:
+    data = Path(path).read_bytes()
+    return (gzip.decompress(data) if path.endswith(".gz") else data).decode()
+
+
+def windows_of(ids: torch.Tensor, length: int, count: int) -> list[torch.Tensor]:
+    """Evenly spread over the text."""
+    if len(ids) < length:
+        raise SystemExit(f"the text has {len(ids)} tokens, less than one window of {length}")
+    starts = torch.linspace(0, len(ids) - length, count + 2).long()[1:-1]
+    return [ids[start : start + length] for start in starts]
+
+
+def bits_per_value(codec: PageCodec, model: Model) -> float:
+    if not codec.packs:
+        return 16.0
+    size = sum(codec.page_bytes(layer) for layer in range(len(model.layers)))
+    return 8 * size / sum(2 * PAGE * s.kv_heads * s.head_dim for s in model.layers)
+
+
+def all_rows(
+    model: Model, codecs: dict[str, PageCodec], ids: torch.Tensor, options: argparse.Namespace, progress: Progress
+) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for protocol, length in (("all", options.context), ("served", options.served_context)):
+        if not length:
+            continue
+        windows = windows_of(ids, length, options.windows)
+        task = progress.add_task(f"protocol {protocol}", total=len(windows) * (len(codecs) + 1))
+        sums = {name: Divergence() for name in codecs}
+        seen = {name: Correlation() for name in codecs}
+        for window in windows:
+            reference = logits_all(model, window, None, PAGE, Correlation())
+            progress.advance(task)
+            for name, codec in codecs.items():
+                if protocol == "all":
+                    logits = logits_all(model, window, codec, PAGE, seen[name])
+                else:
+                    logits = logits_served(model, window, codec, PAGE)
+                sums[name].add(reference, logits, window)
+                progress.advance(task)
+        for name, codec in codecs.items():
+            bits = bits_per_value(codec, model)
+            corr = seen[name].worst() if seen[name].by_layer else None
+            about = {"protocol": protocol, "codec": name, "bits_per_value": bits, "ratio": 16 / bits}
+            rows.append({**about, **sums[name].summary(), "logit_corr_min": corr})
+    return rows
+
+
+def greedy(caches: Sequence[Cache], first: torch.Tensor, count: int) -> torch.Tensor:
+    """[sequences, count] of greedy tokens after the first ones."""
+    tokens, out = first, []
+    for _ in range(count):
+        tokens = step(caches, [t[None] for t in tokens]).argmax(-1)
+        out.append(tokens)
+    return torch.stack(out, 1)
+
+
+def greedy_agreement(
+    model: Model, codecs: dict[str, PageCodec], ids: torch.Tensor, options: argparse.Namespace, progress: Progress
+) -> list[dict[str, object]]:
+    """Share of equal tokens, and tokens before the first that differs, against raw bf16 pages; prompts are
+    computed exactly."""
+    if not options.prompts:
+        return []
+    prompt = 6 * PAGE + 17
+    task = progress.add_task("greedy agreement", total=options.prompts + len(codecs) + 1)
+    caches, first = [], []
+    for window in windows_of(ids, prompt, options.prompts):
+        cache = Cache(model, None, PAGE, prompt + options.answer_tokens)
+        first.append(step([cache], [window], [prompt - 1]).argmax(-1)[0])
+        caches.append(cache)
+        progress.advance(task)
+    answers = {}
+    for name, codec in {"": None, **codecs}.items():
+        forks = [cache.fork(codec) for cache in caches]
+        answers[name] = greedy(forks, torch.stack(first), options.answer_tokens)
+        progress.advance(task)
+    rows: list[dict[str, object]] = []
+    for name in codecs:
+        same = (answers[name] == answers[""]).float()
+        until = same.cumprod(1).sum(1).mean()
+        rows.append({"codec": name, "equal": float(same.mean()), "tokens_before_difference": float(until)})
+    return rows
+
+
+def needle(
+    model: Model,
+    codecs: dict[str, PageCodec],
+    tokenizer: Tokenizer,
+    ids: torch.Tensor,
+    options: argparse.Namespace,
+    progress: Progress,
+) -> list[dict[str, object]]:
+    """Depths at which the right number of ten is the likeliest, and its mean lead over the best wrong one
+    in nats."""
+    if not options.needles:
+        return []
+    values = [str(4000 + 523 * i) for i in range(10)]
+    endings = [torch.tensor(tokenizer.encode(" " + value)) for value in values]
+    special = len(tokenizer.encode("")) if len(tokenizer.encode("")) < 2 else 0  # a token that begins every text
+    endings = [ending[special:] for ending in endings]
+    filler = ids[: options.context - 64]
+    task = progress.add_task("needle", total=options.needles)
+    leads: dict[str, list[float]] = {name: [] for name in ("raw bf16", *codecs)}
+    for depth in range(options.needles):
+        right = depth % len(values)
+        at = int(len(filler) * (depth + 0.5) / options.needles)
+        hidden = torch.tensor(tokenizer.encode("\n" + NEEDLE.format(values[right]) + "\n"))[special:]
+        question = torch.tensor(tokenizer.encode("\n" + NEEDLE.partition(" {}")[0]))[special:]
+        prompt = torch.cat([filler[:at], hidden, filler[at:], question])
+        cache = Cache(model, None, PAGE, len(prompt) + 16)
+        step([cache], [prompt[:-1]], [0])
+        for name, codec in {"raw bf16": None, **codecs}.items():
+            fork = cache.fork(codec)
+            scores = [score(fork, torch.cat([prompt[-1:], ending])) for ending in endings]
+            wrong = max(s for i, s in enumerate(scores) if i != right)
+            leads[name].append(scores[right] - wrong)
+        progress.advance(task)
+    return [
+        {"codec": name, "found": sum(x > 0 for x in lead), "of": len(lead), "mean_lead": sum(lead) / len(lead)}
+        for name, lead in leads.items()
+    ]
+
+
+def score(cache: Cache, tokens: torch.Tensor) -> float:
+    """Log-probability of all tokens after the first one; the cache is left as it was."""
+    length = cache.length
+    logits = step([cache], [tokens])[:-1].log_softmax(-1)
+    cache.length = length
+    return float(logits.gather(1, tokens[1:, None]).sum())
+
+
+def plot(result: dict[str, object], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["rows"]
+    assert isinstance(rows, list)
+    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
+    figure, axes = plt.subplots(1, len(protocols), figsize=(5.5 * len(protocols), 4.2), squeeze=False)
+    for axis, protocol in zip(axes[0], protocols, strict=True):
+        left = [row for row in rows if row["protocol"] == protocol and row["codec"] != "raw"]
+        for family in FAMILIES:
+            line = sorted((r["bits_per_value"], r["kl_mean"]) for r in left if r["codec"].startswith(family))
+            left = [r for r in left if not r["codec"].startswith(family)]
+            if line:
+                axis.plot(*zip(*line, strict=True), marker="o", label=family.rstrip("-"))
+        axis.set(
+            yscale="log", xlabel="bits per value", ylabel="KL from bf16, nats", title=f"{result['model']}: {protocol}"
+        )
+        axis.grid(True, which="both", alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
