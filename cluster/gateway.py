@@ -23,12 +23,13 @@ from .client import RETRY_KEY
 from .compat import Expected
 from .dispatch import TRACE_KEYS, Dispatcher, Metadata
 from .request import Admitted, ServedModel, admit
-from .router import offered_codecs, token_limit
+from .router import Snapshot, offered_codecs, token_limit
 from .session import Session, new_session
 from .watch import Fleet
 
 log = logging.getLogger(__name__)
 
+GRACE_S = 1.0
 MAX_MESSAGE_BYTES = 4 * MIB
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["Generation"],
@@ -89,7 +90,8 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         with self._load.track():
             session = None
             try:
-                admitted = await admit(request, self._model, self._fleet.snapshot(), self._fleet.default_codec())
+                snapshot, default = await self._workers(), self._fleet.default_codec()
+                admitted = await admit(request, self._model, snapshot, default)
                 session = new_session(admitted, self._model, arrived_s)
                 await self._answer(admitted, session, context)
             except IsthmusError as error:
@@ -101,6 +103,14 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 _log_end(request.request_id, session, arrived_s, "CANCELLED")
                 raise
         _log_end(admitted.request_id, session, arrived_s, "OK")
+
+    async def _workers(self) -> Snapshot:
+        """The workers now, or within GRACE_S where none are connected: a lost connection is often back at once."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                while not offered_codecs(self._fleet.snapshot()):
+                    await self._fleet.change.wait()
+        return self._fleet.snapshot()
 
     async def _answer(
         self,
