@@ -4,6 +4,7 @@ import re
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -12,6 +13,7 @@ from transformers.utils import logging as hf_logging
 from ..kernels.shapes import LayerShape
 from ..proto.errors import InvalidRequest
 from . import attention
+from .cpu import speed_up
 from .describe import describe_model
 from .model import Model
 from .probe import probe_layers
@@ -37,6 +39,8 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Mod
     about = describe_model(source)
     with _loading:
         net = _load_net(about.path, number, place)
+        if place.type == "cpu":
+            speed_up(net)
         config = net.config.get_text_config(decoder=True)
         layers = _probe(net, about.architecture, config.num_hidden_layers, about.context_length)
     return Model(
@@ -59,8 +63,9 @@ def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTraine
     config = _read_config(path)
     refuse_inexact(config)
     try:
-        net = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            output_loading_info=True,
             config=config,
             dtype=dtype,
             attn_implementation=attention.NAME,
@@ -71,6 +76,9 @@ def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTraine
         if isinstance(error, KeyError) and error.args == (attention.NAME,):  # older model code, with its own table
             raise InvalidRequest(f"{config.model_type} does not use transformers' attention interface") from None
         raise InvalidRequest(f"the model in {path} cannot be loaded: {_first_line(error)}") from error
+    net, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers would run with random ones
+        raise InvalidRequest(f"weights are missing in {path}: {', '.join(missing[:3])} ({len(missing)} in all)")
     return net.eval()
 
 
