@@ -10,6 +10,11 @@ Instructions for each code: 1.6 at 4 bits, 1.1 at 2 bits, 1.5 at 3 bits. Elsewhe
 interpreter, the table is read from memory.
 """
 
+# Triton's language is typed for its compiler, not for a checker of Python.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportPossiblyUnboundVariable=false, reportOptionalOperand=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

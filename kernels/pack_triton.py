@@ -8,6 +8,11 @@ rounding of a threshold may get the neighbouring code of what the reference give
 same.
 """
 
+# Triton's language is typed for its compiler, not for a checker of Python.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportPossiblyUnboundVariable=false, reportOptionalOperand=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

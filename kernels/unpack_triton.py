@@ -4,6 +4,11 @@ One program for each page, KV head and kind. Rotating integer centroids by ±1 i
 fp32 sums, so the only rounding is that of scale · sum + mean.
 """
 
+# Triton's language is typed for its compiler, not for a checker of Python.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportPossiblyUnboundVariable=false, reportOptionalOperand=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +22,10 @@ _MEAN_SHIFT = tl.constexpr(2.0**-16)  # keeps sums of huge means finite until th
 
 
 @triton.jit
-def _rotate_add(acc, points, hadamard_ptr, group, dims, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+def _rotate_add(
+    acc, points, hadamard_ptr, group, dims,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
     """acc [P, D] += points [P, width] · H[group's rows], all exact."""
     rows = tl.arange(0, WIDTH_PAD)
     mask = (rows < WIDTH)[:, None] & (dims < DIM)[None, :]

@@ -11,6 +11,7 @@ and rounded to a sixteenth of an octave, so that machines whose sums differ in t
 balance.
 """
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -127,10 +128,8 @@ def save_balance(path: Path, fingerprint: str, balance: Sequence[Tensor]) -> lis
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        try:
+        with contextlib.suppress(FileExistsError):
             os.link(name, path)
-        except FileExistsError:
-            pass
     finally:
         os.unlink(name)
     saved = load_balance(path, fingerprint)
