@@ -55,11 +55,11 @@ def cached_or_made(folder: Path, note: Note, make: Callable[[Path], None]) -> Pa
     if Note.read(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(
-        folder.with_name(f".{folder.name}.lock"), f"waiting for {note.name}, which is being converted"
-    ):
+    with _locked(folder.with_name(f".{folder.name}.lock"), f"waiting for {note.name}, which is being converted"):
         if Note.read(folder):
             return folder
+        for left_over in folder.parent.glob(f".{folder.name}.*/"):  # of a process that was killed: ours is the lock
+            shutil.rmtree(left_over, ignore_errors=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             make(fresh)

@@ -89,5 +89,15 @@ def _say(line: str) -> None:
     print(f"[{time.process_time():5.1f} s] {line}", file=sys.stderr, flush=True)
 
 
+def main() -> int:
+    """The command; the reason for a failure goes to stdout in one line, for the process that started this one."""
+    try:
+        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    except Exception as error:
+        print(str(error).strip().partition("\n")[0] or type(error).__name__)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(main())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..proto.errors import InvalidRequest
+from .cache import Note
 from .fingerprint import model_fingerprint
 from .sources import locate
 
@@ -40,14 +41,22 @@ def describe_model(source: str) -> ModelDescription:
 
 
 def eos_token_ids(folder: Path) -> frozenset[int]:
-    """The tokens that end an output: those transformers' `generate` stops at, and the tokenizer's own."""
+    """The tokens that end an output: those at which transformers' `generate` stops, and the tokenizer's own."""
     config = _read(folder / "config.json")
-    generation = _read(folder / "generation_config.json")
-    text = config.get("text_config") or {}
-    for named in (generation, config, text):
+    for named in (_read(folder / "generation_config.json"), config, config.get("text_config") or {}):
         if (ids := named.get("eos_token_id")) is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
+            return frozenset([ids] if isinstance(ids, int) else ids) | _tokenizer_end(folder)
+    return _tokenizer_end(folder)
+
+
+def _tokenizer_end(folder: Path) -> frozenset[int]:
+    """Its end token is the end of a turn in many chat models whose config names the end of a text only."""
+    if Note.read(folder):  # converted here: generation_config.json has it
+        return frozenset()
+    end = _read(folder / "tokenizer_config.json").get("eos_token")
+    text = end.get("content") if isinstance(end, dict) else end
+    added = _read(folder / "tokenizer.json").get("added_tokens") or []
+    return frozenset(token["id"] for token in added if token["content"] == text)
 
 
 def _size(config: dict[str, Any], key: str, folder: Path) -> int:

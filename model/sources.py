@@ -84,9 +84,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     print(f"converting {gguf.name} (once)", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "isthmus.model.convert", str(gguf.resolve()), str(folder)]
     quiet = os.environ | {"TQDM_DISABLE": "1"}
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=quiet, check=False)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=quiet, text=True, check=False)
     if done.returncode:
-        raise InvalidRequest(f"{gguf} cannot be converted (the reason stands above)")
+        reason = done.stdout.strip().rpartition("\n")[2] or f"the converter ended with {done.returncode}"
+        raise InvalidRequest(f"{gguf} cannot be converted: {reason}")
 
 
 def _from_hub(repo: str) -> Located:

@@ -1,0 +1,209 @@
+"""Sampling: each option by its definition, and independence of the rows beside."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from isthmus.model.sampling import SampleRow, sample
+from isthmus.model.uniform import uniform
+from isthmus.proto.sampling import Sampling
+
+EOS = frozenset({2})
+
+
+def make_row(prompt: list[int] | None = None, output: list[int] | None = None, **options) -> SampleRow:
+    return SampleRow(Sampling(**options).check(), prompt or [5], output or [], EOS)
+
+
+def log(*probabilities: float) -> Tensor:
+    return torch.tensor([probabilities]).log()
+
+
+def draw(logits_1V: Tensor, count: int = 400, **options) -> list[int]:
+    """How often each token comes at `count` positions."""
+    counts = [0] * logits_1V.shape[1]
+    rows = [make_row(output=[9] * place, **options) for place in range(count)]
+    for token in sample(logits_1V.expand(count, -1), rows):
+        counts[token.token_id] += 1
+    return counts
+
+
+def test_greedy_takes_the_most_likely_and_the_first_of_equals() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0], [5.0, 4.0, 0.0]])
+    assert [t.token_id for t in sample(logits, [make_row(temperature=0)] * 2)] == [1, 0]
+
+
+def test_uniform_numbers_are_what_splitmix64_makes() -> None:
+    # First outputs of SplitMix64 seeded with 1234567, a published test vector, mixed once before places are added.
+    def splitmix(state: int, count: int) -> list[int]:
+        outputs = []
+        for _ in range(count):
+            state = (state + 0x9E3779B97F4A7C15) % 2**64
+            z = state
+            z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+            z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+            outputs.append(z ^ (z >> 31))
+        return outputs
+
+    assert splitmix(1234567, 2) == [6457827717110365317, 3203168211198807973]
+    stream = splitmix(splitmix(77, 1)[0], 3)
+    assert [uniform(77, place) for place in range(3)] == [(bits >> 12) / 2**52 for bits in stream]
+
+
+def test_uniform_numbers_are_even_and_below_one() -> None:
+    numbers = [uniform(seed, place) for seed in (0, 1, 2**64 - 1) for place in range(4000)]
+    assert min(numbers) >= 0
+    assert max(numbers) < 1
+    assert abs(sum(numbers) / len(numbers) - 0.5) < 0.01
+    counts = [0] * 10
+    for number in numbers:
+        counts[int(number * 10)] += 1
+    assert max(abs(count - 1200) for count in counts) < 150
+    assert uniform(3, 7) != uniform(7, 3)
+    assert len({uniform(seed, 5) for seed in range(1000)}) == 1000
+
+
+def test_draws_follow_the_distribution() -> None:
+    counts = draw(log(0.5, 0.3, 0.2), 4000)
+    assert [abs(count / 4000 - p) < 0.03 for count, p in zip(counts, (0.5, 0.3, 0.2), strict=True)] == [True] * 3
+
+
+def test_temperature_sharpens_and_flattens() -> None:
+    flat, sharp = draw(log(0.6, 0.4), 4000, temperature=4.0), draw(log(0.6, 0.4), 4000, temperature=0.25)
+    assert abs(flat[0] / 4000 - 0.6**0.25 / (0.6**0.25 + 0.4**0.25)) < 0.03
+    assert abs(sharp[0] / 4000 - 0.6**4 / (0.6**4 + 0.4**4)) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"top_k": 1}, {3}),
+        ({"top_k": 2}, {3, 1, 4}),  # 1 and 4 are as likely: both stay
+        ({"top_k": 99}, {0, 1, 2, 3, 4}),
+        ({"top_p": 0.39}, {3}),
+        ({"top_p": 0.41}, {3, 1, 4}),
+        ({"top_p": 0.85}, {3, 1, 4, 2}),
+        ({"top_p": 1.0}, {0, 1, 2, 3, 4}),
+        ({"min_p": 0.49}, {3, 1, 4}),
+        ({"min_p": 0.51}, {3}),
+        ({"top_k": 3, "top_p": 0.49}, {3}),  # 0.4 of the 0.8 that top_k leaves is half of it
+        ({"top_k": 3, "top_p": 0.51}, {3, 1, 4}),
+        ({"temperature": 0.01}, {3}),
+    ],
+)
+def test_limits_keep_what_their_definition_says(options: dict, kept: set[int]) -> None:
+    counts = draw(log(0.05, 0.2, 0.15, 0.4, 0.2), **options)
+    assert {token for token, count in enumerate(counts) if count} == kept
+
+
+def test_a_nucleus_wider_than_the_short_list_is_sorted_whole() -> None:
+    logits = torch.zeros(1, 5000)
+    logits[0, :100] = 1e-3
+    counts = draw(logits, 3000, top_p=0.01)
+    assert {token for token, count in enumerate(counts) if count} <= set(range(100))
+    wide = draw(logits + torch.arange(5000) * -1e-6, 3000, top_p=0.5)
+    assert 2000 < max(token for token, count in enumerate(wide) if count) < 2600
+
+
+def test_penalties_change_the_logits_as_defined() -> None:
+    logits = torch.tensor([[1.0, 0.9, -1.0, -1.1]])
+
+    def greedy(prompt: list[int], output: list[int], **options: float) -> int:
+        row = make_row(prompt, output, temperature=0, **options)
+        return sample(logits, [row])[0].token_id
+
+    assert greedy([0], [], repetition_penalty=1.2) == 1  # 1.0 / 1.2 < 0.9
+    assert greedy([0], [], repetition_penalty=1.1) == 0
+    assert greedy([0, 1], [], repetition_penalty=1.2) == 0  # both are lowered
+    assert greedy([0], [], presence_penalty=0.2) == 0  # of the output only
+    assert greedy([3], [0], presence_penalty=0.2) == 1
+    assert greedy([3], [0], frequency_penalty=0.09) == 0
+    assert greedy([3], [0, 0], frequency_penalty=0.09) == 1
+    assert greedy([3], [1], presence_penalty=-0.2) == 1
+
+    negative = torch.tensor([[-1.0, -1.1]])
+    row = make_row([0], [], temperature=0, repetition_penalty=1.2)
+    assert sample(negative, [row])[0].token_id == 1  # -1.0 * 1.2 < -1.1
+
+
+def test_nothing_ends_the_output_before_min_tokens() -> None:
+    logits = torch.tensor([[1.0, 2.0, 9.0, 8.0, 0.0]])
+
+    def greedy(output: list[int], **options) -> int:
+        return sample(logits, [make_row(output=output, temperature=0, **options)])[0].token_id
+
+    assert greedy([], max_tokens=9) == 2
+    assert greedy([4], min_tokens=2, max_tokens=9) == 3
+    assert greedy([4], min_tokens=2, max_tokens=9, stop_token_ids=frozenset({3, 99})) == 1
+    assert greedy([4], min_tokens=2, max_tokens=9, ignore_eos=True) == 2
+    assert greedy([4, 4], min_tokens=2, max_tokens=9) == 2
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    logits = log(0.5, 0.3, 0.2) + 3
+    options = {"temperature": 0, "repetition_penalty": 5.0, "max_tokens": 9, "logprobs": 2}
+    (token,) = sample(logits, [make_row([0], [1], **options)])
+    assert token.token_id == 2
+    assert token.logprobs is not None
+    assert math.isclose(token.logprobs.logprob, math.log(0.2), rel_tol=1e-5)
+    assert [index for index, _ in token.logprobs.top] == [0, 1]
+    assert math.isclose(token.logprobs.top[1][1], math.log(0.3), rel_tol=1e-5)
+    message = token.logprobs_pb()
+    assert message is not None
+    assert [top.token_id for top in message.top] == [0, 1]
+
+    (alone,) = sample(logits, [make_row(temperature=0, logprobs=0)])
+    assert alone.logprobs is not None
+    assert alone.logprobs.top == ()
+    assert sample(logits, [make_row(temperature=0)])[0].logprobs_pb() is None
+
+
+def test_logits_are_left_as_they_are() -> None:
+    logits = torch.randn(3, 50)
+    before = logits.clone()
+    row = make_row([1, 2], [3], repetition_penalty=2.0, top_k=5, top_p=0.5, min_tokens=4, seed=1)
+    sample(logits, [row] * 3)
+    assert torch.equal(logits, before)
+
+
+def random_options(rng: random.Random) -> dict:
+    return {
+        "temperature": rng.choice([0, 0.3, 1.0, 2.5]),
+        "top_k": rng.choice([0, 0, 3, 50]),
+        "top_p": rng.choice([1.0, 0.3, 0.95]),
+        "min_p": rng.choice([0.0, 0.0, 0.05]),
+        "repetition_penalty": rng.choice([1.0, 1.0, 1.3]),
+        "presence_penalty": rng.choice([0.0, 0.5]),
+        "frequency_penalty": rng.choice([0.0, -0.5]),
+        "min_tokens": rng.choice([0, 100]),
+        "logprobs": rng.choice([None, 0, 5]),
+        "seed": rng.getrandbits(64),
+    }
+
+
+@pytest.mark.parametrize("bf16", [False, True])  # logits of a bf16 head have many equal values
+def test_a_row_draws_the_same_alone_and_in_any_batch(bf16: bool) -> None:
+    rng = random.Random(3)
+    logits = torch.randn(24, 3001, generator=torch.Generator().manual_seed(0)) * 3
+    logits = logits.bfloat16().float() if bf16 else logits
+    rows = [
+        make_row([rng.randrange(3001) for _ in range(9)], [rng.randrange(3001) for _ in range(rng.randrange(9))], **o)
+        for o in (random_options(rng) for _ in range(24))
+    ]
+    alone = [sample(logits[index : index + 1], [row])[0] for index, row in enumerate(rows)]
+    assert len({token.token_id for token in alone}) > 12
+    for _ in range(5):
+        order = rng.sample(range(24), rng.randrange(2, 25))
+        together = sample(logits[order], [rows[index] for index in order])
+        assert [t.token_id for t in together] == [alone[index].token_id for index in order]
+        assert [t.logprobs is None for t in together] == [alone[index].logprobs is None for index in order]
+
+
+def test_a_replay_draws_the_same_wherever_the_prompt_ends() -> None:
+    logits = torch.randn(1, 500)
+    whole = make_row([1, 2, 3], [4, 5], seed=9)
+    replayed = make_row([1, 2, 3, 4], [5], seed=9)
+    assert sample(logits, [whole]) == sample(logits, [replayed])
