@@ -24,12 +24,14 @@ class FakeWorker:
     drained: bool = False
     died: asyncio.Event = field(default_factory=asyncio.Event)
     starting: Exception | None = None
+    start_task: asyncio.Task[None] | None = None
 
     async def address(self) -> str:
         if self.starting is not None:
             raise self.starting
         if self.worker.server is None:
-            await self.worker.start()
+            self.start_task = asyncio.create_task(self.worker.start())
+            await asyncio.shield(self.start_task)  # as elsewhere: who waits may go, the worker starts all the same
         return self.worker.address
 
     async def wait_closed(self) -> None:
@@ -73,7 +75,8 @@ class FakeLauncher:
     async def close(self) -> None:
         self.closed = True
         for worker in self.workers:
-            if worker.worker.server is not None:
+            if worker.start_task is not None:
+                await worker.start_task
                 await worker.worker.stop()
 
 
