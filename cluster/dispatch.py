@@ -11,6 +11,7 @@ from ..kvtransfer.hashing import page_hashes, page_salt
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeStub
 from ..proto.errors import STATUS_OF, Exhausted, Expired, IsthmusError, Unavailable
+from ..proto.serving import TraceContext
 from .request import Admitted
 from .router import Demand, Placement, route
 from .watch import Fleet
@@ -19,10 +20,8 @@ log = logging.getLogger(__name__)
 
 ERROR_OF = {code: error for error, code in STATUS_OF.items()}
 AFFINITY_TOKENS = 64  # prompts that share so many first tokens go to the same workers when loads are equal
-TRACE_KEYS = ("traceparent", "tracestate")  # W3C trace context, handed on to the next hop
 
 OnEvent = Callable[[str, DecodeEvent], Awaitable[bool]]  # (decode worker, event) -> whether the answer is finished
-Metadata = tuple[tuple[str, str], ...]
 
 
 def demand_of(request: Admitted) -> Demand:
@@ -48,7 +47,7 @@ class Dispatcher:
         on_event: OnEvent,
         *,
         time_left: Callable[[], float | None],
-        trace: Metadata = (),
+        trace: TraceContext = (),
     ) -> None:
         """Calls `on_event` for every event until it returns True.
 
@@ -92,7 +91,7 @@ class Dispatcher:
         placement: Placement,
         on_event: OnEvent,
         timeout_s: float | None,
-        trace: Metadata,
+        trace: TraceContext,
     ) -> None:
         worker = placement.decode
         try:

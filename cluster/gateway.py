@@ -18,10 +18,10 @@ from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
 from ..proto.decode_pb2 import DecodeEvent
 from ..proto.errors import Exhausted, IsthmusError, Unavailable, status_of
-from ..proto.serving import MIB, Server, start_server
+from ..proto.serving import MIB, Server, start_server, trace_context
 from .client import RETRY_KEY
 from .compat import Expected
-from .dispatch import TRACE_KEYS, Dispatcher, Metadata
+from .dispatch import Dispatcher
 from .request import Admitted, ServedModel, admit
 from .router import Snapshot, offered_codecs, token_limit
 from .session import Session, new_session
@@ -123,9 +123,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             await context.write(session.push(event, time.monotonic()))
             return session.finished
 
-        await self._dispatcher.run(
-            admitted, pass_on, time_left=context.time_remaining, trace=_trace(context.invocation_metadata())
-        )
+        await self._dispatcher.run(admitted, pass_on, time_left=context.time_remaining, trace=trace_context(context))
 
     async def GetModel(self, request: generation_pb2.GetModelRequest, context: object) -> generation_pb2.Model:
         self._model.check_name(request.name)
@@ -230,10 +228,6 @@ class Gateway:
             if pairs:
                 self.ready.set()
             await change.wait()
-
-
-def _trace(metadata: Iterable[tuple[str, str | bytes]] | None) -> Metadata:
-    return tuple((key, str(value)) for key, value in metadata or () if key in TRACE_KEYS)
 
 
 def _log_end(request_id: str, session: Session | None, arrived_s: float, status: str) -> None:

@@ -67,9 +67,7 @@ class DecodeEngine:
             raise Unavailable(self.failure)
         self.thread.post(lambda: self._add(sequence))
 
-    async def deliver(
-        self, sequence: DecodeSequence, receiver: KvReceiver, sections: list[ReceivedSection]
-    ) -> None:
+    async def deliver(self, sequence: DecodeSequence, receiver: KvReceiver, sections: list[ReceivedSection]) -> None:
         """Hands over checked sections; waits while too much is not decoded yet."""
         await self._has_room.wait()
         self._count_inbox(sum(len(section.data) for section in sections))

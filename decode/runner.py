@@ -33,9 +33,7 @@ class DecodeRunner:
             self._attend(spans, torch.tensor(slots, device=device)),
         )
 
-    def _attend(
-        self, spans: list[Span], slots_B: Tensor
-    ) -> Callable[[int, Tensor, Tensor, Tensor, float], Tensor]:
+    def _attend(self, spans: list[Span], slots_B: Tensor) -> Callable[[int, Tensor, Tensor, Tensor, float], Tensor]:
         pool, windows = self._pool, [layer.window for layer in self._model.layers]
 
         def attend(layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float) -> Tensor:

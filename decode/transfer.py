@@ -18,7 +18,7 @@ from ..proto.decode_pb2 import DecodeRequest
 from ..proto.errors import Corrupt, Exhausted, Expired, InvalidRequest, Unavailable
 from ..proto.prefill_pb2 import FirstToken, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillStub
-from ..proto.serving import open_channel
+from ..proto.serving import TraceContext, open_channel
 
 if TYPE_CHECKING:
     from ..proto.prefill_pb2_grpc import PrefillAsyncStub
@@ -60,6 +60,7 @@ class Transfer:
     layers: Sequence[LayerShape]
     page_tokens: int
     counters: Counter[str]
+    trace: TraceContext  # of the request, for the next hop
     on_first_token: Callable[[FirstToken], Awaitable[bool]]  # passes it on; returns whether the output ends with it
 
     async def run(self, time_left: Callable[[], float | None]) -> TransferStats | None:
@@ -91,7 +92,7 @@ class Transfer:
         receiver = KvReceiver(
             self._binding(attempt), self.codec, self.layers, self.page_tokens, len(self.sequence.prompt), 0
         )
-        call = self.peers.stub(address).Prefill(self._request(attempt), timeout=timeout_s)
+        call = self.peers.stub(address).Prefill(self._request(attempt), timeout=timeout_s, metadata=self.trace or None)
         try:
             async for event in call:
                 if event.HasField("frame"):

@@ -30,6 +30,7 @@ from ..proto.errors import InvalidRequest
 from ..proto.hosting import WorkerServer
 from ..proto.prefill_pb2 import FirstToken
 from ..proto.sampling import Sampling
+from ..proto.serving import trace_context
 from ..proto.worker_pb2 import WorkerReport, WorkerRole
 from .config import DecodeConfig
 from .engine import DecodeEngine
@@ -64,9 +65,7 @@ class DecodeWorker(DecodeServicer):
         model = await asyncio.to_thread(load_model, config.model, dtype=config.dtype, device=config.device)
         self._model = model
         self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens)
-        pages = pages_in(
-            model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens
-        )
+        pages = pages_in(model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens)
         self._pool = DensePool(model.layers, pages, config.page_tokens, dtype=model.dtype, device=model.device)
         self._scheduler = DecodeScheduler(
             total_pages=pages,
@@ -80,9 +79,7 @@ class DecodeWorker(DecodeServicer):
             decode_mib_per_step=config.decode_mib_per_step,
         )
         self._engine.thread.start()
-        await self.server.open(
-            SERVICE, lambda server: add_DecodeServicer_to_server(self, server), self._fill_report
-        )
+        await self.server.open(SERVICE, lambda server: add_DecodeServicer_to_server(self, server), self._fill_report)
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no new requests; returns when the running ones are done or the time is over."""
@@ -141,6 +138,7 @@ class DecodeWorker(DecodeServicer):
             layers=model.layers,
             page_tokens=self.config.page_tokens,
             counters=self._counters,
+            trace=trace_context(context),
             on_first_token=on_first_token,
         )
         stats = await transfer.run(context.time_remaining)

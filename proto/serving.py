@@ -32,6 +32,16 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
+TraceContext = tuple[tuple[str, str], ...]
+_TRACE_KEYS = ("traceparent", "tracestate")
+
+
+def trace_context(context: grpc.aio.ServicerContext) -> TraceContext:
+    """The caller's W3C trace context, as metadata for the next hop."""
+    metadata = context.invocation_metadata() or ()
+    return tuple((key, str(value)) for key, value in metadata if key in _TRACE_KEYS)
+
+
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns an IsthmusError of any handler into its status; logs anything else with its trace."""
 
