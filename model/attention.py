@@ -72,9 +72,7 @@ def hand_over(
     """
     refuse_unknown(options, dropout)
     if attention_mask is not None:
-        raise InvalidRequest(
-            "the model makes an attention mask of its own; only causal and sliding-window work"
-        )
+        raise InvalidRequest("the model makes an attention mask of its own; only causal and sliding-window work")
     attend = _current.attend
     assert attend is not None, "a model runs through Model.forward only"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -88,9 +86,7 @@ def refuse_unknown(options: dict[str, Any], dropout: float) -> None:
         raise InvalidRequest(f"the model asks for attention dropout {dropout} while it serves")
     for name, value in options.items():
         if name not in _HARMLESS and value is not None and value is not False:
-            raise InvalidRequest(
-                f"the model's attention needs {name!r}, which paged attention here does not have"
-            )
+            raise InvalidRequest(f"the model's attention needs {name!r}, which paged attention here does not have")
 
 
 AttentionInterface.register(NAME, hand_over)

@@ -15,9 +15,7 @@ class EngineThread:
     post. An exception that leaves a step or a posted call is a bug: the thread ends and `on_failure` is told.
     """
 
-    def __init__(
-        self, name: str, step: Callable[[], bool], on_failure: Callable[[BaseException], None]
-    ) -> None:
+    def __init__(self, name: str, step: Callable[[], bool], on_failure: Callable[[BaseException], None]) -> None:
         self._step, self._on_failure = step, on_failure
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
