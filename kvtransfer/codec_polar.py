@@ -55,11 +55,11 @@ class Polar:
             angle = torch.atan2(radius[..., 1::2], radius[..., ::2])
             sections.append(to_bits(nearest(angle.contiguous(), _levels(level, bits)).flatten(1), bits))
             radius = torch.hypot(radius[..., ::2], radius[..., 1::2])
-        return torch.cat([*sections, store_norms(radius[..., 0])], 1)
+        return torch.cat([*sections, store_norms(radius[..., 0] / _BLOCK**0.5)], 1)
 
     def decode(self, page_BN: Tensor) -> Tensor:
         *sections, norms = page_BN.split([*self._sizes(), 2 * self._blocks], 1)
-        radius = load_norms(norms)[..., None]
+        radius = load_norms(norms)[..., None] * _BLOCK**0.5
         for level in range(len(self._bits), 1, -1):
             bits = self._bits[level - 1]
             angle = _levels(level, bits)[from_bits(sections[level - 1], bits)].view(radius.shape)

@@ -1,8 +1,8 @@
 """The published quantizers, in PyTorch: references to compare with, not meant to be fast.
 
-Each turns the vectors of one page and head, float64 [B, P, D], into uint8 [B, bytes] and back. B pages
-times heads, P page tokens, D head dimension. Norms are stored as `scale16` (kernels/scale16.py); rotations
-are Hadamard with seeded signs.
+Each turns the vectors of one page and head, float64 [B, P, D], into uint8 [B, bytes] and back. B pages times heads, P page
+tokens, D head dimension. Norms are stored, divided by sqrt(D) so that none overflows, as `scale16` (kernels/scale16.py);
+rotations are Hadamard with seeded signs.
 """
 
 from typing import Protocol
@@ -55,12 +55,12 @@ class Mse:
         norm = x_BPD.norm(dim=-1)
         y = x_BPD @ rotation(self._dim) / norm.clamp_min(1e-300)[..., None] * self._dim**0.5
         codes = nearest(y, points(self._bits))
-        return torch.cat([to_bits(codes.flatten(1), self._bits), store_norms(norm)], 1)
+        return torch.cat([to_bits(codes.flatten(1), self._bits), store_norms(norm / self._dim**0.5)], 1)
 
     def decode(self, page_BN: Tensor) -> Tensor:
         codes = from_bits(page_BN[:, : self._codes], self._bits).view(-1, self._page, self._dim)
         norm = load_norms(page_BN[:, self._codes :])
-        return points(self._bits)[codes] @ rotation(self._dim).T * (norm / self._dim**0.5)[..., None]
+        return points(self._bits)[codes] @ rotation(self._dim).T * norm[..., None]
 
 
 class Prod:
@@ -81,12 +81,12 @@ class Prod:
         first = self._mse.encode(x_BPD)
         rest = x_BPD - self._mse.decode(first)
         positive = rest @ gaussian(SEED_PROJECTION, self._dim).T > 0
-        return torch.cat([first, to_bits(positive.flatten(1), 1), store_norms(rest.norm(dim=-1))], 1)
+        return torch.cat([first, to_bits(positive.flatten(1), 1), store_norms(rest.norm(dim=-1) / self._dim**0.5)], 1)
 
     def decode(self, page_BN: Tensor) -> Tensor:
         start = self._mse.page_bytes()
         sign = from_bits(page_BN[:, start : start + self._signs], 1).view(-1, self._page, self._dim).double() * 2 - 1
-        norm = load_norms(page_BN[:, start + self._signs :]) * ((torch.pi / 2) ** 0.5 / self._dim)
+        norm = load_norms(page_BN[:, start + self._signs :]) * (torch.pi / 2 / self._dim) ** 0.5
         rest = sign @ gaussian(SEED_PROJECTION, self._dim) * norm[..., None]
         return self._mse.decode(page_BN[:, :start]) + rest
 
