@@ -77,6 +77,7 @@ class FakeLauncher:
         for worker in self.workers:
             if worker.start_task is not None:
                 await worker.start_task
+            if worker.worker.server is not None:
                 await worker.worker.stop()
 
 
