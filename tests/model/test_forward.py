@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import REAL_MODELS, TINY_MODELS, WINDOW, model_path
 from naive_attention import NaiveCache
+from transformers import AutoModelForCausalLM
 
 from isthmus.kernels.shapes import LayerShape
 from isthmus.model.load import load_model
@@ -24,15 +25,16 @@ def model(request: pytest.FixtureRequest) -> Model:
     return load_model(model_path(request.param), dtype="fp32", device="cpu")
 
 
-def own_logits(model: Model, token_ids: list[int], rows: list[int]) -> torch.Tensor:
-    """What transformers' own attention makes of one sequence."""
-    model.net.set_attn_implementation("eager")
-    try:
-        with torch.inference_mode():
-            logits = model.net(torch.tensor([token_ids]), use_cache=False, logits_to_keep=torch.tensor(rows)).logits
-    finally:
-        model.net.set_attn_implementation("isthmus")
-    return logits[0]
+def own_logits(model: Model, prompts: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+    """What transformers, with attention and weights of its own, makes of each sequence alone, at some places."""
+    net = AutoModelForCausalLM.from_pretrained(
+        model.path, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+    with torch.inference_mode():
+        return [
+            net(torch.tensor([token_ids]), use_cache=False, logits_to_keep=torch.tensor(places)).logits[0]
+            for token_ids, places in prompts
+        ]
 
 
 def test_a_ragged_batch_has_the_logits_of_each_sequence_alone(model: Model) -> None:
@@ -52,8 +54,8 @@ def test_a_ragged_batch_has_the_logits_of_each_sequence_alone(model: Model) -> N
             done[sequence] += count
             found[sequence].append((done[sequence] - 1, row))
     assert cache.calls == [*range(len(model.layers))] * len(SCHEDULE)
-    for prompt, rows in zip(prompts, found, strict=True):
-        expected = own_logits(model, prompt.tolist(), [place for place, _ in rows])
+    wanted = [(prompt.tolist(), [place for place, _ in rows]) for prompt, rows in zip(prompts, found, strict=True)]
+    for rows, expected in zip(found, own_logits(model, wanted), strict=True):
         for (_, row), own in zip(rows, expected, strict=True):
             torch.testing.assert_close(row, own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
 
@@ -65,7 +67,7 @@ def test_a_window_of_real_weights_cuts_where_transformers_cuts() -> None:
     positions = torch.arange(600)
     attend = NaiveCache(model.layers, 1).attend_for(torch.zeros(600, dtype=torch.long), positions)
     rows = torch.tensor([511, 512, 599])
-    own = own_logits(model, tokens.tolist(), rows.tolist())
+    (own,) = own_logits(model, [(tokens.tolist(), rows.tolist())])
     torch.testing.assert_close(model.forward(tokens, positions, rows, attend), own, rtol=1e-4, atol=1e-3)
 
 
