@@ -239,8 +239,9 @@ def _check_address(address: str) -> None:
 
 
 def _configure_logs(level: str) -> None:
-    """Before anything imports gRPC, whose own hints on forks (Ray's start of its daemons) are of no use here."""
+    """Before anything imports gRPC, whose own lines on stderr (forks, ports) repeat what we say or help nobody."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from .logs import LEVELS, configure_logs
 
     if level not in LEVELS:

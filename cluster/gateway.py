@@ -205,7 +205,8 @@ class Gateway:
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for the running ones; whether all have ended in time."""
-        assert self._server is not None, "not started"
+        if self._server is None:
+            return True
         self._generation.draining = True
         await self._server.set_serving(False)
         with contextlib.suppress(TimeoutError):

@@ -131,7 +131,7 @@ async def start_server(
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {listen}: {error}") from error
+        raise OSError(f"cannot listen on {listen}: the address is in use, or is not one of this host") from error
     await server.start()
     running = Server(grpc_server=server, health=health, port=port, services=names)
     await running.set_serving(False)
