@@ -261,7 +261,7 @@ async def test_draining_gives_up_in_time() -> None:
 async def test_a_port_in_use_is_an_error() -> None:
     async with scripted_cluster(says("x")) as cluster:
         second = Gateway(cluster.gateway.address, served())
-        with pytest.raises(OSError, match="cannot listen on .* in use"):
+        with pytest.raises(OSError, match=r"cannot listen on .* in use"):
             await second.start()
         assert await second.drain(1)
         await second.stop()
