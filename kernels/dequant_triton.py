@@ -6,7 +6,7 @@ is corrected once, sum(a · c) = 2 sum(a · (128 + v)) - 383 sum(a).
 
 On NVIDIA GPUs the table is two registers and a look-up is PTX `prmt` (permute bytes): each nibble of the
 selector picks one of 8 bytes, or, where its top bit is set, repeats that byte's sign, which is 0 for v.
-Instructions for each code: 1.6 at 4 bits, 1.1 at 2 bits, 1.5 at 3 bits. Elsewhere, and in Triton's
+Instructions for each code: 1.6 at 4 bits, 1.0 at 2 bits, 1.8 at 3 bits. Elsewhere, and in Triton's
 interpreter, the table is read from memory.
 """
 

@@ -1,8 +1,8 @@
 """The published quantizers, in PyTorch: references to compare with, not meant to be fast.
 
-Each turns the vectors of one page and head, float64 [B, P, D], into uint8 [B, bytes] and back. B pages times heads, P page
-tokens, D head dimension. Norms are stored, divided by sqrt(D) so that none overflows, as `scale16` (kernels/scale16.py);
-rotations are Hadamard with seeded signs.
+Each turns the vectors of one page and head, float64 [B, P, D], into uint8 [B, bytes] and back. B pages times heads,
+P page tokens, D head dimension. Norms are stored, divided by sqrt(D) so that none overflows, as `scale16`
+(kernels/scale16.py); rotations are Hadamard with seeded signs.
 """
 
 from typing import Protocol
