@@ -9,7 +9,7 @@ Source: TurboQuant's MSE form (arXiv 2504.19874) with page means of the keys, a 
 norm-preserving scales.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,13 @@ _SAFE_MAX, _SAFE_MIN = (
     2.0**48,
     2.0**-48,
 )  # outside of this, squares and sums of fp32 could overflow or lose bits
+
+
+Rotate = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+class NotFinite(ArithmeticError):
+    """A page holds a number that is none."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ def chunks(tokens: int, page_tokens: int, values_per_token: int) -> Iterator[tup
 
 
 def pack_reference(k_THD: Tensor, v_THD: Tensor, rotations: Rotations, layout: PageLayout) -> Tensor:
-    """uint8 [pages, H * head_bytes] of finite keys and values of T = pages * P tokens."""
+    """uint8 [pages, H * head_bytes] of keys and values of T = pages * P tokens. NotFinite where one is no number."""
     tokens, heads, dim = k_THD.shape
     pages = tokens // layout.page_tokens
     out_PHB = torch.zeros(pages, heads, layout.head_bytes, dtype=torch.uint8, device=k_THD.device)
@@ -58,54 +65,79 @@ def pack_reference(k_THD: Tensor, v_THD: Tensor, rotations: Rotations, layout: P
 
 
 def _pack_keys(k_THD: Tensor, rotation_HDD: Tensor, layout: PageLayout, out_PHB: Tensor) -> None:
-    x_HPTD, exponent = _pages(k_THD, layout)
-    y_HPTD = torch.bmm(x_HPTD.flatten(1, 2), rotation_HDD.transpose(1, 2)).view_as(x_HPTD)
-    mean = y_HPTD.mean(2)
-    if exponent is not None:
-        mean = torch.ldexp(mean.double(), exponent).clamp(-BF16_MAX, BF16_MAX)
-    stored = mean.to(torch.bfloat16)
-    # What is subtracted is the mean as it is stored, so that its rounding costs nothing.
-    mean = stored.double() if exponent is not None else stored.float()
-    if exponent is not None:
-        mean = torch.ldexp(mean, -exponent)
-    y_HPTD.sub_(mean.float()[:, :, None])
-    codes, scale = quantize(y_HPTD, layout.key_bits)
+    def rotate(x_HPTD: Tensor, exponent: Tensor | None) -> tuple[Tensor, Tensor]:
+        y_HPTD = torch.bmm(x_HPTD.flatten(1, 2), rotation_HDD.transpose(1, 2)).view_as(x_HPTD)
+        stored, mean = _stored_mean(y_HPTD.mean(2), exponent)
+        # What is subtracted is the mean as it is stored, so that its rounding costs nothing.
+        return y_HPTD.sub_(mean[:, :, None]), stored
+
+    codes, scale_bits, mean = _encode(_pages(k_THD, layout), rotate, layout.key_bits)
     _store(out_PHB, 0, pack_codes(codes, layout.key_bits))
-    _store(out_PHB, layout.scale_key, _scale_bits(scale, exponent).view(torch.uint8))
-    _store(out_PHB, layout.mean_key, stored.view(torch.uint8))
+    _store(out_PHB, layout.scale_key, scale_bits.view(torch.uint8))
+    assert mean is not None
+    _store(out_PHB, layout.mean_key, mean.view(torch.uint8))
 
 
 def _pack_values(v_THD: Tensor, rotation_DD: Tensor, layout: PageLayout, out_PHB: Tensor) -> None:
-    x_HPTD, exponent = _pages(v_THD, layout)
-    y_HPTD = (x_HPTD.view(-1, x_HPTD.shape[-1]) @ rotation_DD.T).view_as(x_HPTD)
-    codes, scale = quantize(y_HPTD, layout.value_bits)
+    def rotate(x_HPTD: Tensor, exponent: Tensor | None) -> tuple[Tensor, None]:
+        return (x_HPTD.view(-1, x_HPTD.shape[-1]) @ rotation_DD.T).view_as(x_HPTD), None
+
+    codes, scale_bits, _ = _encode(_pages(v_THD, layout), rotate, layout.value_bits)
     _store(out_PHB, layout.codes_value, pack_codes(codes.transpose(2, 3), layout.value_bits))
-    _store(out_PHB, layout.scale_value, _scale_bits(scale, exponent).view(torch.uint8))
+    _store(out_PHB, layout.scale_value, scale_bits.view(torch.uint8))
 
 
-def _pages(x_THD: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor | None]:
-    """float32 [H, pages, P, D] and, where magnitudes are extreme, the powers of two taken out [H, pages,
-    1]."""
+def _pages(x_THD: Tensor, layout: PageLayout) -> Tensor:
+    """float32 [H, pages, P, D]."""
     tokens, heads, dim = x_THD.shape
     x_HPTD = torch.empty(heads, tokens // layout.page_tokens, layout.page_tokens, dim, device=x_THD.device)
     x_HPTD.view(heads, tokens, dim).copy_(x_THD.transpose(0, 1))
-    largest = torch.linalg.vector_norm(x_HPTD.flatten(2), ord=torch.inf, dim=2)
-    if bool((((largest <= _SAFE_MAX) & (largest >= _SAFE_MIN)) | (largest == 0)).all()):
-        return x_HPTD, None
-    exponent = torch.frexp(largest).exponent.double()[..., None]  # double: ldexp forms the power in its dtype
-    return torch.ldexp(x_HPTD.double(), -exponent[..., None]).float(), exponent
+    return x_HPTD
 
 
-def _scale_bits(scale_HPT: Tensor, exponent: Tensor | None) -> Tensor:
+def _stored_mean(mean_HPD: Tensor, exponent: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean in bf16 as it is stored, and as float32 with the powers of two taken out again."""
+    if exponent is None:
+        stored = mean_HPD.to(torch.bfloat16)
+        return stored, stored.float()
+    stored = torch.ldexp(mean_HPD.double(), exponent).clamp(-BF16_MAX, BF16_MAX).to(torch.bfloat16)
+    return stored, torch.ldexp(stored.double(), -exponent).float()
+
+
+def _encode(x_HPTD: Tensor, rotate: Rotate, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes [H, pages, P, D], scale16 bits [H, pages, P] and the stored mean.
+
+    The norms tell whether any number is extreme, or none at all; looking at every input would take as long as packing.
+    """
+    y_HPTD, mean = rotate(x_HPTD, None)
+    norm = torch.linalg.vector_norm(y_HPTD, dim=-1)
+    least, most = norm.aminmax()
+    exponent = None
+    if not (float(least) >= _SAFE_MIN and float(most) <= _SAFE_MAX):
+        exponent = _exponents(x_HPTD)
+        if exponent is not None:
+            scaled = torch.ldexp(x_HPTD.double(), -exponent[..., None]).float()
+            y_HPTD, mean = rotate(scaled, exponent)
+            norm = torch.linalg.vector_norm(y_HPTD, dim=-1)
+    codes, scale = quantize(y_HPTD, norm, bits)
     if exponent is not None:
-        scale_HPT = torch.ldexp(scale_HPT.double(), exponent).clamp(max=BF16_MAX).float()
-    return to_scale16(scale_HPT)
+        scale = torch.ldexp(scale.double(), exponent).clamp(max=BF16_MAX).float()
+    return codes, to_scale16(scale), mean
 
 
-def quantize(y: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """uint8 codes [..., D] and float32 scales [...] of rotated vectors [..., D]; y is overwritten."""
+def _exponents(x_HPTD: Tensor) -> Tensor | None:
+    """The powers of two to take out, [H, pages, 1], or None where none are needed."""
+    largest = x_HPTD.abs().amax((2, 3))
+    if not bool(largest.isfinite().all()):
+        raise NotFinite("a page holds NaN or infinity")
+    if bool((((largest <= _SAFE_MAX) & (largest >= _SAFE_MIN)) | (largest == 0)).all()):
+        return None
+    return torch.frexp(largest).exponent.double()[..., None]  # double: ldexp forms the power in its dtype
+
+
+def quantize(y: Tensor, norm: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """uint8 codes [..., D] and float32 scales [...] of rotated vectors [..., D] and their norms; y is overwritten."""
     dim = y.shape[-1]
-    norm = torch.linalg.vector_norm(y, dim=-1)
     to_grid = (unit(bits) * dim**0.5) / norm.clamp_min(_NO_NORM)
     y.mul_(to_grid[..., None]).floor_().clamp_(-128, 127)
     index = torch.add(y[..., : dim // 2], y[..., dim // 2 :], alpha=256).add_(128 * 257).to(torch.int32)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.layout import PageLayout
-from ..kernels.pack import Rotations, pack_reference
+from ..kernels.pack import NotFinite, Rotations, pack_reference
 from ..kernels.rotation import hadamard, head_dims, signs
 from ..kernels.shapes import LayerShape
 from ..kernels.unpack import unpack_reference
@@ -73,13 +73,22 @@ class TqCodec:
             self._rotations[layer, device] = cached
         return cached
 
+    def gains(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What `kernels/pack_triton.py` wants instead of rotations: signs / balance [H, D] and signs [D], float32."""
+        dim = self._shapes[layer].head_dim
+        keys = signs(SEED_KEYS, dim).float() / self._balance[layer]
+        return keys.contiguous().to(device), signs(SEED_VALUES, dim).float().to(device)
+
     def page_bytes(self, layer: int) -> int:
         return self._shapes[layer].kv_heads * self._layouts[layer].head_bytes
 
     def encode(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> Tensor:
         check_pages(self._shapes[layer], self._page_tokens, k_THD, v_THD)
-        check_finite(layer, k_THD, v_THD)
-        return pack_reference(k_THD, v_THD, self.rotations(layer, k_THD.device), self._layouts[layer])
+        try:
+            return pack_reference(k_THD, v_THD, self.rotations(layer, k_THD.device), self._layouts[layer])
+        except NotFinite:
+            check_finite(layer, k_THD, v_THD)  # raises, and says where
+            raise
 
     def decode(self, layer: int, packed_PB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         check_packed(packed_PB, self.page_bytes(layer))
