@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from quality_protocols import Cache, Correlation, Divergence, logits_all, logits_served, step
+from quality_protocols import Cache, Correlation, Divergence, add_served, logits_all, step
 from rich.progress import Progress
 
 from isthmus.kvtransfer.calibration import calibrate
@@ -54,15 +54,25 @@ def main() -> None:
         "balance": not options.no_balance,
     }
     with Progress() as progress:
-        result["rows"] = all_rows(model, codecs, ids, options, progress)
+        rows: list[dict[str, object]] = []
+        for protocol in ("all", "served"):
+            rows += divergence_rows(protocol, model, codecs, ids, options, progress)
+            save(result | {"rows": rows}, options)
+        result["rows"] = rows
         result["greedy_agreement"] = greedy_agreement(model, codecs, ids, options, progress)
+        save(result, options)
         result["needle"] = needle(model, codecs, tokenizer, ids, options, progress)
+        save(result, options)
+    for row in result["rows"]:
+        print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else str(value) for key, value in row.items()))
+
+
+def save(result: dict[str, object], options: argparse.Namespace) -> None:
+    """Called after every part: an interrupted run leaves what it has measured."""
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     if options.plot:
         plot(result, options.plot)
-    for row in result["rows"]:
-        print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else str(value) for key, value in row.items()))
 
 
 def arguments() -> argparse.Namespace:
@@ -74,7 +84,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--served-context", type=int, default=2048, help="tokens of a window of protocol served; 0: none"
     )
-    parser.add_argument("--windows", type=int, default=4, help="windows of each protocol, spread over the text")
+    parser.add_argument("--windows", type=int, default=4, help="windows of protocol all, spread over the text")
+    parser.add_argument("--served-windows", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=16, help="prompts of the greedy agreement; 0: none")
     parser.add_argument("--answer-tokens", type=int, default=128)
     parser.add_argument("--needles", type=int, default=10, help="depths of the needle test; 0: none")
@@ -105,32 +116,36 @@ def bits_per_value(codec: PageCodec, model: Model) -> float:
     return 8 * size / sum(2 * PAGE * s.kv_heads * s.head_dim for s in model.layers)
 
 
-def all_rows(
-    model: Model, codecs: dict[str, PageCodec], ids: torch.Tensor, options: argparse.Namespace, progress: Progress
+def divergence_rows(
+    protocol: str,
+    model: Model,
+    codecs: dict[str, PageCodec],
+    ids: torch.Tensor,
+    options: argparse.Namespace,
+    progress: Progress,
 ) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for protocol, length in (("all", options.context), ("served", options.served_context)):
-        if not length:
-            continue
-        windows = windows_of(ids, length, options.windows)
-        task = progress.add_task(f"protocol {protocol}", total=len(windows) * (len(codecs) + 1))
-        sums = {name: Divergence() for name in codecs}
-        seen = {name: Correlation() for name in codecs}
-        for window in windows:
-            reference = logits_all(model, window, None, PAGE, Correlation())
-            progress.advance(task)
-            for name, codec in codecs.items():
-                if protocol == "all":
-                    logits = logits_all(model, window, codec, PAGE, seen[name])
-                else:
-                    logits = logits_served(model, window, codec, PAGE)
-                sums[name].add(reference, logits, window)
-                progress.advance(task)
+    length = options.context if protocol == "all" else options.served_context
+    if not length:
+        return []
+    windows = windows_of(ids, length, options.windows if protocol == "all" else options.served_windows)
+    task = progress.add_task(f"protocol {protocol}", total=len(windows) * (len(codecs) + 1))
+    sums = {name: Divergence() for name in codecs}
+    seen = {name: Correlation() for name in codecs}
+    for window in windows:
+        reference = logits_all(model, window, None, PAGE, Correlation())
+        progress.advance(task)
         for name, codec in codecs.items():
-            bits = bits_per_value(codec, model)
-            corr = seen[name].worst() if seen[name].by_layer else None
-            about = {"protocol": protocol, "codec": name, "bits_per_value": bits, "ratio": 16 / bits}
-            rows.append({**about, **sums[name].summary(), "logit_corr_min": corr})
+            if protocol == "all":
+                sums[name].add(reference, logits_all(model, window, codec, PAGE, seen[name]), window)
+            else:
+                add_served(sums[name], reference, model, window, codec, PAGE)
+            progress.advance(task)
+    rows: list[dict[str, object]] = []
+    for name, codec in codecs.items():
+        bits = bits_per_value(codec, model)
+        corr = seen[name].worst() if seen[name].by_layer else None
+        about = {"protocol": protocol, "codec": name, "bits_per_value": bits, "ratio": 16 / bits}
+        rows.append({**about, **sums[name].summary(), "logit_corr_min": corr})
     return rows
 
 

@@ -3,7 +3,7 @@
 Letters of tensor shapes: T tokens, H heads, D head dimension, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -139,28 +139,31 @@ def step(caches: Sequence[Cache], ids: Sequence[Tensor], rows: Sequence[int] | N
     return logits
 
 
-def logits_served(model: Model, ids_T: Tensor, codec: PageCodec | None, page: int) -> Tensor:
-    """[T, V]: a page of queries at a time; pages are packed as they fill, and all that follows sees them
-    packed."""
+def add_served(
+    sums: "Divergence", reference_TV: Tensor, model: Model, ids_T: Tensor, codec: PageCodec | None, page: int
+) -> None:
+    """A page of queries at a time; pages are packed as they fill, and all that follows sees them packed."""
     cache = Cache(model, codec, page, len(ids_T))
-    return torch.cat([step([cache], [part]) for part in ids_T.split(page)])
+    for start in range(0, len(ids_T), page):
+        logits = step([cache], [ids_T[start : start + page]])
+        sums.add(reference_TV[start : start + page], logits, ids_T[start : start + page + 1])
 
 
 @dataclass
 class Divergence:
-    """Sums over positions; `add` compares the logits of one window with those of the reference."""
+    """Sums over positions; `add` compares logits with those of the reference, for these tokens and the one after."""
 
     kl: list[Tensor] = field(default_factory=list)
     same: list[Tensor] = field(default_factory=list)
     loss: list[Tensor] = field(default_factory=list)
 
     def add(self, reference_TV: Tensor, logits_TV: Tensor, ids_T: Tensor) -> None:
-        for start in range(0, len(ids_T), 256):
-            rows = slice(start, start + 256)
+        for start in range(0, len(reference_TV), 64):
+            rows = slice(start, start + 64)
             p, q = reference_TV[rows].log_softmax(-1), logits_TV[rows].log_softmax(-1)
             self.kl.append((p.exp() * (p - q)).sum(-1))
             self.same.append((p.argmax(-1) == q.argmax(-1)).float())
-            following = ids_T[start + 1 : start + 257]
+            following = ids_T[start + 1 : start + 65]
             self.loss.append(-q[: len(following)].gather(1, following[:, None])[:, 0])
 
     def summary(self) -> dict[str, float]:
@@ -171,6 +174,3 @@ class Divergence:
             "top1": float(same.mean()),
             "ppl": float(loss.mean().exp()),
         }
-
-
-Progress = Callable[[str], None]
