@@ -1,5 +1,7 @@
 """Settings of a decode worker."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..kvtransfer.codec_names import DEFAULT_CODEC
@@ -20,6 +22,7 @@ class DecodeConfig(BaseModel):
     codecs: tuple[str, ...] = ()  # that requests may ask for; empty: all
     default_codec: str = DEFAULT_CODEC
     page_tokens: int = Field(64, ge=8, le=1024, multiple_of=8)
+    pool: Literal["auto", "dense", "packed"] = "auto"  # packed: pages stay packed, in the default codec only
     pool_gib: float = Field(2.0, gt=0)  # memory for the KV of running requests
     pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens; wins over pool_gib
     max_batch: int = Field(64, ge=1)  # requests that hold pages at once

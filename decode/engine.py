@@ -4,7 +4,6 @@ import asyncio
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from ..kvtransfer.pool import DensePool
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..model.engine import EngineThread
 from ..model.model import Model
@@ -13,6 +12,7 @@ from ..proto.errors import IsthmusError, Unavailable
 from .runner import DecodeRunner
 from .scheduler import DecodeScheduler, SequenceId, State
 from .sequence import DecodeSequence, Token
+from .store import KvStore
 
 MIB = 1 << 20
 IDLE_DECODE_BYTES = 32 * MIB  # decoded between two looks at the inbox where no batch waits for its step
@@ -43,10 +43,10 @@ class DecodeEngine:
     """
 
     def __init__(
-        self, model: Model, pool: DensePool, scheduler: DecodeScheduler, *, inbox_mib: int, decode_mib_per_step: int
+        self, model: Model, store: KvStore, scheduler: DecodeScheduler, *, inbox_mib: int, decode_mib_per_step: int
     ) -> None:
-        self._model, self._pool, self._scheduler = model, pool, scheduler
-        self._runner = DecodeRunner(model, pool)
+        self._model, self._store, self._scheduler = model, store, scheduler
+        self._runner = DecodeRunner(model, store)
         self._sequences: dict[SequenceId, DecodeSequence] = {}
         self._arrivals: deque[_Arrived | _Complete] = deque()
         self._decode_bytes = decode_mib_per_step * MIB
@@ -101,10 +101,9 @@ class DecodeEngine:
     def _remove(self, sequence: DecodeSequence) -> None:
         if self._sequences.pop(sequence.id, None):
             self._scheduler.remove(sequence.id)
-            self._pool.allocator.give_back(sequence.runs)
-            sequence.runs = ()
+            self._store.release(sequence)
         if not self._sequences:
-            assert not self._pool.allocator.in_use, "pages are in use with no request"
+            assert self._store.free_pages == self._store.total_pages, "pages are in use with no request"
 
     def _step(self) -> bool:
         self._admit()
@@ -115,11 +114,9 @@ class DecodeEngine:
         return took_in or bool(batch)
 
     def _admit(self) -> None:
-        for sequence_id, pages in self._scheduler.admit(self._pool.allocator.free):
+        for sequence_id, pages in self._scheduler.admit(self._store.free_pages):
             sequence = self._sequences[sequence_id]
-            runs = self._pool.allocator.take(pages)
-            assert runs is not None, "the scheduler admitted a request that does not fit"
-            sequence.runs = runs
+            self._store.admit(sequence, pages)
             self._loop.call_soon_threadsafe(sequence.stream.admit)
 
     def _take_in(self, byte_budget: int) -> bool:
@@ -130,7 +127,7 @@ class DecodeEngine:
             arrival = self._arrivals.popleft()
             if isinstance(arrival, _Arrived):
                 done_bytes += len(arrival.section.data)
-                self._store(arrival)
+                self._receive(arrival)
             elif arrival.sequence.id in self._sequences:
                 arrival.sequence.output.append(arrival.first)
                 self._scheduler.run(arrival.sequence.id)
@@ -139,25 +136,27 @@ class DecodeEngine:
             self.counters["kv_bytes_received"] += done_bytes
         return some
 
-    def _store(self, arrival: _Arrived) -> None:
-        sequence, header = arrival.sequence, arrival.section.header
+    def _receive(self, arrival: _Arrived) -> None:
+        sequence = arrival.sequence
         if sequence.id not in self._sequences:
             return
         try:
-            keys, values = arrival.receiver.decode(arrival.section, self._model.dtype)
+            self._store.receive(sequence, arrival.receiver, arrival.section)
         except IsthmusError as error:
-            self._loop.call_soon_threadsafe(sequence.stream.put, error)
-            return
-        self._pool.write(header.layer, sequence.runs, header.start, keys, values)
+            self._end(sequence, error)
 
     def _advance(self, batch: list[DecodeSequence]) -> None:
         """One step: a token for each sequence, delivered to all handlers in one go."""
         eos, context = self._model.eos_token_ids, self._model.context_length
         logits_BV = self._runner.run(batch)
+        for sequence, error in self._store.end_step(batch):
+            self._end(sequence, error)
         rows = [SampleRow(s.sampling, s.prompt, s.output, eos) for s in batch]
         drawn = sample(logits_BV, rows)
         tokens = []
         for sequence, token in zip(batch, drawn, strict=True):
+            if sequence.id not in self._sequences:
+                continue
             sequence.output.append(token.token_id)
             finish = sequence.finish_reason(token.token_id, len(sequence.output), eos, context)
             if finish is not None:
@@ -166,6 +165,11 @@ class DecodeEngine:
         self._loop.call_soon_threadsafe(_hand_out, tokens)
         self.counters["steps"] += 1
         self.counters["output_tokens"] += len(batch)
+
+    def _end(self, sequence: DecodeSequence, error: IsthmusError) -> None:
+        """Ends a request with an error; the others go on."""
+        self._remove(sequence)
+        self._loop.call_soon_threadsafe(sequence.stream.put, error)
 
     def _fail(self, error: BaseException) -> None:
         self.failure = f"the decode engine failed: {type(error).__name__}: {error}"

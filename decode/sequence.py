@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from ..kvtransfer.allocator import Run
+from ..kvtransfer.codecs import PageCodec
 from ..proto.common_pb2 import FinishReason, TokenLogprobs
 from ..proto.decode_pb2 import DecodeEvent
 from ..proto.errors import IsthmusError
@@ -70,9 +70,9 @@ class DecodeSequence:
     id: SequenceId
     prompt: list[int]
     sampling: Sampling
+    codec: PageCodec
     stream: TokenStream
     output: list[int] = field(default_factory=list)
-    runs: tuple[Run, ...] = ()  # its pages, from admission to release
     released: bool = False
 
     def tokens_at_most(self, context_length: int) -> int:

@@ -18,7 +18,6 @@ import grpc.aio
 from ..kvtransfer.codecs import PageCodec
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..kvtransfer.pairing import CodecSet, require_same
-from ..kvtransfer.pool import DensePool, pages_in
 from ..model.load import load_model
 from ..model.model import Model
 from ..model.reporting import report_model
@@ -36,6 +35,7 @@ from .config import DecodeConfig
 from .engine import DecodeEngine
 from .scheduler import DecodeScheduler, SequenceId
 from .sequence import DecodeSequence, Token, TokenStream
+from .stores import keeps_packed, make_store
 from .transfer import PrefillPeers, Transfer
 
 SERVICE = decode_pb2.DESCRIPTOR.services_by_name["Decode"]
@@ -64,17 +64,18 @@ class DecodeWorker(DecodeServicer):
         config = self.config
         model = await asyncio.to_thread(load_model, config.model, dtype=config.dtype, device=config.device)
         self._model = model
-        self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens)
-        pages = pages_in(model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens)
-        self._pool = DensePool(model.layers, pages, config.page_tokens, dtype=model.dtype, device=model.device)
+        packed = keeps_packed(config, model.device.type)
+        names = (config.default_codec,) if packed else config.codecs
+        self._codecs = CodecSet(names, config.default_codec, model.layers, config.page_tokens)
+        self._store = make_store(config, model, self._codecs.get(config.default_codec), packed=packed)
         self._scheduler = DecodeScheduler(
-            total_pages=pages,
+            total_pages=self._store.total_pages,
             page_tokens=config.page_tokens,
             max_batch=config.max_batch,
             max_waiting=config.max_waiting,
         )
         self._engine = DecodeEngine(
-            *(model, self._pool, self._scheduler),
+            *(model, self._store, self._scheduler),
             inbox_mib=config.inbox_mib,
             decode_mib_per_step=config.decode_mib_per_step,
         )
@@ -101,6 +102,7 @@ class DecodeWorker(DecodeServicer):
                 id=SequenceId(next(self._ids)),
                 prompt=list(request.prompt_token_ids),
                 sampling=Sampling.from_pb(request.sampling),
+                codec=codec,
                 stream=TokenStream(),
             )
             self._scheduler.check_fits(sequence.tokens_at_most(self._model.context_length))
@@ -173,7 +175,7 @@ class DecodeWorker(DecodeServicer):
     def _fill_report(self, report: WorkerReport) -> None:
         report_model(report, self._model)
         self._codecs.fill_report(report)
-        report.pages.CopyFrom(self._pool.counts())
+        report.pages.CopyFrom(self._store.counts())
         report.waiting_requests = self._engine.waiting()
         report.waiting_tokens = self._scheduler.waiting_tokens
         report.running_requests = self._engine.running()
