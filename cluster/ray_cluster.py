@@ -112,7 +112,8 @@ class RayCluster:
             ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             what = f"join Ray at {self._config.address}" if joins else "start Ray"
-            raise Unavailable(f"cannot {what}: {_last_line(error)}") from None
+            hint = " (where that Ray asks for a token, set RAY_AUTH_TOKEN to its own)" if joins else ""
+            raise Unavailable(f"cannot {what}: {_last_line(error)}{hint}") from None
         _silence_raylet()
         if joins and self._config.threads is None:
             cores = ray.cluster_resources().get("CPU", 1)
