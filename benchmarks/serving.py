@@ -92,7 +92,7 @@ class Workers:
         call: Any = self._stub.Generate(request, timeout=600)
         async for event in call:
             arrivals += [time.perf_counter()] * len(event.token_ids)
-            prefill_s = event.transfer.prefill_ms / 1e3
+            prefill_s = prefill_s or event.transfer.prefill_ms / 1e3
         return arrivals, prefill_s
 
     async def decode(self, prompts: list[list[int]], new_tokens: int) -> float:

@@ -15,12 +15,15 @@ from collections import Counter
 
 import grpc.aio
 
+from ..kvtransfer.calibration import balance_path, ensure_balance
 from ..kvtransfer.codecs import PageCodec
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..kvtransfer.pairing import CodecSet, require_same
+from ..model.cache import cache_root
 from ..model.load import load_model
 from ..model.model import Model
 from ..model.reporting import report_model
+from ..model.tokens import Tokenizer
 from ..proto import decode_pb2
 from ..proto.common_pb2 import TransferStats
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
@@ -64,9 +67,18 @@ class DecodeWorker(DecodeServicer):
         config = self.config
         model = await asyncio.to_thread(load_model, config.model, dtype=config.dtype, device=config.device)
         self._model = model
+        balance = await asyncio.to_thread(
+            ensure_balance,
+            balance_path(cache_root(), model.fingerprint, config.page_tokens),
+            model.fingerprint,
+            model.forward,
+            Tokenizer(model.path).encode,
+            model.layers,
+            config.page_tokens,
+        )
         packed = keeps_packed(config, model.device.type)
         names = (config.default_codec,) if packed else config.codecs
-        self._codecs = CodecSet(names, config.default_codec, model.layers, config.page_tokens)
+        self._codecs = CodecSet(names, config.default_codec, model.layers, config.page_tokens, balance)
         self._store = make_store(config, model, self._codecs.get(config.default_codec), packed=packed)
         self._scheduler = DecodeScheduler(
             total_pages=self._store.total_pages,
@@ -149,8 +161,9 @@ class DecodeWorker(DecodeServicer):
         while True:
             token = await sequence.stream.get()
             event: DecodeEvent = token.to_pb()
-            if token.finish is not None:
+            if stats is not None:
                 event.transfer.CopyFrom(stats)
+                stats = None
             await context.write(event)
             if token.finish is not None:
                 return

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..kernels.attention import Span, ragged_attention
 from ..kernels.shapes import LayerShape
 from ..proto.errors import Corrupt, InvalidRequest
+from .calibration_text import TEXT
 
 CALIBRATION_VERSION = 1
 WINDOW_TOKENS = 1024  # of one forward
@@ -118,6 +119,11 @@ def calibrate(
     return moments.balance()
 
 
+def balance_path(folder: Path, fingerprint: str, page_tokens: int) -> Path:
+    """Where the balance of a model lies in the folder of converted models."""
+    return folder / f"balance-{fingerprint}-{page_tokens}-{CALIBRATION_VERSION}.safetensors"
+
+
 def save_balance(path: Path, fingerprint: str, balance: Sequence[Tensor]) -> list[Tensor]:
     """Writes a balance unless the file is there, and returns what the file holds: the first of several
     writers wins."""
@@ -147,3 +153,22 @@ def load_balance(path: Path, fingerprint: str) -> list[Tensor] | None:
         if about.get("fingerprint") != fingerprint or about.get("version") != str(CALIBRATION_VERSION):
             raise Corrupt(f"{path} is not a balance of this model; remove it to have it made anew")
         return [from_steps(file.get_tensor(name)) for name in sorted(file.keys())]
+
+
+def ensure_balance(
+    path: Path,
+    fingerprint: str,
+    forward: Forward,
+    encode: Callable[[str], list[int]],
+    layers: Sequence[LayerShape],
+    page_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """The balance in the file, or else one made from the text that the project ships, and kept there.
+
+    Several workers may find the file missing at once: each makes a balance, and all use the one that was written first.
+    """
+    found = load_balance(path, fingerprint)
+    if found is not None:
+        return found
+    return save_balance(path, fingerprint, calibrate(forward, encode(TEXT), layers, page_tokens, progress))

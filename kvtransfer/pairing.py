@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from ..kernels.shapes import LayerShape
-from ..proto.errors import Incompatible, NotFound
+from ..proto.errors import Incompatible, InvalidRequest, NotFound
 from ..proto.worker_pb2 import WorkerReport
 from .codec_names import codec_names
 from .codecs import PageCodec, build_codec
@@ -14,11 +16,26 @@ class CodecSet:
     """The codecs that one worker allows, made for its model."""
 
     def __init__(
-        self, names: Sequence[str], default: str, layers: Sequence[LayerShape], page_tokens: int
+        self,
+        names: Sequence[str],
+        default: str,
+        layers: Sequence[LayerShape],
+        page_tokens: int,
+        balance: Sequence[Tensor],
     ) -> None:
+        """Names that are given must all fit the model; with none given, those that fit are allowed.
+
+        InvalidRequest for one that does not fit, NotFound for one that does not exist or a default not among them.
+        """
         self.page_tokens = page_tokens
         self._default = default
-        self._codecs = {name: build_codec(name, layers, page_tokens) for name in names or codec_names()}
+        self._codecs: dict[str, PageCodec] = {}
+        for name in names or codec_names():
+            try:
+                self._codecs[name] = build_codec(name, layers, page_tokens, balance)
+            except InvalidRequest:
+                if names or name == default:
+                    raise
         self.get(default)
 
     def get(self, name: str) -> PageCodec:

@@ -14,15 +14,18 @@ import itertools
 
 import grpc.aio
 
+from ..kvtransfer.calibration import balance_path, ensure_balance
 from ..kvtransfer.codecs import PageCodec
 from ..kvtransfer.frame import PROTOCOL_VERSION, Binding
 from ..kvtransfer.hashing import page_salt, prompt_hash
 from ..kvtransfer.pairing import CodecSet, require_same
 from ..kvtransfer.pool import DensePool, pages_in
 from ..kvtransfer.sender import KvSender
+from ..model.cache import cache_root
 from ..model.load import load_model
 from ..model.model import Model
 from ..model.reporting import report_model
+from ..model.tokens import Tokenizer
 from ..proto import prefill_pb2
 from ..proto.errors import Exhausted, InvalidRequest
 from ..proto.hosting import WorkerServer
@@ -60,17 +63,22 @@ class PrefillWorker(PrefillServicer):
         config = self.config
         model = await asyncio.to_thread(load_model, config.model, dtype=config.dtype, device=config.device)
         self._model = model
-        self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens)
-        pages = pages_in(
-            model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens
+        balance = await asyncio.to_thread(
+            ensure_balance,
+            balance_path(cache_root(), model.fingerprint, config.page_tokens),
+            model.fingerprint,
+            model.forward,
+            Tokenizer(model.path).encode,
+            model.layers,
+            config.page_tokens,
         )
+        self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens, balance)
+        pages = pages_in(model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens)
         self._pool = DensePool(model.layers, pages, config.page_tokens, dtype=model.dtype, device=model.device)
         self._scheduler = PrefillScheduler(chunk_tokens=config.chunk_tokens, page_tokens=config.page_tokens)
         self._engine = PrefillEngine(model, self._pool, self._scheduler, config.name or "prefill")
         self._engine.thread.start()
-        await self.server.open(
-            SERVICE, lambda server: add_PrefillServicer_to_server(self, server), self._fill_report
-        )
+        await self.server.open(SERVICE, lambda server: add_PrefillServicer_to_server(self, server), self._fill_report)
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no new requests; returns when the running ones are done or the time is over."""
@@ -87,9 +95,7 @@ class PrefillWorker(PrefillServicer):
         """One transfer: the response stream is the KV."""
         with self.server.request():
             job = self._job(request)
-            accepted = PrefillAccepted(
-                worker_id=self.server.name, queued_tokens=self._scheduler.waiting_tokens
-            )
+            accepted = PrefillAccepted(worker_id=self.server.name, queued_tokens=self._scheduler.waiting_tokens)
             self._open.add(job)
             self._engine.submit(job)
             try:
@@ -118,9 +124,7 @@ class PrefillWorker(PrefillServicer):
             attempt=request.attempt,
             token_ids=token_ids,
             sampling=Sampling.from_pb(request.sampling),
-            sender=KvSender(
-                binding, codec, self._model.layers, self.config.page_tokens, len(token_ids), held
-            ),
+            sender=KvSender(binding, codec, self._model.layers, self.config.page_tokens, len(token_ids), held),
             outbox=Outbox(asyncio.get_running_loop()),
         )
 

@@ -83,7 +83,7 @@ class DecodeEvent(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]: ...
     @_builtins.property
     def transfer(self) -> _common_pb2.TransferStats:
-        """set in the last event"""
+        """set in one event: the first after the commit, or the last where there is none"""
 
     def __init__(
         self,

@@ -58,8 +58,9 @@ class Pair:
         event: DecodeEvent
         async for event in self.call(self.request(token_ids, sampling, codec)):
             answer.token_ids += event.token_ids
-            if event.finish_reason:
-                answer.finish, answer.transfer = event.finish_reason, event.transfer
+            answer.finish = event.finish_reason or answer.finish
+            if event.HasField("transfer"):
+                answer.transfer = event.transfer
         return answer
 
     def pages_in_use(self) -> tuple[int, int]:

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 
 from isthmus.kernels.shapes import LayerShape
-from isthmus.kvtransfer.calibration import Attend, Moments, calibrate, load_balance, save_balance
+from isthmus.kvtransfer.calibration import (
+    Attend,
+    Moments,
+    balance_path,
+    calibrate,
+    ensure_balance,
+    load_balance,
+    save_balance,
+)
 from isthmus.kvtransfer.calibration_text import TEXT
 from isthmus.proto.errors import Corrupt, InvalidRequest
 
@@ -77,3 +85,16 @@ def test_foreign_balance_is_refused(tmp_path: Path):
 
 def test_text_is_long_enough():
     assert len(TEXT.split()) > 1300
+
+
+def test_made_once(tmp_path: Path):
+    path, texts = balance_path(tmp_path, "abc", 8), []
+
+    def encode(text: str) -> list[int]:
+        texts.append(text)
+        return [i * 7 % 50 for i in range(100)]
+
+    first = ensure_balance(path, "abc", forward, encode, LAYERS, 8)
+    second = ensure_balance(path, "abc", forward, encode, LAYERS, 8)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert texts == [TEXT]
