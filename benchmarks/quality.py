@@ -13,7 +13,7 @@ balance is calibrated as a worker does it, on the text that the project ships, o
 import argparse
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def main() -> None:
         print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else str(value) for key, value in row.items()))
 
 
-def save(result: dict[str, object], options: argparse.Namespace) -> None:
+def save(result: Mapping[str, object], options: argparse.Namespace) -> None:
     """Called after every part: an interrupted run leaves what it has measured."""
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
@@ -233,7 +233,7 @@ def score(cache: Cache, tokens: torch.Tensor) -> float:
     return float(logits.gather(1, tokens[1:, None]).sum())
 
 
-def plot(result: dict[str, object], path: str) -> None:
+def plot(result: Mapping[str, object], path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
