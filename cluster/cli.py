@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from . import cli_cluster, cli_generate, cli_status
+from . import cli_calibrate, cli_cluster, cli_generate, cli_status
 
 INTERRUPTED = 130
 
@@ -30,6 +30,7 @@ app.command("generate")(cli_generate.generate)
 app.command("chat")(cli_generate.chat)
 app.command("status")(cli_status.status)
 app.command("models")(cli_status.models)
+app.command("calibrate")(cli_calibrate.calibrate)
 app.command("demo")(cli_cluster.demo)
 app.add_typer(cli_cluster.worker_app, name="worker")
 app.command("gateway")(cli_cluster.gateway)

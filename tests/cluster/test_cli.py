@@ -14,7 +14,7 @@ from scripted import says, scripted_cluster
 
 from isthmus.cluster.cli import run
 
-COMMANDS = ("up", "generate", "chat", "status", "models", "demo", "worker", "gateway")
+COMMANDS = ("up", "generate", "chat", "status", "models", "calibrate", "demo", "worker", "gateway")
 
 
 @pytest.fixture(scope="module")
