@@ -12,7 +12,7 @@ from typing import Any
 
 import gguf
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
@@ -50,11 +50,19 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def _read_tokenizer(file: Path, metadata: Any) -> Any:
+    def said(key: str) -> Any:
+        return metadata[f"tokenizer.ggml.{key}"].contents() if f"tokenizer.ggml.{key}" in metadata else None
+
     tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    field = metadata.get("tokenizer.ggml.pre")
-    if field is not None and field.contents() in _DIGITS_APART:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    backend = tokenizer.backend_tokenizer
+    if said("pre") in _DIGITS_APART:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    bos = tokenizer.bos_token
+    if said("add_bos_token") and bos and backend.encode("a").ids[:1] != [tokenizer.bos_token_id]:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
         )
     return tokenizer
 

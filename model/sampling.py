@@ -14,10 +14,9 @@ The steps, in the order that transformers' `generate` has them:
 A limit keeps or drops tokens of equal probability together, so nothing depends on how a sort orders them. A row's
 result depends on its own logits and options only, never on the rows beside it.
 
-Letters of tensor shapes: R rows, V vocabulary, K most likely tokens, N entries of a list of (row, token) pairs.
+Letters of tensor shapes: R rows, V vocabulary, K most likely tokens, N tokens of a list.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ from ..proto.common_pb2 import TokenLogprobs, TopLogprob
 from ..proto.sampling import Sampling
 from .uniform import uniform
 
-_NUCLEUS = 1024  # top_p looks at this many most likely tokens before it sorts the whole vocabulary
+_BEST = 1024  # limits are looked for among so many most likely tokens before the whole vocabulary is sorted
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +47,11 @@ class SampleRow:
     def penalised(self) -> bool:
         s = self.sampling
         return s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
+
+    @property
+    def limited(self) -> bool:
+        s = self.sampling
+        return s.top_k > 0 or s.top_p < 1 or s.min_p > 0
 
     @property
     def ruled_out(self) -> frozenset[int]:
@@ -90,11 +94,14 @@ def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
     assert logits_RV.shape[0] == len(rows), "one row of logits for each request"
     with torch.inference_mode():
         adjusted_RV = _adjust(logits_RV, rows)
-        token_R = adjusted_RV.argmax(-1)
         drawn = [index for index, row in enumerate(rows) if not row.greedy]
-        if drawn:
-            some = torch.tensor(drawn, device=logits_RV.device)
-            token_R[some] = _draw(adjusted_RV[some], [rows[index] for index in drawn])
+        if not drawn:
+            token_R = adjusted_RV.argmax(-1)
+        elif len(drawn) == len(rows):
+            token_R = _draw(adjusted_RV, rows)
+        else:
+            token_R = adjusted_RV.argmax(-1)
+            token_R[drawn] = _draw(adjusted_RV[drawn], [rows[index] for index in drawn])
         tokens = token_R.tolist()
         logprobs = _logprobs(logits_RV, rows, tokens)
     return [SampledToken(token, logprobs.get(index)) for index, token in enumerate(tokens)]
@@ -119,84 +126,105 @@ def _adjust(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
 def _penalise(logits_RV: Tensor, rows: Sequence[SampleRow], which: Sequence[int]) -> None:
     """Step 1, in place, for some of the rows."""
-    places: list[tuple[int, int]] = []
-    factors: list[float] = []
-    offsets: list[float] = []
-    for index in which:
-        row, s = rows[index], rows[index].sampling
-        output = Counter(row.output_token_ids)
-        seen = set(output) if s.repetition_penalty == 1 else set(output) | set(row.prompt_token_ids)
-        for token in seen:
-            count = output[token]
-            places.append((index, token))
-            factors.append(s.repetition_penalty)
-            offsets.append(s.presence_penalty * (count > 0) + s.frequency_penalty * count)
-    if not places:
-        return
-    row_N, token_N = torch.tensor(places, device=logits_RV.device).unbind(1)
-    factor_N = logits_RV.new_tensor(factors)
-    value_N = logits_RV[row_N, token_N]
-    value_N = torch.where(value_N > 0, value_N / factor_N, value_N * factor_N)
-    logits_RV[row_N, token_N] = value_N - logits_RV.new_tensor(offsets)
+    for logits_V, row in ((logits_RV[index], rows[index]) for index in which):
+        s = row.sampling
+        if s.repetition_penalty != 1:
+            seen = torch.tensor([*row.prompt_token_ids, *row.output_token_ids]).unique()
+            seen_N = seen.to(logits_V.device)
+            value_N = logits_V[seen_N]
+            logits_V[seen_N] = torch.where(value_N > 0, value_N / s.repetition_penalty, value_N * s.repetition_penalty)
+        if row.output_token_ids and (s.presence_penalty or s.frequency_penalty):
+            seen, count = torch.tensor(row.output_token_ids).unique(return_counts=True)
+            penalty_N = s.presence_penalty + s.frequency_penalty * count
+            logits_V[seen.to(logits_V.device)] -= penalty_N.to(logits_V.device, logits_V.dtype)
 
 
 def _draw(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Steps 3 to 7: token ids [R]. In float64, where a rounding that differs between batches changes no token."""
+    """Steps 3 to 7: token ids [R].
 
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits_RV.device)[:, None]
+    Weights, proportional to probabilities, are float64: a rounding that differs between batches changes no token.
+    Limits mostly leave a few tokens, so they are looked for among the most likely ones before the whole vocabulary.
+    """
+    limited = [index for index, row in enumerate(rows) if row.limited]
+    if not limited:
+        return _draw_of_all(logits_RV, rows)
+    token_R = torch.empty(len(rows), dtype=torch.long, device=logits_RV.device)
+    token_R[limited], settled = _draw_of_best(logits_RV[limited], [rows[index] for index in limited])
+    done = {index for index, is_settled in zip(limited, settled, strict=True) if is_settled}
+    rest = [index for index in range(len(rows)) if index not in done]
+    if rest:
+        token_R[rest] = _draw_of_all(logits_RV[rest], [rows[index] for index in rest])
+    return token_R
 
+
+def _draw_of_best(logits_RV: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, list[bool]]:
+    """Token ids [R] drawn from the most likely tokens, and for which rows these are all that the limits keep."""
+    vocabulary = logits_RV.shape[1]
+    best = logits_RV.topk(min(_BEST, vocabulary))
+    weight_RK = _weights(best.values, best.values[:, :1], rows)
+    total_R1 = weight_RK.new_zeros(len(rows), 1)
+    if any(row.sampling.top_p < 1 and not row.sampling.top_k for row in rows):
+        total_R1 = _weights(logits_RV, best.values[:, :1], rows).sum(-1, keepdim=True)
+    least_R1 = _least_kept(weight_RK, total_R1, rows)
+    # The list must go on below what is kept: tokens as likely as its last one may stand outside of it.
+    settled_R = (weight_RK[:, -1] < least_R1[:, 0]) | (weight_RK.shape[1] == vocabulary)
+    kept_RK = weight_RK >= least_R1
+    id_RK, order_RK = torch.where(kept_RK, best.indices, vocabulary).sort(-1)  # in the order of the vocabulary
+    place_R1 = _pick(torch.where(kept_RK, weight_RK, 0).gather(1, order_RK), rows)
+    return id_RK.gather(1, place_R1)[:, 0], settled_R.tolist()
+
+
+def _draw_of_all(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Token ids [R] drawn from all that the limits keep."""
+    weight_RV = _weights(logits_RV, logits_RV.amax(-1, keepdim=True), rows)
+    if any(row.limited for row in rows):
+        sorted_RV = weight_RV.sort(-1, descending=True).values
+        least_R1 = _least_kept(sorted_RV, sorted_RV.sum(-1, keepdim=True), rows)
+        weight_RV = torch.where(weight_RV >= least_R1, weight_RV, 0)
+    return _pick(weight_RV, rows)[:, 0]
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+
+
+def _weights(logits_RK: Tensor, greatest_R1: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Step 3: numbers [R, K] proportional to probability; the most likely token's is 1."""
+    scaled_RK = (logits_RK - greatest_R1).double()
+    if any(row.sampling.temperature != 1 for row in rows):
+        scaled_RK /= _column([row.sampling.temperature for row in rows], logits_RK)
+    return scaled_RK.exp_()
+
+
+def _least_kept(descending_RK: Tensor, total_R1: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Steps 4 to 6: the least weight [R, 1] that is kept, of weights in descending order.
+
+    `total_R1` is the sum over the vocabulary. A limit that lies beyond the end of the list gives its last weight.
+    """
     options = [row.sampling for row in rows]
-    scaled_RV = logits_RV.double() / column([s.temperature for s in options])
-    scaled_RV -= scaled_RV.amax(-1, keepdim=True)
+    last = descending_RK.shape[1] - 1
+    least_R1 = _column([s.min_p for s in options], descending_RK)
     if any(s.top_k for s in options):
-        _keep_top_k(scaled_RV, [s.top_k for s in options])
-    weight_RV = scaled_RV.exp_()  # proportional to probability, the most likely token's is 1
+        place_R1 = _column([min(s.top_k - 1, last) if s.top_k else last for s in options], descending_RK).long()
+        limits_R1 = _column([s.top_k > 0 for s in options], descending_RK).bool()
+        kth_R1 = torch.where(limits_R1, descending_RK.gather(1, place_R1), 0)
+        descending_RK = torch.where(descending_RK >= kth_R1, descending_RK, 0)
+        total_R1 = torch.where(limits_R1, descending_RK.sum(-1, keepdim=True), total_R1)
+        least_R1 = torch.maximum(least_R1, kth_R1)
     if any(s.top_p < 1 for s in options):
-        _keep_top_p(weight_RV, [s.top_p for s in options])
-    if any(s.min_p for s in options):
-        weight_RV.masked_fill_(weight_RV < column([s.min_p for s in options]), 0)
-    sum_RV = weight_RV.cumsum(-1)
-    target_R1 = sum_RV[:, -1:] * column([row.uniform() for row in rows])  # below the last sum: u <= 1 - 2^-52
-    token_R = torch.searchsorted(sum_RV, target_R1, right=True)[:, 0]
-    return token_R.clamp_max(logits_RV.shape[1] - 1)  # past the end only where the model gave no numbers (NaN)
+        wanted_R1 = total_R1 * _column([s.top_p for s in options], descending_RK)
+        place_R1 = torch.searchsorted(descending_RK.cumsum(-1), wanted_R1).clamp_max(last)
+        limits_R1 = _column([s.top_p < 1 for s in options], descending_RK).bool()
+        least_R1 = torch.maximum(least_R1, torch.where(limits_R1, descending_RK.gather(1, place_R1), 0))
+    return least_R1
 
 
-def _keep_top_k(scaled_RV: Tensor, top_k: Sequence[int]) -> None:
-    """Step 4, in place: what is below the k-th greatest value becomes -inf. 0 keeps all."""
-    vocabulary = scaled_RV.shape[1]
-    rows = [index for index, k in enumerate(top_k) if 0 < k < vocabulary]
-    if not rows:
-        return
-    some = torch.tensor(rows, device=scaled_RV.device)
-    last_R = torch.tensor([top_k[index] - 1 for index in rows], device=scaled_RV.device)
-    best_RK = scaled_RV[some].topk(max(top_k[index] for index in rows)).values
-    least_R1 = best_RK.gather(1, last_R[:, None])
-    scaled_RV[some] = scaled_RV[some].masked_fill(scaled_RV[some] < least_R1, -torch.inf)
-
-
-def _keep_top_p(weight_RV: Tensor, top_p: Sequence[float]) -> None:
-    """Step 5, in place: weights below that of the token at which the sum reaches p become 0."""
-    wanted_R1 = weight_RV.new_tensor(top_p)[:, None] * weight_RV.sum(-1, keepdim=True)
-    best_RK = weight_RV.topk(min(_NUCLEUS, weight_RV.shape[1])).values
-    least_R1 = _least_kept(best_RK, wanted_R1)
-    flat = [
-        index
-        for index, (sum_, wanted) in enumerate(zip(best_RK.sum(-1).tolist(), wanted_R1[:, 0].tolist(), strict=True))
-        if sum_ < wanted
-    ]
-    if flat:  # a nucleus of more tokens than that
-        some = torch.tensor(flat, device=weight_RV.device)
-        sorted_RV = weight_RV[some].sort(-1, descending=True).values
-        least_R1[some] = _least_kept(sorted_RV, wanted_R1[some])
-    whole_R1 = torch.tensor([p >= 1 for p in top_p], device=weight_RV.device)[:, None]
-    weight_RV.masked_fill_((weight_RV < least_R1) & ~whole_R1, 0)
-
-
-def _least_kept(descending_RK: Tensor, wanted_R1: Tensor) -> Tensor:
-    """The weight [R, 1] at which the sum of descending weights first reaches what is wanted (at the end: the last)."""
-    place_R1 = torch.searchsorted(descending_RK.cumsum(-1), wanted_R1)
-    return descending_RK.gather(1, place_R1.clamp_max(descending_RK.shape[1] - 1))
+def _pick(weight_RK: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Step 7: places [R, 1]."""
+    sum_RK = weight_RK.cumsum(-1)
+    target_R1 = sum_RK[:, -1:] * _column([row.uniform() for row in rows], weight_RK)  # below the sum: u <= 1 - 2^-52
+    place_R1 = torch.searchsorted(sum_RK, target_R1, right=True)
+    return place_R1.clamp_max(weight_RK.shape[1] - 1)  # past the end only where the model gave no numbers (NaN)
 
 
 def _logprobs(logits_RV: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int]) -> dict[int, Logprobs]:
