@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -81,7 +82,8 @@ def host_time(call: Callable[[], object]) -> float:
 def device_time(call: Callable[[], object]) -> float:
     import triton.testing
 
-    return float(triton.testing.do_bench(call, warmup=30, rep=150, return_mode="median")) / 1e3
+    milliseconds: Any = triton.testing.do_bench(call, warmup=30, rep=150, return_mode="median")
+    return milliseconds / 1e3
 
 
 def copy_bandwidth() -> float:

@@ -80,9 +80,7 @@ def _stretch(rows_SHD: Tensor, slot: int, tokens: int) -> Tensor:
     return rows_SHD.as_strided((1, heads, tokens, dim), (row, dim, row, 1), start)
 
 
-def _chunk(
-    q_THD: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float, window: int | None
-) -> Tensor:
+def _chunk(q_THD: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float, window: int | None) -> Tensor:
     """Several new tokens: what lies before them unmasked, themselves causally, merged by log-sum-exp."""
     new, heads, dim = q_THD.shape
     groups = heads // keys.shape[1]

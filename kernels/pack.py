@@ -71,8 +71,8 @@ def _pack_keys(k_THD: Tensor, rotation_HDD: Tensor, layout: PageLayout, out_PHB:
         # What is subtracted is the mean as it is stored, so that its rounding costs nothing.
         return y_HPTD.sub_(mean[:, :, None]), stored
 
-    codes, scale_bits, mean = _encode(_pages(k_THD, layout), rotate, layout.key_bits)
-    _store(out_PHB, 0, pack_codes(codes, layout.key_bits))
+    pairs, scale_bits, mean = _encode(_pages(k_THD, layout), rotate, layout.key_bits)
+    _store(out_PHB, 0, _key_bytes(pairs, layout.key_bits))
     _store(out_PHB, layout.scale_key, scale_bits.view(torch.uint8))
     assert mean is not None
     _store(out_PHB, layout.mean_key, mean.view(torch.uint8))
@@ -82,8 +82,8 @@ def _pack_values(v_THD: Tensor, rotation_DD: Tensor, layout: PageLayout, out_PHB
     def rotate(x_HPTD: Tensor, exponent: Tensor | None) -> tuple[Tensor, None]:
         return (x_HPTD.view(-1, x_HPTD.shape[-1]) @ rotation_DD.T).view_as(x_HPTD), None
 
-    codes, scale_bits, _ = _encode(_pages(v_THD, layout), rotate, layout.value_bits)
-    _store(out_PHB, layout.codes_value, pack_codes(codes.transpose(2, 3), layout.value_bits))
+    pairs, scale_bits, _ = _encode(_pages(v_THD, layout), rotate, layout.value_bits)
+    _store_values(out_PHB[:, :, layout.codes_value : layout.codes_value + layout.code_bytes_value], pairs, layout)
     _store(out_PHB, layout.scale_value, scale_bits.view(torch.uint8))
 
 
@@ -105,7 +105,7 @@ def _stored_mean(mean_HPD: Tensor, exponent: Tensor | None) -> tuple[Tensor, Ten
 
 
 def _encode(x_HPTD: Tensor, rotate: Rotate, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes [H, pages, P, D], scale16 bits [H, pages, P] and the stored mean.
+    """Pairs of codes [H, pages, P, D / 2], scale16 bits [H, pages, P] and the stored mean.
 
     The norms tell whether any number is extreme, or none at all; looking at every input would take as long as packing.
     """
@@ -119,10 +119,10 @@ def _encode(x_HPTD: Tensor, rotate: Rotate, bits: int) -> tuple[Tensor, Tensor, 
             scaled = torch.ldexp(x_HPTD.double(), -exponent[..., None]).float()
             y_HPTD, mean = rotate(scaled, exponent)
             norm = torch.linalg.vector_norm(y_HPTD, dim=-1)
-    codes, scale = quantize(y_HPTD, norm, bits)
+    pairs, scale = _quantize(y_HPTD, norm, bits)
     if exponent is not None:
         scale = torch.ldexp(scale.double(), exponent).clamp(max=BF16_MAX).float()
-    return codes, to_scale16(scale), mean
+    return pairs, to_scale16(scale), mean
 
 
 def _exponents(x_HPTD: Tensor) -> Tensor | None:
@@ -135,36 +135,56 @@ def _exponents(x_HPTD: Tensor) -> Tensor | None:
     return torch.frexp(largest).exponent.double()[..., None]  # double: ldexp forms the power in its dtype
 
 
-def quantize(y: Tensor, norm: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """uint8 codes [..., D] and float32 scales [...] of rotated vectors [..., D] and their norms; y is overwritten."""
+def _quantize(y: Tensor, norm: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of rotated vectors [..., D], column j in the low and j + D/2 in the high half of a byte: uint8 [..., D / 2];
+    and float32 scales [...]. y is overwritten."""
     dim = y.shape[-1]
     to_grid = (unit(bits) * dim**0.5) / norm.clamp_min(_NO_NORM)
-    y.mul_(to_grid[..., None]).floor_().clamp_(-128, 127)
-    index = torch.add(y[..., : dim // 2], y[..., dim // 2 :], alpha=256).add_(128 * 257).to(torch.int32)
-    pair = pair_table(bits).to(y.device).index_select(0, index.flatten()).view_as(index)
-    square = (pair >> 8).to(torch.float32).sum(-1)
-    both = pair.to(torch.uint8)
-    codes = torch.empty(y.shape, dtype=torch.uint8, device=y.device)
-    torch.bitwise_and(both, 15, out=codes[..., : dim // 2])
-    torch.bitwise_right_shift(both, 4, out=codes[..., dim // 2 :])
-    return codes, norm * square.rsqrt()
+    y.mul_(to_grid[..., None]).clamp_(-128, 127)
+    high = y[..., dim // 2 :].floor()
+    # The low number needs no floor of its own: the sum is positive, and is cut to an integer.
+    index = torch.add(y[..., : dim // 2], high, alpha=256).add_(128 * 257).to(torch.int32)
+    pairs = pair_table(bits).to(y.device).index_select(0, index.flatten()).view_as(index)
+    square = (pairs >> 8).to(torch.float32).sum(-1)
+    return pairs.to(torch.uint8), norm * square.rsqrt()
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., rows, columns] -> uint8 [..., bytes], as `layout.py` draws it."""
-    columns = codes.shape[-1]
-    quarter = columns // code_groups(bits)
-    parts = [codes[..., i * quarter : (i + 1) * quarter] for i in range(code_groups(bits))]
+def _key_bytes(pairs: Tensor, bits: int) -> Tensor:
+    """Sections codesK [H, pages, bytes] from pairs [H, pages, P, D / 2]; the bytes of 4 bits are the pairs."""
     if bits == 4:
-        return (parts[0] | parts[1] << 4).flatten(-2)
-    low, high = torch.zeros_like(parts[0]), torch.zeros_like(parts[0])
-    for i, part in enumerate(parts):
-        low |= (part & 3) << (2 * i)
-        high |= (part >> 2) << i
-    if bits == 2:
-        return low.flatten(-2)
+        return pairs.flatten(2)
+    quarter = pairs.shape[-1] // 2
+    parts = [half[..., i : i + quarter] for half in (pairs & 15, pairs >> 4) for i in (0, quarter)]
+    low, high = _planes(parts, bits)
+    if high is None:
+        return low.flatten(2)
     eighth = quarter // 2
-    return torch.cat([low.flatten(-2), (high[..., :eighth] | high[..., eighth:] << 4).flatten(-2)], -1)
+    return torch.cat([low.flatten(2), (high[..., :eighth] | high[..., eighth:] << 4).flatten(2)], 2)
+
+
+def _store_values(section_PHB: Tensor, pairs: Tensor, layout: PageLayout) -> None:
+    """Fills the sections codesV: rows are dimensions."""
+    dim, bits = layout.head_dim, layout.value_bits
+    width = layout.page_tokens // code_groups(bits)
+    low_bytes = dim * width
+    out_low = section_PHB[:, :, :low_bytes].unflatten(2, (dim, width)).permute(1, 0, 3, 2)
+    for half, columns in ((pairs & 15, slice(0, dim // 2)), (pairs >> 4, slice(dim // 2, dim))):
+        low, high = _planes(list(half.split(width, dim=2)), bits)
+        out_low[..., columns] = low
+        if high is not None:
+            out_high = section_PHB[:, :, low_bytes:].unflatten(2, (dim, width // 2)).permute(1, 0, 3, 2)
+            out_high[..., columns] = high[:, :, : width // 2] | high[:, :, width // 2 :] << 4
+
+
+def _planes(parts: list[Tensor], bits: int) -> tuple[Tensor, Tensor | None]:
+    """Codes that share a byte -> that byte and, at 3 bits, the nibble of their high bits."""
+    if bits == 4:
+        return parts[0] | parts[1] << 4, None
+    low, high = parts[0] & 3, parts[0] >> 2
+    for i, part in enumerate(parts[1:], 1):
+        low = low | (part & 3) << (2 * i)
+        high = high | (part >> 2) << i
+    return low, high if bits == 3 else None
 
 
 def _store(out_PHB: Tensor, offset: int, section_HPB: Tensor) -> None:

@@ -62,9 +62,7 @@ class DensePool:
         stretches = self.slots(runs, start, end)
         return _gather(self.keys[layer], stretches), _gather(self.values[layer], stretches)
 
-    def write(
-        self, layer: int, runs: tuple[Run, ...], start: int, keys_THD: Tensor, values_THD: Tensor
-    ) -> None:
+    def write(self, layer: int, runs: tuple[Run, ...], start: int, keys_THD: Tensor, values_THD: Tensor) -> None:
         """Stores tokens from position `start` on, converted to the pool's dtype."""
         done = 0
         for slot, tokens in self.slots(runs, start, start + len(keys_THD)):

@@ -56,7 +56,9 @@ class Sampling:
         if pb.HasField("n") and pb.n != 1:
             raise InvalidRequest(f"n is {pb.n}; allowed: 1")
         scalars = {
-            name: getattr(pb, name) for name in _SCALARS if pb.HasField(name)  # the rest keep their defaults
+            name: getattr(pb, name)
+            for name in _SCALARS
+            if pb.HasField(name)  # the rest keep their defaults
         }
         return cls(
             **scalars,

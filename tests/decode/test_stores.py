@@ -50,7 +50,7 @@ async def test_the_same_tokens_from_the_triton_kernels(monkeypatch: pytest.Monke
 
 
 async def test_pages_that_fill_while_decoding_are_packed() -> None:
-    """With pages of 8 tokens most of the output has gone through the codec, so it differs from raw, alone and batched."""
+    """With pages of 8 tokens most of the output has gone through the codec, so it differs from raw in the end."""
     small = {"page_tokens": 8, "default_codec": "tq-k2v2", "chunk_tokens": 64}
     own = {"page_tokens": 8, "default_codec": "tq-k2v2", "pool": "dense"}
     async with worker_pair(model_path("tiny-llama"), prefill=small, decode=own) as pair:
