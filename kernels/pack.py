@@ -136,14 +136,12 @@ def _exponents(x_HPTD: Tensor) -> Tensor | None:
 
 
 def _quantize(y: Tensor, norm: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes of rotated vectors [..., D], column j in the low and j + D/2 in the high half of a byte: uint8 [..., D / 2];
-    and float32 scales [...]. y is overwritten."""
+    """Codes of rotated vectors [..., D], uint8 [..., D / 2] with j in the low and j + D/2 in the high half of a
+    byte, and float32 scales [...]. y is overwritten."""
     dim = y.shape[-1]
     to_grid = (unit(bits) * dim**0.5) / norm.clamp_min(_NO_NORM)
-    y.mul_(to_grid[..., None]).clamp_(-128, 127)
-    high = y[..., dim // 2 :].floor()
-    # The low number needs no floor of its own: the sum is positive, and is cut to an integer.
-    index = torch.add(y[..., : dim // 2], high, alpha=256).add_(128 * 257).to(torch.int32)
+    y.mul_(to_grid[..., None]).floor_().clamp_(-128, 127)
+    index = torch.add(y[..., : dim // 2], y[..., dim // 2 :], alpha=256).add_(128 * 257).to(torch.int32)
     pairs = pair_table(bits).to(y.device).index_select(0, index.flatten()).view_as(index)
     square = (pairs >> 8).to(torch.float32).sum(-1)
     return pairs.to(torch.uint8), norm * square.rsqrt()
