@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dequant_triton import POINT_OFFSET, dot_bf16, load_nibbles, load_scale16, point_table, points2, points3, points4
-from .layout import PageLayout, code_groups
+from .layout import PageLayout
 from .rotation import hadamard
 
 _MEAN_SHIFT = tl.constexpr(2.0**-16)  # keeps sums of huge means finite until they are clamped
@@ -197,6 +197,3 @@ def hadamard_bf16(dim: int, device: torch.device) -> Tensor:
 def uses_asm(device: torch.device) -> bool:
     """Whether kernels may use PTX: on NVIDIA GPUs, not in the interpreter."""
     return device.type == "cuda" and torch.version.cuda is not None
-
-
-__all__ = ["code_groups", "hadamard_bf16", "unpack", "unpack_kernel", "uses_asm"]
