@@ -212,7 +212,7 @@ def _worker_flags(*values: Any) -> dict[str, Any]:
 def _run_worker(role: "Role", flags: dict[str, Any], config: Path | None, log_level: str) -> None:
     _configure_logs(log_level)
     from .config import load_worker_settings
-    from .host import make_worker, thread_settings, usable_cores
+    from .host import end_process, make_worker, thread_settings, usable_cores
 
     settings = load_worker_settings(role, config, flags, default_threads=usable_cores())
     _check_address(settings["listen"])
@@ -220,6 +220,7 @@ def _run_worker(role: "Role", flags: dict[str, Any], config: Path | None, log_le
     from .service import run_service
 
     worker = make_worker(role, settings)
+    worker.server.end_process = end_process
 
     async def start() -> None:
         await worker.start()

@@ -57,7 +57,8 @@ def _why_no_codec(report: WorkerReport, others: list[WorkerReport]) -> str:
     name = common[0]
     hashes = sorted({_short(other.codecs[name]) for other in others})
     ours, theirs = _short(report.codecs[name]), ", ".join(hashes)
-    return f"codec {name} has parameters {ours}, the {role} workers have {theirs}"
+    hint = " (calibrated apart: give all workers one balance file, see docs/codec.md)" if name.startswith("tq-") else ""
+    return f"codec {name} has parameters {ours}, the {role} workers have {theirs}{hint}"
 
 
 def _short(fingerprint: str) -> str:

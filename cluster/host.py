@@ -5,14 +5,18 @@ given its thread settings.
 """
 
 import asyncio
+import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 from ..proto.errors import Unavailable
+from ..proto.hosting import WorkerServer
 from .config import CONFIG_OF, Role
+
+FAILED = 70  # exit code of a worker whose engine failed (EX_SOFTWARE)
 
 
 def thread_settings(threads: int) -> dict[str, str]:
@@ -36,11 +40,19 @@ class Restarting(Unavailable):
 class Worker(Protocol):
     """What prefill and decode workers have in common."""
 
+    server: WorkerServer
+
     @property
     def address(self) -> str: ...
     async def start(self) -> None: ...
     async def drain(self, timeout_s: float) -> None: ...
     async def stop(self) -> None: ...
+
+
+def end_process() -> None:
+    """Ends this process: a worker whose engine failed serves nothing, and whoever watches it starts another."""
+    logging.shutdown()
+    os._exit(FAILED)
 
 
 def make_worker(role: Role, settings: Mapping[str, Any]) -> Worker:
@@ -61,6 +73,8 @@ def make_worker(role: Role, settings: Mapping[str, Any]) -> Worker:
 
 class WorkerHost:
     """Runs one worker from its construction to `stop`. Methods block and may be called from any thread."""
+
+    end_process: Callable[[], None] | None = None  # what follows a failure of its engine
 
     def __init__(self, role: Role, settings: Mapping[str, Any]) -> None:
         self._role: Role = role
@@ -95,6 +109,7 @@ class WorkerHost:
         asyncio.set_event_loop(self._loop)
         try:
             self._worker = make_worker(self._role, self._settings)
+            self._worker.server.end_process = self.end_process
             self._loop.run_until_complete(self._worker.start())
         except BaseException as error:  # handed to whoever asks for the address
             self._address.set_exception(error)

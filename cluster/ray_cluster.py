@@ -9,7 +9,7 @@ from typing import Any
 
 from ..proto.errors import IsthmusError, Unavailable
 from .config import ClusterConfig, Role
-from .host import Restarting, WorkerHost, thread_settings, usable_cores
+from .host import Restarting, WorkerHost, end_process, thread_settings, usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +151,8 @@ class RayCluster:
 
 class ActorHost(WorkerHost):
     """A WorkerHost that listens on its Ray node's own address where the settings say any address."""
+
+    end_process = staticmethod(end_process)
 
     def __init__(self, role: Role, settings: Mapping[str, Any]) -> None:
         import ray.util

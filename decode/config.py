@@ -16,7 +16,7 @@ class DecodeConfig(BaseModel):
     listen: str = "127.0.0.1:0"  # host:port; port 0 picks a free one
     advertise: str | None = None  # host:port told to others; default: the host of `listen` and the bound port
     name: str | None = None  # of this worker in reports; default: role, host and port
-    dtype: str = "auto"  # of weights and KV: float32, bfloat16, float16, or what the device is fast at
+    dtype: str = "auto"  # of weights and KV: fp32, bf16, or what the device is fast at
     device: str = "auto"  # cpu, cuda, cuda:1, or a GPU where there is one
     threads: int = Field(1, ge=1)  # of torch; set before it is imported
     codecs: tuple[str, ...] = ()  # that requests may ask for; empty: all
@@ -26,6 +26,6 @@ class DecodeConfig(BaseModel):
     pool_gib: float = Field(2.0, gt=0)  # memory for the KV of running requests
     pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens; wins over pool_gib
     max_batch: int = Field(64, ge=1)  # requests that hold pages at once
-    max_waiting: int = Field(1024, ge=0)  # requests that wait for pages; more are refused
+    max_waiting: int = Field(1024, ge=1)  # requests that wait for pages; more are refused
     inbox_mib: int = Field(64, ge=1)  # received frames not yet decoded; above it the transfer pauses
     decode_mib_per_step: int = Field(4, ge=1)  # of received frames decoded between two steps of a running batch

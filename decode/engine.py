@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
@@ -43,12 +44,20 @@ class DecodeEngine:
     """
 
     def __init__(
-        self, model: Model, store: KvStore, scheduler: DecodeScheduler, *, inbox_mib: int, decode_mib_per_step: int
+        self,
+        model: Model,
+        store: KvStore,
+        scheduler: DecodeScheduler,
+        *,
+        inbox_mib: int,
+        decode_mib_per_step: int,
+        on_failure: Callable[[str], None],
     ) -> None:
         self._model, self._store, self._scheduler = model, store, scheduler
         self._runner = DecodeRunner(model, store)
         self._sequences: dict[SequenceId, DecodeSequence] = {}
         self._arrivals: deque[_Arrived | _Complete] = deque()
+        self._on_failure = on_failure
         self._decode_bytes = decode_mib_per_step * MIB
         self._inbox_limit = inbox_mib * MIB
         self._inbox_bytes = 0  # delivered and not decoded; the event loop's thread alone counts it
@@ -63,13 +72,13 @@ class DecodeEngine:
 
     def submit(self, sequence: DecodeSequence) -> None:
         """Queues a request for pages; `sequence.stream.admitted()` returns once it holds them."""
-        if self.failure:
-            raise Unavailable(self.failure)
         self.thread.post(lambda: self._add(sequence))
 
     async def deliver(self, sequence: DecodeSequence, receiver: KvReceiver, sections: list[ReceivedSection]) -> None:
         """Hands over checked sections; waits while too much is not decoded yet."""
         await self._has_room.wait()
+        if self.failure:
+            raise Unavailable(self.failure)
         self._count_inbox(sum(len(section.data) for section in sections))
         arrived = [_Arrived(sequence, receiver, section) for section in sections]
         self.thread.post(lambda: self._arrivals.extend(arrived))
@@ -93,6 +102,9 @@ class DecodeEngine:
     # In the engine thread.
 
     def _add(self, sequence: DecodeSequence) -> None:
+        if self.failure:
+            self._loop.call_soon_threadsafe(sequence.stream.put, Unavailable(self.failure))
+            return
         if not sequence.released:
             self._sequences[sequence.id] = sequence
             tokens = sequence.tokens_at_most(self._model.context_length)
@@ -130,6 +142,7 @@ class DecodeEngine:
                 self._receive(arrival)
             elif arrival.sequence.id in self._sequences:
                 arrival.sequence.output.append(arrival.first)
+                self.counters["output_tokens"] += 1
                 self._scheduler.run(arrival.sequence.id)
         if done_bytes:
             self._loop.call_soon_threadsafe(self._count_inbox, -done_bytes)
@@ -164,7 +177,7 @@ class DecodeEngine:
             tokens.append((sequence.stream, Token(token.token_id, token.logprobs_pb(), finish)))
         self._loop.call_soon_threadsafe(_hand_out, tokens)
         self.counters["steps"] += 1
-        self.counters["output_tokens"] += len(batch)
+        self.counters["output_tokens"] += len(tokens)
 
     def _end(self, sequence: DecodeSequence, error: IsthmusError) -> None:
         """Ends a request with an error; the others go on."""
@@ -175,6 +188,8 @@ class DecodeEngine:
         self.failure = f"the decode engine failed: {type(error).__name__}: {error}"
         for sequence in list(self._sequences.values()):
             self._loop.call_soon_threadsafe(sequence.stream.put, Unavailable(self.failure))
+        self._loop.call_soon_threadsafe(self._has_room.set)
+        self._on_failure(self.failure)
 
     def running(self) -> int:
         """Sequences that hold pages."""

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from ..kernels.paged_attention import PagedKV, paged_attention_reference
 from ..kvtransfer.allocator import PageAllocator, Run
+from ..kvtransfer.codec_checks import check_finite
 from ..kvtransfer.codec_tq import TqCodec
 from ..kvtransfer.frame import PACKED
 from ..kvtransfer.page import packed_range
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..model.model import Model
-from ..proto.errors import IsthmusError
+from ..proto.errors import InvalidRequest, IsthmusError
 from ..proto.worker_pb2 import PageCounts
 from .scheduler import SequenceId
 from .sequence import DecodeSequence
@@ -138,12 +139,19 @@ class PackedStore:
 
     def end_step(self, batch: Sequence[DecodeSequence]) -> list[tuple[DecodeSequence, IsthmusError]]:
         due: list[tuple[_Table, int]] = []
+        failed: list[tuple[DecodeSequence, IsthmusError]] = []
         for sequence in batch:
             page = page_to_pack(sequence, self._page_tokens)
-            if page is not None:
-                due.append((self._tables[sequence.id], page))
+            if page is None:
+                continue
+            table = self._tables[sequence.id]
+            try:
+                self._check_finite(table.slots[page])
+                due.append((table, page))
+            except InvalidRequest as error:
+                failed.append((sequence, error))
         if not due:
-            return []
+            return failed
         raw = torch.tensor([table.slots[page] for table, page in due], device=self._model.device)
         slots = [table.spare_packed.pop() for table, _ in due]
         packed = torch.tensor(slots, device=self._model.device)
@@ -153,7 +161,11 @@ class PackedStore:
             table.spare_raw.append(table.slots[page])
             table.slots[page] = slot
             table.packed = (1, page + 1)
-        return []
+        return failed
+
+    def _check_finite(self, slot: int) -> None:
+        for layer, (keys, values) in enumerate(zip(self._raw_keys, self._raw_values, strict=True)):
+            check_finite(layer, keys[slot], values[slot])
 
     def _pack(self, layer: int, raw_P: Tensor, packed_P: Tensor) -> None:
         """Packs raw pages into packed slots, one launch for the layer."""

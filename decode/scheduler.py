@@ -45,15 +45,15 @@ class DecodeScheduler:
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._entries: dict[SequenceId, _Entry] = {}
 
-    def check_fits(self, tokens: int) -> None:
-        """InvalidRequest for what can never fit, Exhausted where too many wait already."""
+    def check_fits(self, tokens: int, waiting: int) -> None:
+        """InvalidRequest for what can never fit, Exhausted where `waiting` requests are too many already."""
         room = self.total_pages * self.page_tokens
         if tokens > room:
             raise InvalidRequest(
                 f"prompt and new tokens come to {tokens}; this worker holds at most {room}: ask for fewer max_tokens"
             )
-        if self.count(State.WAITING) >= self._max_waiting:
-            raise Exhausted(f"{self._max_waiting} requests wait here already; try again later")
+        if waiting >= self._max_waiting:
+            raise Exhausted(f"{waiting} requests wait here already; try again later")
 
     def add(self, sequence: SequenceId, prompt_tokens: int, tokens: int) -> None:
         """Queues a request that can come to hold `tokens`, its prompt included."""

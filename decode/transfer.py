@@ -15,7 +15,7 @@ from ..kvtransfer.hashing import page_salt, prompt_hash
 from ..kvtransfer.receiver import KvReceiver
 from ..proto.common_pb2 import TransferStats
 from ..proto.decode_pb2 import DecodeRequest
-from ..proto.errors import Corrupt, Exhausted, Expired, InvalidRequest, Unavailable
+from ..proto.errors import Corrupt, Exhausted, Expired, Incompatible, InvalidRequest, NotFound, Unavailable
 from ..proto.prefill_pb2 import FirstToken, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillStub
 from ..proto.serving import TraceContext, open_channel
@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 from .engine import DecodeEngine
 from .sequence import DecodeSequence
 
-# The caller's own fault: another prefill worker would say the same.
-_FINAL = {
+# InvalidRequest and Expired are final: another prefill worker would say the same. After the rest the next one is asked.
+_KNOWN = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.DEADLINE_EXCEEDED: Expired,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Exhausted,
+    grpc.StatusCode.FAILED_PRECONDITION: Incompatible,
+    grpc.StatusCode.NOT_FOUND: NotFound,
 }
 
 
@@ -76,11 +79,11 @@ class Transfer:
         error: Exception = Unavailable("the request names no prefill worker")
         first: list[FirstToken] = []
         for attempt, address in enumerate(candidates, start=1):
-            if attempt > 1 and isinstance(error, Unavailable | Exhausted) and address == candidates[0]:
+            if attempt > 1 and not isinstance(error, Corrupt) and address == candidates[0]:
                 break  # only a corrupt transfer is worth a second try with the same worker
             try:
                 return await self._attempt(attempt, address, first, time_left())
-            except (Corrupt, Unavailable, Exhausted) as failed:
+            except (Corrupt, Unavailable, Exhausted, Incompatible, NotFound) as failed:
                 self.counters["transfers_failed"] += 1
                 self.counters["frames_refused"] += isinstance(failed, Corrupt)
                 error = failed
@@ -105,7 +108,9 @@ class Transfer:
                     if not first:
                         raise Corrupt("the commit came before the first token")
                     self.engine.complete(self.sequence, first[0].token_id)
-                    return event.commit.stats
+                    stats = event.commit.stats
+                    stats.first_token_unix_ns = first[0].sampled_unix_ns  # of the attempt whose token was passed on
+                    return stats
             raise Corrupt("the stream ended with no commit")
         except grpc.aio.AioRpcError as error:
             raise _as_ours(address, error) from error
@@ -152,8 +157,6 @@ class Transfer:
 def _as_ours(address: str, error: grpc.aio.AioRpcError) -> Exception:
     """The error of our tree for what a prefill worker answered."""
     text = f"prefill worker {address}: {error.details()}"
-    if error.code() in _FINAL:
-        return _FINAL[error.code()](text)
-    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return Exhausted(text)
+    if error.code() in _KNOWN:
+        return _KNOWN[error.code()](text)
     return Unavailable(f"{text} ({error.code().name})")

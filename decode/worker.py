@@ -52,6 +52,7 @@ class DecodeWorker(DecodeServicer):
         role = WorkerRole.WORKER_ROLE_DECODE
         self.server = WorkerServer(role, config.listen, config.advertise, config.name)
         self._ids = itertools.count()
+        self._waiting = 0  # requests without pages, those included that the engine has not heard of yet
         self._counters: Counter[str] = Counter()
         self._peers = PrefillPeers()
         self._model: Model
@@ -90,6 +91,7 @@ class DecodeWorker(DecodeServicer):
             *(model, self._store, self._scheduler),
             inbox_mib=config.inbox_mib,
             decode_mib_per_step=config.decode_mib_per_step,
+            on_failure=self.server.on_engine_failure(),
         )
         self._engine.thread.start()
         await self.server.open(SERVICE, lambda server: add_DecodeServicer_to_server(self, server), self._fill_report)
@@ -117,7 +119,7 @@ class DecodeWorker(DecodeServicer):
                 codec=codec,
                 stream=TokenStream(),
             )
-            self._scheduler.check_fits(sequence.tokens_at_most(self._model.context_length))
+            self._scheduler.check_fits(sequence.tokens_at_most(self._model.context_length), self._waiting)
             self._engine.submit(sequence)
             try:
                 await self._serve(sequence, request, codec, context)
@@ -142,7 +144,11 @@ class DecodeWorker(DecodeServicer):
             await context.write(event)
             return finish is not None
 
-        await sequence.stream.admitted()
+        self._waiting += 1
+        try:
+            await sequence.stream.admitted()
+        finally:
+            self._waiting -= 1
         transfer = Transfer(
             engine=self._engine,
             peers=self._peers,
@@ -189,8 +195,8 @@ class DecodeWorker(DecodeServicer):
         report_model(report, self._model)
         self._codecs.fill_report(report)
         report.pages.CopyFrom(self._store.counts())
-        report.waiting_requests = self._engine.waiting()
+        report.waiting_requests = self._waiting
         report.waiting_tokens = self._scheduler.waiting_tokens
         report.running_requests = self._engine.running()
-        for name, count in (self._counters + self._engine.counters).items():
+        for name, count in {**self._counters, **self._engine.counters}.items():
             report.counters[name] = count

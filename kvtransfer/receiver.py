@@ -54,11 +54,13 @@ class KvReceiver:
         self._packed = packed_range(prompt_tokens, page_tokens, codec.packs)
         self._have = [held_tokens] * len(layers)  # tokens from the start, per layer: sections come in order
         self._digest = Digest()
+        # A section is a page at least, however large that is.
+        self._max_bytes = max(MAX_FRAME_BYTES, *(raw_bytes(layer, page_tokens, F32) for layer in layers))
 
     def accept(self, frame: KvFrame) -> list[ReceivedSection]:
         """The sections of a frame; Corrupt where anything in it is not as asked for."""
-        if len(frame.payload) > MAX_FRAME_BYTES + (1 << 20):
-            raise Corrupt(f"a frame of {len(frame.payload)} bytes; allowed: {MAX_FRAME_BYTES}")
+        if len(frame.payload) > self._max_bytes:
+            raise Corrupt(f"a frame of {len(frame.payload)} bytes; allowed: {self._max_bytes}")
         if frame_checksum(frame.header, frame.payload) != frame.checksum:
             raise Corrupt(f"frame {self._digest.frames} does not match its checksum")
         header = FrameHeader.unpack(frame.header)

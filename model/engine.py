@@ -12,7 +12,8 @@ class EngineThread:
     """Runs posted calls and steps in turn until stopped.
 
     `step` does one piece of work and returns whether there was any; with none the thread sleeps until the next
-    post. An exception that leaves a step or a posted call is a bug: the thread ends and `on_failure` is told.
+    post. An exception that leaves a step or a posted call is a bug: `on_failure` is told, and the thread makes no
+    more steps. It still runs what is posted, so that whoever posts can be told too and nothing stays held.
     """
 
     def __init__(self, name: str, step: Callable[[], bool], on_failure: Callable[[BaseException], None]) -> None:
@@ -40,18 +41,21 @@ class EngineThread:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        try:
-            busy = False
-            while True:
+        busy = failed = False
+        while True:
+            with self._wake:
+                while not (busy or self._inbox or self._stopping):
+                    self._wake.wait()
+                calls, self._inbox = self._inbox, deque()
+                if self._stopping and not calls:
+                    return
+            try:
+                while calls:
+                    calls.popleft()()
+                busy = not failed and self._step()
+            except BaseException as error:
+                log.exception("the engine thread failed")
+                busy, failed = False, True
                 with self._wake:
-                    while not (busy or self._inbox or self._stopping):
-                        self._wake.wait()
-                    calls, self._inbox = self._inbox, deque()
-                    if self._stopping and not calls:
-                        return
-                for call in calls:
-                    call()
-                busy = self._step()
-        except BaseException as error:
-            log.exception("the engine thread failed")
-            self._on_failure(error)
+                    self._inbox.extendleft(reversed(calls))
+                self._on_failure(error)

@@ -14,7 +14,7 @@ class PrefillConfig(BaseModel):
     listen: str = "127.0.0.1:0"  # host:port; port 0 picks a free one
     advertise: str | None = None  # host:port told to others; default: the host of `listen` and the bound port
     name: str | None = None  # of this worker in reports; default: role, host and port
-    dtype: str = "auto"  # of weights and KV: float32, bfloat16, float16, or what the device is fast at
+    dtype: str = "auto"  # of weights and KV: fp32, bf16, or what the device is fast at
     device: str = "auto"  # cpu, cuda, cuda:1, or a GPU where there is one
     threads: int = Field(1, ge=1)  # of torch; set before it is imported
     codecs: tuple[str, ...] = ()  # that requests may ask for; empty: all
@@ -23,7 +23,7 @@ class PrefillConfig(BaseModel):
     pool_gib: float = Field(2.0, gt=0)  # memory for the KV of prompts in work
     pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens; wins over pool_gib
     chunk_tokens: int = Field(512, ge=64)  # computed in one step, over all prompts
-    max_waiting_tokens: int = Field(1_000_000, ge=1)  # more are refused with RESOURCE_EXHAUSTED
+    max_waiting_tokens: int = Field(1_000_000, ge=1)  # prompts in work; more are refused with RESOURCE_EXHAUSTED
     host_buffer_gib: float = Field(1.0, gt=0)  # encoded frames not yet sent; above it new requests are refused
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -24,9 +24,11 @@ class PrefillEngine:
     whichever is first; frames hold copies.
     """
 
-    def __init__(self, model: Model, pool: DensePool, scheduler: PrefillScheduler, worker_id: str) -> None:
+    def __init__(
+        self, model: Model, pool: DensePool, scheduler: PrefillScheduler, on_failure: Callable[[str], None]
+    ) -> None:
         self._model, self._pool, self._scheduler = model, pool, scheduler
-        self._worker_id = worker_id
+        self._on_failure = on_failure
         self._runner = PrefillRunner(model, pool)
         self._jobs: dict[JobId, PrefillJob] = {}
         self.counters: Counter[str] = Counter()
@@ -38,17 +40,23 @@ class PrefillEngine:
         """Jobs that are queued or in work."""
         return len(self._jobs)
 
+    @property
+    def waiting(self) -> int:
+        """Jobs whose first chunk has not begun."""
+        return sum(job.started_s is None for job in list(self._jobs.values()))
+
     def submit(self, job: PrefillJob) -> None:
         """Queues a job; what comes of it goes to its outbox."""
         self.thread.post(lambda: self._add(job))
-        if self.failure:
-            job.outbox.fail(Unavailable(self.failure))
 
     def drop(self, job: PrefillJob) -> None:
         """Ends a job at any point of its life and frees what it holds; harmless after its end."""
         self.thread.post(lambda: self._remove(job))
 
     def _add(self, job: PrefillJob) -> None:
+        if self.failure:
+            job.outbox.fail(Unavailable(self.failure))
+            return
         self._jobs[job.id] = job
         self._scheduler.add(job.id, len(job.token_ids), time.monotonic())
 
@@ -105,7 +113,6 @@ class PrefillEngine:
                     sampled_unix_ns=sampled_ns,
                     sampled_s=sampled_s,
                     written_before=written_before,
-                    worker=self._worker_id,
                 )
             )
             job.outbox.put([PrefillEvent(commit=commit)])
@@ -123,3 +130,4 @@ class PrefillEngine:
         self.failure = f"the prefill engine failed: {type(error).__name__}: {error}"
         for job in list(self._jobs.values()):
             job.outbox.fail(Unavailable(self.failure))
+        self._on_failure(self.failure)

@@ -67,7 +67,7 @@ class PrefillJob:
     """A request as the engine sees it. The engine thread alone changes it, but for the outbox."""
 
     id: JobId
-    request_id: str
+    worker: str  # that computes it, for the statistics
     attempt: int
     token_ids: list[int]
     sampling: Sampling
@@ -83,7 +83,7 @@ class PrefillJob:
         if frames:
             self.outbox.put([PrefillEvent(frame=frame) for frame in frames])
 
-    def stats(self, *, sampled_unix_ns: int, sampled_s: float, written_before: int, worker: str) -> TransferStats:
+    def stats(self, *, sampled_unix_ns: int, sampled_s: float, written_before: int) -> TransferStats:
         """What the transfer cost, once all frames are made."""
         started = self.started_s or sampled_s
         digest = self.sender.digest
@@ -95,6 +95,6 @@ class PrefillJob:
             queue_ms=(started - self.arrived_s) * 1e3,
             prefill_ms=(sampled_s - started) * 1e3,
             first_token_unix_ns=sampled_unix_ns,
-            prefill_worker=worker,
+            prefill_worker=self.worker,
             attempt=self.attempt,
         )

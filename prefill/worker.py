@@ -76,7 +76,7 @@ class PrefillWorker(PrefillServicer):
         pages = pages_in(model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens)
         self._pool = DensePool(model.layers, pages, config.page_tokens, dtype=model.dtype, device=model.device)
         self._scheduler = PrefillScheduler(chunk_tokens=config.chunk_tokens, page_tokens=config.page_tokens)
-        self._engine = PrefillEngine(model, self._pool, self._scheduler, config.name or "prefill")
+        self._engine = PrefillEngine(model, self._pool, self._scheduler, self.server.on_engine_failure())
         self._engine.thread.start()
         await self.server.open(SERVICE, lambda server: add_PrefillServicer_to_server(self, server), self._fill_report)
 
@@ -120,7 +120,7 @@ class PrefillWorker(PrefillServicer):
         held = request.held_pages * self.config.page_tokens
         return PrefillJob(
             id=JobId(next(self._ids)),
-            request_id=request.request_id,
+            worker=self.server.name,
             attempt=request.attempt,
             token_ids=token_ids,
             sampling=Sampling.from_pb(request.sampling),
@@ -149,8 +149,9 @@ class PrefillWorker(PrefillServicer):
             raise InvalidRequest(f"a token id is out of the vocabulary of {model.vocab_size}")
         if request.held_pages * config.page_tokens > tokens:
             raise InvalidRequest(f"held_pages {request.held_pages} is more than the prompt has")
-        if self._scheduler.waiting_tokens + tokens > config.max_waiting_tokens:
-            raise Exhausted(f"{self._scheduler.waiting_tokens} prompt tokens wait here already; try again later")
+        waiting = sum(len(job.token_ids) for job in self._open)
+        if waiting + tokens > config.max_waiting_tokens:
+            raise Exhausted(f"{waiting} prompt tokens are in work here already; try again later")
         if self._buffered() > config.host_buffer_gib * (1 << 30):
             raise Exhausted("the send buffer of this prefill worker is full; try again later")
         return codec
@@ -162,10 +163,11 @@ class PrefillWorker(PrefillServicer):
         report_model(report, self._model)
         self._codecs.fill_report(report)
         report.pages.CopyFrom(self._pool.counts())
-        report.waiting_requests = self._engine.active
+        report.waiting_requests = self._engine.waiting
+        report.running_requests = self._engine.active - self._engine.waiting
         report.waiting_tokens = self._scheduler.waiting_tokens
         report.host_buffer_bytes = self._buffered()
-        for name, count in self._engine.counters.items():
+        for name, count in dict(self._engine.counters).items():
             report.counters[name] = count
 
 

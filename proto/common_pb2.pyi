@@ -97,7 +97,7 @@ class SamplingParams(_message.Message):
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """ends the output; the token is part of it"""
+        """at most 256; ends the output, the token is part of it"""
 
     def __init__(
         self,

@@ -29,6 +29,8 @@ class WorkerServer:
         self._started_s = time.monotonic()
         self._draining = False
         self._active = 0
+        self._failure = ""
+        self.end_process: Callable[[], None] | None = None  # called soon after the engine has failed
         self._server: Server | None = None
         self.address = ""
 
@@ -78,7 +80,8 @@ class WorkerServer:
         report = WorkerReport(
             worker_id=self.name,
             role=self._role,
-            health=WorkerHealth.WORKER_HEALTH_DRAINING if self._draining else WorkerHealth.WORKER_HEALTH_READY,
+            health=self._health(),
+            reason=self._failure,
             address=self.address,
             version=version("isthmus"),
             threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
@@ -86,6 +89,28 @@ class WorkerServer:
         )
         self._fill(report)
         return report
+
+    def _health(self) -> WorkerHealth.ValueType:
+        if self._failure:
+            return WorkerHealth.WORKER_HEALTH_FAILED
+        return WorkerHealth.WORKER_HEALTH_DRAINING if self._draining else WorkerHealth.WORKER_HEALTH_READY
+
+    def on_engine_failure(self) -> Callable[[str], None]:
+        """What an engine calls, from its thread, when it can do no more: the worker is red from then on.
+
+        Its process ends a second later where it has one of its own, so that whoever watches it starts another.
+        """
+        loop = asyncio.get_running_loop()
+
+        async def fail(reason: str) -> None:
+            self._failure = reason
+            self._reports.changed()
+            if self._server:
+                await self._server.set_serving(False)
+            if self.end_process:
+                loop.call_later(1.0, self.end_process)
+
+        return lambda reason: asyncio.run_coroutine_threadsafe(fail(reason), loop)
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no new requests and returns when the running ones are done, or after `timeout_s`."""

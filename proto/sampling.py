@@ -46,6 +46,8 @@ class Sampling:
         for stop in self.stop:
             if not 1 <= len(stop) <= 256:
                 raise InvalidRequest(f"a stop string of {len(stop)} characters; allowed: 1 to 256")
+        if len(self.stop_token_ids) > 256:
+            raise InvalidRequest(f"{len(self.stop_token_ids)} stop token ids; allowed: at most 256")
         if self.logprobs is not None and self.logprobs > 20:
             raise InvalidRequest(f"logprobs is {self.logprobs}; allowed: at most 20")
         return self

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 FRAME_MESSAGE_LIMIT = 16 * MIB  # a frame is at most 4 MiB, but a page of a large model may not split further
 
+_MAX_DETAILS = 1000  # characters; details travel as a header, and a longer one would be refused as such
+
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", FRAME_MESSAGE_LIMIT),
     ("grpc.max_send_message_length", FRAME_MESSAGE_LIMIT),
@@ -74,7 +76,7 @@ def _guard(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..
         try:
             return await behaviour(request, context)
         except IsthmusError as error:
-            await context.abort(status_of(error), str(error))
+            await context.abort(status_of(error), str(error)[:_MAX_DETAILS])
         except Exception as error:
             await _abort_on_bug(error, method, context)
 

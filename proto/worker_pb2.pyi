@@ -47,6 +47,8 @@ class _WorkerHealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerHe
     WORKER_HEALTH_DRAINING: _WorkerHealth.ValueType  # 2
     WORKER_HEALTH_UNREACHABLE: _WorkerHealth.ValueType  # 3
     """said by the gateway"""
+    WORKER_HEALTH_FAILED: _WorkerHealth.ValueType  # 5
+    """its engine failed: it serves nothing any more"""
     WORKER_HEALTH_INCOMPATIBLE: _WorkerHealth.ValueType  # 4
     """said by the gateway: other protocol, model or codec parameters"""
 
@@ -57,6 +59,8 @@ WORKER_HEALTH_READY: WorkerHealth.ValueType  # 1
 WORKER_HEALTH_DRAINING: WorkerHealth.ValueType  # 2
 WORKER_HEALTH_UNREACHABLE: WorkerHealth.ValueType  # 3
 """said by the gateway"""
+WORKER_HEALTH_FAILED: WorkerHealth.ValueType  # 5
+"""its engine failed: it serves nothing any more"""
 WORKER_HEALTH_INCOMPATIBLE: WorkerHealth.ValueType  # 4
 """said by the gateway: other protocol, model or codec parameters"""
 Global___WorkerHealth: _TypeAlias = WorkerHealth  # noqa: Y015

@@ -46,12 +46,10 @@ def test_the_batch_has_a_limit():
 def test_refuses_what_can_never_fit_and_what_nobody_has_room_to_wait_for():
     plan = scheduler()
     with pytest.raises(InvalidRequest, match="come to 641; this worker holds at most 640"):
-        plan.check_fits(641)
-    plan.check_fits(640)
-    plan.add(A, 1, 2)
-    plan.add(B, 1, 2)
+        plan.check_fits(641, waiting=0)
+    plan.check_fits(640, waiting=1)
     with pytest.raises(Exhausted, match="2 requests wait here already"):
-        plan.check_fits(1)
+        plan.check_fits(1, waiting=2)
 
 
 def test_only_legal_transitions():
