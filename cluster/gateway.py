@@ -218,7 +218,7 @@ class Gateway:
         if self._health is not None:
             self._health.cancel()
         if self._server is not None:
-            await self._server.grpc_server.stop(grace=0.2)
+            await self._server.stop(0.2)
             await self.fleet.close()
 
     async def _follow_health(self, server: Server) -> None:

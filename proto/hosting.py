@@ -125,4 +125,4 @@ class WorkerServer:
     async def close(self) -> None:
         """Ends the server; requests that still run are cancelled."""
         if self._server:
-            await self._server.grpc_server.stop(grace=None)
+            await self._server.stop()

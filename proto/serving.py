@@ -1,5 +1,6 @@
 """A gRPC server as all of ours are: limits, errors mapped to status codes, health per service, reflection."""
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 FRAME_MESSAGE_LIMIT = 16 * MIB  # a frame is at most 4 MiB, but a page of a large model may not split further
 
+_STOP_LIMIT_S = 5.0
 _MAX_DETAILS = 1000  # characters; details travel as a header, and a longer one would be refused as such
 
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
@@ -98,6 +100,16 @@ class Server:
     health: HealthServicer
     port: int
     services: tuple[str, ...]
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Ends the server: new calls are refused, running ones cancelled after `grace_s`.
+
+        grpc.aio was seen to wait for ever where a call's deadline passed as it arrived: this gives up on it.
+        """
+        stopping = asyncio.ensure_future(self.grpc_server.stop(grace_s))
+        done, _ = await asyncio.wait([stopping], timeout=grace_s + _STOP_LIMIT_S)
+        if not done:
+            log.warning("the server on port %d did not end within %.0f s", self.port, _STOP_LIMIT_S)
 
     async def set_serving(self, serving: bool) -> None:
         """Answers health probes for every service of this server, and for the empty name."""

@@ -124,7 +124,7 @@ class Scripted(DecodeServicer):
 
     async def stop(self) -> None:
         assert self.server is not None
-        await self.server.grpc_server.stop(grace=None)
+        await self.server.stop()
 
     async def Generate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, request: DecodeRequest, context: grpc.aio.ServicerContext

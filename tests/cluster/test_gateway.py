@@ -84,9 +84,9 @@ async def test_the_deadline_reaches_the_worker() -> None:
 
     async with scripted_cluster(script) as cluster, Client(cluster.gateway.address) as client:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await client.answer(build_request(prompt="x"), timeout_s=0.5)
+            await client.answer(build_request(prompt="x"), timeout_s=2)
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert 0 < left[0] <= 0.5
+        assert 0 < left[0] <= 2
         await until(cluster.decodes[0], cancelled=1)
 
 

@@ -1,9 +1,6 @@
 """Packed and dense pools hold the same numbers: the same greedy tokens, whichever a decode worker has."""
 
 import asyncio
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
 
 import pytest
 import torch

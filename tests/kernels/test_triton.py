@@ -1,9 +1,5 @@
 """Triton kernels beside their references, under Triton's interpreter: odd shapes, all widths, no GPU."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
 from torch import Tensor
