@@ -175,11 +175,19 @@ def test_the_command_line_reads_argument_file_and_stdin(server: str, tmp_path) -
     assert answers[0].stdout.startswith(b" Paris")
 
 
-def test_chat_keeps_the_conversation(server: str) -> None:
+def test_chat_keeps_the_conversation(channel: grpc.Channel, server: str) -> None:
+    """Its second turn is what the API makes of the whole conversation."""
+    said, expected = [], ""
+    for line in ("My name is Ada. Say hello.", "What is my name?"):
+        said.append(ChatMessage(role="user", content=line))
+        events = ask(channel, GenerateRequest(chat=Chat(messages=said), sampling=GREEDY))
+        answer = "".join(event.text for event in events)
+        said.append(ChatMessage(role="assistant", content=answer))
+        expected += answer + "\n"
     lines = b"My name is Ada. Say hello.\nWhat is my name?\n"
-    answer = run("chat", "--server", server, "--temperature", "0", "--max-tokens", "40", stdin=lines)
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.count(b"Ada") >= 1, answer.stdout
+    chat = run("chat", "--server", server, "--temperature", "0", "--max-tokens", "12", stdin=lines)
+    assert chat.returncode == 0, chat.stderr
+    assert chat.stdout.decode().rstrip() == expected.rstrip()
 
 
 def test_programs_read_json(server: str) -> None:
