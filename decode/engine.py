@@ -195,10 +195,6 @@ class DecodeEngine:
         """Sequences that hold pages."""
         return self._scheduler.count(State.RECEIVING) + self._scheduler.count(State.RUNNING)
 
-    def waiting(self) -> int:
-        """Sequences that wait for pages."""
-        return self._scheduler.count(State.WAITING)
-
 
 def _hand_out(tokens: list[tuple]) -> None:
     for stream, token in tokens:

@@ -67,7 +67,7 @@ def _decode(
             for slot, tokens in stretches
         ]
     else:
-        k, v = (_contiguous(rows, stretches).transpose(0, 1).unsqueeze(0) for rows in (keys, values))
+        k, v = (contiguous(rows, stretches).transpose(0, 1).unsqueeze(0) for rows in (keys, values))
         parts = [_attend(q_1HGD, k, v, scale)]
     return _merge(parts)
 
@@ -87,7 +87,7 @@ def _chunk(q_THD: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float
     # KV heads are the batch, the group is the head dimension: K and V are shared by a stride of zero.
     q = q_THD.view(new, -1, groups, dim).permute(1, 2, 0, 3)
     k, v = (
-        _contiguous(rows, span.stretches).transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
+        contiguous(rows, span.stretches).transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
         for rows in (keys, values)
     )
     past, total = span.past, span.past + new
@@ -110,7 +110,8 @@ def _band(past: int, total: int, start: int, window: int | None, like: Tensor) -
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
 
 
-def _contiguous(rows: Tensor, stretches: tuple[tuple[int, int], ...]) -> Tensor:
+def contiguous(rows: Tensor, stretches: Sequence[tuple[int, int]]) -> Tensor:
+    """The rows of (first row, rows) stretches, in order; a view where there is only one."""
     parts = [rows[slot : slot + tokens] for slot, tokens in stretches]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.attention import contiguous
 from ..kernels.shapes import LayerShape
 from ..proto.worker_pb2 import PageCounts
 from .allocator import PageAllocator, Run
@@ -60,7 +61,7 @@ class DensePool:
     def read(self, layer: int, runs: tuple[Run, ...], start: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens [start, end), [T, KV heads, D] each; views where they are contiguous."""
         stretches = self.slots(runs, start, end)
-        return _gather(self.keys[layer], stretches), _gather(self.values[layer], stretches)
+        return contiguous(self.keys[layer], stretches), contiguous(self.values[layer], stretches)
 
     def write(self, layer: int, runs: tuple[Run, ...], start: int, keys_THD: Tensor, values_THD: Tensor) -> None:
         """Stores tokens from position `start` on, converted to the pool's dtype."""
@@ -79,8 +80,3 @@ def pages_in(
         token_bytes = sum(2 * layer.kv_heads * layer.head_dim for layer in layers) * dtype.itemsize
         tokens = int(gib * (1 << 30)) // token_bytes
     return max(1, tokens // page_tokens)
-
-
-def _gather(rows: Tensor, stretches: list[tuple[int, int]]) -> Tensor:
-    parts = [rows[slot : slot + tokens] for slot, tokens in stretches]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
