@@ -10,7 +10,8 @@ from ..proto.serving import FRAME_MESSAGE_LIMIT
 from ..proto.worker_pb2 import WorkerReport
 from .codec_names import codec_names
 from .codecs import PageCodec, build_codec
-from .frame import PROTOCOL_VERSION
+from .frame import F32, PROTOCOL_VERSION
+from .sender import raw_bytes
 
 MAX_PAGE_BYTES = FRAME_MESSAGE_LIMIT - (1 << 20)  # raw in fp32: a page never spans two messages
 
@@ -30,7 +31,7 @@ class CodecSet:
 
         InvalidRequest for one that does not fit, NotFound for one that does not exist or a default not among them.
         """
-        largest = max(2 * page_tokens * layer.kv_heads * layer.head_dim * 4 for layer in layers)
+        largest = max(raw_bytes(layer, page_tokens, F32) for layer in layers)
         if largest > MAX_PAGE_BYTES:
             raise InvalidRequest(
                 f"a page of {page_tokens} tokens of one layer takes {largest} bytes; allowed: {MAX_PAGE_BYTES}"

@@ -17,7 +17,7 @@ class KvSender:
     """Encodes what is computed of one prompt and cuts it into frames. Used by the engine thread alone.
 
     Tokens leave in page-aligned steps: `advance` says which sections of the next tokens are due, `encode` turns one
-    of them, of one layer, into frames, `finish` empties the writer.
+    of them, of one layer, into frames, `flush` empties the writer.
     """
 
     def __init__(
