@@ -19,6 +19,32 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """as STANDARD"""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """somebody waits for each token"""
+    PRIORITY_STANDARD: _Priority.ValueType  # 2
+    PRIORITY_BATCH: _Priority.ValueType  # 3
+    """fills idle capacity, yields to the others"""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Sampling and stopping of one request. A field that is not set takes the default named in its comment."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""as STANDARD"""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""somebody waits for each token"""
+PRIORITY_STANDARD: Priority.ValueType  # 2
+PRIORITY_BATCH: Priority.ValueType  # 3
+"""fills idle capacity, yields to the others"""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -46,8 +72,6 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """Sampling and stopping of one request. A field that is not set takes the default named in its comment."""
-
     DESCRIPTOR: _descriptor.Descriptor
 
     TEMPERATURE_FIELD_NUMBER: _builtins.int
@@ -235,6 +259,10 @@ class TransferStats(_message.Message):
     FIRST_TOKEN_UNIX_NS_FIELD_NUMBER: _builtins.int
     PREFILL_WORKER_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    HELD_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    STORED_TOKENS_FIELD_NUMBER: _builtins.int
+    LOCAL_TOKENS_FIELD_NUMBER: _builtins.int
     kv_bytes_bf16: _builtins.int
     """what the sent pages take in bf16: the baseline of every ratio"""
     kv_bytes_wire: _builtins.int
@@ -251,6 +279,16 @@ class TransferStats(_message.Message):
     prefill_worker: _builtins.str
     attempt: _builtins.int
     """1 where the first prefill candidate served"""
+    held_tokens: _builtins.int
+    """Of the prompt's tokens, those that were:
+    in the decode worker's pages already: not sent
+    """
+    cached_tokens: _builtins.int
+    """in the prefill worker's host page cache: sent, not computed"""
+    stored_tokens: _builtins.int
+    """in the page store: sent, not computed"""
+    local_tokens: _builtins.int
+    """computed by the decode worker itself"""
     def __init__(
         self,
         *,
@@ -263,10 +301,14 @@ class TransferStats(_message.Message):
         first_token_unix_ns: _builtins.int = ...,
         prefill_worker: _builtins.str = ...,
         attempt: _builtins.int = ...,
+        held_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        stored_tokens: _builtins.int = ...,
+        local_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_token_unix_ns", b"first_token_unix_ns", "frames", b"frames", "kv_bytes_before_prefill_end", b"kv_bytes_before_prefill_end", "kv_bytes_bf16", b"kv_bytes_bf16", "kv_bytes_wire", b"kv_bytes_wire", "prefill_ms", b"prefill_ms", "prefill_worker", b"prefill_worker", "queue_ms", b"queue_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_tokens", b"cached_tokens", "first_token_unix_ns", b"first_token_unix_ns", "frames", b"frames", "held_tokens", b"held_tokens", "kv_bytes_before_prefill_end", b"kv_bytes_before_prefill_end", "kv_bytes_bf16", b"kv_bytes_bf16", "kv_bytes_wire", b"kv_bytes_wire", "local_tokens", b"local_tokens", "prefill_ms", b"prefill_ms", "prefill_worker", b"prefill_worker", "queue_ms", b"queue_ms", "stored_tokens", b"stored_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

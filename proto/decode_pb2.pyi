@@ -31,12 +31,21 @@ class DecodeRequest(_message.Message):
     PAGE_HASHES_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     PREFILL_ADDRESSES_FIELD_NUMBER: _builtins.int
+    EMITTED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ALLOW_LOCAL_PREFILL_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     request_id: _builtins.str
     model_fingerprint: _builtins.str
     codec: _builtins.str
     page_hashes: _builtins.bytes
     """as in PrefillRequest"""
+    allow_local_prefill: _builtins.bool
+    """where every prefill worker failed, compute the prompt here"""
+    priority: _common_pb2.Priority.ValueType
+    tenant: _builtins.str
+    """prompts of different tenants share no pages"""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -45,7 +54,11 @@ class DecodeRequest(_message.Message):
 
     @_builtins.property
     def prefill_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """in the order to try"""
+        """in the order to try; none: the decode worker computes the prompt itself"""
+
+    @_builtins.property
+    def emitted_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """output so far, of a decode worker that was lost: goes on after it, sends none of it"""
 
     def __init__(
         self,
@@ -58,10 +71,14 @@ class DecodeRequest(_message.Message):
         page_hashes: _builtins.bytes = ...,
         sampling: _common_pb2.SamplingParams | None = ...,
         prefill_addresses: _abc.Iterable[_builtins.str] | None = ...,
+        emitted_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        allow_local_prefill: _builtins.bool = ...,
+        priority: _common_pb2.Priority.ValueType = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "model_fingerprint", b"model_fingerprint", "page_hashes", b"page_hashes", "prefill_addresses", b"prefill_addresses", "prompt_token_ids", b"prompt_token_ids", "protocol_version", b"protocol_version", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_local_prefill", b"allow_local_prefill", "codec", b"codec", "emitted_token_ids", b"emitted_token_ids", "model_fingerprint", b"model_fingerprint", "page_hashes", b"page_hashes", "prefill_addresses", b"prefill_addresses", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "protocol_version", b"protocol_version", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -93,6 +93,8 @@ class GenerateRequest(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """the client's own, at most 128 characters; one is drawn where it is empty"""
     model: _builtins.str
@@ -100,6 +102,9 @@ class GenerateRequest(_message.Message):
     prompt: _builtins.str
     codec: _builtins.str
     """of the KV transfer; empty: the cluster's default"""
+    priority: _common_pb2.Priority.ValueType
+    tenant: _builtins.str
+    """who asks, at most 128 characters: tenants share no cached pages"""
     @_builtins.property
     def chat(self) -> Global___Chat: ...
     @_builtins.property
@@ -116,10 +121,12 @@ class GenerateRequest(_message.Message):
         tokens: Global___TokenIds | None = ...,
         sampling: _common_pb2.SamplingParams | None = ...,
         codec: _builtins.str = ...,
+        priority: _common_pb2.Priority.ValueType = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "sampling", b"sampling", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "codec", b"codec", "input", b"input", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "codec", b"codec", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "chat", "tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -158,12 +165,15 @@ class Timings(_message.Message):
     TRANSFER_FIELD_NUMBER: _builtins.int
     DECODE_WORKER_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    REPLAYS_FIELD_NUMBER: _builtins.int
     ttft_ms: _builtins.float
     """gateway: from the request's arrival to the first token's departure"""
     total_ms: _builtins.float
     decode_worker: _builtins.str
     seed: _builtins.int
     """that makes the same output again"""
+    replays: _builtins.int
+    """times that the answer went on on another decode worker"""
     @_builtins.property
     def transfer(self) -> _common_pb2.TransferStats: ...
     def __init__(
@@ -174,10 +184,11 @@ class Timings(_message.Message):
         transfer: _common_pb2.TransferStats | None = ...,
         decode_worker: _builtins.str = ...,
         seed: _builtins.int = ...,
+        replays: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker", "seed", b"seed", "total_ms", b"total_ms", "transfer", b"transfer", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker", "replays", b"replays", "seed", b"seed", "total_ms", b"total_ms", "transfer", b"transfer", "ttft_ms", b"ttft_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
