@@ -12,6 +12,7 @@ from ..decode.config import DecodeConfig
 from ..kvtransfer.codec_names import DEFAULT_CODEC, codec_names
 from ..prefill.config import PrefillConfig
 from ..proto.errors import InvalidRequest
+from .gateway_config import GatewayConfig
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_PORT = 50051
@@ -40,6 +41,7 @@ class ClusterConfig(BaseModel):
     threads: int | None = Field(None, ge=1)  # of torch in each worker; default: cores / workers
     address: str | None = None  # of a Ray cluster to join ("auto" finds one here); default: start a local one
     drain_s: float = Field(30.0, ge=0)  # how long running requests may take when the cluster stops
+    gateway: GatewayConfig = GatewayConfig()  # where requests run (cluster/gateway_config.py)
     prefill_worker: dict[str, Any] = {}  # further settings of prefill workers (prefill/config.py)
     decode_worker: dict[str, Any] = {}  # further settings of decode workers (decode/config.py)
 

@@ -1,6 +1,13 @@
-"""One admitted request on the decode workers: placed, called, and placed again where that loses nothing."""
+"""One admitted request on the decode workers: placed, called, and placed again where its worker is lost.
 
+A replay sends the same request with the tokens that the client has already. The next decode worker gets the prompt's
+KV by an ordinary transfer, runs those tokens through the model and goes on after them; sampling is counter-based, so it
+draws what the lost one would have drawn.
+"""
+
+import asyncio
 import logging
+import time
 from array import array
 from collections.abc import Awaitable, Callable
 
@@ -10,18 +17,25 @@ from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..kvtransfer.hashing import page_hashes, page_salt
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeStub
-from ..proto.errors import STATUS_OF, Exhausted, Expired, IsthmusError, Unavailable
-from ..proto.serving import TraceContext
+from ..proto.errors import STATUS_OF, Corrupt, Exhausted, Expired, Incompatible, IsthmusError, Unavailable
+from ..proto.generation_pb2 import GenerateEvent
+from ..proto.serving import BUG, TraceContext
+from .gateway_config import GatewayConfig
 from .request import Admitted
+from .retry import Failures
 from .router import Demand, Placement, route
+from .session import Session
 from .watch import Fleet
 
 log = logging.getLogger(__name__)
 
 ERROR_OF = {code: error for error, code in STATUS_OF.items()}
+LOST = (Unavailable, Exhausted, Corrupt, Incompatible)  # another decode worker may do better
 AFFINITY_TOKENS = 64  # prompts that share so many first tokens go to the same workers when loads are equal
+LOOK_AGAIN_S = 0.25  # while nothing can be placed and no worker's health changes
 
-OnEvent = Callable[[str, DecodeEvent], Awaitable[bool]]  # (decode worker, event) -> whether the answer is finished
+PassOn = Callable[[GenerateEvent], Awaitable[None]]
+TimeLeft = Callable[[], float | None]  # seconds to the request's deadline, None without one
 
 
 def demand_of(request: Admitted) -> Demand:
@@ -37,92 +51,123 @@ def demand_of(request: Admitted) -> Demand:
 class Dispatcher:
     """Runs requests on the workers of a fleet."""
 
-    def __init__(self, fleet: Fleet, fingerprint: str) -> None:
+    def __init__(self, fleet: Fleet, fingerprint: str, config: GatewayConfig) -> None:
         self._fleet = fleet
         self._fingerprint = fingerprint
+        self._config = config
 
-    async def run(
-        self,
-        request: Admitted,
-        on_event: OnEvent,
-        *,
-        time_left: Callable[[], float | None],
-        trace: TraceContext = (),
-    ) -> None:
-        """Calls `on_event` for every event until it returns True.
+    async def run(self, session: Session, pass_on: PassOn, *, time_left: TimeLeft, trace: TraceContext = ()) -> None:
+        """Brings a session to its end; `pass_on` gets every event for the client, and no token twice.
 
-        A decode worker that is gone or full before its first event costs nothing but time: the request goes
-        to the next one. Raises the IsthmusError that ended the request; the inner call is cancelled in every
-        case.
+        A decode worker that is lost, full or of no use costs nothing but time: the request goes on on another one,
+        or on the same one once that is back. Raises the IsthmusError that ended the request; the inner call is
+        cancelled in every case.
         """
-        demand, failed, emitted = demand_of(request), dict[str, IsthmusError](), False
-
-        async def note(worker: str, event: DecodeEvent) -> bool:
-            nonlocal emitted
-            emitted = True
-            return await on_event(worker, event)
-
+        failures = Failures(limit=self._config.replays, wait_s=self._config.restart_wait_s)
         while True:
+            if (end := session.missing_end()) is not None:
+                return await pass_on(session.push(end, time.monotonic()))
+            placement = await self._place(session, failures, time_left)
             try:
-                placement = route(demand, self._fleet.snapshot(), avoid=failed)
-            except Unavailable as error:
-                raise next(reversed(failed.values()), error) from None
-            self._fleet.placed(demand, placement)
+                return await self._call(session, placement, pass_on, failures.count, time_left(), trace)
+            except LOST as error:
+                self._note_failure(session, placement.decode, error, failures)
+
+    async def _place(self, session: Session, failures: Failures, time_left: TimeLeft) -> Placement:
+        """A place for the request, as soon as there is one; raises what failed last where there is none in time."""
+        demand = demand_of(session.request)
+        unplaced = Unavailable("the request was placed too often")
+        while True:
+            now, change = time.monotonic(), self._fleet.change
+            for avoid in failures.avoid(now, self._fleet.incarnation):
+                try:
+                    placement = route(demand, self._fleet.snapshot(), avoid=avoid)
+                except Unavailable as error:
+                    unplaced = error
+                    continue
+                self._fleet.placed(demand, placement)
+                return placement
+            left = failures.wait_left(now, started=bool(session.token_ids))
+            if left <= 0:
+                raise failures.last or unplaced
+            deadline = time_left()
+            if deadline is not None and deadline <= 0:
+                raise Expired("the deadline passed while the request waited for a decode worker")
             try:
-                return await self._call(request, placement, note, time_left(), trace)
-            except (Unavailable, Exhausted) as error:
-                if emitted:
-                    raise
-                failed[placement.decode] = error
-                log.info(
-                    "placing a request again",
-                    extra={
-                        "fields": {
-                            "request_id": request.request_id,
-                            "failed": placement.decode,
-                            "why": str(error),
-                        }
-                    },
-                )
+                await asyncio.wait_for(change.wait(), min(LOOK_AGAIN_S, left))
+            except TimeoutError:
+                continue
+
+    def _note_failure(self, session: Session, worker: str, error: IsthmusError, failures: Failures) -> None:
+        failures.add(worker, error, time.monotonic(), self._fleet.incarnation(worker))
+        fields = {
+            "request_id": session.request.request_id,
+            "failed": worker,
+            "why": str(error),
+            "output_tokens": len(session.token_ids),
+        }
+        log.info("placing a request again", extra={"fields": fields})
 
     async def _call(
         self,
-        request: Admitted,
+        session: Session,
         placement: Placement,
-        on_event: OnEvent,
+        pass_on: PassOn,
+        attempt: int,
         timeout_s: float | None,
         trace: TraceContext,
     ) -> None:
-        worker = placement.decode
+        """One call of one decode worker, to the end of the answer; raises what ended it before."""
+        worker, lost = placement.decode, False
+        replay = bool(attempt and session.token_ids)
+        message = self._message(session, placement, attempt)
         try:
             channel = self._fleet.channel(worker)
         except KeyError:
             raise Unavailable(f"decode worker {worker} left") from None
-        message = self._message(request, placement)
         call = DecodeStub(channel).Generate(message, timeout=timeout_s, metadata=trace or None)
+        session.decode_worker = worker
+
+        def give_up() -> None:
+            nonlocal lost
+            lost = True
+            call.cancel()
+
         try:
-            while True:
-                event = await call.read()
-                if not isinstance(event, DecodeEvent):
-                    raise Unavailable(f"decode worker {worker} ended the answer early")
-                if await on_event(worker, event):
-                    return
+            with self._fleet.calling(worker, give_up):
+                while not session.finished:
+                    event = await call.read()
+                    if not isinstance(event, DecodeEvent):
+                        raise Unavailable(f"decode worker {worker} ended the answer early")
+                    session.replays += replay
+                    replay = False
+                    await pass_on(session.push(event, time.monotonic()))
         except grpc.aio.AioRpcError as error:
             raise _translated(error, worker) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not lost or (task is not None and task.cancelling()):
+                raise
+            raise Unavailable(f"decode worker {worker} gives no sign of life") from None
         finally:
             call.cancel()
 
-    def _message(self, request: Admitted, placement: Placement) -> DecodeRequest:
-        salt = page_salt(self._fingerprint, request.codec, placement.codec_hash)
+    def _message(self, session: Session, placement: Placement, attempt: int) -> DecodeRequest:
+        request = session.request
+        salt = page_salt(self._fingerprint, request.codec, placement.codec_hash, request.tenant)
         return DecodeRequest(
             protocol_version=PROTOCOL_VERSION,
-            request_id=request.call_id,
+            request_id=f"{request.call_id}.{attempt}" if attempt else request.call_id,
             model_fingerprint=self._fingerprint,
             codec=request.codec,
             prompt_token_ids=request.prompt_token_ids,
             page_hashes=page_hashes(request.prompt_token_ids, placement.page_tokens, salt),
             sampling=request.sampling.to_pb(),
             prefill_addresses=placement.prefill,
+            emitted_token_ids=session.token_ids,
+            allow_local_prefill=self._config.local_prefill != "never",
+            priority=request.priority,
+            tenant=request.tenant,
         )
 
 
@@ -133,7 +178,9 @@ def _translated(error: grpc.aio.AioRpcError, worker: str) -> Exception:
         return Expired("the deadline passed before the answer was finished")
     if code is grpc.StatusCode.CANCELLED:
         return Unavailable(f"decode worker {worker} cancelled the request")
-    if code is grpc.StatusCode.UNAVAILABLE:
+    # gRPC's own names for a stream or connection that broke; a bug in the worker says that it is one.
+    broken = code is grpc.StatusCode.INTERNAL or (code is grpc.StatusCode.UNKNOWN and not details.startswith(BUG))
+    if code is grpc.StatusCode.UNAVAILABLE or broken:
         return Unavailable(f"decode worker {worker}: {details}")
     known = ERROR_OF.get(code)
     return known(details) if known is not None else RuntimeError(f"decode worker {worker}: {code.name}: {details}")

@@ -2,12 +2,11 @@
 
 The life of a request here: `admit` (request.py), page hashes, `route` (router.py) and `Decode.Generate` with
 the deadline that is left (dispatch.py), a `Session` (session.py) that makes the client's events, until the
-answer is finished. Whatever ends the handler cancels the inner call, and that frees everything below.
+answer is finished (generator.py). Whatever ends the handler cancels the inner call, and that frees everything below.
 """
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -16,20 +15,17 @@ import grpc.aio
 
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
-from ..proto.decode_pb2 import DecodeEvent
-from ..proto.errors import Exhausted, IsthmusError, Unavailable, status_of
+from ..proto.errors import Exhausted, Unavailable
 from ..proto.serving import MIB, Server, start_server, trace_context
 from .client import RETRY_KEY
 from .compat import Expected
-from .dispatch import Dispatcher
-from .request import Admitted, ServedModel, admit
-from .router import Snapshot, offered_codecs, token_limit
-from .session import Session, new_session
+from .gateway_config import GatewayConfig
+from .generator import Generator
+from .request import ServedModel
+from .router import offered_codecs, token_limit
 from .watch import Fleet
 
-log = logging.getLogger(__name__)
-
-GRACE_S = 1.0
+DEFAULTS = GatewayConfig()
 MAX_MESSAGE_BYTES = 4 * MIB
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["Generation"],
@@ -72,11 +68,11 @@ class Load:
 class GenerationService(generation_pb2_grpc.GenerationServicer):
     """`isthmus.v1.Generation` for one model on the workers of a fleet."""
 
-    def __init__(self, model: ServedModel, fleet: Fleet, load: Load) -> None:
+    def __init__(self, model: ServedModel, fleet: Fleet, generator: Generator, load: Load) -> None:
         self._model = model
         self._fleet = fleet
+        self._generator = generator
         self._load = load
-        self._dispatcher = Dispatcher(fleet, model.fingerprint)
         self.draining = False
 
     async def Generate(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -88,42 +84,18 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         if self.draining:
             raise Unavailable("the gateway is shutting down")
         with self._load.track():
-            session = None
             try:
-                snapshot, default = await self._workers(), self._fleet.default_codec()
-                admitted = await admit(request, self._model, snapshot, default)
-                session = new_session(admitted, self._model, arrived_s)
-                await self._answer(admitted, session, context)
-            except IsthmusError as error:
-                if isinstance(error, Exhausted):
-                    context.set_trailing_metadata(((RETRY_KEY, str(self._load.retry_after_ms())),))
-                _log_end(request.request_id, session, arrived_s, f"{status_of(error).name}: {error}")
+                admitted = await self._generator.admit(request)
+                await self._generator.run(
+                    admitted,
+                    context.write,
+                    time_left=context.time_remaining,
+                    trace=trace_context(context),
+                    arrived_s=arrived_s,
+                )
+            except Exhausted:
+                context.set_trailing_metadata(((RETRY_KEY, str(self._load.retry_after_ms())),))
                 raise
-            except asyncio.CancelledError:
-                _log_end(request.request_id, session, arrived_s, "CANCELLED")
-                raise
-        _log_end(admitted.request_id, session, arrived_s, "OK")
-
-    async def _workers(self) -> Snapshot:
-        """The workers now, or within GRACE_S where none are connected: a lost connection is often back at once."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GRACE_S):
-                while not offered_codecs(self._fleet.snapshot()):
-                    await self._fleet.change.wait()
-        return self._fleet.snapshot()
-
-    async def _answer(
-        self,
-        admitted: Admitted,
-        session: Session,
-        context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateEvent],
-    ) -> None:
-        async def pass_on(worker: str, event: DecodeEvent) -> bool:
-            session.decode_worker = worker
-            await context.write(session.push(event, time.monotonic()))
-            return session.finished
-
-        await self._dispatcher.run(admitted, pass_on, time_left=context.time_remaining, trace=trace_context(context))
 
     async def GetModel(self, request: generation_pb2.GetModelRequest, context: object) -> generation_pb2.Model:
         self._model.check_name(request.name)
@@ -169,10 +141,17 @@ class ClusterService(worker_pb2_grpc.ClusterServicer):
 class Gateway:
     """The gateway as a server: `start`, then `drain` and `stop`. Healthy while a pair of workers is ready."""
 
-    def __init__(self, listen: str, model: ServedModel, workers: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        listen: str,
+        model: ServedModel,
+        workers: Iterable[str] = (),
+        config: GatewayConfig = DEFAULTS,
+    ) -> None:
         self._listen = listen
         self._model = model
         self._workers = tuple(workers)
+        self._config = config
         self._server: Server | None = None
         self._health: asyncio.Task[None] | None = None
         self.ready = asyncio.Event()
@@ -184,7 +163,8 @@ class Gateway:
         )
         self.fleet = Fleet(expected)
         self.load = Load()
-        self._generation = GenerationService(self._model, self.fleet, self.load)
+        self.generator = Generator(self._model, self.fleet, self._config)
+        self._generation = GenerationService(self._model, self.fleet, self.generator, self.load)
         cluster = ClusterService(self.fleet, self.load)
         adders = (
             lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server),
@@ -229,20 +209,3 @@ class Gateway:
             if pairs:
                 self.ready.set()
             await change.wait()
-
-
-def _log_end(request_id: str, session: Session | None, arrived_s: float, status: str) -> None:
-    fields = {
-        "request_id": request_id,
-        "status": status,
-        "ms": round((time.monotonic() - arrived_s) * 1e3, 1),
-    }
-    if session is not None:
-        usage = session.usage()
-        fields |= {
-            "request_id": session.request.request_id,
-            "prompt_tokens": usage.prompt_tokens,
-            "output_tokens": usage.output_tokens,
-            "decode_worker": session.decode_worker,
-        }
-    log.info("request ended", extra={"fields": fields})

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..kvtransfer.codec_names import codec_names
+from ..proto.common_pb2 import PRIORITY_STANDARD, Priority
 from ..proto.errors import InvalidRequest, NotFound, Unavailable
 from ..proto.generation_pb2 import Chat, GenerateRequest, TokenIds
 from ..proto.sampling import Sampling
 from .router import Snapshot, offered_codecs, token_limit
 from .served import ServedModel
 
-MAX_REQUEST_ID = 128
+MAX_REQUEST_ID = MAX_TENANT = 128
 ROLES = ("system", "user", "assistant")
 
 
@@ -25,6 +26,8 @@ class Admitted:
     prompt_token_ids: list[int]
     sampling: Sampling
     codec: str
+    priority: Priority.ValueType = PRIORITY_STANDARD
+    tenant: str = ""
 
 
 async def admit(request: GenerateRequest, model: ServedModel, snapshot: Snapshot, default_codec: str) -> Admitted:
@@ -32,7 +35,8 @@ async def admit(request: GenerateRequest, model: ServedModel, snapshot: Snapshot
 
     InvalidRequest, NotFound or Unavailable (no workers) with what was wrong and what is allowed.
     """
-    request_id = _request_id(request.request_id)
+    request_id = _name("request_id", request.request_id, MAX_REQUEST_ID) or secrets.token_hex(8)
+    tenant = _name("tenant", request.tenant, MAX_TENANT)
     model.check_name(request.model)
     sampling = _sampling(request, model)
     known = set(codec_names())
@@ -46,15 +50,23 @@ async def admit(request: GenerateRequest, model: ServedModel, snapshot: Snapshot
         prompt_token_ids=tokens,
         sampling=_fit(sampling, len(tokens), model.context_length, token_limit(snapshot, codec)),
         codec=codec,
+        priority=_priority(request.priority),
+        tenant=tenant,
     )
 
 
-def _request_id(asked: str) -> str:
-    if len(asked) > MAX_REQUEST_ID:
-        raise InvalidRequest(f"request_id of {len(asked)} characters; allowed: at most {MAX_REQUEST_ID}")
+def _name(what: str, asked: str, longest: int) -> str:
+    if len(asked) > longest:
+        raise InvalidRequest(f"{what} of {len(asked)} characters; allowed: at most {longest}")
     if not asked.isprintable():
-        raise InvalidRequest("request_id has characters that cannot be printed; allowed: printable ones")
-    return asked or secrets.token_hex(8)
+        raise InvalidRequest(f"{what} has characters that cannot be printed; allowed: printable ones")
+    return asked
+
+
+def _priority(asked: Priority.ValueType) -> Priority.ValueType:
+    if asked not in Priority.values():
+        raise InvalidRequest(f"priority is {asked}; allowed: {', '.join(Priority.keys())}")
+    return asked or PRIORITY_STANDARD
 
 
 def _sampling(request: GenerateRequest, model: ServedModel) -> Sampling:

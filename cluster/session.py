@@ -1,12 +1,14 @@
 """One answer on its way to the client: token ids become text, stop strings end it, the last event sums it up.
 
-No gRPC in here: decode events go in, client events come out.
+No gRPC in here: decode events go in, client events come out. It does not matter how many decode workers the events
+come from: a replay goes on where the one before was lost.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..proto.common_pb2 import (
+    FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
     FINISH_REASON_UNSPECIFIED,
     FinishReason,
@@ -27,22 +29,30 @@ class Session:
     stops: StopMatcher | None  # None where the request has no stop strings
     arrived_s: float  # on the clock that `push` is given
     decode_worker: str = ""
-    output_tokens: int = 0
+    replays: int = 0  # times that the answer went on on another decode worker
+    token_ids: list[int] = field(default_factory=list)  # the output so far
     finish_reason: FinishReason.ValueType = FINISH_REASON_UNSPECIFIED
     first_token_s: float | None = None
     transfer: TransferStats | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether the last event was made."""
+        """Whether the answer is complete."""
         return self.finish_reason != FINISH_REASON_UNSPECIFIED
+
+    def resume(self, token_ids: Sequence[int]) -> str:
+        """Takes in output that was passed on before; returns its certain text, which was passed on with it.
+
+        What follows continues it: characters, stop strings and indexes that these tokens began.
+        """
+        return self._take(token_ids)[1]
 
     def push(self, event: DecodeEvent, now_s: float) -> GenerateEvent:
         """The client's event for one event of the decode worker, at time `now_s`."""
-        index = self.output_tokens
+        index = len(self.token_ids)
         tokens, text = self._take(event.token_ids)
         if event.HasField("transfer"):
-            self.transfer = event.transfer
+            self._note(event.transfer)
         if tokens and self.first_token_s is None:
             self.first_token_s = now_s
         if not self.finished and event.finish_reason != FINISH_REASON_UNSPECIFIED:
@@ -60,9 +70,30 @@ class Session:
             made.timings.CopyFrom(self._timings(now_s))
         return made
 
+    def missing_end(self) -> DecodeEvent | None:
+        """The end of an answer that has all its tokens, though its worker was lost before it could say so."""
+        sampling = self.request.sampling
+        if self.finished:
+            return DecodeEvent()
+        if self.token_ids and self.token_ids[-1] in sampling.stop_token_ids:
+            return DecodeEvent(finish_reason=FINISH_REASON_STOP)
+        if len(self.token_ids) >= sampling.max_tokens:
+            return DecodeEvent(finish_reason=FINISH_REASON_LENGTH)
+        return None
+
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(prompt_tokens=len(self.request.prompt_token_ids), output_tokens=self.output_tokens)
+        return Usage(prompt_tokens=len(self.request.prompt_token_ids), output_tokens=len(self.token_ids))
+
+    def _note(self, transfer: TransferStats) -> None:
+        """Keeps the statistics of the first transfer that was completed.
+
+        The first token of a later one is not the one that the client got: its time would make no handover.
+        """
+        if self.transfer is None:
+            self.transfer = transfer
+            if self.replays:
+                self.transfer.ClearField("first_token_unix_ns")
 
     def _take(self, token_ids: Sequence[int]) -> tuple[list[int], str]:
         """Consumes tokens up to the one that completes a stop string; returns them and their certain text."""
@@ -70,7 +101,7 @@ class Session:
         text = ""
         for token in token_ids:
             taken.append(token)
-            self.output_tokens += 1
+            self.token_ids.append(token)
             text += self._scan(self.detokenizer.push([token]))
             if self.finished:
                 break
@@ -78,7 +109,7 @@ class Session:
 
     def _scan(self, text: str) -> str:
         """Text that no stop string can take back. Text of the first min_tokens tokens is not searched."""
-        if self.stops is None or self.output_tokens < self.request.sampling.min_tokens:
+        if self.stops is None or len(self.token_ids) < self.request.sampling.min_tokens:
             return text
         safe = self.stops.push(text)
         if self.stops.matched is not None:
@@ -101,6 +132,7 @@ class Session:
             transfer=self.transfer,
             decode_worker=self.decode_worker,
             seed=self.request.sampling.seed,
+            replays=self.replays,
         )
 
 

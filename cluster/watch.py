@@ -5,10 +5,12 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import grpc.aio
 
+from ..proto.errors import Unavailable
 from ..proto.serving import open_channel
 from ..proto.worker_pb2 import (
     WORKER_HEALTH_INCOMPATIBLE,
@@ -39,9 +41,12 @@ class _Watched:
     report: WorkerReport | None = None
     problem: str = "not reached yet"  # empty while reports come
     placed: deque[tuple[float, int]] = field(default_factory=deque)  # when, tokens: not in a report yet
+    incarnation: int = 0  # times that it was reached
+    calls: set[Callable[[], None]] = field(default_factory=set)  # that give up what runs there
     task: asyncio.Task[None] | None = None
 
     def take(self, report: WorkerReport, now: float) -> None:
+        self.incarnation += bool(self.problem)
         self.report, self.problem = report, ""
         while self.placed and self.placed[0][0] < now - REPORT_LAG_S:
             self.placed.popleft()
@@ -89,6 +94,23 @@ class Fleet:
     def channel(self, address: str) -> grpc.aio.Channel:
         """The open channel to a worker; KeyError where it is gone."""
         return self._workers[address].channel
+
+    def incarnation(self, address: str) -> int:
+        """A number that changes when a worker was away and is back; 0 where it is gone or was never reached."""
+        worker = self._workers.get(address)
+        return worker.incarnation if worker is not None else 0
+
+    @contextlib.contextmanager
+    def calling(self, address: str, give_up: Callable[[], None]) -> Iterator[None]:
+        """Around a call of a worker: `give_up` is called when the worker gives no sign of life for SILENCE_S."""
+        worker = self._workers.get(address)
+        if worker is None:
+            raise Unavailable(f"worker {address} left")
+        worker.calls.add(give_up)
+        try:
+            yield
+        finally:
+            worker.calls.discard(give_up)
 
     def statuses(self) -> list[WorkerReport]:
         """The last report of each worker, its health as the gateway sees it, sorted by role and id."""
@@ -164,6 +186,8 @@ class Fleet:
                 problem = "ended its report stream"
             except TimeoutError:
                 problem = f"no report for {SILENCE_S:g} s"
+                for give_up in tuple(worker.calls):
+                    give_up()
             except grpc.aio.AioRpcError as error:
                 problem = _one_line(error)
             if not worker.problem:  # it had reported

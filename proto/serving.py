@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 FRAME_MESSAGE_LIMIT = 16 * MIB  # a frame is at most 4 MiB, but a page of a large model may not split further
 
+BUG = "internal error"  # how the details of a status begin that stands for a bug of the server
 _STOP_LIMIT_S = 5.0
 _MAX_DETAILS = 1000  # characters; details travel as a header, and a longer one would be refused as such
 
@@ -89,7 +90,7 @@ async def _abort_on_bug(error: Exception, method: str, context: grpc.aio.Service
     if isinstance(error, grpc.aio.AbortError):
         raise error
     log.error("a bug in %s", method, exc_info=error)
-    await context.abort(grpc.StatusCode.UNKNOWN, f"internal error ({type(error).__name__}); see the server's log")
+    await context.abort(grpc.StatusCode.UNKNOWN, f"{BUG} ({type(error).__name__}); see the server's log")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 import grpc.aio
 
 from isthmus.cluster.gateway import Gateway
+from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.cluster.served import ServedModel
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto import decode_pb2, worker_pb2
@@ -23,6 +24,7 @@ from isthmus.proto.worker_pb2 import (
     WORKER_ROLE_PREFILL,
     ModelReport,
     PageCounts,
+    WatchRequest,
     WorkerReport,
 )
 from isthmus.proto.worker_pb2_grpc import add_WorkerServicer_to_server
@@ -95,6 +97,23 @@ def report_of(role: int, **changes: Any) -> WorkerReport:
     return WorkerReport(**{**fields, **changes})
 
 
+class SilentReports(ReportServicer):
+    """Reports until it is told to fall silent: then its streams stay open and say nothing."""
+
+    def __init__(self, report: Callable[[], WorkerReport], silent: asyncio.Event) -> None:
+        super().__init__(report)
+        self._silent = silent
+
+    async def Watch(self, request: WatchRequest, context: grpc.aio.ServicerContext) -> None:
+        watching = asyncio.create_task(super().Watch(request, context))
+        try:
+            await self._silent.wait()
+            watching.cancel()
+            await asyncio.Event().wait()
+        finally:
+            watching.cancel()
+
+
 @dataclass
 class Scripted(DecodeServicer):
     """A worker that reports what it is told to and answers as its script says."""
@@ -104,9 +123,10 @@ class Scripted(DecodeServicer):
     requests: list[DecodeRequest] = field(default_factory=list)
     cancelled: int = 0
     server: Server | None = None
+    silent: asyncio.Event = field(default_factory=asyncio.Event)  # set: it reports no more
 
     async def start(self, listen: str = "127.0.0.1:0") -> None:
-        self.reports = ReportServicer(lambda: self.report)
+        self.reports = SilentReports(lambda: self.report, self.silent)
         services = {
             decode_pb2.DESCRIPTOR.services_by_name["Decode"]: lambda server: add_DecodeServicer_to_server(self, server),
             worker_pb2.DESCRIPTOR.services_by_name["Worker"]: lambda server: add_WorkerServicer_to_server(
@@ -167,8 +187,10 @@ class ScriptedCluster:
 
 
 @asynccontextmanager
-async def scripted_cluster(*scripts: Script, model: ServedModel | None = None) -> AsyncIterator[ScriptedCluster]:
-    """A gateway that is ready, with one decode worker for each script."""
+async def scripted_cluster(
+    *scripts: Script, model: ServedModel | None = None, **settings: Any
+) -> AsyncIterator[ScriptedCluster]:
+    """A gateway that is ready, with one decode worker for each script; `settings` are the gateway's."""
     prefill = Scripted(report_of(WORKER_ROLE_PREFILL))
     decodes = [
         Scripted(report_of(WORKER_ROLE_DECODE, worker_id=f"decode-{number}"), script)
@@ -177,7 +199,7 @@ async def scripted_cluster(*scripts: Script, model: ServedModel | None = None) -
     for worker in (prefill, *decodes):
         await worker.start()
     addresses = [worker.address for worker in (prefill, *decodes)]
-    gateway = Gateway("127.0.0.1:0", model or served(), addresses)
+    gateway = Gateway("127.0.0.1:0", model or served(), addresses, GatewayConfig(**settings))
     await gateway.start()
     try:
         async with asyncio.timeout(10):

@@ -92,6 +92,11 @@ async def test_chat_goes_through_the_template() -> None:
             GenerateRequest(prompt="x", request_id="a\nb"),
             "request_id has characters that cannot be printed; allowed: printable ones",
         ),
+        (GenerateRequest(prompt="x", tenant="t" * 129), "tenant of 129 characters; allowed: at most 128"),
+        (
+            GenerateRequest(prompt="x", priority=9),  # pyright: ignore[reportArgumentType]
+            "priority is 9; allowed: PRIORITY_UNSPECIFIED, PRIORITY_INTERACTIVE, PRIORITY_STANDARD, PRIORITY_BATCH",
+        ),
     ],
 )
 async def test_invalid(request_: GenerateRequest, message: str) -> None:

@@ -1,0 +1,21 @@
+"""Settings of the gateway: where requests may run and what becomes of those that lose their worker."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LocalPrefill = Literal["never", "when_cheaper", "always"]
+
+
+class GatewayConfig(BaseModel):
+    """Unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    local_prefill: LocalPrefill = "when_cheaper"  # whether decode workers may compute prompts themselves
+    replays: int = Field(
+        default=16, ge=0
+    )  # times that one request may be placed again after its decode worker was lost
+    restart_wait_s: float = Field(
+        default=30.0, ge=0
+    )  # how long a request waits for a lost worker that is being restarted

@@ -1,0 +1,96 @@
+"""Answers requests on the workers of a fleet, with no client's connection in the way: for the API and for jobs."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+
+from ..proto.errors import IsthmusError, status_of
+from ..proto.generation_pb2 import GenerateRequest
+from ..proto.serving import TraceContext
+from .dispatch import Dispatcher, PassOn, TimeLeft
+from .gateway_config import GatewayConfig
+from .request import Admitted, admit
+from .router import Snapshot, offered_codecs
+from .served import ServedModel
+from .session import Session, new_session
+from .watch import Fleet
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 1.0  # a connection to a worker that was lost is often back at once
+
+
+def no_deadline() -> None:
+    """The time left of a request that may take as long as it takes."""
+
+
+class Generator:
+    """One model on the workers of one fleet."""
+
+    def __init__(self, model: ServedModel, fleet: Fleet, config: GatewayConfig) -> None:
+        self._model = model
+        self._fleet = fleet
+        self._dispatcher = Dispatcher(fleet, model.fingerprint, config)
+
+    async def admit(self, request: GenerateRequest) -> Admitted:
+        """Checks and completes a request; raises what is wrong with it, Unavailable where nothing can serve it."""
+        snapshot = await self._workers()
+        return await admit(request, self._model, snapshot, self._fleet.default_codec())
+
+    async def run(
+        self,
+        request: Admitted,
+        pass_on: PassOn,
+        *,
+        emitted: Sequence[int] = (),
+        time_left: TimeLeft = no_deadline,
+        trace: TraceContext = (),
+        arrived_s: float | None = None,
+    ) -> Session:
+        """Answers a request: `pass_on` gets every event as it comes, the last one with usage and timings.
+
+        `emitted` are tokens of the output that were passed on before, under the same seed: the answer goes on
+        after them, in text, stop strings and indexes too, and none of them is passed on again. `arrived_s` is on
+        the clock of time.monotonic(). Raises the IsthmusError that ended the request, and what `pass_on` raises;
+        cancelling the task cancels the request everywhere.
+        """
+        arrived_s = time.monotonic() if arrived_s is None else arrived_s
+        session = new_session(request, self._model, arrived_s)
+        session.resume(emitted)
+        status = "UNKNOWN"
+        try:
+            await self._dispatcher.run(session, pass_on, time_left=time_left, trace=trace)
+            status = "OK"
+        except IsthmusError as error:
+            status = f"{status_of(error).name}: {error}"
+            raise
+        except asyncio.CancelledError:
+            status = "CANCELLED"
+            raise
+        finally:
+            _log_end(session, status)
+        return session
+
+    async def _workers(self) -> Snapshot:
+        """The workers now, or within GRACE_S where none are connected."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                while not offered_codecs(self._fleet.snapshot()):
+                    await self._fleet.change.wait()
+        return self._fleet.snapshot()
+
+
+def _log_end(session: Session, status: str) -> None:
+    usage = session.usage()
+    fields = {
+        "request_id": session.request.request_id,
+        "status": status,
+        "ms": round((time.monotonic() - session.arrived_s) * 1e3, 1),
+        "prompt_tokens": usage.prompt_tokens,
+        "output_tokens": usage.output_tokens,
+        "decode_worker": session.decode_worker,
+        "replays": session.replays,
+    }
+    log.info("request ended", extra={"fields": fields})
