@@ -129,7 +129,7 @@ class Transfer:
 
     def _binding(self, attempt: int) -> Binding:
         fingerprint = self.request.model_fingerprint
-        salt = page_salt(fingerprint, self.codec.name, self.codec.params_hash)
+        salt = page_salt(fingerprint, self.codec.name, self.codec.params_hash, self.request.tenant)
         return Binding(
             request_id=self.request.request_id,
             attempt=attempt,
@@ -151,6 +151,8 @@ class Transfer:
             prompt_token_ids=self.sequence.prompt,
             page_hashes=self.request.page_hashes,
             sampling=self.request.sampling,
+            priority=self.request.priority,
+            tenant=self.request.tenant,
         )
 
 

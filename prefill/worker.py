@@ -108,7 +108,7 @@ class PrefillWorker(PrefillServicer):
     def _job(self, request: PrefillRequest) -> PrefillJob:
         codec = self._check(request)
         token_ids = list(request.prompt_token_ids)
-        salt = page_salt(request.model_fingerprint, codec.name, codec.params_hash)
+        salt = page_salt(request.model_fingerprint, codec.name, codec.params_hash, request.tenant)
         binding = Binding(
             request_id=request.request_id,
             attempt=request.attempt,
