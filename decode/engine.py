@@ -1,6 +1,7 @@
 """The decode engine: admits requests, takes in their pages, steps the batch, hands out tokens."""
 
 import asyncio
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..model.engine import EngineThread
 from ..model.model import Model
+from ..model.rates import Rates
 from ..model.sampling import SampleRow, sample
 from ..proto.errors import IsthmusError, Unavailable
 from .runner import DecodeRunner
@@ -65,6 +67,7 @@ class DecodeEngine:
         self._has_room.set()
         self._loop = asyncio.get_running_loop()
         self.counters: Counter[str] = Counter()
+        self.rates = Rates()
         self.failure: str | None = None
         self.thread = EngineThread("decode-engine", self._step, self._fail)
 
@@ -161,6 +164,7 @@ class DecodeEngine:
     def _advance(self, batch: list[DecodeSequence]) -> None:
         """One step: a token for each sequence, delivered to all handlers in one go."""
         eos, context = self._model.eos_token_ids, self._model.context_length
+        started_s, pages = time.monotonic(), self._store.total_pages - self._store.free_pages
         logits_BV = self._runner.run(batch)
         for sequence, error in self._store.end_step(batch):
             self._end(sequence, error)
@@ -177,6 +181,7 @@ class DecodeEngine:
             tokens.append((sequence.stream, Token(token.token_id, token.logprobs_pb(), finish)))
         self._loop.call_soon_threadsafe(_hand_out, tokens)
         self.counters["steps"] += 1
+        self.rates.stepped(len(batch), pages, time.monotonic() - started_s)
         self.counters["output_tokens"] += len(tokens)
 
     def _end(self, sequence: DecodeSequence, error: IsthmusError) -> None:

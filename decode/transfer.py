@@ -1,5 +1,6 @@
 """Gets the KV of one prompt from a prefill worker: tries the candidates in order, refuses what does not match."""
 
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -96,15 +97,19 @@ class Transfer:
             self._binding(attempt), self.codec, self.layers, self.page_tokens, len(self.sequence.prompt), 0
         )
         call = self.peers.stub(address).Prefill(self._request(attempt), timeout=timeout_s, metadata=self.trace or None)
+        tail_s, tail_bytes = 0.0, 0  # since the first token: nothing but the link holds these frames back
         try:
             async for event in call:
                 if event.HasField("frame"):
                     await self.engine.deliver(self.sequence, receiver, receiver.accept(event.frame))
+                    tail_bytes += len(event.frame.payload)
                 elif event.HasField("first_token"):
+                    tail_s, tail_bytes = time.monotonic(), 0
                     if await self._take_first(event, first):
                         return None
                 elif event.HasField("commit"):
                     receiver.finish(event.commit)
+                    self.engine.rates.received(address, tail_bytes, time.monotonic() - tail_s)
                     if not first:
                         raise Corrupt("the commit came before the first token")
                     self.engine.complete(self.sequence, first[0].token_id)

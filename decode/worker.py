@@ -198,5 +198,6 @@ class DecodeWorker(DecodeServicer):
         report.waiting_requests = self._waiting
         report.waiting_tokens = self._scheduler.waiting_tokens
         report.running_requests = self._engine.running()
+        self._engine.rates.fill_report(report)
         for name, count in {**self._counters, **self._engine.counters}.items():
             report.counters[name] = count

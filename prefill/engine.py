@@ -9,6 +9,7 @@ from torch import Tensor
 from ..kvtransfer.pool import DensePool
 from ..model.engine import EngineThread
 from ..model.model import Model
+from ..model.rates import Rates
 from ..model.sampling import SampleRow, sample
 from ..proto.errors import Unavailable
 from ..proto.prefill_pb2 import FirstToken, PrefillEvent
@@ -32,6 +33,7 @@ class PrefillEngine:
         self._runner = PrefillRunner(model, pool)
         self._jobs: dict[JobId, PrefillJob] = {}
         self.counters: Counter[str] = Counter()
+        self.rates = Rates()
         self.failure: str | None = None
         self.thread = EngineThread("prefill-engine", self._step, self._fail)
 
@@ -76,6 +78,7 @@ class PrefillEngine:
                 self._begin(job)
         if not work:
             return False
+        started_s = time.monotonic()
         logits_RV = self._runner.run(work)
         self._drop_failed(work)
         self._finish_prompts([job for job, chunk in work if chunk.last], logits_RV)
@@ -83,6 +86,7 @@ class PrefillEngine:
             if not chunk.last:
                 job.put_frames(job.sender.flush())
         self.counters["prompt_tokens"] += sum(chunk.end - chunk.start for chunk in chunks)
+        self.rates.computed([(chunk.start, chunk.end) for chunk in chunks], time.monotonic() - started_s)
         return True
 
     def _begin(self, job: PrefillJob) -> None:

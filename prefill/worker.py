@@ -167,6 +167,7 @@ class PrefillWorker(PrefillServicer):
         report.running_requests = self._engine.active - self._engine.waiting
         report.waiting_tokens = self._scheduler.waiting_tokens
         report.host_buffer_bytes = self._buffered()
+        self._engine.rates.fill_report(report)
         for name, count in dict(self._engine.counters).items():
             report.counters[name] = count
 

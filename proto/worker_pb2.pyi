@@ -217,6 +217,26 @@ class WorkerReport(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class LinkBytesPerMsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WORKER_ID_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
@@ -238,6 +258,9 @@ class WorkerReport(_message.Message):
     THREADS_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
     UPTIME_MS_FIELD_NUMBER: _builtins.int
+    PREFILL_RATE_FIELD_NUMBER: _builtins.int
+    STEP_RATE_FIELD_NUMBER: _builtins.int
+    LINK_BYTES_PER_MS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___WorkerRole.ValueType
     health: Global___WorkerHealth.ValueType
@@ -271,6 +294,18 @@ class WorkerReport(_message.Message):
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """since start: requests, tokens, frames_refused, ..."""
 
+    @_builtins.property
+    def prefill_rate(self) -> Global___PrefillRate:
+        """of prompts computed here, by either role"""
+
+    @_builtins.property
+    def step_rate(self) -> Global___StepRate:
+        """of a decode worker's batch"""
+
+    @_builtins.property
+    def link_bytes_per_ms(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """of a decode worker: what comes from each prefill worker's address"""
+
     def __init__(
         self,
         *,
@@ -295,14 +330,74 @@ class WorkerReport(_message.Message):
         threads: _builtins.int = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         uptime_ms: _builtins.int = ...,
+        prefill_rate: Global___PrefillRate | None = ...,
+        step_rate: Global___StepRate | None = ...,
+        link_bytes_per_ms: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pages", b"pages"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pages", b"pages", "prefill_rate", b"prefill_rate", "step_rate", b"step_rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "codecs", b"codecs", "counters", b"counters", "default_codec", b"default_codec", "device", b"device", "dtype", b"dtype", "health", b"health", "host_buffer_bytes", b"host_buffer_bytes", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "protocol_version", b"protocol_version", "reason", b"reason", "role", b"role", "running_requests", b"running_requests", "threads", b"threads", "uptime_ms", b"uptime_ms", "version", b"version", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "codecs", b"codecs", "counters", b"counters", "default_codec", b"default_codec", "device", b"device", "dtype", b"dtype", "health", b"health", "host_buffer_bytes", b"host_buffer_bytes", "link_bytes_per_ms", b"link_bytes_per_ms", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "prefill_rate", b"prefill_rate", "protocol_version", b"protocol_version", "reason", b"reason", "role", b"role", "running_requests", b"running_requests", "step_rate", b"step_rate", "threads", b"threads", "uptime_ms", b"uptime_ms", "version", b"version", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerReport: _TypeAlias = WorkerReport  # noqa: Y015
+
+@_typing.final
+class PrefillRate(_message.Message):
+    """Measured averages: recent measurements count most (model/rates.py). Not set before anything was measured.
+    A chunk of n tokens after c tokens of context takes ms + n * ms_per_token + n * (c + n/2) / 1000 * ms_per_token_ktoken.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MS_FIELD_NUMBER: _builtins.int
+    MS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    MS_PER_TOKEN_KTOKEN_FIELD_NUMBER: _builtins.int
+    ms: _builtins.float
+    ms_per_token: _builtins.float
+    ms_per_token_ktoken: _builtins.float
+    """what each 1,000 tokens of context add for each token"""
+    def __init__(
+        self,
+        *,
+        ms: _builtins.float = ...,
+        ms_per_token: _builtins.float = ...,
+        ms_per_token_ktoken: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ms", b"ms", "ms_per_token", b"ms_per_token", "ms_per_token_ktoken", b"ms_per_token_ktoken"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillRate: _TypeAlias = PrefillRate  # noqa: Y015
+
+@_typing.final
+class StepRate(_message.Message):
+    """A step of n sequences with p pages in use takes ms + n * ms_per_sequence + p * ms_per_page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MS_FIELD_NUMBER: _builtins.int
+    MS_PER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    MS_PER_PAGE_FIELD_NUMBER: _builtins.int
+    ms: _builtins.float
+    ms_per_sequence: _builtins.float
+    ms_per_page: _builtins.float
+    def __init__(
+        self,
+        *,
+        ms: _builtins.float = ...,
+        ms_per_sequence: _builtins.float = ...,
+        ms_per_page: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ms", b"ms", "ms_per_page", b"ms_per_page", "ms_per_sequence", b"ms_per_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepRate: _TypeAlias = StepRate  # noqa: Y015
 
 @_typing.final
 class ClusterStatus(_message.Message):
