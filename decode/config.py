@@ -27,5 +27,8 @@ class DecodeConfig(BaseModel):
     pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens; wins over pool_gib
     max_batch: int = Field(64, ge=1)  # requests that hold pages at once
     max_waiting: int = Field(1024, ge=1)  # requests that wait for pages; more are refused
+    chunk_tokens: int = Field(
+        128, ge=8
+    )  # of prompts and replayed output, in a step beside running requests; a page at least
     inbox_mib: int = Field(64, ge=1)  # received frames not yet decoded; above it the transfer pauses
     decode_mib_per_step: int = Field(4, ge=1)  # of received frames decoded between two steps of a running batch

@@ -12,13 +12,16 @@ from ..model.model import Model
 from ..model.rates import Rates
 from ..model.sampling import SampleRow, sample
 from ..proto.errors import IsthmusError, Unavailable
+from .local_prompt import LocalPrompt, needs_raw
 from .runner import DecodeRunner
 from .scheduler import DecodeScheduler, SequenceId, State
-from .sequence import DecodeSequence, Token
+from .sequence import Advance, DecodeSequence, Token
+from .steps import Backlog, plan_step
 from .store import KvStore
 
 MIB = 1 << 20
 IDLE_DECODE_BYTES = 32 * MIB  # decoded between two looks at the inbox where no batch waits for its step
+IDLE_CHUNK_TOKENS = 512  # computed in a step that no running request waits for
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,15 @@ class _Arrived:
 
 
 @dataclass(frozen=True)
-class _Complete:
-    """All of a prompt's KV has arrived before this; `first` is its first token."""
+class _Start:
+    """The request joins the batch; what of its prompt is to come from others has arrived before this.
+
+    `drawn`: its first token, where that was drawn elsewhere and is part of its output from now on.
+    """
 
     sequence: DecodeSequence
-    first: int
+    computed: int
+    drawn: int | None
 
 
 class DecodeEngine:
@@ -51,6 +58,8 @@ class DecodeEngine:
         store: KvStore,
         scheduler: DecodeScheduler,
         *,
+        page_tokens: int,
+        chunk_tokens: int,
         inbox_mib: int,
         decode_mib_per_step: int,
         on_failure: Callable[[str], None],
@@ -58,8 +67,9 @@ class DecodeEngine:
         self._model, self._store, self._scheduler = model, store, scheduler
         self._runner = DecodeRunner(model, store)
         self._sequences: dict[SequenceId, DecodeSequence] = {}
-        self._arrivals: deque[_Arrived | _Complete] = deque()
+        self._arrivals: deque[_Arrived | _Start] = deque()
         self._on_failure = on_failure
+        self._page_tokens, self._chunk_tokens = page_tokens, max(page_tokens, chunk_tokens)
         self._decode_bytes = decode_mib_per_step * MIB
         self._inbox_limit = inbox_mib * MIB
         self._inbox_bytes = 0  # delivered and not decoded; the event loop's thread alone counts it
@@ -87,8 +97,17 @@ class DecodeEngine:
         self.thread.post(lambda: self._arrivals.extend(arrived))
 
     def complete(self, sequence: DecodeSequence, first: int) -> None:
-        """The prompt's KV was delivered in full: the request joins the batch with its first token."""
-        self.thread.post(lambda: self._arrivals.append(_Complete(sequence, first)))
+        """The prompt's KV was delivered in full: the request joins the batch.
+
+        `first` is its first token, which a request with output of a lost decode worker has in that output already.
+        """
+        drawn = None if sequence.output else first
+        self.thread.post(lambda: self._arrivals.append(_Start(sequence, len(sequence.prompt), drawn)))
+
+    def compute(self, sequence: DecodeSequence, first: int | None) -> None:
+        """Has the engine compute the prompt itself. `first`: its first token, where a prefill worker drew it."""
+        drawn = None if sequence.output else first
+        self.thread.post(lambda: self._arrivals.append(_Start(sequence, 0, drawn)))
 
     def release(self, sequence: DecodeSequence) -> None:
         """Ends a request at any point of its life and frees what it holds. Called once for each submitted one."""
@@ -122,11 +141,12 @@ class DecodeEngine:
 
     def _step(self) -> bool:
         self._admit()
-        batch = [self._sequences[sequence] for sequence in self._scheduler.batch()]
-        took_in = self._take_in(self._decode_bytes if batch else IDLE_DECODE_BYTES)
-        if batch:
-            self._advance(batch)
-        return took_in or bool(batch)
+        running = self._scheduler.batch()
+        took_in = self._take_in(self._decode_bytes if running else IDLE_DECODE_BYTES)
+        work = self._plan(running)
+        if work:
+            self._advance(work)
+        return took_in or bool(work)
 
     def _admit(self) -> None:
         for sequence_id, pages in self._scheduler.admit(self._store.free_pages):
@@ -144,9 +164,7 @@ class DecodeEngine:
                 done_bytes += len(arrival.section.data)
                 self._receive(arrival)
             elif arrival.sequence.id in self._sequences:
-                arrival.sequence.output.append(arrival.first)
-                self.counters["output_tokens"] += 1
-                self._scheduler.run(arrival.sequence.id)
+                self._start(arrival)
         if done_bytes:
             self._loop.call_soon_threadsafe(self._count_inbox, -done_bytes)
             self.counters["kv_bytes_received"] += done_bytes
@@ -161,19 +179,67 @@ class DecodeEngine:
         except IsthmusError as error:
             self._end(sequence, error)
 
-    def _advance(self, batch: list[DecodeSequence]) -> None:
-        """One step: a token for each sequence, delivered to all handlers in one go."""
+    def _start(self, start: _Start) -> None:
+        sequence, prompt = start.sequence, len(start.sequence.prompt)
+        sequence.computed = start.computed
+        if start.drawn is not None:
+            sequence.output.append(start.drawn)
+            self.counters["output_tokens"] += 1
+        self.counters["replayed_tokens"] += max(0, len(sequence.output) - 1)
+        if sequence.computed < prompt:
+            self.counters["local_prompts"] += 1
+            self.counters["local_prompt_tokens"] += prompt - sequence.computed
+        self._scheduler.run(sequence.id)
+
+    def _plan(self, running: list[SequenceId]) -> list[Advance]:
+        """What the next step computes of the requests that were running before this step's arrivals."""
+        now_s, backlogs = time.monotonic(), []
+        for sequence in (self._sequences[id] for id in running if id in self._sequences):
+            backlogs.append(
+                Backlog(
+                    sequence=sequence.id,
+                    computed=sequence.computed,
+                    known=sequence.length,
+                    prompt=len(sequence.prompt),
+                    opened=bool(sequence.timing.began_s),
+                    rank=sequence.rank,
+                    waited_s=now_s - sequence.arrived_s,
+                )
+            )
+        beside = any(not backlog.behind for backlog in backlogs)
+        budget = self._chunk_tokens if beside else max(self._chunk_tokens, IDLE_CHUNK_TOKENS)
+        chunks = plan_step(backlogs, page_tokens=self._page_tokens, budget=budget)
+        work = [Advance(self._sequences[chunk.sequence], chunk.start, chunk.end) for chunk in chunks]
+        for advance in work:
+            if advance.in_prompt and not advance.sequence.timing.began_s:
+                self._begin_prompt(advance.sequence, now_s)
+        return work
+
+    def _begin_prompt(self, sequence: DecodeSequence, now_s: float) -> None:
+        model, tokens = self._model, len(sequence.prompt)
+        sequence.timing.began_s = now_s
+        if needs_raw(sequence.codec, model.dtype, sequence.computed, tokens, self._page_tokens):
+            sequence.local = LocalPrompt(
+                *(model.layers, sequence.codec, tokens, self._page_tokens, model.dtype, model.device)
+            )
+
+    def _advance(self, work: list[Advance]) -> None:
+        """One step: a token for each sequence that samples, delivered to all handlers in one go."""
         eos, context = self._model.eos_token_ids, self._model.context_length
         started_s, pages = time.monotonic(), self._store.total_pages - self._store.free_pages
-        logits_BV = self._runner.run(batch)
-        for sequence, error in self._store.end_step(batch):
+        logits_RV = self._runner.run(work)
+        for advance in work:
+            self._finish_chunk(advance)
+        for sequence, error in self._store.end_step(work):
             self._end(sequence, error)
-        rows = [SampleRow(s.sampling, s.prompt, s.output, eos) for s in batch]
-        drawn = sample(logits_BV, rows)
+        batch = [advance.sequence for advance in work if advance.samples]
+        drawn = sample(logits_RV, [SampleRow(s.sampling, s.prompt, s.output, eos) for s in batch]) if batch else []
         tokens = []
         for sequence, token in zip(batch, drawn, strict=True):
             if sequence.id not in self._sequences:
                 continue
+            if not sequence.output:
+                sequence.timing.sampled_s, sequence.timing.sampled_unix_ns = time.monotonic(), time.time_ns()
             sequence.output.append(token.token_id)
             finish = sequence.finish_reason(token.token_id, len(sequence.output), eos, context)
             if finish is not None:
@@ -181,8 +247,23 @@ class DecodeEngine:
             tokens.append((sequence.stream, Token(token.token_id, token.logprobs_pb(), finish)))
         self._loop.call_soon_threadsafe(_hand_out, tokens)
         self.counters["steps"] += 1
-        self.rates.stepped(len(batch), pages, time.monotonic() - started_s)
         self.counters["output_tokens"] += len(tokens)
+        self._measure(work, pages, time.monotonic() - started_s)
+
+    def _measure(self, work: list[Advance], pages: int, seconds: float) -> None:
+        """Steps that are all of one kind are measured for the router."""
+        if all(advance.end - advance.start == 1 for advance in work):
+            self.rates.stepped(len(work), pages, seconds)
+        elif all(advance.in_prompt for advance in work):
+            self.rates.computed([(advance.start, advance.end) for advance in work], seconds)
+
+    def _finish_chunk(self, advance: Advance) -> None:
+        sequence = advance.sequence
+        sequence.computed = advance.end
+        if sequence.local and sequence.local.failure:
+            self._end(sequence, sequence.local.failure)
+        if advance.end >= len(sequence.prompt):
+            sequence.local = None
 
     def _end(self, sequence: DecodeSequence, error: IsthmusError) -> None:
         """Ends a request with an error; the others go on."""

@@ -11,13 +11,13 @@ from ..kvtransfer.allocator import PageAllocator, Run
 from ..kvtransfer.codec_checks import check_finite
 from ..kvtransfer.codec_tq import TqCodec
 from ..kvtransfer.frame import PACKED
-from ..kvtransfer.page import packed_range
+from ..kvtransfer.page import Section, packed_range
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..model.model import Model
 from ..proto.errors import InvalidRequest, IsthmusError
 from ..proto.worker_pb2 import PageCounts
 from .scheduler import SequenceId
-from .sequence import DecodeSequence
+from .sequence import Advance, DecodeSequence
 from .store import Attend, page_to_pack
 
 RAW_PAGES = 3  # of one request at most: the first, the newest full one, and the one that fills or was just filled
@@ -83,32 +83,54 @@ class PackedStore:
             self._raw_pages.give_back(table.raw_runs)
 
     def receive(self, sequence: DecodeSequence, receiver: KvReceiver, section: ReceivedSection) -> None:
-        header, device = section.header, self._model.device
-        first = header.start // self._page_tokens
-        slots = self._tables[sequence.id].slots[first : first + -(-header.tokens // self._page_tokens)]
+        header = section.header
+        slots = self._slots(sequence, header.start, header.tokens)
         if header.encoding == PACKED:
             pages = torch.frombuffer(bytearray(section.data), dtype=torch.uint8).view(len(slots), -1)
-            self._packed[header.layer][torch.tensor(slots, device=device)] = pages.to(device)
-            return
-        keys, values = receiver.decode(section, self._model.dtype)
+            self._put_packed(header.layer, slots, pages)
+        else:
+            self._put_raw(header.layer, slots, *receiver.decode(section, self._model.dtype))
+
+    def put(self, sequence: DecodeSequence, layer: int, section: Section, keys_THD: Tensor, values_THD: Tensor) -> None:
+        slots = self._slots(sequence, section.start, section.tokens)
+        if section.packed:
+            self._put_packed(layer, slots, self._codec.encode(layer, keys_THD, values_THD))
+        else:
+            self._put_raw(layer, slots, keys_THD, values_THD)
+
+    def _slots(self, sequence: DecodeSequence, start: int, tokens: int) -> list[int]:
+        """Of the pages that hold the tokens [start, start + tokens); `start` is the first of a page."""
+        first = start // self._page_tokens
+        return self._tables[sequence.id].slots[first : first + -(-tokens // self._page_tokens)]
+
+    def _put_packed(self, layer: int, slots: list[int], pages_PB: Tensor) -> None:
+        device = self._model.device
+        self._packed[layer][torch.tensor(slots, device=device)] = pages_PB.to(device)
+
+    def _put_raw(self, layer: int, slots: list[int], keys_THD: Tensor, values_THD: Tensor) -> None:
         for index, slot in enumerate(slots):
             rows = slice(index * self._page_tokens, (index + 1) * self._page_tokens)
-            self._raw_keys[header.layer][slot, : len(keys[rows])] = keys[rows].to(device)
-            self._raw_values[header.layer][slot, : len(values[rows])] = values[rows].to(device)
+            for pool, new in ((self._raw_keys, keys_THD[rows]), (self._raw_values, values_THD[rows])):
+                pool[layer][slot, : len(new)] = new.to(self._model.device)
 
-    def begin_step(self, batch: Sequence[DecodeSequence]) -> Attend:
+    def begin_step(self, work: Sequence[Advance]) -> Attend:
+        """Each token is a sequence of its own for the kernel, so that one call serves steps and chunks alike."""
         device, windows = self._model.device, [layer.window for layer in self._model.layers]
-        tables, rows = [self._tables[sequence.id] for sequence in batch], []
-        for sequence, table in zip(batch, tables, strict=True):
-            page, offset = divmod(sequence.length - 1, self._page_tokens)
-            if page == len(table.slots):
-                table.slots.append(table.spare_raw.pop())
-            rows.append(table.slots[page] * self._page_tokens + offset)
+        tables, rows, lengths = [], [], []
+        for advance in work:
+            table = self._tables[advance.sequence.id]
+            for position in range(advance.start, advance.end):
+                page, offset = divmod(position, self._page_tokens)
+                if page == len(table.slots):
+                    table.slots.append(table.spare_raw.pop())
+                rows.append(table.slots[page] * self._page_tokens + offset)
+                tables.append(table)
+                lengths.append(position + 1)
         rows_B = torch.tensor(rows, device=device)
         most = max(len(table.slots) for table in tables)
         table_BN = _int32([table.slots + [0] * (most - len(table.slots)) for table in tables], device)
         from_B, to_B = (_int32([table.packed[end] for table in tables], device) for end in (0, 1))
-        lengths_B = _int32([sequence.length for sequence in batch], device)
+        lengths_B = _int32(lengths, device)
 
         def attend(layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float) -> Tensor:
             raw_keys, raw_values = self._raw_keys[layer], self._raw_values[layer]
@@ -137,14 +159,14 @@ class PackedStore:
             return paged_attention(q_BQHD, kv, rotations, scale, window)[0][:, 0]
         return paged_attention_reference(q_BQHD, kv, rotations, scale, window)[0][:, 0]
 
-    def end_step(self, batch: Sequence[DecodeSequence]) -> list[tuple[DecodeSequence, IsthmusError]]:
+    def end_step(self, work: Sequence[Advance]) -> list[tuple[DecodeSequence, IsthmusError]]:
         due: list[tuple[_Table, int]] = []
         failed: list[tuple[DecodeSequence, IsthmusError]] = []
-        for sequence in batch:
-            page = page_to_pack(sequence, self._page_tokens)
+        for advance in work:
+            page = page_to_pack(advance, self._page_tokens)
             if page is None:
                 continue
-            table = self._tables[sequence.id]
+            sequence, table = advance.sequence, self._tables[advance.sequence.id]
             try:
                 self._check_finite(table.slots[page])
                 due.append((table, page))

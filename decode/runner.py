@@ -1,27 +1,67 @@
-"""Steps a batch: one new token for each sequence in it."""
+"""Computes a step: the newest token of each running request, and chunks of those whose KV is behind."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..kvtransfer.page import Section
 from ..model.model import Model
-from .sequence import DecodeSequence
-from .store import KvStore
+from .sequence import Advance
+from .store import Attend, KvStore
 
 
 class DecodeRunner:
-    """One forward pass over the newest token of each sequence. The engine thread alone uses it."""
+    """One forward pass over a ragged batch. The engine thread alone uses it."""
 
     def __init__(self, model: Model, store: KvStore) -> None:
         self._model, self._store = model, store
 
-    def run(self, batch: Sequence[DecodeSequence]) -> Tensor:
-        """Stores the KV of the newest tokens and returns the logits [batch, vocabulary] of the next ones."""
+    def run(self, work: Sequence[Advance]) -> Tensor:
+        """Stores the KV of the tokens; returns the logits [R, vocabulary] of the R that sample, in order."""
         device = self._model.device
+        # Those with a prompt of their own stand last: the pool attends to one block of rows.
+        order = sorted(work, key=lambda advance: advance.in_prompt and advance.sequence.local is not None)
+        token_ids, positions, last_row = [], [], {}
+        for advance in order:
+            token_ids += advance.sequence.tokens(advance.start, advance.end)
+            positions += range(advance.start, advance.end)
+            last_row[advance.sequence.id] = len(token_ids) - 1
+        rows = [last_row[advance.sequence.id] for advance in work if advance.samples]
         return self._model.forward(
-            torch.tensor([sequence.output[-1] for sequence in batch], device=device),
-            torch.tensor([sequence.length - 1 for sequence in batch], device=device),
-            torch.arange(len(batch), device=device),
-            self._store.begin_step(batch),
+            torch.tensor(token_ids, device=device),
+            torch.tensor(positions, device=device),
+            torch.tensor(rows, device=device, dtype=torch.long),
+            self._attend(order),
         )
+
+    def _attend(self, order: Sequence[Advance]) -> Attend:
+        pooled = [advance for advance in order if not (advance.in_prompt and advance.sequence.local)]
+        own = order[len(pooled) :]
+        in_pool = self._store.begin_step(pooled) if pooled else None
+        if not own and in_pool:
+            return in_pool
+        pooled_rows = sum(advance.end - advance.start for advance in pooled)
+
+        def attend(layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float) -> Tensor:
+            row, outs = pooled_rows, []
+            if in_pool:
+                outs.append(in_pool(layer, q_THD[:row], k_THD[:row], v_THD[:row], scale))
+            for advance in own:
+                rows = slice(row, row + advance.end - advance.start)
+                outs.append(self._attend_own(advance, layer, q_THD[rows], k_THD[rows], v_THD[rows], scale))
+                row = rows.stop
+            return torch.cat(outs)
+
+        return attend
+
+    def _attend_own(
+        self, advance: Advance, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float
+    ) -> Tensor:
+        sequence = advance.sequence
+        assert sequence.local is not None
+
+        def put(layer: int, section: Section, keys: Tensor, values: Tensor) -> None:
+            self._store.put(sequence, layer, section, keys, values)
+
+        return sequence.local.attend(layer, advance.start, q_THD, k_THD, v_THD, scale, put)

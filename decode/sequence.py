@@ -1,14 +1,17 @@
 """One request on its way through a decode worker."""
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
 from ..kvtransfer.codecs import PageCodec
 from ..proto.common_pb2 import FinishReason, TokenLogprobs
 from ..proto.decode_pb2 import DecodeEvent
-from ..proto.errors import IsthmusError
+from ..proto.errors import InvalidRequest, IsthmusError
+from ..proto.priority import STANDARD_RANK
 from ..proto.sampling import Sampling
+from .local_prompt import LocalPrompt
 from .scheduler import SequenceId
 
 
@@ -63,6 +66,15 @@ class TokenStream:
         return item
 
 
+@dataclass
+class LocalTiming:
+    """When this worker computed a prompt; the engine thread sets it before it hands out the first token."""
+
+    began_s: float = 0.0  # monotonic, of the first chunk
+    sampled_s: float = 0.0  # monotonic, of the first token
+    sampled_unix_ns: int = 0
+
+
 @dataclass(eq=False)
 class DecodeSequence:
     """A request as the engine sees it. The engine thread alone changes it, but for the stream."""
@@ -72,7 +84,12 @@ class DecodeSequence:
     sampling: Sampling
     codec: PageCodec
     stream: TokenStream
-    output: list[int] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)  # at first: what a lost decode worker has emitted
+    rank: int = STANDARD_RANK  # of its priority
+    computed: int = 0  # tokens whose KV is in the pool
+    local: LocalPrompt | None = None  # where this worker computes the prompt, until that is done
+    timing: LocalTiming = field(default_factory=LocalTiming)
+    arrived_s: float = field(default_factory=time.monotonic)
     released: bool = False
 
     def tokens_at_most(self, context_length: int) -> int:
@@ -81,8 +98,23 @@ class DecodeSequence:
 
     @property
     def length(self) -> int:
-        """Tokens so far, the newest of which has no KV yet."""
+        """Known tokens: the prompt and the output so far."""
         return len(self.prompt) + len(self.output)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """The known tokens [start, end)."""
+        prompt = len(self.prompt)
+        if start >= prompt:
+            return self.output[start - prompt : end - prompt]
+        return self.prompt[start:end] + self.output[: max(0, end - prompt)]
+
+    def check_emitted(self, eos_token_ids: frozenset[int], context_length: int) -> None:
+        """InvalidRequest where the output so far is complete already, so that nothing can come after it."""
+        for count, token in enumerate(self.output, start=1):
+            if self.finish_reason(token, count, eos_token_ids, context_length) is not None:
+                raise InvalidRequest(
+                    f"the emitted tokens end the output at number {count} of {len(self.output)}: nothing is left"
+                )
 
     def finish_reason(
         self, token: int, count: int, eos_token_ids: frozenset[int], context_length: int
@@ -95,3 +127,22 @@ class DecodeSequence:
         if count >= self.sampling.max_tokens or len(self.prompt) + count >= context_length:
             return FinishReason.FINISH_REASON_LENGTH
         return None
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Tokens [start, end) of a request in one step; their KV is stored, and the last one's logits draw a token."""
+
+    sequence: DecodeSequence
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token is drawn after it: all known tokens have their KV then."""
+        return self.end == self.sequence.length
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether it belongs to a prompt that this worker computes."""
+        return self.start < len(self.sequence.prompt)

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..kernels.attention import Span, ragged_attention
 from ..kvtransfer.allocator import Run
-from ..kvtransfer.page import packed_range
+from ..kvtransfer.page import Section, packed_range
 from ..kvtransfer.pool import DensePool
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..model.model import Model
 from ..proto.errors import IsthmusError
 from ..proto.worker_pb2 import PageCounts
 from .scheduler import SequenceId
-from .sequence import DecodeSequence
+from .sequence import Advance, DecodeSequence
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
@@ -53,19 +53,26 @@ class KvStore(Protocol):
         """Stores a checked section of the prompt. Corrupt where the codec finds that its bytes are not pages."""
         ...
 
-    def begin_step(self, batch: Sequence[DecodeSequence]) -> Attend:
-        """The attention callback of one step: stores the newest token of each request and attends with it."""
+    def put(self, sequence: DecodeSequence, layer: int, section: Section, keys_THD: Tensor, values_THD: Tensor) -> None:
+        """Stores a section of a prompt that was computed here, in the form that it has in the pool.
+
+        InvalidRequest where a page cannot be packed (a NaN, say).
+        """
         ...
 
-    def end_step(self, batch: Sequence[DecodeSequence]) -> list[tuple[DecodeSequence, IsthmusError]]:
+    def begin_step(self, work: Sequence[Advance]) -> Attend:
+        """The attention callback of one step: stores the tokens of each request, in order, and attends with them."""
+        ...
+
+    def end_step(self, work: Sequence[Advance]) -> list[tuple[DecodeSequence, IsthmusError]]:
         """Packs the pages that the step made old; returns the requests for which that cannot be done (a NaN, say)."""
         ...
 
 
-def page_to_pack(sequence: DecodeSequence, page_tokens: int) -> int | None:
-    """The page that is neither first nor newest any more once the step's token is stored, if there is one."""
-    stored = sequence.length
-    if stored % page_tokens:
+def page_to_pack(advance: Advance, page_tokens: int) -> int | None:
+    """The page that is neither first nor newest any more once the step's tokens are stored, if there is one."""
+    sequence, stored = advance.sequence, advance.end
+    if stored % page_tokens or stored <= len(sequence.prompt):
         return None
     start, end = packed_range(stored, page_tokens, sequence.codec.packs)
     return end // page_tokens - 1 if start < end else None
@@ -103,14 +110,24 @@ class DenseStore:
         keys, values = receiver.decode(section, self._model.dtype)
         self._pool.write(header.layer, self._runs[sequence.id], header.start, keys, values)
 
-    def begin_step(self, batch: Sequence[DecodeSequence]) -> Attend:
+    def put(self, sequence: DecodeSequence, layer: int, section: Section, keys_THD: Tensor, values_THD: Tensor) -> None:
+        if section.packed:
+            packed = sequence.codec.encode(layer, keys_THD, values_THD)
+            keys_THD, values_THD = sequence.codec.decode(layer, packed, self._model.dtype)
+        self._pool.write(layer, self._runs[sequence.id], section.start, keys_THD, values_THD)
+
+    def begin_step(self, work: Sequence[Advance]) -> Attend:
         pool, windows = self._pool, [layer.window for layer in self._model.layers]
         spans, slots = [], []
-        for row, sequence in enumerate(batch):
-            stretches = tuple(pool.slots(self._runs[sequence.id], 0, sequence.length))
-            spans.append(Span(row, 1, sequence.length - 1, stretches))
+        for advance in work:
+            runs, start, end = self._runs[advance.sequence.id], advance.start, advance.end
+            stretches = tuple(pool.slots(runs, 0, end))
+            spans.append(Span(len(slots), end - start, start, stretches))
             slot, tokens = stretches[-1]
-            slots.append(slot + tokens - 1)
+            if end - start <= tokens:
+                slots += range(slot + tokens - (end - start), slot + tokens)
+            else:
+                slots += (at for slot, tokens in pool.slots(runs, start, end) for at in range(slot, slot + tokens))
         slots_B = torch.tensor(slots, device=self._model.device)
 
         def attend(layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float) -> Tensor:
@@ -121,15 +138,15 @@ class DenseStore:
 
         return attend
 
-    def end_step(self, batch: Sequence[DecodeSequence]) -> list[tuple[DecodeSequence, IsthmusError]]:
+    def end_step(self, work: Sequence[Advance]) -> list[tuple[DecodeSequence, IsthmusError]]:
         failed, page_tokens = [], self._pool.page_tokens
-        for sequence in batch:
-            page = page_to_pack(sequence, page_tokens)
+        for advance in work:
+            page = page_to_pack(advance, page_tokens)
             try:
                 if page is not None:
-                    self._round_trip(sequence, page * page_tokens)
+                    self._round_trip(advance.sequence, page * page_tokens)
             except IsthmusError as error:
-                failed.append((sequence, error))
+                failed.append((advance.sequence, error))
         return failed
 
     def _round_trip(self, sequence: DecodeSequence, start: int) -> None:

@@ -72,13 +72,17 @@ class Transfer:
 
         Returns the transfer's statistics, or None where the output ended with the first token. A candidate that
         cannot be reached, refuses for lack of room or sends corrupt frames is followed by the next; a corrupt
-        transfer is tried once more where there is no other. Unavailable where none is left.
+        transfer is tried once more where there is no other. Where the request names none, or none is left and it
+        allows that, the engine computes the prompt here: the statistics then lack what is known only with the first
+        token (see `finish_local`). Otherwise the last candidate's error where none is left.
         """
+        first: list[FirstToken] = []
+        if not self.request.prefill_addresses:
+            return self._compute_here(first, 1)
         candidates = list(self.request.prefill_addresses)
         if len(candidates) == 1:
             candidates *= 2
-        error: Exception = Unavailable("the request names no prefill worker")
-        first: list[FirstToken] = []
+        error: Exception = Unavailable("no prefill worker was asked")
         for attempt, address in enumerate(candidates, start=1):
             if attempt > 1 and not isinstance(error, Corrupt) and address == candidates[0]:
                 break  # only a corrupt transfer is worth a second try with the same worker
@@ -88,7 +92,18 @@ class Transfer:
                 self.counters["transfers_failed"] += 1
                 self.counters["frames_refused"] += isinstance(failed, Corrupt)
                 error = failed
+        if self.request.allow_local_prefill:
+            self.counters["prefills_taken_over"] += 1
+            return self._compute_here(first, len(candidates) + 1)
         raise error
+
+    def _compute_here(self, first: list[FirstToken], attempt: int) -> TransferStats:
+        self.engine.compute(self.sequence, first[0].token_id if first else None)
+        return TransferStats(
+            attempt=attempt,
+            local_tokens=len(self.sequence.prompt),
+            first_token_unix_ns=first[0].sampled_unix_ns if first else 0,
+        )
 
     async def _attempt(
         self, attempt: int, address: str, first: list[FirstToken], timeout_s: float | None
@@ -123,14 +138,17 @@ class Transfer:
             call.cancel()
 
     async def _take_first(self, event: PrefillEvent, first: list[FirstToken]) -> bool:
-        """Passes the first token on; a later attempt must draw the same one, and it is not passed on again."""
+        """Passes the first token on; a later attempt must draw the same one, and it is not passed on again.
+
+        Output of a lost decode worker holds it already.
+        """
         token = event.first_token
         if first:
             if token.token_id != first[0].token_id:
                 raise Corrupt("a second prefill worker drew another first token")
             return False
         first.append(token)
-        return await self.on_first_token(token)
+        return False if self.request.emitted_token_ids else await self.on_first_token(token)
 
     def _binding(self, attempt: int) -> Binding:
         fingerprint = self.request.model_fingerprint
@@ -159,6 +177,15 @@ class Transfer:
             priority=self.request.priority,
             tenant=self.request.tenant,
         )
+
+
+def finish_local(stats: TransferStats, sequence: DecodeSequence) -> None:
+    """Completes the statistics of a prompt that was computed here, once its first token is drawn."""
+    timing = sequence.timing
+    if stats.local_tokens and timing.sampled_unix_ns:
+        stats.queue_ms = (timing.began_s - sequence.arrived_s) * 1e3
+        stats.prefill_ms = (timing.sampled_s - timing.began_s) * 1e3
+        stats.first_token_unix_ns = timing.sampled_unix_ns
 
 
 def _as_ours(address: str, error: grpc.aio.AioRpcError) -> Exception:

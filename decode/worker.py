@@ -4,7 +4,9 @@ The life of a request here:
 1. `Generate` checks that the gateway means this model and codec, and that the request can ever fit.
 2. The request waits until its pages (prompt and all new tokens) are free, and holds them from then on.
 3. One `Prefill` call brings the prompt's KV; sections are checked here and decoded by the engine as they come.
-4. The first token is passed on the moment it arrives; the commit puts the request into the batch.
+   Where the request names no prefill worker, or all have failed, the engine computes the prompt in chunks.
+4. The first token is passed on the moment it arrives; the commit puts the request into the batch. Output of a lost
+   decode worker is not sent again: the engine runs it through the model, in chunks, and goes on after it.
 5. The engine steps the batch; tokens leave as they are drawn. When the call ends, however it ends, the call to the
    prefill worker is cancelled and the pages are free again.
 """
@@ -31,6 +33,7 @@ from ..proto.decode_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
 from ..proto.errors import InvalidRequest
 from ..proto.hosting import WorkerServer
 from ..proto.prefill_pb2 import FirstToken
+from ..proto.priority import rank_of
 from ..proto.sampling import Sampling
 from ..proto.serving import trace_context
 from ..proto.worker_pb2 import WorkerReport, WorkerRole
@@ -39,7 +42,7 @@ from .engine import DecodeEngine
 from .scheduler import DecodeScheduler, SequenceId
 from .sequence import DecodeSequence, Token, TokenStream
 from .stores import keeps_packed, make_store
-from .transfer import PrefillPeers, Transfer
+from .transfer import PrefillPeers, Transfer, finish_local
 
 SERVICE = decode_pb2.DESCRIPTOR.services_by_name["Decode"]
 
@@ -89,6 +92,8 @@ class DecodeWorker(DecodeServicer):
         )
         self._engine = DecodeEngine(
             *(model, self._store, self._scheduler),
+            page_tokens=config.page_tokens,
+            chunk_tokens=config.chunk_tokens,
             inbox_mib=config.inbox_mib,
             decode_mib_per_step=config.decode_mib_per_step,
             on_failure=self.server.on_engine_failure(),
@@ -118,7 +123,10 @@ class DecodeWorker(DecodeServicer):
                 sampling=Sampling.from_pb(request.sampling),
                 codec=codec,
                 stream=TokenStream(),
+                output=list(request.emitted_token_ids),
+                rank=rank_of(request.priority),
             )
+            sequence.check_emitted(self._model.eos_token_ids, self._model.context_length)
             self._scheduler.check_fits(sequence.tokens_at_most(self._model.context_length), self._waiting)
             self._engine.submit(sequence)
             try:
@@ -168,6 +176,7 @@ class DecodeWorker(DecodeServicer):
             token = await sequence.stream.get()
             event: DecodeEvent = token.to_pb()
             if stats is not None:
+                finish_local(stats, sequence)
                 event.transfer.CopyFrom(stats)
                 stats = None
             await context.write(event)
@@ -187,7 +196,7 @@ class DecodeWorker(DecodeServicer):
         tokens = len(request.prompt_token_ids)
         if not 1 <= tokens < model.context_length:
             raise InvalidRequest(f"a prompt of {tokens} tokens; allowed: 1 to {model.context_length - 1}")
-        if max(request.prompt_token_ids) >= model.vocab_size:
+        if max((*request.prompt_token_ids, *request.emitted_token_ids)) >= model.vocab_size:
             raise InvalidRequest(f"a token id is out of the vocabulary of {model.vocab_size}")
         return self._codecs.get(request.codec)
 

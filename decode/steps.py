@@ -1,0 +1,75 @@
+"""What a step computes: one token of each running request, and chunks of those that are behind. Pure.
+
+A request is behind where tokens are known whose KV is not there: its prompt, where this worker computes it itself, or
+output of a lost decode worker that is replayed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .scheduler import SequenceId
+
+OPEN_PROMPTS = 4  # computed here at once; each may take memory for its raw KV beside the pool
+AGEING_TOKENS_PER_S = 500.0  # what waiting is worth against a shorter remainder
+RANK_TOKENS = 2048  # what one class of priority is worth against a shorter remainder
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """A request that holds its pages, and how far its KV is."""
+
+    sequence: SequenceId
+    computed: int  # tokens with KV
+    known: int  # tokens of prompt and output
+    prompt: int
+    opened: bool  # its prompt is being computed here
+    rank: int  # of its priority; the lowest goes first
+    waited_s: float
+
+    @property
+    def behind(self) -> bool:
+        """More than the newest token's KV is missing."""
+        return self.computed < self.prompt or self.computed + 1 < self.known
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, end) of one request."""
+
+    sequence: SequenceId
+    start: int
+    end: int
+
+
+def plan_step(backlogs: Sequence[Backlog], *, page_tokens: int, budget: int) -> list[Chunk]:
+    """The chunks of the next step: a token of each request that is not behind, then `budget` tokens for the others.
+
+    Those with least left go first, with ageing and priority, so that a long prompt delays a short one by one step.
+    A chunk of output ends with the page that its first token lies in, because the next page's tokens must find that
+    one as it was when they were first drawn (packed, where it has become old by then). Chunks of a prompt end with
+    a page or with the prompt.
+    """
+    chunks = [Chunk(b.sequence, b.computed, b.known) for b in backlogs if not b.behind]
+    open_prompts = sum(b.opened for b in backlogs)
+    for backlog in sorted((b for b in backlogs if b.behind), key=_urgency):
+        start = backlog.computed
+        opens = start < backlog.prompt and not backlog.opened
+        if budget <= 0 or (opens and open_prompts >= OPEN_PROMPTS):
+            continue
+        if start >= backlog.prompt:
+            end = min(backlog.known, start - start % page_tokens + page_tokens, start + budget)
+        else:
+            end = min(backlog.prompt, start + budget)
+            if end < backlog.prompt:
+                end -= end % page_tokens
+            if end <= start:
+                continue  # less than a page is left of the budget
+        open_prompts += opens
+        budget -= end - start
+        chunks.append(Chunk(backlog.sequence, start, end))
+    return chunks
+
+
+def _urgency(backlog: Backlog) -> float:
+    left = backlog.known - backlog.computed
+    return left + RANK_TOKENS * backlog.rank - AGEING_TOKENS_PER_S * backlog.waited_s

@@ -1,0 +1,48 @@
+from isthmus.decode.scheduler import SequenceId
+from isthmus.decode.steps import OPEN_PROMPTS, Backlog, Chunk, plan_step
+
+A, B, C = SequenceId(1), SequenceId(2), SequenceId(3)
+
+
+def backlog(sequence: SequenceId, computed: int, known: int, prompt: int, **changes: float) -> Backlog:
+    settings = {"opened": False, "rank": 1, "waited_s": 0.0} | changes
+    return Backlog(sequence=sequence, computed=computed, known=known, prompt=prompt, **settings)  # type: ignore[arg-type]
+
+
+def plan(*backlogs: Backlog, budget: int = 128) -> list[Chunk]:
+    return plan_step(backlogs, page_tokens=64, budget=budget)
+
+
+def test_running_requests_step_whatever_the_budget():
+    assert plan(backlog(A, 10, 11, 10), backlog(B, 700, 701, 5), budget=0) == [Chunk(A, 10, 11), Chunk(B, 700, 701)]
+
+
+def test_a_prompt_is_cut_at_pages_and_ends_where_it_ends():
+    assert plan(backlog(A, 0, 300, 300)) == [Chunk(A, 0, 128)]
+    assert plan(backlog(A, 0, 100, 100)) == [Chunk(A, 0, 100)]
+    assert plan(backlog(A, 256, 300, 300)) == [Chunk(A, 256, 300)]
+    assert plan(backlog(A, 0, 300, 300), budget=100) == [Chunk(A, 0, 64)]
+    assert plan(backlog(A, 0, 300, 300), budget=63) == [], "no chunk ends inside a page that goes on"
+    assert plan(backlog(A, 0, 1, 1)) == [Chunk(A, 0, 1)], "a prompt of one token too"
+
+
+def test_replayed_output_is_cut_where_pages_were_packed_the_first_time():
+    assert plan(backlog(A, 100, 300, 100)) == [Chunk(A, 100, 128)]
+    assert plan(backlog(A, 128, 300, 100)) == [Chunk(A, 128, 192)]
+    assert plan(backlog(A, 256, 300, 100)) == [Chunk(A, 256, 300)]
+    assert plan(backlog(A, 64, 300, 100)) == [Chunk(A, 64, 100)], "no chunk goes from the prompt into the output"
+
+
+def test_the_shortest_goes_first_but_waiting_and_priority_count():
+    long, short = backlog(A, 0, 1000, 1000), backlog(B, 0, 100, 100)
+    assert plan(long, short) == [Chunk(B, 0, 100)]
+    assert plan(long, short, budget=256) == [Chunk(B, 0, 100), Chunk(A, 0, 128)]
+    assert plan(backlog(A, 0, 1000, 1000, waited_s=2.0), short) == [Chunk(A, 0, 128)]
+    assert plan(backlog(A, 0, 1000, 1000, rank=0), short) == [Chunk(A, 0, 128)]
+
+
+def test_only_so_many_prompts_are_open():
+    opened = [backlog(SequenceId(n), 64, 900, 900, opened=True) for n in range(OPEN_PROMPTS)]
+    new = backlog(SequenceId(99), 0, 64, 64)
+    assert [chunk.sequence for chunk in plan(new, *opened)] == [SequenceId(0)]
+    assert plan(new, *opened[1:])[0].sequence == SequenceId(99)
