@@ -30,6 +30,26 @@ class Admitted:
     tenant: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """A request as far as it can be checked with no workers there."""
+
+    prompt_token_ids: list[int]
+    sampling: Sampling
+
+
+async def examine(request: GenerateRequest, model: ServedModel) -> Examined:
+    """Checks what depends on the request and the model alone; InvalidRequest or NotFound, as `admit`."""
+    _request_id(request.request_id)
+    model.check_name(request.model)
+    sampling = _sampling(request, model)
+    if request.codec and request.codec not in codec_names():
+        raise NotFound(f"no codec {request.codec!r}; allowed: {', '.join(sorted(codec_names()))}")
+    tokens = await _tokenize(request, model)
+    everything = (model.context_length, model.context_length)
+    return Examined(prompt_token_ids=tokens, sampling=_fit(sampling, len(tokens), model.context_length, everything))
+
+
 async def admit(request: GenerateRequest, model: ServedModel, snapshot: Snapshot, default_codec: str) -> Admitted:
     """Checks and completes a request; the tokenizer runs in a thread.
 

@@ -3,6 +3,9 @@
     IsthmusError
     ├── InvalidRequest      what was asked can never work: the caller must change it
     ├── NotFound            no such model, codec or worker
+    ├── AlreadyExists       the name is taken by something else
+    ├── IllegalState        the thing exists, but its state does not allow this
+    ├── OutOfRange          a position past the end
     ├── Incompatible        two sides differ in protocol, model or codec parameters
     ├── Exhausted           no room now: try again later
     ├── Unavailable         the other side is not there, or is going away
@@ -28,6 +31,18 @@ class NotFound(IsthmusError):
     """Something the request names does not exist here."""
 
 
+class AlreadyExists(IsthmusError):
+    """The name that the request gives is taken by something else."""
+
+
+class IllegalState(IsthmusError):
+    """What the request names is in a state that does not allow it."""
+
+
+class OutOfRange(IsthmusError):
+    """The request names a position past the end."""
+
+
 class Incompatible(IsthmusError):
     """Two sides of a transfer must not be paired."""
 
@@ -51,7 +66,10 @@ class Expired(IsthmusError):
 STATUS_OF: dict[type[IsthmusError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     NotFound: grpc.StatusCode.NOT_FOUND,
-    Incompatible: grpc.StatusCode.FAILED_PRECONDITION,
+    AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    IllegalState: grpc.StatusCode.FAILED_PRECONDITION,
+    OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
+    Incompatible: grpc.StatusCode.FAILED_PRECONDITION,  # after IllegalState: what a worker's status is read as
     Exhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     Corrupt: grpc.StatusCode.DATA_LOSS,

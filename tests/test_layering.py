@@ -23,7 +23,8 @@ COMMANDS = {"generate", "chat", "up", "worker_prefill", "worker_decode", "gatewa
 
 
 def sources(folder: str) -> list[Path]:
-    return [path for path in sorted((ROOT / folder).glob("*.py")) if "_pb2" not in path.name]
+    """Of the folder and of those inside it."""
+    return [path for path in sorted((ROOT / folder).rglob("*.py")) if "_pb2" not in path.name]
 
 
 def exempt(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
@@ -34,14 +35,15 @@ def exempt(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 def crossings(path: Path) -> Iterator[str]:
     """Folders of ours that a file imports from, its own left out."""
+    depth = len(path.relative_to(ROOT).parts)  # how many dots lead out of the file's top folder
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module]
         level = node.level if isinstance(node, ast.ImportFrom) else 0
-        if level == 2:
+        if level == depth:
             yield from (name.split(".")[0] for name in names)
-        elif level > 2:
+        elif level > depth:
             yield "outside"
         elif level == 0 and any(name.split(".")[0] == "isthmus" for name in names):
             yield "an absolute name"

@@ -38,10 +38,10 @@ def test_wheel_holds_every_file_under_one_name(tmp_path: Path) -> None:
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     expected = {
-        f"isthmus/{folder}/{path.name}"
+        f"isthmus/{path.relative_to(ROOT)}"
         for folder in FOLDERS
-        for path in (ROOT / folder).iterdir()
-        if path.suffix in (".py", ".proto", ".pyi")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".proto", ".pyi", ".mako")
     }
     assert held == expected
 
@@ -66,8 +66,9 @@ def _copy_of_sources(target: Path) -> Path:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes(source.read_bytes())
     for folder in FOLDERS:
-        for path in (ROOT / folder).iterdir():
-            if path.is_file():
-                (target / folder).mkdir(exist_ok=True)
-                (target / folder / path.name).write_bytes(path.read_bytes())
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                copy = target / path.relative_to(ROOT)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())
     return target

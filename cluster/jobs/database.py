@@ -1,0 +1,131 @@
+"""The database of jobs: SQLite (WAL) by default, any SQLAlchemy URL; its clock; its errors as ours."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from ...proto.errors import Exhausted, InvalidRequest, IsthmusError, Unavailable
+
+BUSY_S = 5.0  # that a writer waits for another process's transaction
+READERS = 4
+CLOCK = text("SELECT CAST(EXTRACT(EPOCH FROM CLOCK_TIMESTAMP()) * 1000000 AS BIGINT)")
+FULL = ("disk is full", "disk full", "no space left", "53100", "could not extend file")
+
+
+def default_url() -> str:
+    """ISTHMUS_JOBS_DB, or a file in the user's state folder."""
+    named = os.environ.get("ISTHMUS_JOBS_DB")
+    if named:
+        return named
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return f"sqlite:///{Path(state) / 'isthmus' / 'jobs.db'}"
+
+
+class Database:
+    """One engine for the single writer, one for readers. `close` gives all connections back."""
+
+    def __init__(self, url: str) -> None:
+        """InvalidRequest for a URL that is none, or of a driver that is not installed. Connects later."""
+        self._url = _checked(url)
+        self.name = self._url.render_as_string(hide_password=True)
+        self.is_sqlite = self._url.get_backend_name() == "sqlite"
+        try:
+            self.writer = self._engine("BEGIN IMMEDIATE", pool_size=1)
+            self.reader = self._engine("BEGIN", pool_size=READERS)
+        except (ArgumentError, NoSuchModuleError) as error:
+            raise InvalidRequest(f"no database {self.name}: {error}") from None
+        except ImportError as error:
+            hint = " (pip install 'isthmus[postgres]')" if error.name == "psycopg" else ""
+            raise InvalidRequest(f"{self.name} needs the Python package {error.name}{hint}") from None
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction of the writer. Exhausted (full) or Unavailable (locked, gone) where the database fails."""
+        with translated(self.name), self.writer.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the database; errors as `write`."""
+        with translated(self.name), self.reader.begin() as connection:
+            yield connection
+
+    def now_us(self, connection: Connection) -> int:
+        """PostgreSQL's time, so that all gateways that share it go by one clock; elsewhere this host's."""
+        if connection.dialect.name == "postgresql":
+            return connection.execute(CLOCK).scalar_one()
+        return time.time_ns() // 1000
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self.writer.dispose()
+        self.reader.dispose()
+
+    def _engine(self, begin: str, pool_size: int) -> Engine:
+        if not self.is_sqlite:
+            return create_engine(self._url, pool_size=pool_size, max_overflow=0, pool_pre_ping=True)
+        if self._url.database:
+            Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
+        arguments = {"timeout": BUSY_S, "check_same_thread": False}
+        engine = create_engine(self._url, pool_size=pool_size, max_overflow=0, connect_args=arguments)
+        event.listen(engine, "connect", _prepare_sqlite)
+        # The driver itself would begin a transaction late, and deferred: two writers could then fail each other.
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+        return engine
+
+
+class Contended(Unavailable):
+    """Another gateway's transaction was in the way: the same transaction again may succeed at once."""
+
+
+@contextmanager
+def translated(name: str) -> Iterator[None]:
+    """Errors of the database as Exhausted or Unavailable. A bug (bad SQL, wrong types) stays what it is."""
+    try:
+        yield
+    except DBAPIError as error:
+        raise _error_of(error, name) from error
+    except OSError as error:
+        raise Unavailable(f"the database of jobs {name} cannot be used: {error.strerror}") from error
+
+
+def _error_of(error: DBAPIError, name: str) -> IsthmusError | SQLAlchemyError:
+    reason = " ".join(str(error.orig).split())
+    if any(sign in reason.lower() for sign in FULL):
+        return Exhausted(f"the database of jobs {name} is full ({reason}): delete jobs, or make room")
+    if getattr(error.orig, "sqlstate", None) in ("40001", "40P01"):  # serialization failure, deadlock
+        return Contended(f"the database of jobs {name} is busy ({reason}): try again")
+    if "locked" in reason or "busy" in reason:
+        return Unavailable(f"the database of jobs {name} is locked by another program ({reason}): try again")
+    if type(error).__name__ in ("OperationalError", "InterfaceError", "InternalError"):
+        return Unavailable(f"the database of jobs {name} cannot be used: {reason}")
+    return error
+
+
+def _checked(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise InvalidRequest(
+            f"{url!r} is not a database URL; allowed: sqlite:////path/jobs.db, postgresql://user@host/name, ..."
+        ) from None
+    if parsed.drivername in ("postgresql", "postgres"):
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise InvalidRequest("jobs in memory would be lost with the gateway; allowed: sqlite:////path/jobs.db")
+    return parsed
+
+
+def _prepare_sqlite(connection: Any, record: object) -> None:
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "temp_store=MEMORY", "cache_size=-65536"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()

@@ -1,0 +1,19 @@
+"""What a gateway's jobs may take, and its periods."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class JobsSettings(BaseModel):
+    """Limits are for each tenant. Unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_jobs: int = Field(default=10_000, ge=1)  # that have not ended
+    max_queued_tokens: int = Field(default=100_000_000, ge=1)  # prompts and max_tokens of requests that have not ended
+    max_stored_bytes: int = Field(default=4 << 30, ge=1)  # requests, events and results of all jobs that are kept
+    max_running: int = Field(default=256, ge=1)  # requests at once of interactive and standard jobs
+    max_running_batch: int = Field(default=32, ge=1)  # requests at once of batch jobs, when nothing else runs
+    lease_s: float = Field(default=5.0, gt=0)  # a gateway that is silent for so long has lost its jobs to the others
+    sweep_s: float = Field(default=1.0, gt=0)  # between looks for deadlines, cancelled jobs and dead gateways
+    prune_s: float = Field(default=10.0, gt=0)  # between looks for jobs to erase
+    retention_s: float = Field(default=7 * 86400.0, ge=0)  # of ended jobs, where a job does not say
