@@ -31,7 +31,8 @@ def free_port() -> int:
 @contextmanager
 def isthmus(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `isthmus ARGUMENTS` beside the benchmark; SIGTERM at the end, SIGKILL if that does not help in 30 s."""
-    process = subprocess.Popen([ISTHMUS, *arguments], stdout=subprocess.DEVNULL, env=os.environ)
+    environment = {"ISTHMUS_JOBS_DB": "none", **os.environ}  # never the jobs of the person who measures
+    process = subprocess.Popen([ISTHMUS, *arguments], stdout=subprocess.DEVNULL, env=environment)
     try:
         yield process
     finally:

@@ -30,6 +30,7 @@ def up(
     device: opt.Device = None,
     threads: opt.Threads = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a local Ray.")] = None,
+    jobs_db: opt.JobsDb = None,
     config: opt.ConfigFile = None,
     log_level: opt.LogLevel = "warning",
 ) -> None:
@@ -61,7 +62,7 @@ def up(
         "threads": threads,
         "address": address,
     }
-    settings = load_config(config, flags)
+    settings = load_config(config, flags).with_jobs(jobs_db)
     raise typer.Exit(_serve_cluster(settings, begun_s))
 
 
@@ -142,6 +143,7 @@ def gateway(
     listen: Annotated[str, typer.Option(help="host:port; port 0 picks a free one.")] = opt.DEFAULT_SERVER,
     model: opt.ModelSource = None,
     drain_s: Annotated[float, typer.Option(min=0, help="For running requests when it stops.")] = 30.0,
+    jobs_db: opt.JobsDb = None,
     log_level: opt.LogLevel = "warning",
 ) -> None:
     """Run the gateway for a list of workers until Ctrl-C, without Ray.
@@ -155,6 +157,8 @@ def gateway(
     _configure_logs(log_level)
     from .config import DEFAULT_MODEL
     from .gateway import Gateway
+    from .gateway_config import GatewayConfig
+    from .jobs.settings import chosen_url
     from .served import load_served_model
     from .service import run_service
 
@@ -162,7 +166,7 @@ def gateway(
     for address in [listen, *addresses]:
         _check_address(address)
     served = load_served_model(model or DEFAULT_MODEL)
-    running = Gateway(listen, served, addresses)
+    running = Gateway(listen, served, addresses, GatewayConfig(jobs_db=chosen_url(jobs_db)))
 
     async def start() -> None:
         await running.start()

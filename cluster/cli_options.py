@@ -78,6 +78,16 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or auto.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of torch in each worker; default: cores / workers.")]
 
 
+JobsDb = Annotated[
+    str | None,
+    typer.Option(
+        "--jobs-db",
+        metavar="URL",
+        help="Database of jobs (ISTHMUS_JOBS_DB); none: no jobs.",
+        show_default="~/.local/state/isthmus/jobs.db",
+    ),
+]
+
 WorkerCodec = Annotated[str | None, typer.Option("--codec", help="The default one.", show_default="tq-k4v4")]
 WorkerName = Annotated[str | None, typer.Option(help="Of this worker in status; default: role, host and port.")]
 Advertise = Annotated[str | None, typer.Option(help="host:port that others shall use; default: as bound.")]

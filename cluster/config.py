@@ -3,7 +3,7 @@ folders."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -13,6 +13,7 @@ from ..kvtransfer.codec_names import DEFAULT_CODEC, codec_names
 from ..prefill.config import PrefillConfig
 from ..proto.errors import InvalidRequest
 from .gateway_config import GatewayConfig
+from .jobs.settings import chosen_url
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_PORT = 50051
@@ -57,6 +58,11 @@ class ClusterConfig(BaseModel):
     def workers(self) -> int:
         """Number of workers of both roles."""
         return self.prefill + self.decode
+
+    def with_jobs(self, named: str | None) -> Self:
+        """With a database of jobs: the one named here, that of the settings, or the default one (`chosen_url`)."""
+        gateway = self.gateway.model_copy(update={"jobs_db": chosen_url(named, self.gateway.jobs_db)})
+        return self.model_copy(update={"gateway": gateway})
 
     def worker_settings(self, role: Role, name: str, listen: str, threads: int) -> dict[str, Any]:
         """The settings of one worker as plain data, checked. InvalidRequest where a key or value is wrong."""

@@ -7,6 +7,7 @@ answer is finished (generator.py). Whatever ends the handler cancels the inner c
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -21,6 +22,8 @@ from .client import RETRY_KEY
 from .compat import Expected
 from .gateway_config import GatewayConfig
 from .generator import Generator
+from .jobs.manager import SERVICE as JOBS_SERVICE
+from .jobs.manager import Jobs
 from .request import ServedModel
 from .router import offered_codecs, token_limit
 from .watch import Fleet
@@ -153,11 +156,15 @@ class Gateway:
         self._workers = tuple(workers)
         self._config = config
         self._server: Server | None = None
+        self._jobs: Jobs | None = None
         self._health: asyncio.Task[None] | None = None
         self.ready = asyncio.Event()
 
     async def start(self) -> None:
-        """Listens and starts to watch the workers. OSError where the address cannot be bound."""
+        """Listens and starts to watch the workers, and to run jobs where it has a database of them.
+
+        OSError where the address cannot be bound; what `Jobs.open` raises.
+        """
         expected = Expected(
             protocol_version=PROTOCOL_VERSION, model=self._model.name, fingerprint=self._model.fingerprint
         )
@@ -170,12 +177,27 @@ class Gateway:
             lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server),
             lambda server: worker_pb2_grpc.add_ClusterServicer_to_server(cluster, server),
         )
-        self._server = await start_server(
-            self._listen, dict(zip(SERVICES, adders, strict=True)), max_request_bytes=MAX_MESSAGE_BYTES
-        )
+        services = dict(zip(SERVICES, adders, strict=True))
+        if self._config.jobs_db is not None:
+            self._jobs = await self._open_jobs(self._config.jobs_db)
+            services[JOBS_SERVICE] = self._jobs.add_to
+        self._server = await start_server(self._listen, services, max_request_bytes=MAX_MESSAGE_BYTES)
         for address in self._workers:
             self.fleet.add(address)
+        if self._jobs is not None:
+            await self._jobs.start(f"{socket.gethostname()} {self.address}")
         self._health = asyncio.create_task(self._follow_health(self._server), name="gateway health")
+
+    async def _open_jobs(self, url: str) -> Jobs:
+        return await Jobs.open(
+            url,
+            self._model,
+            self.generator,
+            default_codec=self.fleet.default_codec,
+            reports=self.fleet.statuses,
+            others=lambda: self.load.active,
+            settings=self._config.jobs,
+        )
 
     @property
     def address(self) -> str:
@@ -184,11 +206,16 @@ class Gateway:
         return f"{self._listen.rpartition(':')[0]}:{self._server.port}"
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuses new requests and waits for the running ones; whether all have ended in time."""
+        """Refuses new requests and waits for the running ones; whether all have ended in time.
+
+        Jobs stop at once: they go on at another gateway, or at the next start of this one.
+        """
         if self._server is None:
             return True
         self._generation.draining = True
         await self._server.set_serving(False)
+        if self._jobs is not None:
+            await self._jobs.drain()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.load.wait_idle(), timeout_s)
         return not self.load.active
@@ -199,6 +226,9 @@ class Gateway:
             self._health.cancel()
         if self._server is not None:
             await self._server.stop(0.2)
+        if self._jobs is not None:
+            await self._jobs.stop()
+        if self._server is not None:
             await self.fleet.close()
 
     async def _follow_health(self, server: Server) -> None:

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .jobs.settings import JobsSettings
+
 LocalPrefill = Literal["never", "when_cheaper", "always"]
 
 
@@ -19,3 +21,5 @@ class GatewayConfig(BaseModel):
     restart_wait_s: float = Field(
         default=30.0, ge=0
     )  # how long a request waits for a lost worker that is being restarted
+    jobs_db: str | None = None  # URL of the database of jobs; none: no jobs
+    jobs: JobsSettings = JobsSettings()

@@ -40,7 +40,7 @@ class Examined:
 
 async def examine(request: GenerateRequest, model: ServedModel) -> Examined:
     """Checks what depends on the request and the model alone; InvalidRequest or NotFound, as `admit`."""
-    _request_id(request.request_id)
+    _name("request_id", request.request_id, MAX_REQUEST_ID)
     model.check_name(request.model)
     sampling = _sampling(request, model)
     if request.codec and request.codec not in codec_names():

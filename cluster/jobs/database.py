@@ -1,6 +1,5 @@
 """The database of jobs: SQLite (WAL) by default, any SQLAlchemy URL; its clock; its errors as ours."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +16,6 @@ BUSY_S = 5.0  # that a writer waits for another process's transaction
 READERS = 4
 CLOCK = text("SELECT CAST(EXTRACT(EPOCH FROM CLOCK_TIMESTAMP()) * 1000000 AS BIGINT)")
 FULL = ("disk is full", "disk full", "no space left", "53100", "could not extend file")
-
-
-def default_url() -> str:
-    """ISTHMUS_JOBS_DB, or a file in the user's state folder."""
-    named = os.environ.get("ISTHMUS_JOBS_DB")
-    if named:
-        return named
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return f"sqlite:///{Path(state) / 'isthmus' / 'jobs.db'}"
 
 
 class Database:

@@ -1,5 +1,8 @@
 """What a gateway's jobs may take, and its periods."""
 
+import os
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -17,3 +20,14 @@ class JobsSettings(BaseModel):
     sweep_s: float = Field(default=1.0, gt=0)  # between looks for deadlines, cancelled jobs and dead gateways
     prune_s: float = Field(default=10.0, gt=0)  # between looks for jobs to erase
     retention_s: float = Field(default=7 * 86400.0, ge=0)  # of ended jobs, where a job does not say
+
+
+def chosen_url(*named: str | None) -> str | None:
+    """The database of jobs: the first one named, else ISTHMUS_JOBS_DB, else a file in the user's state folder.
+
+    None where that says "none": a gateway without jobs.
+    """
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    default = f"sqlite:///{state / 'isthmus' / 'jobs.db'}"
+    url = next(filter(None, [*named, os.environ.get("ISTHMUS_JOBS_DB")]), default)
+    return None if url == "none" else url
