@@ -84,7 +84,7 @@ async def test_the_deadline_reaches_the_worker() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await client.answer(build_request(prompt="x"), timeout_s=2)
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert 0 < left[0] <= 2
+        assert 0 < left[0] <= 2.1  # gRPC rounds it up
         await until(cluster.decodes[0], cancelled=1)
 
 
