@@ -98,6 +98,7 @@ def worker_prefill(
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch; default: all cores.")] = None,
     name: opt.WorkerName = None,
     advertise: opt.Advertise = None,
+    drain_s: opt.WorkerDrain = 30.0,
     config: opt.ConfigFile = None,
     log_level: opt.LogLevel = "warning",
 ) -> None:
@@ -110,7 +111,7 @@ def worker_prefill(
       isthmus worker prefill --listen 0.0.0.0:7001 --advertise 10.0.0.7:7001 --model ./my-model
     """
     flags = _worker_flags(listen, model, codec, dtype, device, threads, name, advertise)
-    _run_worker("prefill", flags, config, log_level)
+    _run_worker("prefill", flags, config, drain_s, log_level)
 
 
 @worker_app.command("decode")
@@ -123,6 +124,7 @@ def worker_decode(
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch; default: all cores.")] = None,
     name: opt.WorkerName = None,
     advertise: opt.Advertise = None,
+    drain_s: opt.WorkerDrain = 30.0,
     config: opt.ConfigFile = None,
     log_level: opt.LogLevel = "warning",
 ) -> None:
@@ -135,7 +137,7 @@ def worker_decode(
       isthmus worker decode --listen 127.0.0.1:7002 --config decode.yaml
     """
     flags = _worker_flags(listen, model, codec, dtype, device, threads, name, advertise)
-    _run_worker("decode", flags, config, log_level)
+    _run_worker("decode", flags, config, drain_s, log_level)
 
 
 def gateway(
@@ -213,28 +215,28 @@ def _worker_flags(*values: Any) -> dict[str, Any]:
     return {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
 
-def _run_worker(role: "Role", flags: dict[str, Any], config: Path | None, log_level: str) -> None:
+def _run_worker(role: "Role", flags: dict[str, Any], config: Path | None, drain_s: float, log_level: str) -> None:
     _configure_logs(log_level)
     from .config import load_worker_settings
-    from .host import end_process, make_worker, thread_settings, usable_cores
+    from .host import end_process, thread_settings, usable_cores
+    from .seat import WorkerSeat, settings_of_both
 
     settings = load_worker_settings(role, config, flags, default_threads=usable_cores())
     _check_address(settings["listen"])
     os.environ.update(thread_settings(settings["threads"]))  # before torch is imported
     from .service import run_service
 
-    worker = make_worker(role, settings)
-    worker.server.end_process = end_process
+    seat = WorkerSeat(role, settings_of_both(role, settings), end_process)
 
     async def start() -> None:
-        await worker.start()
-        _say(f"{role} worker for {settings['model']} on {worker.address}")
+        await seat.start()
+        _say(f"{role} worker for {settings['model']} on {seat.address}")
 
-    async def stop(drain_s: float) -> None:
-        await worker.drain(drain_s)
-        await worker.stop()
+    async def stop(timeout_s: float) -> None:
+        await seat.drain(timeout_s)
+        await seat.stop()
 
-    raise typer.Exit(run_service(start, stop, 30.0))
+    raise typer.Exit(run_service(start, stop, drain_s, seat.emptied))
 
 
 def _check_address(address: str) -> None:

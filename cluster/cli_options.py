@@ -91,6 +91,9 @@ JobsDb = Annotated[
 WorkerCodec = Annotated[str | None, typer.Option("--codec", help="The default one.", show_default="tq-k4v4")]
 WorkerName = Annotated[str | None, typer.Option(help="Of this worker in status; default: role, host and port.")]
 Advertise = Annotated[str | None, typer.Option(help="host:port that others shall use; default: as bound.")]
+WorkerDrain = Annotated[
+    float, typer.Option("--drain-s", min=0, help="For running requests when it stops; those left go on elsewhere.")
+]
 
 
 @asynccontextmanager

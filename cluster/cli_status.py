@@ -108,10 +108,17 @@ def _table(cluster: "ClusterStatus") -> "Table":
 
 
 def _row(worker: "WorkerReport") -> list[str]:
-    from ..proto.worker_pb2 import WORKER_HEALTH_DRAINING, WORKER_HEALTH_READY, WorkerHealth, WorkerRole
+    from ..proto.worker_pb2 import (
+        WORKER_HEALTH_CHECKING,
+        WORKER_HEALTH_DRAINING,
+        WORKER_HEALTH_READY,
+        WorkerHealth,
+        WorkerRole,
+    )
 
     health = WorkerHealth.Name(worker.health).removeprefix("WORKER_HEALTH_").lower()
-    colour = {WORKER_HEALTH_READY: "green", WORKER_HEALTH_DRAINING: "yellow"}.get(worker.health, "red")
+    passing = {WORKER_HEALTH_DRAINING: "yellow", WORKER_HEALTH_CHECKING: "yellow"}
+    colour = {WORKER_HEALTH_READY: "green", **passing}.get(worker.health, "red")
     role = WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower() if worker.role else "?"
     queue = f"{worker.waiting_requests} waiting"
     if worker.waiting_tokens:

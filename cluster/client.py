@@ -106,7 +106,7 @@ class Client:
         self.address = address
         self._channel = open_channel(address)
         self._generation = GenerationStub(self._channel)
-        self._cluster = ClusterStub(self._channel)
+        self.cluster = ClusterStub(self._channel)  # status and operations
 
     async def __aenter__(self) -> Self:
         return self
@@ -150,4 +150,4 @@ class Client:
 
     async def status(self, *, timeout_s: float | None = 10) -> ClusterStatus:
         """All workers as the gateway sees them."""
-        return await self._cluster.GetStatus(GetStatusRequest(), timeout=timeout_s)
+        return await self.cluster.GetStatus(GetStatusRequest(), timeout=timeout_s)

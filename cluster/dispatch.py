@@ -94,7 +94,8 @@ class Dispatcher:
             if deadline is not None and deadline <= 0:
                 raise Expired("the deadline passed while the request waited for a decode worker")
             try:
-                await asyncio.wait_for(change.wait(), min(LOOK_AGAIN_S, left))
+                async with asyncio.timeout(min(LOOK_AGAIN_S, left)):  # wait_for can swallow a cancellation
+                    await change.wait()
             except TimeoutError:
                 continue
 

@@ -10,7 +10,6 @@ import contextlib
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from importlib.metadata import version
 
 import grpc.aio
 
@@ -19,11 +18,13 @@ from ..proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_
 from ..proto.errors import Exhausted, Unavailable
 from ..proto.serving import MIB, Server, start_server, trace_context
 from .client import RETRY_KEY
+from .cluster_service import ClusterService
 from .compat import Expected
 from .gateway_config import GatewayConfig
 from .generator import Generator
 from .jobs.manager import SERVICE as JOBS_SERVICE
 from .jobs.manager import Jobs
+from .operations import Operations
 from .request import ServedModel
 from .router import offered_codecs, token_limit
 from .watch import Fleet
@@ -124,23 +125,6 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         )
 
 
-class ClusterService(worker_pb2_grpc.ClusterServicer):
-    """`isthmus.v1.Cluster`."""
-
-    def __init__(self, fleet: Fleet, load: Load) -> None:
-        self._fleet = fleet
-        self._load = load
-        self._start_s = time.monotonic()
-
-    async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: object) -> worker_pb2.ClusterStatus:
-        return worker_pb2.ClusterStatus(
-            version=version("isthmus"),
-            workers=self._fleet.statuses(),
-            active_requests=self._load.active,
-            uptime_ms=round((time.monotonic() - self._start_s) * 1e3),
-        )
-
-
 class Gateway:
     """The gateway as a server: `start`, then `drain` and `stop`. Healthy while a pair of workers is ready."""
 
@@ -172,7 +156,8 @@ class Gateway:
         self.load = Load()
         self.generator = Generator(self._model, self.fleet, self._config)
         self._generation = GenerationService(self._model, self.fleet, self.generator, self.load)
-        cluster = ClusterService(self.fleet, self.load)
+        self.operations = Operations(self.fleet)
+        cluster = ClusterService(self.fleet, self.operations, lambda: self.load.active)
         adders = (
             lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server),
             lambda server: worker_pb2_grpc.add_ClusterServicer_to_server(cluster, server),

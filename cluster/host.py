@@ -10,11 +10,11 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 from ..proto.errors import Unavailable
-from ..proto.hosting import WorkerServer
-from .config import CONFIG_OF, Role
+from .config import Role
+from .seat import WorkerSeat, settings_of_both
 
 FAILED = 70  # exit code of a worker whose engine failed (EX_SOFTWARE)
 
@@ -37,38 +37,10 @@ class Restarting(Unavailable):
     """A worker is not there now, but is coming back."""
 
 
-class Worker(Protocol):
-    """What prefill and decode workers have in common."""
-
-    server: WorkerServer
-
-    @property
-    def address(self) -> str: ...
-    async def start(self) -> None: ...
-    async def drain(self, timeout_s: float) -> None: ...
-    async def stop(self) -> None: ...
-
-
 def end_process() -> None:
     """Ends this process: a worker whose engine failed serves nothing, and whoever watches it starts another."""
     logging.shutdown()
     os._exit(FAILED)
-
-
-def make_worker(role: Role, settings: Mapping[str, Any]) -> Worker:
-    """A worker that is not started yet; imports what it needs."""
-    config = CONFIG_OF[role](**settings)
-    if role == "prefill":
-        from ..prefill.config import PrefillConfig
-        from ..prefill.worker import PrefillWorker
-
-        assert isinstance(config, PrefillConfig)
-        return PrefillWorker(config)
-    from ..decode.config import DecodeConfig
-    from ..decode.worker import DecodeWorker
-
-    assert isinstance(config, DecodeConfig)
-    return DecodeWorker(config)
 
 
 class WorkerHost:
@@ -76,13 +48,13 @@ class WorkerHost:
 
     end_process: Callable[[], None] | None = None  # what follows a failure of its engine
 
-    def __init__(self, role: Role, settings: Mapping[str, Any]) -> None:
-        self._role: Role = role
-        self._settings = dict(settings)
+    def __init__(self, role: Role, settings: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> None:
+        """`other`: settings for the other role, should it flip; default: those of `settings` that both know."""
+        both = settings_of_both(role, settings, other)
         self._address: Future[str] = Future()
         self._closed = threading.Event()
         self._loop = asyncio.new_event_loop()
-        self._worker: Worker | None = None
+        self._seat = WorkerSeat(role, both, self.end_process)
         self._thread = threading.Thread(target=self._run, name=f"{role} worker", daemon=True)
         self._thread.start()
 
@@ -90,10 +62,17 @@ class WorkerHost:
         """host:port, once the worker serves. Raises what its start raised."""
         return self._address.result()
 
-    def drain(self, timeout_s: float) -> None:
-        """Takes no new work and waits for what runs, at most so long."""
-        if self._worker is not None and self._address.done() and not self._address.exception():
-            asyncio.run_coroutine_threadsafe(self._worker.drain(timeout_s), self._loop).result()
+    def drain(self, timeout_s: float) -> tuple[int, int]:
+        """Takes no new work and waits for what runs, at most so long: how many ended, and were handed over."""
+        if not self._address.done() or self._address.exception():
+            return 0, 0
+        drained = asyncio.run_coroutine_threadsafe(self._seat.drain(timeout_s), self._loop).result()
+        return drained.finished, drained.handed_over
+
+    def flip(self, role: Role) -> None:
+        """Gives a worker that has just been started the role it had before; nothing where it has it."""
+        self._address.result()
+        asyncio.run_coroutine_threadsafe(self._seat.take_role(role), self._loop).result()
 
     def stop(self) -> None:
         """Ends the worker at once; returns when it is gone."""
@@ -108,14 +87,12 @@ class WorkerHost:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._worker = make_worker(self._role, self._settings)
-            self._worker.server.end_process = self.end_process
-            self._loop.run_until_complete(self._worker.start())
+            self._loop.run_until_complete(self._seat.start())
         except BaseException as error:  # handed to whoever asks for the address
             self._address.set_exception(error)
             self._closed.set()
             return
-        self._address.set_result(self._worker.address)
+        self._address.set_result(self._seat.address)
         self._loop.run_forever()
-        self._loop.run_until_complete(self._worker.stop())
+        self._loop.run_until_complete(self._seat.stop())
         self._closed.set()

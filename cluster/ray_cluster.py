@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..proto.errors import IsthmusError, Unavailable
+from ..proto.orders import Drained
 from .config import ClusterConfig, Role
 from .host import Restarting, WorkerHost, end_process, thread_settings, usable_cores
 
@@ -45,9 +46,13 @@ class RayWorker:
         with contextlib.suppress(IsthmusError):
             await self._call("wait_closed")
 
-    async def drain(self, timeout_s: float) -> None:
-        """Takes no new work and waits for what runs."""
-        await self._call("drain", timeout_s)
+    async def drain(self, timeout_s: float) -> Drained:
+        """Takes no new work, waits at most so long for what runs, and hands over the rest."""
+        return Drained(*await self._call("drain", timeout_s))
+
+    async def flip(self, role: Role) -> None:
+        """Gives it a role after a restart, which brought back the one that it was started with."""
+        await self._call("flip", role)
 
     async def stop(self) -> None:
         """Ends it for good."""
@@ -134,10 +139,12 @@ class RayCluster:
 
         joins = self._config.address is not None
         host = "0.0.0.0" if joins else "127.0.0.1"
-        settings = self._config.worker_settings(role, name, f"{host}:0", self.threads)
+        both: tuple[Role, Role] = ("prefill", "decode") if role == "prefill" else ("decode", "prefill")
+        settings = [self._config.worker_settings(each, name, f"{host}:0", self.threads) for each in both]
         options: dict[str, Any] = {
             "name": f"{name}.{os.getpid()}",
-            "num_cpus": self.threads,
+            # On the local Ray, which is ours alone, a cluster may be scaled past what was counted at its start.
+            "num_cpus": self.threads if joins else 0,
             "num_gpus": self._gpus,
             "max_restarts": MAX_RESTARTS,
             "max_concurrency": 4,  # waiting for the address or the end must not keep `drain` out
@@ -145,7 +152,7 @@ class RayCluster:
         if joins:
             options["runtime_env"] = {"env_vars": thread_settings(self.threads)}
             options["scheduling_strategy"] = "SPREAD"
-        actor = ray.remote(ActorHost).options(**options).remote(role, settings)
+        actor = ray.remote(ActorHost).options(**options).remote(role, *settings)
         return RayWorker(name, actor)
 
 
@@ -154,11 +161,11 @@ class ActorHost(WorkerHost):
 
     end_process = staticmethod(end_process)
 
-    def __init__(self, role: Role, settings: Mapping[str, Any]) -> None:
+    def __init__(self, role: Role, settings: Mapping[str, Any], other: Mapping[str, Any]) -> None:
         import ray.util
 
-        listen = str(settings["listen"]).replace("0.0.0.0", ray.util.get_node_ip_address())
-        super().__init__(role, {**settings, "listen": listen})
+        listen = {"listen": str(settings["listen"]).replace("0.0.0.0", ray.util.get_node_ip_address())}
+        super().__init__(role, {**settings, **listen}, {**other, **listen})
 
 
 def _silence_raylet() -> None:

@@ -8,17 +8,27 @@ from collections.abc import Awaitable, Callable
 DONE, INTERRUPTED = 0, 130
 
 
-def run_service(start: Callable[[], Awaitable[None]], stop: Callable[[float], Awaitable[None]], drain_s: float) -> int:
+def run_service(
+    start: Callable[[], Awaitable[None]],
+    stop: Callable[[float], Awaitable[None]],
+    drain_s: float,
+    emptied: asyncio.Event | None = None,
+) -> int:
     """Starts, waits for a signal, stops with `drain_s` seconds for what still runs; the exit code.
 
-    `stop` is called in every case, with 0 where there is no time: start failed, or a second signal came.
-    The code is INTERRUPTED where a signal came before everything ran or while it was ending. Raises what
-    `start` or `stop` raises.
+    `stop` is called in every case, with 0 where there is no time: start failed, or a second signal came. `emptied` ends
+    it as a first signal does. The code is INTERRUPTED where a signal came before everything ran or while it was ending.
+    Raises what `start` or `stop` raises.
     """
-    return asyncio.run(_run(start, stop, drain_s))
+    return asyncio.run(_run(start, stop, drain_s, emptied))
 
 
-async def _run(start: Callable[[], Awaitable[None]], stop: Callable[[float], Awaitable[None]], drain_s: float) -> int:
+async def _run(
+    start: Callable[[], Awaitable[None]],
+    stop: Callable[[float], Awaitable[None]],
+    drain_s: float,
+    emptied: asyncio.Event | None,
+) -> int:
     first, second = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -34,7 +44,11 @@ async def _run(start: Callable[[], Awaitable[None]], stop: Callable[[float], Awa
     if starting.exception() is not None:
         await stop(0)
         starting.result()
-    await first.wait()
+    ending = [asyncio.ensure_future(event.wait()) for event in (first, emptied) if event is not None]
+    await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+    for waiting in ending:
+        waiting.cancel()
+    first.set()
     stopping = asyncio.ensure_future(stop(drain_s))
     if not await _before(stopping, second):
         await stop(0)

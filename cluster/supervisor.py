@@ -7,22 +7,35 @@ told the new address. Stop: no new requests, the running ones end, then the work
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
-from ..proto.errors import IsthmusError, Unavailable
-from ..proto.worker_pb2 import WORKER_HEALTH_INCOMPATIBLE
+from ..proto.errors import Exhausted, Incompatible, IsthmusError, NotFound, Unavailable
+from ..proto.orders import Drained
+from ..proto.worker_pb2 import (
+    WORKER_HEALTH_INCOMPATIBLE,
+    WORKER_HEALTH_UNFIT,
+    DrainResponse,
+    ScaleResponse,
+    WorkerRole,
+)
 from .config import ClusterConfig, Role
 from .gateway import Gateway
 from .host import Restarting
+from .seat import ROLE_OF
 from .served import ServedModel, load_served_model
 from .steps import Step
 
 log = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = 0.5
+START_S = 120.0  # for a worker that is started to scale up
+GONE_S = 10.0  # for a drain's answer beyond its own time
+UNUSABLE = (WORKER_HEALTH_INCOMPATIBLE, WORKER_HEALTH_UNFIT)
 
 
 class RunningWorker(Protocol):
@@ -32,7 +45,8 @@ class RunningWorker(Protocol):
 
     async def address(self) -> str: ...
     async def wait_closed(self) -> None: ...
-    async def drain(self, timeout_s: float) -> None: ...
+    async def drain(self, timeout_s: float) -> Drained: ...
+    async def flip(self, role: Role) -> None: ...
     async def stop(self) -> None: ...
 
 
@@ -44,15 +58,24 @@ class Launcher(Protocol):
     async def close(self) -> None: ...
 
 
+@dataclass(eq=False)
+class _Kept:
+    """A worker that is kept running."""
+
+    worker: RunningWorker
+    role: Role  # that it shall have, after a restart too
+    address: str = ""
+    follower: asyncio.Task[None] | None = None
+
+
 class Supervisor:
-    """Starts, follows and stops a cluster. Call `stop` whatever happened in `start`."""
+    """Starts, follows, scales and stops a cluster. Call `stop` whatever happened in `start`."""
 
     def __init__(self, config: ClusterConfig, launcher: Launcher, step: Step = nullcontext) -> None:
         self._config = config
         self._launcher = launcher
         self._step = step
-        self._workers: list[RunningWorker] = []
-        self._followers: list[asyncio.Task[None]] = []
+        self._kept: list[_Kept] = []
         self.gateway: Gateway | None = None
 
     async def start(self) -> Gateway:
@@ -69,16 +92,18 @@ class Supervisor:
             for role, name in roles:
                 group.create_task(self._start_worker(role, name))
         await self._all_usable(self.gateway)
+        self.gateway.operations.keeper = self
         return self.gateway
 
     async def stop(self, drain_s: float) -> None:
         """Drains for at most `drain_s`, then ends everything."""
-        for follower in self._followers:
-            follower.cancel()
+        for kept in self._kept:
+            if kept.follower is not None:
+                kept.follower.cancel()
         if self.gateway is not None:
             await self.gateway.drain(drain_s)
             await self.gateway.stop()
-        drains = [asyncio.create_task(worker.drain(drain_s)) for worker in self._workers]
+        drains = [asyncio.create_task(worker.drain(drain_s)) for worker in [kept.worker for kept in self._kept]]
         if drains:
             await asyncio.wait(drains, timeout=min(drain_s, 5.0))  # nothing runs there any more
         await self._launcher.close()
@@ -96,34 +121,112 @@ class Supervisor:
 
     async def _start_worker(self, role: Role, name: str) -> None:
         with self._step(name):
-            worker = await self._launcher.launch(role, name)
-            self._workers.append(worker)
-            address = await worker.address()
-        assert self.gateway is not None
-        self.gateway.fleet.add(address)
-        self._followers.append(asyncio.create_task(self._follow(worker, address), name=f"follow {name}"))
+            await self._launch(role, name)
 
-    async def _follow(self, worker: RunningWorker, address: str) -> None:
+    async def _launch(self, role: Role, name: str) -> None:
+        kept = _Kept(await self._launcher.launch(role, name), role)
+        self._kept.append(kept)
+        kept.address = await kept.worker.address()
+        assert self.gateway is not None
+        self.gateway.fleet.add(kept.address)
+        kept.follower = asyncio.create_task(self._follow(kept), name=f"follow {name}")
+
+    # What the gateway's operations ask for (`operations.Keeper`).
+
+    async def drain(self, address: str, timeout_s: float) -> DrainResponse:
+        """Drains a worker and ends it for good. Incompatible where it is the last one of its role."""
+        kept = self._at(address)
+        if sum(other.role == kept.role for other in self._kept) == 1:
+            raise Incompatible(f"{kept.worker.name} is the only {kept.role} worker; start another one first")
+        drained = await self._end(kept, timeout_s)
+        return DrainResponse(finished=drained.finished, handed_over=drained.handed_over)
+
+    def flipped(self, address: str, role: WorkerRole.ValueType) -> None:
+        """Notes the role that a worker shall have from now on."""
+        self._at(address).role = ROLE_OF[role]
+
+    async def scale(self, prefill: int | None, decode: int | None, timeout_s: float) -> ScaleResponse:
+        """Starts the workers that are missing, then drains the newest of those that are too many."""
+        started: list[tuple[Role, str]] = []
+        surplus: list[_Kept] = []
+        names = {kept.worker.name for kept in self._kept}
+        wanted: list[tuple[Role, int | None]] = [("prefill", prefill), ("decode", decode)]
+        for role, count in wanted:
+            have = [kept for kept in self._kept if kept.role == role]
+            missing = 0 if count is None else max(0, count - len(have))
+            fresh = (name for number in itertools.count() if (name := f"{role}-{number}") not in names)
+            for name in itertools.islice(fresh, missing):
+                started.append((role, name))
+            surplus += [] if count is None else have[count:]
+        async with _first_error(), asyncio.TaskGroup() as group:
+            for role, name in started:
+                group.create_task(self._add(role, name, timeout_s))
+        await asyncio.gather(*(self._end(kept, timeout_s) for kept in surplus))
+        return ScaleResponse(started=[name for _, name in started], drained=[kept.worker.name for kept in surplus])
+
+    async def _add(self, role: Role, name: str, timeout_s: float) -> None:
+        """Starts one more worker; Exhausted where it is not there in time, and then it is gone again."""
+        try:
+            async with asyncio.timeout(max(timeout_s, START_S)):
+                await self._launch(role, name)
+        except TimeoutError:
+            await self._forget(name)
+            raise Exhausted(f"{name} did not start in {max(timeout_s, START_S):g} s; is there room for it?") from None
+        except BaseException:
+            await self._forget(name)
+            raise
+
+    async def _forget(self, name: str) -> None:
+        for kept in [kept for kept in self._kept if kept.worker.name == name]:
+            self._kept.remove(kept)
+            await kept.worker.stop()
+
+    async def _end(self, kept: _Kept, timeout_s: float) -> Drained:
+        """Drains a worker, ends it and forgets it; one that is not there to be drained is ended all the same."""
+        assert self.gateway is not None
+        if kept.follower is not None:
+            kept.follower.cancel()
+        self._kept.remove(kept)
+        try:
+            return await asyncio.wait_for(kept.worker.drain(timeout_s), timeout_s + GONE_S)
+        except (IsthmusError, TimeoutError) as error:
+            log.warning("a worker was not drained", extra={"fields": {"worker": kept.worker.name, "why": str(error)}})
+            return Drained(0, 0)
+        finally:
+            await self.gateway.fleet.remove(kept.address)
+            await kept.worker.stop()
+
+    def _at(self, address: str) -> _Kept:
+        found = next((kept for kept in self._kept if kept.address == address), None)
+        if found is None:
+            raise NotFound(f"no worker at {address} is kept here any more")
+        return found
+
+    async def _follow(self, kept: _Kept) -> None:
         """Keeps the gateway told of where a worker is, until it is gone for good."""
         assert self.gateway is not None
         while True:
-            await worker.wait_closed()
-            log.warning("a worker died", extra={"fields": {"worker": worker.name, "address": address}})
-            fresh = await self._back(worker)
+            await kept.worker.wait_closed()
+            fields = {"worker": kept.worker.name, "address": kept.address}
+            log.warning("a worker died", extra={"fields": fields})
+            fresh = await self._back(kept)
             if fresh is None:
                 return
-            if fresh != address:
+            if fresh != kept.address:
                 self.gateway.fleet.add(fresh)
-                await self.gateway.fleet.remove(address)
-                address = fresh
-            log.warning("a worker is back", extra={"fields": {"worker": worker.name, "address": address}})
+                await self.gateway.fleet.remove(kept.address)
+                kept.address = fresh
+            log.warning("a worker is back", extra={"fields": {**fields, "address": fresh}})
 
-    async def _back(self, worker: RunningWorker) -> str | None:
+    async def _back(self, kept: _Kept) -> str | None:
         """The new address of a worker that died; None where it does not come back."""
+        worker = kept.worker
         while True:
             await asyncio.sleep(RESTART_PAUSE_S)
             try:
-                return await worker.address()
+                address = await worker.address()
+                await worker.flip(kept.role)
+                return address
             except Restarting:
                 continue
             except (IsthmusError, OSError) as error:
@@ -137,7 +240,7 @@ class Supervisor:
             snapshot = gateway.fleet.snapshot()
             if len(snapshot.prefill) == self._config.prefill and len(snapshot.decode) == self._config.decode:
                 return
-            bad = [status for status in gateway.fleet.statuses() if status.health == WORKER_HEALTH_INCOMPATIBLE]
+            bad = [status for status in gateway.fleet.statuses() if status.health in UNUSABLE]
             if bad:
                 raise Unavailable(f"worker {bad[0].worker_id} {bad[0].reason}")
             await change.wait()

@@ -13,8 +13,10 @@ import grpc.aio
 from ..proto.errors import Unavailable
 from ..proto.serving import open_channel
 from ..proto.worker_pb2 import (
+    WORKER_HEALTH_CHECKING,
     WORKER_HEALTH_INCOMPATIBLE,
     WORKER_HEALTH_READY,
+    WORKER_HEALTH_UNFIT,
     WORKER_HEALTH_UNREACHABLE,
     WORKER_ROLE_DECODE,
     WORKER_ROLE_PREFILL,
@@ -44,6 +46,8 @@ class _Watched:
     incarnation: int = 0  # times that it was reached
     calls: set[Callable[[], None]] = field(default_factory=set)  # that give up what runs there
     task: asyncio.Task[None] | None = None
+    verified: str | None = None  # the instance that has passed its preflight
+    unfit: tuple[str, str] | None = None  # an instance that has failed it, and why
 
     def take(self, report: WorkerReport, now: float) -> None:
         self.incarnation += bool(self.problem)
@@ -62,8 +66,10 @@ class Fleet:
     Belongs to one event loop. `close` ends the streams and closes the channels, which it owns.
     """
 
-    def __init__(self, expected: Expected) -> None:
+    def __init__(self, expected: Expected, *, verify: bool = False) -> None:
+        """With `verify` no worker is used before `judge` has found it fit."""
         self._expected = expected
+        self._verify = verify
         self._workers: dict[str, _Watched] = {}
         self._changed = asyncio.Event()
 
@@ -124,6 +130,10 @@ class Fleet:
                 status.health, status.reason = WORKER_HEALTH_UNREACHABLE, worker.problem
             elif worker.address in reasons:
                 status.health, status.reason = WORKER_HEALTH_INCOMPATIBLE, reasons[worker.address]
+            elif status.health == WORKER_HEALTH_READY and not self._is_verified(worker, status):
+                unfit = worker.unfit is not None and worker.unfit[0] == status.instance
+                status.health = WORKER_HEALTH_UNFIT if unfit else WORKER_HEALTH_CHECKING
+                status.reason = worker.unfit[1] if unfit and worker.unfit else "its canary request is not done yet"
             statuses.append(status)
         return sorted(statuses, key=lambda status: (status.role, status.worker_id))
 
@@ -134,12 +144,42 @@ class Fleet:
         for worker in self._workers.values():
             report = worker.report
             ready = report is not None and not worker.problem and report.health == WORKER_HEALTH_READY
-            if report is not None and ready and worker.address not in reasons:
+            if report is not None and ready and worker.address not in reasons and self._is_verified(worker, report):
                 loads[report.role].append(_load(worker, report))
         return Snapshot(
             prefill=tuple(loads[WORKER_ROLE_PREFILL]),
             decode=tuple(loads[WORKER_ROLE_DECODE]),
         )
+
+    def to_verify(self) -> tuple[list[WorkerReport], list[WorkerReport]]:
+        """Ready workers that could be paired: those not verified yet, and those that are. Addresses are as watched."""
+        reasons, fresh, verified = self._incompatible(), list[WorkerReport](), list[WorkerReport]()
+        for worker in self._workers.values():
+            if worker.report is None or worker.problem or worker.address in reasons:
+                continue
+            if worker.report.health == WORKER_HEALTH_READY:
+                report = WorkerReport()
+                report.CopyFrom(worker.report)
+                report.address = worker.address
+                (verified if self._is_verified(worker, report) else fresh).append(report)
+        return fresh, verified
+
+    def judge(self, report: WorkerReport, unfit: str | None) -> None:
+        """The outcome of a preflight, for the instance in `report`: None where it passed, else why not.
+
+        An instance that has passed once stays verified.
+        """
+        worker = self._workers.get(report.address)
+        if worker is None or worker.verified == report.instance:
+            return
+        if unfit is None:
+            worker.verified, worker.unfit = report.instance, None
+        else:
+            worker.unfit = (report.instance, unfit)
+        self._notify()
+
+    def _is_verified(self, worker: _Watched, report: WorkerReport) -> bool:
+        return not self._verify or worker.verified == report.instance
 
     def placed(self, demand: Demand, placement: Placement) -> None:
         """Counts a placement until reports show it."""
@@ -203,15 +243,20 @@ class Fleet:
         call = WorkerStub(worker.channel).Watch(WatchRequest())
         try:
             while True:
-                report = await asyncio.wait_for(call.read(), SILENCE_S)
+                async with asyncio.timeout(SILENCE_S):  # wait_for can swallow a cancellation
+                    report = await call.read()
                 if not isinstance(report, WorkerReport):
                     return
-                before = None if worker.problem or worker.report is None else worker.report.health
+                before = None if worker.problem or worker.report is None else _identity(worker.report)
                 worker.take(report, time.monotonic())
-                if report.health != before:
+                if _identity(report) != before:
                     self._notify()
         finally:
             call.cancel()
+
+
+def _identity(report: WorkerReport) -> tuple[object, ...]:
+    return report.health, report.role, report.instance
 
 
 def _load(worker: _Watched, report: WorkerReport) -> WorkerLoad:

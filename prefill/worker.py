@@ -28,7 +28,7 @@ from ..model.reporting import report_model
 from ..model.tokens import Tokenizer
 from ..proto import prefill_pb2
 from ..proto.errors import Exhausted, InvalidRequest
-from ..proto.hosting import WorkerServer
+from ..proto.hosting import Drained, WorkerServer
 from ..proto.prefill_pb2 import PrefillAccepted, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillServicer, add_PrefillServicer_to_server
 from ..proto.sampling import Sampling
@@ -58,17 +58,24 @@ class PrefillWorker(PrefillServicer):
         """host:port for others, once started."""
         return self.server.address
 
-    async def start(self) -> None:
-        """Loads the model and serves. Raises what loading raises; OSError where the address cannot be bound."""
+    @property
+    def model(self) -> Model:
+        """The loaded model, once started."""
+        return self._model
+
+    async def start(self, model: Model | None = None) -> None:
+        """Serves `model`, or loads the configured one. Raises what loading raises; OSError where the address cannot be
+        bound."""
         config = self.config
-        model = await asyncio.to_thread(load_model, config.model, dtype=config.dtype, device=config.device)
+        if model is None:
+            model = await asyncio.to_thread(load_model, config.model, dtype=config.dtype, device=config.device)
         self._model = model
         balance = await asyncio.to_thread(
             ensure_balance,
             balance_path(cache_root(), model.fingerprint, config.page_tokens),
             model.fingerprint,
             model.forward,
-            Tokenizer(model.path).encode,
+            lambda text: Tokenizer(model.path).encode(text),
             model.layers,
             config.page_tokens,
         )
@@ -80,9 +87,9 @@ class PrefillWorker(PrefillServicer):
         self._engine.thread.start()
         await self.server.open(SERVICE, lambda server: add_PrefillServicer_to_server(self, server), self._fill_report)
 
-    async def drain(self, timeout_s: float) -> None:
-        """Takes no new requests; returns when the running ones are done or the time is over."""
-        await self.server.drain(timeout_s)
+    async def drain(self, timeout_s: float) -> Drained:
+        """Takes no new requests, waits so long for the running ones and hands over what is left."""
+        return await self.server.drain(timeout_s)
 
     async def stop(self) -> None:
         """Ends at once: running transfers are cancelled."""

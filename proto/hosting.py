@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +14,12 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from . import worker_pb2
 from .errors import Unavailable
-from .reporting import ReportServicer
+from .orders import Drained, Orders, OrderServicer
 from .serving import Server, start_server
 from .worker_pb2 import WorkerHealth, WorkerReport, WorkerRole
 from .worker_pb2_grpc import add_WorkerServicer_to_server
+
+HAND_OVER_S = 5.0  # for requests that a drain has ended to be gone
 
 
 class WorkerServer:
@@ -24,11 +27,13 @@ class WorkerServer:
 
     def __init__(self, role: WorkerRole.ValueType, listen: str, advertise: str | None, name: str | None) -> None:
         self._role, self._listen, self._advertise, self._name = role, listen, advertise, name
-        self._reports = ReportServicer(self.report)
+        self._reports = OrderServicer(self.report, self.drain)
         self._fill: Callable[[WorkerReport], None] = lambda report: None
         self._started_s = time.monotonic()
+        self._instance = secrets.token_hex(8)
         self._draining = False
-        self._active = 0
+        self._running: set[asyncio.Task[None]] = set()  # handlers of requests
+        self._handed_over: set[asyncio.Task[None]] = set()  # of those, the ones that a drain has ended
         self._failure = ""
         self.end_process: Callable[[], None] | None = None  # called soon after the engine has failed
         self._server: Server | None = None
@@ -39,6 +44,20 @@ class WorkerServer:
         """The worker's id: the configured name, or one made of role, host and port."""
         role = WorkerRole.Name(self._role).removeprefix("WORKER_ROLE_").lower()
         return self._name or f"{role}-{socket.gethostname()}-{self.address.rpartition(':')[2]}"
+
+    @property
+    def orders(self) -> Orders | None:
+        """Who follows the orders that this worker is given."""
+        return self._reports.orders
+
+    @orders.setter
+    def orders(self, orders: Orders | None) -> None:
+        self._reports.orders = orders
+
+    @property
+    def bound(self) -> str:
+        """host:port as listened on, with the port that was bound."""
+        return f"{self._listen.rpartition(':')[0]}:{self._server.port}" if self._server else self._listen
 
     async def open(
         self,
@@ -64,15 +83,24 @@ class WorkerServer:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Around each request: counts it, and refuses it with Unavailable while the worker drains."""
+        """Around each request, in its handler's task: counts it, and refuses it while the worker drains.
+
+        Unavailable also for a request that a drain hands over: its caller goes on with another worker.
+        """
         if self._draining:
             raise Unavailable(f"worker {self.name} is draining: it takes no new requests")
-        self._active += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
         self._reports.changed()
         try:
             yield
+        except asyncio.CancelledError:
+            if task not in self._handed_over or task.uncancel():
+                raise  # the caller went away
+            raise Unavailable(f"worker {self.name} was drained: the request goes on elsewhere") from None
         finally:
-            self._active -= 1
+            self._running.discard(task)
             self._reports.changed()
 
     def report(self) -> WorkerReport:
@@ -86,6 +114,7 @@ class WorkerServer:
             version=version("isthmus"),
             threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
             uptime_ms=int((time.monotonic() - self._started_s) * 1e3),
+            instance=self._instance,
         )
         self._fill(report)
         return report
@@ -112,15 +141,30 @@ class WorkerServer:
 
         return lambda reason: asyncio.run_coroutine_threadsafe(fail(reason), loop)
 
-    async def drain(self, timeout_s: float) -> None:
-        """Takes no new requests and returns when the running ones are done, or after `timeout_s`."""
+    async def drain(self, timeout_s: float) -> Drained:
+        """Takes no new requests and returns when nothing runs any more.
+
+        Requests that still run after `timeout_s` are handed over: they end with Unavailable, so that whoever called
+        goes on with another worker. HAND_OVER_S bounds that.
+        """
         self._draining = True
         self._reports.changed()
         if self._server:
             await self._server.set_serving(False)
+        begun = set(self._running)
+        await self._until_idle(timeout_s)
+        left = set(self._running)
+        for task in left:
+            self._handed_over.add(task)
+            task.cancel()
+        await self._until_idle(HAND_OVER_S)
+        self._handed_over -= left
+        return Drained(finished=len(begun - left), handed_over=len(left))
+
+    async def _until_idle(self, timeout_s: float) -> None:
         end_s = time.monotonic() + timeout_s
-        while self._active and time.monotonic() < end_s:
-            await asyncio.sleep(0.05)
+        while self._running and time.monotonic() < end_s:
+            await asyncio.sleep(0.02)
 
     async def close(self) -> None:
         """Ends the server; requests that still run are cancelled."""

@@ -31,6 +31,7 @@ class ReportServicer(WorkerServicer):
             change = self._change
             await context.write(self._report())
             try:
-                await asyncio.wait_for(change.wait(), WATCH_PERIOD_S)
+                async with asyncio.timeout(WATCH_PERIOD_S):  # wait_for can swallow a cancellation
+                    await change.wait()
             except TimeoutError:
                 continue

@@ -45,6 +45,16 @@ class WorkerStub(object):
                 request_serializer=isthmus_dot_proto_dot_worker__pb2.WatchRequest.SerializeToString,
                 response_deserializer=isthmus_dot_proto_dot_worker__pb2.WorkerReport.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/isthmus.v1.Worker/Drain',
+                request_serializer=isthmus_dot_proto_dot_worker__pb2.DrainRequest.SerializeToString,
+                response_deserializer=isthmus_dot_proto_dot_worker__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.Flip = channel.unary_unary(
+                '/isthmus.v1.Worker/Flip',
+                request_serializer=isthmus_dot_proto_dot_worker__pb2.FlipRequest.SerializeToString,
+                response_deserializer=isthmus_dot_proto_dot_worker__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -64,6 +74,21 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Takes no new work, waits for what runs, hands over what is left (UNAVAILABLE: the caller asks another worker);
+        answers when nothing runs here any more. Then the process ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Flip(self, request, context):
+        """Drains, answers, and comes back at the same address in the other role, on the weights that are loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +101,16 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=isthmus_dot_proto_dot_worker__pb2.WatchRequest.FromString,
                     response_serializer=isthmus_dot_proto_dot_worker__pb2.WorkerReport.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=isthmus_dot_proto_dot_worker__pb2.DrainRequest.FromString,
+                    response_serializer=isthmus_dot_proto_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'Flip': grpc.unary_unary_rpc_method_handler(
+                    servicer.Flip,
+                    request_deserializer=isthmus_dot_proto_dot_worker__pb2.FlipRequest.FromString,
+                    response_serializer=isthmus_dot_proto_dot_worker__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -143,6 +178,60 @@ class Worker(object):
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.Worker/Drain',
+            isthmus_dot_proto_dot_worker__pb2.DrainRequest.SerializeToString,
+            isthmus_dot_proto_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Flip(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.Worker/Flip',
+            isthmus_dot_proto_dot_worker__pb2.FlipRequest.SerializeToString,
+            isthmus_dot_proto_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class ClusterStub(object):
     """What the gateway tells of the cluster.
@@ -159,6 +248,21 @@ class ClusterStub(object):
                 request_serializer=isthmus_dot_proto_dot_worker__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=isthmus_dot_proto_dot_worker__pb2.ClusterStatus.FromString,
                 _registered_method=True)
+        self.DrainWorker = channel.unary_unary(
+                '/isthmus.v1.Cluster/DrainWorker',
+                request_serializer=isthmus_dot_proto_dot_worker__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=isthmus_dot_proto_dot_worker__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.FlipWorker = channel.unary_unary(
+                '/isthmus.v1.Cluster/FlipWorker',
+                request_serializer=isthmus_dot_proto_dot_worker__pb2.FlipWorkerRequest.SerializeToString,
+                response_deserializer=isthmus_dot_proto_dot_worker__pb2.WorkerReport.FromString,
+                _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/isthmus.v1.Cluster/Scale',
+                request_serializer=isthmus_dot_proto_dot_worker__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=isthmus_dot_proto_dot_worker__pb2.ScaleResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer(object):
@@ -171,6 +275,27 @@ class ClusterServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainWorker(self, request, context):
+        """Drains one worker and ends it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FlipWorker(self, request, context):
+        """Gives one worker a role; answers with its report once it is ready in that role.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Starts and drains workers until there are so many. FAILED_PRECONDITION where the workers are a given list.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -178,6 +303,21 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=isthmus_dot_proto_dot_worker__pb2.GetStatusRequest.FromString,
                     response_serializer=isthmus_dot_proto_dot_worker__pb2.ClusterStatus.SerializeToString,
+            ),
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=isthmus_dot_proto_dot_worker__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=isthmus_dot_proto_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'FlipWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.FlipWorker,
+                    request_deserializer=isthmus_dot_proto_dot_worker__pb2.FlipWorkerRequest.FromString,
+                    response_serializer=isthmus_dot_proto_dot_worker__pb2.WorkerReport.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=isthmus_dot_proto_dot_worker__pb2.ScaleRequest.FromString,
+                    response_serializer=isthmus_dot_proto_dot_worker__pb2.ScaleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -208,6 +348,87 @@ class Cluster(object):
             '/isthmus.v1.Cluster/GetStatus',
             isthmus_dot_proto_dot_worker__pb2.GetStatusRequest.SerializeToString,
             isthmus_dot_proto_dot_worker__pb2.ClusterStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.Cluster/DrainWorker',
+            isthmus_dot_proto_dot_worker__pb2.DrainWorkerRequest.SerializeToString,
+            isthmus_dot_proto_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FlipWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.Cluster/FlipWorker',
+            isthmus_dot_proto_dot_worker__pb2.FlipWorkerRequest.SerializeToString,
+            isthmus_dot_proto_dot_worker__pb2.WorkerReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.Cluster/Scale',
+            isthmus_dot_proto_dot_worker__pb2.ScaleRequest.SerializeToString,
+            isthmus_dot_proto_dot_worker__pb2.ScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

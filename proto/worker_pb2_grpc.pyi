@@ -36,6 +36,12 @@ class WorkerStub:
     GetReport: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetReportRequest, _worker_pb2.WorkerReport]
     Watch: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchRequest, _worker_pb2.WorkerReport]
     """A report at once, then on change and at least every 100 ms."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
+    """Takes no new work, waits for what runs, hands over what is left (UNAVAILABLE: the caller asks another worker);
+    answers when nothing runs here any more. Then the process ends.
+    """
+    Flip: _grpc.UnaryUnaryMultiCallable[_worker_pb2.FlipRequest, _worker_pb2.DrainResponse]
+    """Drains, answers, and comes back at the same address in the other role, on the weights that are loaded."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -45,6 +51,12 @@ class WorkerAsyncStub(WorkerStub):
     GetReport: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetReportRequest, _worker_pb2.WorkerReport]  # type: ignore[assignment]
     Watch: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchRequest, _worker_pb2.WorkerReport]  # type: ignore[assignment]
     """A report at once, then on change and at least every 100 ms."""
+    Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
+    """Takes no new work, waits for what runs, hands over what is left (UNAVAILABLE: the caller asks another worker);
+    answers when nothing runs here any more. Then the process ends.
+    """
+    Flip: _aio.UnaryUnaryMultiCallable[_worker_pb2.FlipRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
+    """Drains, answers, and comes back at the same address in the other role, on the weights that are loaded."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     """What every worker tells of itself."""
@@ -64,6 +76,24 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.WorkerReport], _abc.AsyncIterator[_worker_pb2.WorkerReport]]:
         """A report at once, then on change and at least every 100 ms."""
 
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _worker_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.DrainResponse, _abc.Awaitable[_worker_pb2.DrainResponse]]:
+        """Takes no new work, waits for what runs, hands over what is left (UNAVAILABLE: the caller asks another worker);
+        answers when nothing runs here any more. Then the process ends.
+        """
+
+    @_abc_1.abstractmethod
+    def Flip(
+        self,
+        request: _worker_pb2.FlipRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.DrainResponse, _abc.Awaitable[_worker_pb2.DrainResponse]]:
+        """Drains, answers, and comes back at the same address in the other role, on the weights that are loaded."""
+
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class ClusterStub:
@@ -74,6 +104,12 @@ class ClusterStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ClusterAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.ClusterStatus]
+    DrainWorker: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainWorkerRequest, _worker_pb2.DrainResponse]
+    """Drains one worker and ends it."""
+    FlipWorker: _grpc.UnaryUnaryMultiCallable[_worker_pb2.FlipWorkerRequest, _worker_pb2.WorkerReport]
+    """Gives one worker a role; answers with its report once it is ready in that role."""
+    Scale: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ScaleRequest, _worker_pb2.ScaleResponse]
+    """Starts and drains workers until there are so many. FAILED_PRECONDITION where the workers are a given list."""
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -81,6 +117,12 @@ class ClusterAsyncStub(ClusterStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.ClusterStatus]  # type: ignore[assignment]
+    DrainWorker: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainWorkerRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
+    """Drains one worker and ends it."""
+    FlipWorker: _aio.UnaryUnaryMultiCallable[_worker_pb2.FlipWorkerRequest, _worker_pb2.WorkerReport]  # type: ignore[assignment]
+    """Gives one worker a role; answers with its report once it is ready in that role."""
+    Scale: _aio.UnaryUnaryMultiCallable[_worker_pb2.ScaleRequest, _worker_pb2.ScaleResponse]  # type: ignore[assignment]
+    """Starts and drains workers until there are so many. FAILED_PRECONDITION where the workers are a given list."""
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
     """What the gateway tells of the cluster."""
@@ -91,5 +133,29 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.ClusterStatus, _abc.Awaitable[_worker_pb2.ClusterStatus]]: ...
+
+    @_abc_1.abstractmethod
+    def DrainWorker(
+        self,
+        request: _worker_pb2.DrainWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.DrainResponse, _abc.Awaitable[_worker_pb2.DrainResponse]]:
+        """Drains one worker and ends it."""
+
+    @_abc_1.abstractmethod
+    def FlipWorker(
+        self,
+        request: _worker_pb2.FlipWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.WorkerReport, _abc.Awaitable[_worker_pb2.WorkerReport]]:
+        """Gives one worker a role; answers with its report once it is ready in that role."""
+
+    @_abc_1.abstractmethod
+    def Scale(
+        self,
+        request: _worker_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ScaleResponse, _abc.Awaitable[_worker_pb2.ScaleResponse]]:
+        """Starts and drains workers until there are so many. FAILED_PRECONDITION where the workers are a given list."""
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -14,7 +14,10 @@ from scripted import says, scripted_cluster
 
 from isthmus.cluster.cli import run
 
-COMMANDS = ("up", "generate", "chat", "status", "models", "calibrate", "demo", "worker", "gateway")
+COMMANDS = (
+    *("up", "generate", "chat", "status", "models", "calibrate", "demo", "worker", "gateway"),
+    *("drain", "flip", "scale"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +118,12 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
         (["gateway", "--workers", "nowhere"], 2, "error: "),
         (["gateway", "--workers", "h:1", "--model", "/no/model"], 1, "error: NOT_FOUND: "),
         (["worker", "prefill", "--listen", "nowhere"], 2, "error: "),
+        (["drain", "nobody"], 1, "error: NOT_FOUND: no worker 'nobody'; there are: prefill-0, decode-0"),
+        (["flip", "decode-0", "prefill"], 1, "error: FAILED_PRECONDITION: decode-0 is the only worker of its role"),
+        (["flip", "decode-0", "cook"], 2, "error: "),
+        (["scale", "decode=3"], 1, "error: FAILED_PRECONDITION: this gateway was given a list of workers"),
+        (["scale", "decode"], 2, "error: "),
+        (["scale", "decode=1", "decode=2"], 2, "error: "),
     ],
 )
 def test_mistakes(

@@ -10,7 +10,8 @@ from isthmus.cluster import supervisor as supervisor_module
 from isthmus.cluster.client import Client, build_request
 from isthmus.cluster.config import ClusterConfig, Role
 from isthmus.cluster.supervisor import Supervisor
-from isthmus.proto.errors import NotFound, Unavailable
+from isthmus.proto.errors import Incompatible, NotFound, Unavailable
+from isthmus.proto.orders import Drained
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 
 
@@ -22,6 +23,8 @@ class FakeWorker:
     worker: Scripted
     restarts: int = 1
     drained: bool = False
+    ended: bool = False
+    flips: list[Role] = field(default_factory=list)
     died: asyncio.Event = field(default_factory=asyncio.Event)
     starting: Exception | None = None
     start_task: asyncio.Task[None] | None = None
@@ -46,11 +49,18 @@ class FakeWorker:
         died, self.died = self.died, asyncio.Event()
         died.set()
 
-    async def drain(self, timeout_s: float) -> None:
+    async def drain(self, timeout_s: float) -> Drained:
         self.drained = True
+        return Drained(finished=2, handed_over=1)
+
+    async def flip(self, role: Role) -> None:
+        self.flips.append(role)
 
     async def stop(self) -> None:
-        await self.worker.stop()
+        self.ended = True
+        if self.worker.server is not None:
+            await self.worker.stop()
+            self.worker.server = None
 
 
 @dataclass
@@ -136,4 +146,69 @@ async def test_a_worker_that_died_for_good_stays_in_the_status(caplog: pytest.Lo
             await asyncio.sleep(0.02)
     statuses = gateway.fleet.statuses()
     assert [status.worker_id for status in statuses] == ["prefill-0", "decode-0"]
+    await supervisor.stop(0)
+
+
+def names(supervisor: Supervisor) -> list[str]:
+    assert supervisor.gateway is not None
+    return [status.worker_id for status in supervisor.gateway.fleet.statuses()]
+
+
+async def test_scaling_starts_what_is_missing_and_drains_what_is_too_much() -> None:
+    launcher = FakeLauncher()
+    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    gateway = await supervisor.start()
+    done = await gateway.operations.scale(3, 2, 5)
+    assert (sorted(done.started), list(done.drained)) == (["decode-1", "prefill-1", "prefill-2"], [])
+    async with asyncio.timeout(10):
+        while len(gateway.fleet.snapshot().prefill) < 3 or len(gateway.fleet.snapshot().decode) < 2:
+            await gateway.fleet.change.wait()
+    done = await gateway.operations.scale(1, None, 5)
+    assert (list(done.started), sorted(done.drained)) == ([], ["prefill-1", "prefill-2"])
+    assert names(supervisor) == ["prefill-0", "decode-0", "decode-1"]
+    gone = [worker for worker in launcher.workers if worker.name in done.drained]
+    assert all(worker.drained and worker.ended for worker in gone)
+    assert not (await gateway.operations.scale(1, 2, 5)).started
+    with pytest.raises(Incompatible, match="one worker of each role"):
+        await gateway.operations.scale(0, None, 5)
+    await supervisor.stop(0)
+
+
+async def test_a_worker_that_cannot_be_added_leaves_nothing() -> None:
+    launcher = FakeLauncher(failing="decode-1")
+    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    gateway = await supervisor.start()
+    with pytest.raises(NotFound, match="no such model"):
+        await gateway.operations.scale(None, 2, 5)
+    assert names(supervisor) == ["prefill-0", "decode-0"]
+    assert launcher.workers[-1].ended
+    await supervisor.stop(0)
+
+
+async def test_a_drained_worker_is_ended_and_does_not_come_back() -> None:
+    launcher = FakeLauncher()
+    supervisor = Supervisor(ClusterConfig(decode=2, port=0), launcher)
+    gateway = await supervisor.start()
+    done = await gateway.operations.drain("decode-0", 1)
+    assert (done.finished, done.handed_over) == (2, 1)
+    assert names(supervisor) == ["prefill-0", "decode-1"]
+    with pytest.raises(Incompatible, match="only decode worker"):
+        await gateway.operations.drain("decode-1", 1)
+    with pytest.raises(NotFound, match="no worker 'decode-0'; there are: prefill-0, decode-1"):
+        await gateway.operations.drain("decode-0", 1)
+    await supervisor.stop(0)
+
+
+async def test_a_flipped_worker_that_died_comes_back_in_its_new_role() -> None:
+    launcher = FakeLauncher()
+    supervisor = Supervisor(ClusterConfig(decode=2, port=0), launcher)
+    gateway = await supervisor.start()
+    decode = launcher.workers[2]
+    supervisor.flipped(decode.worker.address, WORKER_ROLE_PREFILL)
+    await decode.die()
+    async with asyncio.timeout(10):
+        while not decode.flips:
+            await asyncio.sleep(0.02)
+    assert decode.flips == ["prefill"]
+    assert gateway.operations.keeper is supervisor
     await supervisor.stop(0)

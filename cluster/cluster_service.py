@@ -1,0 +1,51 @@
+"""`isthmus.v1.Cluster`: what the gateway tells of the cluster, and what a person orders it to do."""
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+from ..proto import worker_pb2, worker_pb2_grpc
+from ..proto.orders import DRAIN_S
+from ..proto.worker_pb2 import (
+    DrainResponse,
+    DrainWorkerRequest,
+    FlipWorkerRequest,
+    ScaleRequest,
+    ScaleResponse,
+    WorkerReport,
+)
+from .operations import Operations
+from .watch import Fleet
+
+
+class ClusterService(worker_pb2_grpc.ClusterServicer):
+    """Status and operations of one fleet; `active` counts the requests that run."""
+
+    def __init__(self, fleet: Fleet, operations: Operations, active: Callable[[], int]) -> None:
+        self._fleet = fleet
+        self._operations = operations
+        self._active = active
+        self._start_s = time.monotonic()
+
+    async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: object) -> worker_pb2.ClusterStatus:
+        return worker_pb2.ClusterStatus(
+            version=version("isthmus"),
+            workers=self._fleet.statuses(),
+            active_requests=self._active(),
+            uptime_ms=round((time.monotonic() - self._start_s) * 1e3),
+        )
+
+    async def DrainWorker(self, request: DrainWorkerRequest, context: object) -> DrainResponse:
+        return await self._operations.drain(request.worker, _seconds(request))
+
+    async def FlipWorker(self, request: FlipWorkerRequest, context: object) -> WorkerReport:
+        return await self._operations.flip(request.worker, request.role, _seconds(request))
+
+    async def Scale(self, request: ScaleRequest, context: object) -> ScaleResponse:
+        prefill = request.prefill if request.HasField("prefill") else None
+        decode = request.decode if request.HasField("decode") else None
+        return await self._operations.scale(prefill, decode, _seconds(request))
+
+
+def _seconds(request: DrainWorkerRequest | FlipWorkerRequest | ScaleRequest) -> float:
+    return max(0.0, request.timeout_s) if request.HasField("timeout_s") else DRAIN_S

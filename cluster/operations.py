@@ -1,0 +1,138 @@
+"""What a person does to a running cluster: drain a worker, change its role, change how many there are.
+
+The gateway passes drains and flips to the workers themselves, so they work for a list of workers as for Ray. Only
+whoever started the workers (the supervisor) can start more, and knows that one it drained shall not come back.
+"""
+
+import asyncio
+from typing import Protocol
+
+import grpc.aio
+
+from ..proto.errors import Incompatible, IsthmusError, NotFound, Unavailable
+from ..proto.orders import DRAIN_S
+from ..proto.worker_pb2 import (
+    WORKER_HEALTH_READY,
+    WORKER_ROLE_UNSPECIFIED,
+    DrainRequest,
+    DrainResponse,
+    FlipRequest,
+    ScaleResponse,
+    WorkerReport,
+    WorkerRole,
+)
+from ..proto.worker_pb2_grpc import WorkerStub
+from .dispatch import ERROR_OF
+from .watch import Fleet
+
+BACK_S = 30.0  # for a flipped worker to be back in its other role, its canary included
+_ANSWER_S = 10.0  # for an answer beyond the time that a drain may take
+
+
+class Keeper(Protocol):
+    """Who started the workers and keeps them running."""
+
+    async def drain(self, address: str, timeout_s: float) -> DrainResponse:
+        """Drains a worker and ends it for good."""
+        ...
+
+    def flipped(self, address: str, role: WorkerRole.ValueType) -> None:
+        """A worker has another role from now on, after a restart too."""
+        ...
+
+    async def scale(self, prefill: int | None, decode: int | None, timeout_s: float) -> ScaleResponse:
+        """Starts and drains workers until there are so many."""
+        ...
+
+
+class Operations:
+    """Carries out orders for the workers of a fleet; `keeper` is set where somebody started them."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._scaling = asyncio.Lock()
+        self.keeper: Keeper | None = None
+
+    async def drain(self, worker: str, timeout_s: float = DRAIN_S) -> DrainResponse:
+        """Drains a worker, by id or address, and ends it. NotFound where there is none of that name."""
+        address = self._find(worker).address
+        if self.keeper is not None:
+            return await self.keeper.drain(address, timeout_s)
+        return await self.drain_at(address, timeout_s)
+
+    async def drain_at(self, address: str, timeout_s: float) -> DrainResponse:
+        """Has the worker at an address drain itself; raises what it answers."""
+        stub = WorkerStub(self._channel(address))
+        try:
+            return await stub.Drain(DrainRequest(timeout_s=timeout_s), timeout=timeout_s + _ANSWER_S)
+        except grpc.aio.AioRpcError as error:
+            raise _as_ours(address, error) from None
+
+    async def flip(self, worker: str, role: WorkerRole.ValueType, timeout_s: float = DRAIN_S) -> WorkerReport:
+        """Gives a worker a role; returns its report once it is ready in that role.
+
+        Incompatible where it is the last one of its role: the cluster could serve nothing.
+        """
+        status = self._find(worker)
+        if status.role == role:
+            return status
+        if role == WORKER_ROLE_UNSPECIFIED:
+            raise Incompatible("the role to flip to is not prefill or decode")
+        same = [other for other in self._fleet.statuses() if other.role == status.role]
+        if len(same) == 1:
+            raise Incompatible(f"{status.worker_id} is the only worker of its role; start another one first")
+        stub = WorkerStub(self._channel(status.address))
+        try:
+            await stub.Flip(FlipRequest(role=role, timeout_s=timeout_s), timeout=timeout_s + _ANSWER_S)
+        except grpc.aio.AioRpcError as error:
+            raise _as_ours(status.address, error) from None
+        if self.keeper is not None:
+            self.keeper.flipped(status.address, role)
+        return await self._ready(status.address, role)
+
+    async def scale(self, prefill: int | None, decode: int | None, timeout_s: float = DRAIN_S) -> ScaleResponse:
+        """Changes the number of workers; Incompatible where they are a given list."""
+        if self.keeper is None:
+            raise Incompatible(
+                "this gateway was given a list of workers and cannot start any: start them with `isthmus worker`, name "
+                "all in --workers, and end one with `isthmus drain`; `isthmus up` runs a cluster that scales"
+            )
+        if prefill == 0 or decode == 0:
+            raise Incompatible("a cluster needs one worker of each role at least")
+        async with self._scaling:
+            return await self.keeper.scale(prefill, decode, timeout_s)
+
+    def _find(self, worker: str) -> WorkerReport:
+        statuses = self._fleet.statuses()
+        found = [status for status in statuses if worker in (status.worker_id, status.address)]
+        if not found:
+            known = ", ".join(status.worker_id for status in statuses) or "none"
+            raise NotFound(f"no worker {worker!r}; there are: {known}")
+        if len(found) > 1:
+            raise NotFound(f"several workers are called {worker!r}; name one by its address, as in `isthmus status`")
+        return found[0]
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        try:
+            return self._fleet.channel(address)
+        except KeyError:
+            raise Unavailable(f"worker {address} left") from None
+
+    async def _ready(self, address: str, role: WorkerRole.ValueType) -> WorkerReport:
+        status: WorkerReport | None = None
+        try:
+            async with asyncio.timeout(BACK_S):
+                while True:
+                    change = self._fleet.change
+                    status = next((s for s in self._fleet.statuses() if s.address == address), None)
+                    if status is not None and (status.role, status.health) == (role, WORKER_HEALTH_READY):
+                        return status
+                    await change.wait()
+        except TimeoutError:
+            why = f": {status.reason}" if status is not None and status.reason else ""
+            raise Unavailable(f"worker {address} is not back in its new role after {BACK_S:g} s{why}") from None
+
+
+def _as_ours(address: str, error: grpc.aio.AioRpcError) -> IsthmusError:
+    known = ERROR_OF.get(error.code(), Unavailable)
+    return known(f"worker {address}: {error.details()}")

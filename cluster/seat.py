@@ -1,0 +1,155 @@
+"""The place of a worker in a process: it owns the loaded model, and the worker around it, of one role or the other.
+
+A flip drains the worker, ends it and builds one of the other role on the same model at the same address: the weights
+are read once for the life of the process. No Ray in here.
+"""
+
+import asyncio
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..proto.errors import InvalidRequest
+from ..proto.hosting import Drained, WorkerServer
+from ..proto.worker_pb2 import WorkerRole
+from .config import CONFIG_OF, Role
+
+if TYPE_CHECKING:
+    from ..model.model import Model
+
+log = logging.getLogger(__name__)
+
+ROLE_OF: dict[WorkerRole.ValueType, Role] = {
+    WorkerRole.WORKER_ROLE_PREFILL: "prefill",
+    WorkerRole.WORKER_ROLE_DECODE: "decode",
+}
+
+
+class Worker(Protocol):
+    """What prefill and decode workers have in common."""
+
+    server: WorkerServer
+
+    @property
+    def address(self) -> str: ...
+    @property
+    def model(self) -> "Model": ...
+    async def start(self, model: "Model | None" = None) -> None: ...
+    async def drain(self, timeout_s: float) -> Drained: ...
+    async def stop(self) -> None: ...
+
+
+def make_worker(role: Role, settings: Mapping[str, Any]) -> Worker:
+    """A worker that is not started yet; imports what it needs."""
+    config = CONFIG_OF[role](**settings)
+    if role == "prefill":
+        from ..prefill.config import PrefillConfig
+        from ..prefill.worker import PrefillWorker
+
+        assert isinstance(config, PrefillConfig)
+        return PrefillWorker(config)
+    from ..decode.config import DecodeConfig
+    from ..decode.worker import DecodeWorker
+
+    assert isinstance(config, DecodeConfig)
+    return DecodeWorker(config)
+
+
+def settings_of_both(
+    role: Role, settings: Mapping[str, Any], other: Mapping[str, Any] | None = None
+) -> dict[Role, Mapping[str, Any]]:
+    """Settings by role; `other`: those of the other one, by default what both know of `settings`."""
+    opposite: Role = "decode" if role == "prefill" else "prefill"
+    if other is None:
+        other = {key: value for key, value in settings.items() if key in CONFIG_OF[opposite].model_fields}
+    return {role: settings, opposite: other}
+
+
+class WorkerSeat:
+    """Runs one worker at a time. Belongs to one event loop; `stop` ends the worker whatever happened in `start`."""
+
+    def __init__(
+        self,
+        role: Role,
+        settings: Mapping[Role, Mapping[str, Any]],
+        end_process: Callable[[], None] | None = None,
+    ) -> None:
+        """`settings` are those of both roles; `end_process` is called where the worker can serve no more."""
+        self.role: Role = role
+        self.emptied = asyncio.Event()  # set once the worker was drained by order: the process has nothing left to do
+        self._settings = settings
+        self._end_process = end_process
+        self._worker: Worker | None = None
+        self._flipping: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """host:port of the worker for others, once started."""
+        assert self._worker is not None, "not started"
+        return self._worker.address
+
+    @property
+    def server(self) -> WorkerServer:
+        """Of the worker that runs now."""
+        assert self._worker is not None, "not started"
+        return self._worker.server
+
+    async def start(self) -> None:
+        """Loads the model and serves. Raises what that raises."""
+        await self._seat(self.role, {}, None)
+
+    async def drain(self, timeout_s: float) -> Drained:
+        """Takes no new work, waits at most so long for what runs, and hands over the rest."""
+        return await self._worker.drain(timeout_s) if self._worker is not None else Drained(0, 0)
+
+    async def stop(self) -> None:
+        """Ends the worker at once."""
+        if self._flipping is not None:
+            await asyncio.wait({self._flipping})
+        if self._worker is not None:
+            await self._worker.stop()
+
+    # What others may order of this worker (`proto.reporting.Orders`).
+
+    def left(self) -> None:
+        """Was drained by order, and whoever ordered it knows."""
+        self.emptied.set()
+
+    def flip(self, role: WorkerRole.ValueType) -> None:
+        """Was drained for it: begins to change the role."""
+        self._flipping = asyncio.create_task(self._flip(ROLE_OF[role]), name=f"flip to {ROLE_OF[role]}")
+
+    def check_flip(self, role: WorkerRole.ValueType) -> bool:
+        """Whether a flip to this role changes anything; InvalidRequest where there is no such role."""
+        if role not in ROLE_OF:
+            raise InvalidRequest("the role to flip to is not prefill or decode")
+        return ROLE_OF[role] != self.role
+
+    async def take_role(self, role: Role) -> None:
+        """Changes the role at once, whatever runs; raises what a start raises."""
+        if role != self.role:
+            await self._flip(role)
+
+    async def _flip(self, role: Role) -> None:
+        worker = self._worker
+        assert worker is not None
+        model, listen = worker.model, {"listen": worker.server.bound, "advertise": worker.address}
+        try:
+            await worker.stop()
+            self._worker = worker = None
+            await asyncio.to_thread(gc.collect)  # its pool goes before there is another one
+            await self._seat(role, listen, model)
+            self.role = role
+        except Exception:
+            log.exception("the worker could not become a %s worker", role)
+            if self._end_process is None:
+                raise
+            self._end_process()
+
+    async def _seat(self, role: Role, changes: Mapping[str, Any], model: "Model | None") -> None:
+        worker = make_worker(role, {**self._settings[role], **changes})
+        worker.server.end_process = self._end_process
+        worker.server.orders = self
+        self._worker = worker
+        await worker.start(model)
