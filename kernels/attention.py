@@ -4,12 +4,15 @@ Shape suffixes: T tokens of the batch, S slots of the pool, H heads (query heads
 dimension, G query heads per KV head.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .decode_attention import Stretches, decode_attention
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ def ragged_attention(
     heads, dim = q_THD.shape[1:]
     # Every query head of a group is a query row of its KV head, so that a decode step reads K and V once.
     q_T1HGD = q_THD.view(len(q_THD), 1, keys_SHD.shape[1], -1, dim)
+    if q_THD.device.type == "cpu" and all(span.new == 1 for span in spans):
+        return decode_attention(q_THD, keys_SHD, values_SHD, _stretches(spans, window), scale)
     outs = []
     for span in spans:
         if span.new == 1:
@@ -42,6 +47,27 @@ def ragged_attention(
             q = q_THD[span.row : span.row + span.new]
             outs.append(_chunk(q, keys_SHD, values_SHD, span, scale, window))
     return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+class _Last(threading.local):
+    """The stretches of the last step of this thread, by window: all layers of a step ask for the same."""
+
+    spans: tuple[Span, ...] | None = None
+    by_window: dict[int | None, Stretches]
+
+
+_last = _Last()
+
+
+def _stretches(spans: Sequence[Span], window: int | None) -> Stretches:
+    """What the newest tokens see. A tuple is remembered until another one comes; a list could have been changed."""
+    if not isinstance(spans, tuple):
+        return Stretches.gather([_visible(span, window) for span in spans])
+    if _last.spans is not spans:
+        _last.spans, _last.by_window = spans, {}
+    if window not in _last.by_window:
+        _last.by_window[window] = Stretches.gather([_visible(span, window) for span in spans])
+    return _last.by_window[window]
 
 
 def _visible(span: Span, window: int | None) -> tuple[tuple[int, int], ...]:

@@ -1,6 +1,5 @@
 """Loading a model for a worker: weights into transformers' own classes, with our attention."""
 
-import re
 import threading
 import warnings
 from pathlib import Path
@@ -13,8 +12,9 @@ from transformers.utils import logging as hf_logging
 from ..kernels.shapes import LayerShape
 from ..proto.errors import InvalidRequest
 from . import attention
-from .cpu import speed_up
+from .cpu import computes_bf16, speed_up
 from .describe import describe_model
+from .linear import has_half_kernels
 from .model import Model
 from .probe import probe_layers
 
@@ -30,7 +30,8 @@ _loading = threading.Lock()  # transformers sets process-wide defaults (dtype, i
 def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Model:
     """The model of a source (`sources.py` says which there are), ready to run.
 
-    dtype: "bf16", "fp32" or "auto": bf16 on a GPU or a CPU that computes in it, else fp32.
+    dtype: "bf16", "fp32" or "auto": what the device is fastest in. On a CPU that does not multiply bf16, "bf16" is that
+    of the weights alone: activations and KV are fp32 (`Model.dtype`), which is both faster there and more exact.
     device: "cpu", "cuda", "cuda:1", ... or "auto": the first GPU where there is one.
     NotFound or Unavailable where there is no such model, InvalidRequest where it is there and cannot be served.
     """
@@ -39,7 +40,10 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Mod
     about = describe_model(source)
     with _loading:
         net = _load_net(about.path, number, place)
+        weights = number
         if place.type == "cpu":
+            if not computes_bf16():
+                net, number = net.float(), torch.float32
             speed_up(net)
         config = net.config.get_text_config(decoder=True)
         layers = _probe(net, about.architecture, config.num_hidden_layers, about.context_length)
@@ -53,6 +57,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Mod
         eos_token_ids=about.eos_token_ids,
         layers=layers,
         dtype=number,
+        weight_dtype=weights,
         device=place,
         net=net,
     )
@@ -140,20 +145,13 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of the weights."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" or _cpu_computes_bf16() else torch.float32
+        fast = device.type == "cuda" or computes_bf16() or has_half_kernels()
+        return torch.bfloat16 if fast else torch.float32
     if name not in _DTYPES:
         raise InvalidRequest(f"dtype is {name!r}; allowed: auto, bf16, fp32")
     return _DTYPES[name]
-
-
-def _cpu_computes_bf16() -> bool:
-    """Whether the CPU multiplies bf16 natively (x86: AMX or AVX512_BF16; ARM: BF16); otherwise fp32 is faster."""
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", cpuinfo) is not None
 
 
 def _first_line(error: Exception) -> str:

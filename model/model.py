@@ -25,7 +25,8 @@ class Model:
     vocab_size: int
     eos_token_ids: frozenset[int]
     layers: tuple[LayerShape, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype  # of activations and KV
+    weight_dtype: torch.dtype
     device: torch.device
     net: PreTrainedModel
 

@@ -1,44 +1,111 @@
+"""What a CPU worker does to a model: fused and packed modules that compute the same."""
+
+from typing import Any
+
 import pytest
 import torch
 from models import model_path
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from isthmus.model.cpu import GatedMlp, PackedLinear, speed_up
+from isthmus.model import linear
+from isthmus.model.cpu import speed_up
+from isthmus.model.fusion import FusedAttention, FusedNorm, GatedMlp
+from isthmus.model.linear import BlockedLinear, HalfLinear, fits_half, packed_linear
+from isthmus.model.load import load_model
+
+needs_half_kernels = pytest.mark.skipif(not linear.has_half_kernels(), reason="FBGEMM has no fp16 kernels here")
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-phi3", "tiny-gemma3", "tiny-mixtral"])
-def test_a_prepared_model_computes_the_same(name: str) -> None:
-    path = model_path(name)
-    plain, fast = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for _ in range(2))
-    speed_up(fast)
-    for tokens in (1, 3, 4, 50):
+def load(name: str, *, bf16_weights: bool = False) -> Any:
+    dtype = torch.bfloat16 if bf16_weights else torch.float32
+    return AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype, attn_implementation="isthmus").float()
+
+
+def logits(net: Any, tokens: int) -> torch.Tensor:
+    """Of a forward in which every token sees itself alone."""
+    from isthmus.model.attention import attending
+
+    def see_oneself(_layer: int, q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1) + q * scale
+
+    with torch.inference_mode(), attending(see_oneself):
         ids = torch.arange(tokens)[None]
-        with torch.inference_mode():
-            torch.testing.assert_close(fast(ids).logits, plain(ids).logits, atol=2e-5, rtol=1e-4)
+        return net(input_ids=ids, position_ids=ids * 3, use_cache=False).logits
 
 
-def test_gate_and_up_become_one_and_all_layers_are_packed() -> None:
-    net = AutoModelForCausalLM.from_pretrained(model_path("tiny-llama"), dtype=torch.float32)
+@pytest.mark.parametrize("bf16_weights", [False, True])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-phi3", "tiny-gemma3", "tiny-mixtral"])
+def test_a_prepared_model_computes_the_same(name: str, bf16_weights: bool) -> None:
+    plain, fast = (load(name, bf16_weights=bf16_weights) for _ in range(2))
+    speed_up(fast)
+    for tokens in (1, 3, 4, 50, 200):
+        torch.testing.assert_close(logits(fast, tokens), logits(plain, tokens), atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "norms", "mlps", "attentions"),
+    [
+        ("tiny-llama", 7, 3, 3),
+        ("tiny-qwen2", 7, 3, 3),
+        ("tiny-qwen3", 13, 3, 3),
+        ("tiny-phi3", 7, 0, 0),  # its products are joined already
+        ("tiny-mixtral", 7, 0, 3),
+        ("tiny-gemma3", 25, 4, 4),
+    ],
+)
+def test_what_is_fused(name: str, norms: int, mlps: int, attentions: int) -> None:
+    net = load(name)
     speed_up(net)
     kinds = [type(module) for module in net.modules()]
-    assert kinds.count(GatedMlp) == 3
-    assert kinds.count(PackedLinear) == 3 * (4 + 2) + 1
+    assert [kinds.count(kind) for kind in (FusedNorm, GatedMlp, FusedAttention)] == [norms, mlps, attentions]
     assert nn.Linear not in kinds
 
 
-def test_a_packed_layer_keeps_its_bias_in_both_layouts() -> None:
-    linear = nn.Linear(64, 48)
-    packed = PackedLinear(linear)
-    for rows in (1, 3, 4, 9):
-        x = torch.randn(1, rows, 64)
-        with torch.inference_mode():
-            torch.testing.assert_close(packed(x), linear(x), atol=1e-5, rtol=1e-5)
+def test_a_replacement_that_differs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = load("tiny-llama")
+    monkeypatch.setattr(GatedMlp, "forward", lambda self, x: self.down_proj(self.gate_up_proj(x).chunk(2, -1)[0]))
+    speed_up(net)
+    assert not [module for module in net.modules() if isinstance(module, GatedMlp)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 4, 9, 161])
+@pytest.mark.parametrize("kind", [BlockedLinear, HalfLinear])
+@needs_half_kernels
+def test_a_packed_layer_computes_the_same(kind: type[nn.Module], rows: int, bias: bool) -> None:
+    layer = nn.Linear(64, 48, bias=bias)
+    layer.weight.data = layer.weight.data.bfloat16().float()
+    packed = packed_linear(layer) if kind is HalfLinear else BlockedLinear(layer)
+    assert isinstance(packed, kind)
+    x = torch.randn(1, rows, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), layer(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 7])
 def test_bf16_is_packed_too(rows: int) -> None:
-    linear = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)
+    layer = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)
     x = torch.randn(1, rows, 64, dtype=torch.bfloat16)
     with torch.inference_mode():
-        torch.testing.assert_close(PackedLinear(linear)(x), linear(x), atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(BlockedLinear(layer)(x), layer(x), atol=2e-2, rtol=2e-2)
+
+
+@needs_half_kernels
+def test_only_weights_that_fp16_holds_are_kept_in_it() -> None:
+    weight = torch.randn(64, 64) * 0.02
+    assert fits_half(weight.bfloat16().float())
+    assert not fits_half(weight)
+    assert not fits_half(weight.bfloat16().float() * 1e7)  # beyond fp16's greatest number
+    assert not fits_half(weight.bfloat16().float() * 1e-6)  # below its smallest
+    assert not fits_half(weight.bfloat16())
+
+
+@needs_half_kernels
+def test_bf16_weights_compute_in_fp32_where_the_cpu_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.model.load.computes_bf16", lambda: False)
+    model = load_model(model_path("tiny-llama"), dtype="bf16", device="cpu")
+    assert (model.dtype, model.weight_dtype) == (torch.float32, torch.bfloat16)
+    assert [type(m) for m in model.net.modules()].count(HalfLinear) == 3 * 4 + 1
+    plain = load("tiny-llama", bf16_weights=True)
+    torch.testing.assert_close(logits(model.net, 5), logits(plain, 5), atol=5e-5, rtol=1e-4)

@@ -140,7 +140,8 @@ def test_a_broken_folder_is_named(tmp_path: Path) -> None:
         load_model(str(tmp_path), dtype="fp32")
 
 
-def test_bf16_is_what_the_weights_are_run_in() -> None:
+def test_bf16_is_what_the_weights_are_run_in_by_a_cpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.model.load.computes_bf16", lambda: True)
     model = load_model(model_path("tiny-llama"), dtype="bf16", device="cpu")
     assert model.dtype == torch.bfloat16
     assert {weight.dtype for weight in model.net.parameters()} == {torch.bfloat16}

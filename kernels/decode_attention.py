@@ -1,0 +1,157 @@
+"""Attention of one new token for each of many sequences over a dense pool, on a CPU, in one call.
+
+Compiled from Python when a worker starts (Numba; the result is kept on disk). A loop of PyTorch calls over the
+sequences costs more than the attention itself; one batched PyTorch call needs all keys and values copied side by side.
+
+Letters of tensor shapes: B sequences, S slots of the pool, H heads (query heads or KV heads, as named), D head
+dimension, N stretches.
+"""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from numba.extending import overload
+from torch import Tensor
+
+_WORK_PER_THREAD = 1 << 19  # products of q and k that outweigh waking a thread
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """Where the keys of each row lie: row b has the stretches [of[b], of[b + 1])."""
+
+    of: np.ndarray
+    slots: np.ndarray  # first slot of each stretch
+    tokens: np.ndarray
+    most: int  # tokens of one row
+    total: int  # tokens of all rows
+
+    @classmethod
+    def gather(cls, rows: Sequence[Sequence[tuple[int, int]]]) -> "Stretches":
+        """Of (first slot, tokens) stretches for each row."""
+        flat = np.array([stretch for row in rows for stretch in row], dtype=np.int64).reshape(-1, 2)
+        of = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=of[1:])
+        lengths = np.add.reduceat(flat[:, 1], of[:-1])
+        return cls(of, flat[:, 0].copy(), flat[:, 1].copy(), int(lengths.max()), int(lengths.sum()))
+
+
+def decode_attention(q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, stretches: Stretches, scale: float) -> Tensor:
+    """Each row's attention over all tokens of its stretches: [B, query heads, D] in the dtype of `q_BHD`.
+
+    fp32 or bf16 on a CPU, the same for all three; sums are fp32.
+    """
+    q = np_view(q_BHD.float().contiguous())
+    out = np.empty_like(q)
+    keys, values = np_view(keys_SHD), np_view(values_SHD)
+    rows = len(q)
+
+    def run(first: int, end: int) -> None:
+        scores = np.empty((q.shape[1] // keys.shape[1], stretches.most), dtype=np.float32)
+        _attend(q, keys, values, stretches.of, stretches.slots, stretches.tokens, out, scores, scale, first, end)
+
+    parts = min(torch.get_num_threads(), rows, 1 + stretches.total * q.shape[1] * q.shape[2] // _WORK_PER_THREAD)
+    if parts == 1:
+        run(0, rows)
+    else:
+        bounds = [rows * part // parts for part in range(parts + 1)]
+        list(_threads().map(run, bounds[:-1], bounds[1:]))
+    return torch.from_numpy(out).to(q_BHD.dtype)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), "decode-attention")
+
+
+def np_view(x: Tensor) -> np.ndarray:
+    """The same memory for Numba; bf16 as the 16 bits that it is."""
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def _number(x):
+    """A stored number as fp32."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_number, inline="always")
+def _number_overload(x):
+    if str(x) == "uint16":
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return lambda x: x
+
+
+@njit(nogil=True, fastmath=True, cache=True)
+def _exp(x: Any) -> Any:
+    """exp of a number that is at most 0, in fp32 (Cephes, expf.c): vector instructions, unlike the library's."""
+    x = max(x, np.float32(-87.0))
+    n = np.float32(math.floor(x * np.float32(1.44269504088896341) + np.float32(0.5)))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(nogil=True, fastmath=True, cache=True, error_model="numpy")
+def _attend(
+    q: Any,
+    keys: Any,
+    values: Any,
+    of: Any,
+    slots: Any,
+    tokens: Any,
+    out: Any,
+    scores: Any,
+    scale: float,
+    first: int,
+    end: int,
+) -> None:
+    """Rows [first, end): scores of all tokens, their softmax, the weighted sum of values."""
+    heads, dim = keys.shape[1], keys.shape[2]
+    groups = q.shape[1] // heads
+    factor = np.float32(scale)
+    for row in range(first, end):
+        for head in range(heads):
+            place = 0
+            for n in range(of[row], of[row + 1]):
+                for slot in range(slots[n], slots[n] + tokens[n]):
+                    for g in range(groups):
+                        total = np.float32(0)
+                        for d in range(dim):
+                            total += q[row, head * groups + g, d] * _number(keys[slot, head, d])
+                        scores[g, place] = total * factor
+                    place += 1
+            for g in range(groups):
+                greatest = scores[g, 0]
+                for t in range(place):
+                    greatest = max(greatest, scores[g, t])
+                total = np.float32(0)
+                for t in range(place):
+                    weight = _exp(scores[g, t] - greatest)
+                    scores[g, t] = weight
+                    total += weight
+                inverse = np.float32(1) / total
+                for t in range(place):
+                    scores[g, t] *= inverse
+                for d in range(dim):
+                    out[row, head * groups + g, d] = np.float32(0)
+            place = 0
+            for n in range(of[row], of[row + 1]):
+                for slot in range(slots[n], slots[n] + tokens[n]):
+                    for g in range(groups):
+                        weight = scores[g, place]
+                        for d in range(dim):
+                            out[row, head * groups + g, d] += weight * _number(values[slot, head, d])
+                    place += 1

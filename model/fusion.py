@@ -1,0 +1,249 @@
+"""Modules of transformers replaced by ones that do the same in fewer operations.
+
+Nothing is taken on trust: a module is replaced only where it has the parts that are expected, and its replacement
+gives the same on the inputs that a first forward of the model brought it. What does not match stays as it is.
+
+Letters of tensor shapes: T tokens, H heads, D head dimension.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import attending
+
+Make = Callable[[nn.Module], nn.Module | None]
+
+
+def fuse(net: PreTrainedModel) -> None:
+    """Replaces what can be replaced; outputs stay the same within rounding."""
+    for fits, make in ((_is_norm, _fused_norm), (_is_mlp, _fused_mlp), (_is_attention, _make_attention(_Rope()))):
+        for place in _places(net, fits):
+            fused = make(place.module) if place.inputs else None
+            if fused is not None and _same(place.module, fused, *place.inputs):
+                setattr(place.parent, place.name, fused)
+            place.module = place.inputs = None  # one at a time: its weights go before the next one's are joined
+
+
+@dataclass(eq=False)
+class _Place:
+    """A module that may be replaced, and what it was called with."""
+
+    parent: nn.Module
+    name: str
+    module: Any
+    inputs: Any = None  # (args, kwargs)
+
+
+def _places(net: PreTrainedModel, fits: Callable[[nn.Module], bool]) -> list[_Place]:
+    """All modules that fit, with the inputs that one forward of the whole model brings them."""
+    found = [
+        _Place(parent, name, child)
+        for parent in net.modules()
+        for name, child in parent.named_children()
+        if fits(child)
+    ]
+    hooks = [place.module.register_forward_pre_hook(_recorder(place), with_kwargs=True) for place in found]
+    try:
+        if found:
+            with attending(_see_oneself):
+                net(
+                    input_ids=torch.tensor([[1, 2, 3]], device=net.device),
+                    position_ids=torch.tensor([[5, 0, 11]], device=net.device),
+                    use_cache=False,
+                )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _recorder(place: _Place) -> Callable[..., None]:
+    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        place.inputs = args, kwargs
+
+    return record
+
+
+def _see_oneself(_layer: int, q_THD: Tensor, _k_THD: Tensor, v_THD: Tensor, _scale: float) -> Tensor:
+    return v_THD.repeat_interleave(q_THD.shape[1] // v_THD.shape[1], dim=1)
+
+
+def _same(module: nn.Module, fused: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether both give the same, to the caller and, of an attention layer, to the attention function."""
+    results = []
+    for either in (module, fused):
+        handed: list[Any] = []
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, handed: list[Any] = handed) -> Tensor:
+            handed += [torch.tensor([layer, scale]), q, k, v]
+            return _see_oneself(layer, q, k, v, scale)
+
+        with attending(attend):
+            try:
+                out = either(*args, **kwargs)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                return False
+        results.append([*handed, out[0] if isinstance(out, tuple) else out])
+    if len(results[0]) != len(results[1]):
+        return False
+    return all(_close(a, b) for a, b in zip(*results, strict=True))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-5 if a.dtype == torch.float32 else 2e-2
+    return a.shape == b.shape and a.dtype == b.dtype and bool((a - b).abs().max() <= tolerance * a.abs().max())
+
+
+class FusedNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.eps, self._shape = eps, tuple(weight.shape)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.rms_norm(hidden_states, self._shape, self.weight, self.eps)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    named = type(module).__name__.endswith("RMSNorm") and isinstance(_eps(module), float)
+    return named and isinstance(weight, Tensor) and weight.dim() == 1
+
+
+def _eps(module: nn.Module) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _fused_norm(module: Any) -> nn.Module | None:
+    """Gemma's scale is 1 + weight."""
+    weight = module.weight.data
+    probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
+    for scale in (weight, 1 + weight):
+        fused = FusedNorm(scale, _eps(module))
+        if _close(module(probe), fused(probe)):
+            return fused
+    return None
+
+
+class GatedMlp(nn.Module):
+    """down(act(gate(x)) * up(x)) with one product for gate and up: one long read instead of two."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj = _joined(gate, up)
+        self.down_proj, self.act_fn = down, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+def _is_mlp(module: Any) -> bool:
+    """Whether it has the children of a gated MLP and nothing else."""
+    children = set(dict(module.named_children()))
+    return children == {"gate_proj", "up_proj", "down_proj", "act_fn"} and _joins(module.gate_proj, module.up_proj)
+
+
+def _fused_mlp(module: Any) -> nn.Module:
+    return GatedMlp(module.gate_proj, module.up_proj, module.down_proj, module.act_fn)
+
+
+def _joins(*layers: nn.Module) -> bool:
+    """Whether plain linear layers can be one."""
+    if not all(type(layer) is nn.Linear for layer in layers):
+        return False
+    return len({(layer.bias is None, layer.weight.dtype, layer.in_features) for layer in layers}) == 1  # type: ignore
+
+
+def _joined(*layers: nn.Linear) -> nn.Linear:
+    """One layer whose outputs are those of the layers, side by side."""
+    first = layers[0]
+    joined = nn.Linear(
+        first.in_features, sum(layer.out_features for layer in layers), bias=first.bias is not None, device="meta"
+    )
+    joined.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
+    if first.bias is not None:
+        joined.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
+    return joined
+
+
+class _Rope:
+    """Rotary embeddings of one step (Su et al., arXiv 2104.09864), prepared once for all layers.
+
+    The second half of a head turns with the first: x * cos + swapped(x) * sin, where the sine of the first half has
+    its sign changed.
+    """
+
+    def __init__(self) -> None:
+        self._cos: Tensor | None = None
+        self._prepared: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x_THD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:
+        if self._prepared is None or self._cos is not cos_1TD:
+            half = sin_1TD.shape[-1] // 2
+            signed = torch.cat((-sin_1TD[..., :half], sin_1TD[..., half:]), dim=-1)
+            self._cos, self._prepared = cos_1TD, (cos_1TD[0].unsqueeze(1), signed[0].unsqueeze(1))
+        cos_T1D, sin_T1D = self._prepared
+        return torch.addcmul(x_THD * cos_T1D, x_THD.roll(x_THD.shape[-1] // 2, -1), sin_T1D)
+
+
+class FusedAttention(nn.Module):
+    """Self-attention with one product for q, k and v, and one rotation for q and k."""
+
+    def __init__(self, module: Any, rope: _Rope) -> None:
+        super().__init__()
+        self.qkv_proj = _joined(module.q_proj, module.k_proj, module.v_proj)
+        self.o_proj = module.o_proj
+        self.q_norm, self.k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+        self.config, self.layer_idx = module.config, module.layer_idx
+        self.scaling, self.head_dim = module.scaling, module.head_dim
+        self.query_heads, self.kv_heads = (
+            layer.out_features // self.head_dim for layer in (module.q_proj, module.k_proj)
+        )
+        self._rope = rope
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        if past_key_values is not None:
+            raise ValueError("the KV cache is the caller's here")
+        rotated, queries = self.query_heads + self.kv_heads, self.query_heads
+        qkv_THD = self.qkv_proj(hidden_states).view(hidden_states.shape[1], -1, self.head_dim)
+        qk_THD, v_THD = qkv_THD[:, :rotated], qkv_THD[:, rotated:]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk_THD = torch.cat((self.q_norm(qk_THD[:, :queries]), self.k_norm(qk_THD[:, queries:])), dim=1)
+        qk_THD = self._rope(qk_THD, *position_embeddings)
+        q_1HTD, k_1HTD, v_1HTD = (
+            x_THD.transpose(0, 1)[None] for x_THD in (qk_THD[:, :queries], qk_THD[:, queries:], v_THD)
+        )
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        out_1THD, _ = attend(self, q_1HTD, k_1HTD, v_1HTD, attention_mask, scaling=self.scaling, **options)
+        return self.o_proj(out_1THD.reshape(*hidden_states.shape[:-1], -1)), None
+
+
+def _is_attention(module: Any) -> bool:
+    """Whether it has the children and attributes of a Llama or Qwen3 attention layer and no other children."""
+    plain = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    if set(dict(module.named_children())) not in (plain, plain | {"q_norm", "k_norm"}):
+        return False
+    if not all(hasattr(module, name) for name in ("config", "layer_idx", "scaling", "head_dim")):
+        return False
+    return _joins(module.q_proj, module.k_proj, module.v_proj)
+
+
+def _make_attention(rope: _Rope) -> Make:
+    return lambda module: FusedAttention(module, rope)

@@ -1,0 +1,94 @@
+"""Linear layers on a CPU: the weight also lies in a layout that small batches read faster.
+
+Two layouts, by what the weight allows:
+
+* half: where every weight fits into fp16 (weights that were bf16 do), it is kept so and multiplied in fp32 (FBGEMM).
+  A small batch is bound by reading weights, and this halves the bytes and rounds nothing. Large batches are bound by
+  arithmetic and use the plain weight.
+* blocked: oneDNN's own layout, of fp32 on any CPU and of bf16 on those that multiply bf16.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Rows that oneDNN lays weights out for; other numbers of rows run on the same layout.
+_TYPICAL_ROWS = 8
+# Up to so many rows of fp32 the plain layout is as fast as oneDNN's or faster.
+_PLAIN_ROWS = 3
+# Up to so many rows the half layout is as fast as the plain one or faster.
+_HALF_ROWS = 160
+# What fp16 may change of a weight, in the norm: no more than fp32 itself rounds. A bf16 number fits into fp16 exactly
+# but for those below 2^-17, of which a part of 2^-25 is lost.
+_NEGLIGIBLE = 2.0**-24
+
+
+class BlockedLinear(nn.Module):
+    """A linear layer whose weight also lies in oneDNN's blocked layout."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _TYPICAL_ROWS)
+        plain_rows = _PLAIN_ROWS if linear.weight.dtype == torch.float32 else 0
+        self._plain_values = plain_rows * linear.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() <= self._plain_values:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+
+class HalfLinear(nn.Module):
+    """A linear layer of fp32 whose weight also lies in FBGEMM's packed fp16; `fits_half` says whether it may."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._half_values = _HALF_ROWS * linear.in_features
+        self._packed = torch.fbgemm_pack_gemm_matrix_fp16(linear.weight.detach().contiguous())
+        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        self._half_bias = bias  # FBGEMM always adds one
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > self._half_values:
+            return F.linear(x, self.weight, self.bias)
+        return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self._packed, self._half_bias)
+
+
+def fits_half(weight: Tensor) -> bool:
+    """Whether fp16 holds the values of an fp32 weight."""
+    if weight.dtype != torch.float32 or not has_half_kernels():
+        return False
+    rounded = weight.half()
+    if not bool(rounded.isfinite().all()):
+        return False
+    return bool((rounded.float() - weight).norm() <= _NEGLIGIBLE * weight.norm())
+
+
+def has_half_kernels() -> bool:
+    """Whether this torch multiplies fp32 activations with fp16 weights on this CPU (FBGEMM: x86 with AVX2)."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines or not torch.cpu._is_avx2_supported():
+        return False
+    return hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation")
+
+
+def pack_linear_layers(net: nn.Module) -> None:
+    """Replaces the linear layers of a model by packed ones."""
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and (packed := packed_linear(child)) is not None:
+                setattr(module, name, packed)
+
+
+def packed_linear(linear: nn.Linear) -> nn.Module | None:
+    """The packed form of a layer; None where there is none."""
+    if fits_half(linear.weight):
+        with warnings.catch_warnings():  # deprecated, with no replacement that is as fast; each warns once
+            warnings.simplefilter("ignore", UserWarning)
+            half = HalfLinear(linear)
+            half(linear.weight[:1])
+        return half
+    return BlockedLinear(linear) if torch.backends.mkldnn.is_available() else None
