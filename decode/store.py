@@ -128,13 +128,13 @@ class DenseStore:
                 slots += range(slot + tokens - (end - start), slot + tokens)
             else:
                 slots += (at for slot, tokens in pool.slots(runs, start, end) for at in range(slot, slot + tokens))
-        slots_B = torch.tensor(slots, device=self._model.device)
+        slots_B, spans_B = torch.tensor(slots, device=self._model.device), tuple(spans)
 
         def attend(layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float) -> Tensor:
             keys, values = pool.keys[layer], pool.values[layer]
             keys.index_copy_(0, slots_B, k_THD)
             values.index_copy_(0, slots_B, v_THD)
-            return ragged_attention(q_THD, keys, values, spans, scale, windows[layer])
+            return ragged_attention(q_THD, keys, values, spans_B, scale, windows[layer])
 
         return attend
 

@@ -33,20 +33,40 @@ def ragged_attention(
     `spans` cover the rows of `q_THD` in order. `window`: a token sees itself and the window - 1 tokens before it;
     None: everything before it. Returns [T, query heads, D] in the dtype of `q_THD`.
     """
-    heads, dim = q_THD.shape[1:]
-    # Every query head of a group is a query row of its KV head, so that a decode step reads K and V once.
-    q_T1HGD = q_THD.view(len(q_THD), 1, keys_SHD.shape[1], -1, dim)
-    if q_THD.device.type == "cpu" and all(span.new == 1 for span in spans):
-        return decode_attention(q_THD, keys_SHD, values_SHD, _stretches(spans, window), scale)
-    outs = []
-    for span in spans:
-        if span.new == 1:
-            out = _decode(q_T1HGD[span.row], keys_SHD, values_SHD, _visible(span, window), scale)
-            outs.append(out.view(1, heads, dim))
-        else:
-            q = q_THD[span.row : span.row + span.new]
-            outs.append(_chunk(q, keys_SHD, values_SHD, span, scale, window))
+    if q_THD.device.type == "cpu":
+        return _on_cpu(q_THD, keys_SHD, values_SHD, spans, scale, window)
+    outs = [_one(q_THD, keys_SHD, values_SHD, span, scale, window) for span in spans]
     return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _on_cpu(
+    q_THD: Tensor, keys: Tensor, values: Tensor, spans: Sequence[Span], scale: float, window: int | None
+) -> Tensor:
+    """All sequences of one new token in one call, the others one after the other."""
+    chunks = [span for span in spans if span.new > 1]
+    if not chunks:
+        return decode_attention(q_THD, keys, values, _stretches(spans, window), scale)
+    if len(spans) == 1:
+        return _chunk(q_THD, keys, values, spans[0], scale, window)
+    out_THD = torch.empty_like(q_THD)
+    for span in chunks:
+        rows = slice(span.row, span.row + span.new)
+        out_THD[rows] = _chunk(q_THD[rows], keys, values, span, scale, window)
+    singles = [span for span in spans if span.new == 1]
+    if singles:
+        rows_B = [span.row for span in singles]
+        out_THD[rows_B] = decode_attention(q_THD[rows_B], keys, values, _stretches(singles, window), scale)
+    return out_THD
+
+
+def _one(q_THD: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float, window: int | None) -> Tensor:
+    """One sequence on a GPU: [its new tokens, query heads, D]."""
+    if span.new > 1:
+        return _chunk(q_THD[span.row : span.row + span.new], keys, values, span, scale, window)
+    # Every query head of a group is a query row of its KV head, so that a decode step reads K and V once.
+    q_1HGD = q_THD[span.row].view(1, keys.shape[1], -1, q_THD.shape[2])
+    k, v = (contiguous(rows, _visible(span, window)).transpose(0, 1).unsqueeze(0) for rows in (keys, values))
+    return F.scaled_dot_product_attention(q_1HGD, k, v, scale=scale).view(1, *q_THD.shape[1:])
 
 
 class _Last(threading.local):
@@ -81,29 +101,6 @@ def _visible(span: Span, window: int | None) -> tuple[tuple[int, int], ...]:
             visible.append((slot + skip, tokens - skip))
         skip = max(0, skip - tokens)
     return tuple(visible)
-
-
-def _decode(
-    q_1HGD: Tensor, keys: Tensor, values: Tensor, stretches: tuple[tuple[int, int], ...], scale: float
-) -> Tensor:
-    """One token: [1, KV heads, G, D] over its stretches."""
-    if _merges(q_1HGD):
-        parts = [
-            _attend(q_1HGD, _stretch(keys, slot, tokens), _stretch(values, slot, tokens), scale)
-            for slot, tokens in stretches
-        ]
-    else:
-        k, v = (contiguous(rows, stretches).transpose(0, 1).unsqueeze(0) for rows in (keys, values))
-        parts = [_attend(q_1HGD, k, v, scale)]
-    return _merge(parts)
-
-
-def _stretch(rows_SHD: Tensor, slot: int, tokens: int) -> Tensor:
-    """A view [1, H, tokens, D], made in one call: this runs for every sequence and layer of every step."""
-    _, heads, dim = rows_SHD.shape
-    row = heads * dim
-    start = rows_SHD.storage_offset() + slot * row
-    return rows_SHD.as_strided((1, heads, tokens, dim), (row, dim, row, 1), start)
 
 
 def _chunk(q_THD: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float, window: int | None) -> Tensor:

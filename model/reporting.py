@@ -18,3 +18,5 @@ def report_model(report: WorkerReport, model: Model) -> None:
     )
     report.device = str(model.device)
     report.dtype = str(model.dtype).removeprefix("torch.")
+    if model.weight_dtype != model.dtype:
+        report.dtype += f" ({str(model.weight_dtype).removeprefix('torch.')} weights)"
