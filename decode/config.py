@@ -16,9 +16,7 @@ class DecodeConfig(BaseModel):
     listen: str = "127.0.0.1:0"  # host:port; port 0 picks a free one
     advertise: str | None = None  # host:port told to others; default: the host of `listen` and the bound port
     name: str | None = None  # of this worker in reports; default: role, host and port
-    dtype: str = (
-        "auto"  # bf16, fp32 or what the device is fast at: of weights, and of KV where the device multiplies it
-    )
+    dtype: str = "auto"  # of weights, and of KV where the device computes in it: bf16, fp32, what is fastest
     device: str = "auto"  # cpu, cuda, cuda:1, or a GPU where there is one
     threads: int = Field(1, ge=1)  # of torch; set before it is imported
     codecs: tuple[str, ...] = ()  # that requests may ask for; empty: all
