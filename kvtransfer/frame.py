@@ -10,6 +10,7 @@ The payload holds the sections one after the other. A packed section is the code
 checksum (xxh3-64) covers header and payload, the commit's digest (xxh3-128) all checksums in order.
 """
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ import msgpack
 import xxhash
 
 from ..proto.errors import Corrupt
-from ..proto.prefill_pb2 import KvFrame
+from ..proto.prefill_pb2 import KvCommit, KvFrame
 
 PROTOCOL_VERSION = 1
 
@@ -130,11 +131,11 @@ class FrameWriter:
         self._bytes = 0
         self.digest = Digest()
 
-    def add(self, section: SectionHeader, data: memoryview) -> list[KvFrame]:
-        """Takes one section; returns the frames that are full now. `data` must not change until it is in one."""
+    def add(self, section: SectionHeader, parts: Sequence[memoryview]) -> list[KvFrame]:
+        """Takes one section; returns the frames that are full now. Its bytes must not change until they are in one."""
         frames = self.flush() if self._bytes + section.nbytes > MAX_FRAME_BYTES else []
         self._sections.append(section)
-        self._parts.append(data)
+        self._parts += parts
         self._bytes += section.nbytes
         return [*frames, *self.flush()] if self._bytes >= self._min_bytes else frames
 
@@ -152,3 +153,8 @@ class FrameWriter:
         self.digest.add(frame)
         self._sections, self._parts, self._bytes = [], [], 0
         return [frame]
+
+    def commit(self) -> KvCommit:
+        """The closing message for all frames so far, with no statistics yet."""
+        digest = self.digest
+        return KvCommit(frames=digest.frames, payload_bytes=digest.payload_bytes, digest=digest.digest())

@@ -36,3 +36,8 @@ def page_hashes(token_ids: Sequence[int], page_tokens: int, salt: bytes) -> byte
 def prompt_hash(token_ids: Sequence[int], salt: bytes) -> bytes:
     """One hash over a whole prompt, its partial page included: binds frames to the prompt they belong to."""
     return hashlib.blake2b(salt + np.asarray(token_ids, dtype="<u4").tobytes(), digest_size=HASH_BYTES).digest()
+
+
+def hash_of_page(hashes: bytes, page: int) -> bytes:
+    """The hash of one page out of those of a prompt."""
+    return hashes[page * HASH_BYTES : (page + 1) * HASH_BYTES]

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Section:
-    """A range of tokens of one sequence that leaves in one encoding. Packed sections are whole pages."""
+    """A range of tokens of one sequence that leaves in one encoding: packed pages, or one raw page or part of one."""
 
     start: int
     tokens: int
@@ -39,14 +39,16 @@ def packed_range(prompt_tokens: int, page_tokens: int, packs: bool) -> tuple[int
 def sections(
     start: int, end: int, prompt_tokens: int, page_tokens: int, *, packs: bool, max_tokens: int
 ) -> list[Section]:
-    """Cuts the tokens [start, end) of a prompt into sections of at most `max_tokens` (a multiple of the page).
+    """Cuts the tokens [start, end) of a prompt into raw pages and runs of packed ones.
 
-    `start` lies on a page boundary, and so does `end` except at the end of the prompt.
+    A packed section has at most `max_tokens` (a multiple of the page); a raw one is a page, so that a page that is
+    kept can be sent again as it is. `start` lies on a page boundary, and so does `end` except at the end of the prompt.
     """
     packed_start, packed_end = packed_range(prompt_tokens, page_tokens, packs)
     bounds = sorted({start, end, *(b for b in (packed_start, packed_end) if start < b < end)})
     pieces = []
     for low, high in pairwise(bounds):
         packed = packed_start <= low < packed_end
-        pieces += [Section(at, min(max_tokens, high - at), packed) for at in range(low, high, max_tokens)]
+        step = max_tokens if packed else page_tokens
+        pieces += [Section(at, min(step, high - at), packed) for at in range(low, high, step)]
     return pieces

@@ -10,8 +10,8 @@ from ..proto.serving import FRAME_MESSAGE_LIMIT
 from ..proto.worker_pb2 import WorkerReport
 from .codec_names import codec_names
 from .codecs import PageCodec, build_codec
+from .encoded import raw_bytes
 from .frame import F32, PROTOCOL_VERSION
-from .sender import raw_bytes
 
 MAX_PAGE_BYTES = FRAME_MESSAGE_LIMIT - (1 << 20)  # raw in fp32: a page never spans two messages
 

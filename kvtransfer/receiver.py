@@ -10,6 +10,7 @@ from ..kernels.shapes import LayerShape
 from ..proto.errors import Corrupt
 from ..proto.prefill_pb2 import KvCommit, KvFrame
 from .codecs import PageCodec
+from .encoded import decode_raw, raw_bytes
 from .frame import (
     BF16,
     F32,
@@ -22,7 +23,6 @@ from .frame import (
     frame_checksum,
 )
 from .page import packed_range
-from .sender import decode_raw, raw_bytes
 
 
 @dataclass(frozen=True)

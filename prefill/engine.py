@@ -11,27 +11,37 @@ from ..model.engine import EngineThread
 from ..model.model import Model
 from ..model.rates import Rates
 from ..model.sampling import SampleRow, sample
-from ..proto.errors import Unavailable
-from ..proto.prefill_pb2 import FirstToken, PrefillEvent
+from ..proto.errors import Expired, IsthmusError, Unavailable
+from ..proto.prefill_pb2 import FirstToken
 from .job import PrefillJob
+from .prefix import PrefixCache
 from .runner import PrefillRunner
 from .scheduler import Chunk, JobId, PrefillScheduler
+
+_GUESSED_TOKENS_PER_S = 1000.0  # until some were computed
+_RATE_WEIGHT = 0.2  # of the newest step in the measured rate
 
 
 class PrefillEngine:
     """Owns the model, the pool and the jobs; its thread alone touches them. `submit` and `drop` are for others.
 
-    Page ownership: a job gets its pages with its first chunk and returns them with its first token or its drop,
-    whichever is first; frames hold copies.
+    Page ownership: a job gets its pages of the pool with its first chunk and returns them with its first token or its
+    drop, whichever is first. What it sends lies in host pages, which it pins until its drop.
     """
 
     def __init__(
-        self, model: Model, pool: DensePool, scheduler: PrefillScheduler, on_failure: Callable[[str], None]
+        self,
+        model: Model,
+        pool: DensePool,
+        prefixes: PrefixCache,
+        scheduler: PrefillScheduler,
+        on_failure: Callable[[str], None],
     ) -> None:
-        self._model, self._pool, self._scheduler = model, pool, scheduler
+        self._model, self._prefixes, self._scheduler = model, prefixes, scheduler
         self._on_failure = on_failure
         self._runner = PrefillRunner(model, pool)
         self._jobs: dict[JobId, PrefillJob] = {}
+        self.tokens_per_s = _GUESSED_TOKENS_PER_S
         self.counters: Counter[str] = Counter()
         self.rates = Rates()
         self.failure: str | None = None
@@ -52,83 +62,91 @@ class PrefillEngine:
         self.thread.post(lambda: self._add(job))
 
     def drop(self, job: PrefillJob) -> None:
-        """Ends a job at any point of its life and frees what it holds; harmless after its end."""
-        self.thread.post(lambda: self._remove(job))
+        """Ends a job at any point of its life and frees what it holds. Called once, when its call ends."""
+        self.thread.post(lambda: self._drop(job))
 
     def _add(self, job: PrefillJob) -> None:
         if self.failure:
             job.outbox.fail(Unavailable(self.failure))
             return
         self._jobs[job.id] = job
-        self._scheduler.add(job.id, len(job.token_ids), time.monotonic())
+        self._scheduler.add(
+            *(job.id, len(job.token_ids), time.monotonic()),
+            cached=self._prefixes.guess(job),
+            rank=job.rank,
+            deadline_s=job.deadline_s,
+        )
+
+    def _drop(self, job: PrefillJob) -> None:
+        self._remove(job)
+        self._prefixes.unpin(job)
 
     def _remove(self, job: PrefillJob) -> None:
         self._scheduler.remove(job.id)
         if self._jobs.pop(job.id, None):
-            self._pool.allocator.give_back(job.runs)
-            job.runs = ()
+            self._prefixes.release(job)
         if not self._jobs:
-            assert not self._pool.allocator.in_use, "pages are in use with no job"
+            assert not self._prefixes.table.in_use, "pages are in use with no job"
 
     def _step(self) -> bool:
-        chunks = self._scheduler.plan(time.monotonic(), self._pool.allocator.free)
+        now_s = time.monotonic()
+        for job in self._scheduler.expired(now_s):
+            self._end(self._jobs[job], Expired("the deadline passed before the prompt was computed"))
+        chunks = self._scheduler.plan(now_s, self.tokens_per_s, self._admit)
         work = [(self._jobs[chunk.job], chunk) for chunk in chunks]
-        for job, chunk in work:
-            if not chunk.start:
-                self._begin(job)
         if not work:
             return False
         started_s = time.monotonic()
         logits_RV = self._runner.run(work)
-        self._drop_failed(work)
+        tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        self.counters["prompt_tokens"] += tokens
+        self._finish_chunks(work)
         self._finish_prompts([job for job, chunk in work if chunk.last], logits_RV)
-        for job, chunk in work:
-            if not chunk.last:
-                job.put_frames(job.sender.flush())
-        self.counters["prompt_tokens"] += sum(chunk.end - chunk.start for chunk in chunks)
-        self.rates.computed([(chunk.start, chunk.end) for chunk in chunks], time.monotonic() - started_s)
+        took_s = time.monotonic() - started_s
+        self.tokens_per_s += _RATE_WEIGHT * (tokens / took_s - self.tokens_per_s)
+        self.rates.computed([(chunk.start, chunk.end) for chunk in chunks], took_s)
         return True
 
-    def _begin(self, job: PrefillJob) -> None:
-        runs = self._pool.allocator.take(self._pool.pages_for(len(job.token_ids)))
-        assert runs is not None, "the scheduler admitted a prompt that does not fit"
-        job.runs, job.started_s = runs, time.monotonic()
+    def _admit(self, job_id: JobId) -> int | None:
+        job = self._jobs[job_id]
+        cached = self._prefixes.admit(job)
+        if cached is not None:
+            job.started_s = time.monotonic()
+            self.counters["cached_tokens"] += job.cached_tokens
+            self.counters["stored_tokens"] += job.stored_tokens
+        return cached
+
+    def _finish_chunks(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> None:
+        """Keeps the pages that are complete now; ends jobs that failed."""
+        for job, chunk in work:
+            if job.failure is not None:
+                self.counters["prompts_failed"] += 1
+                self._end(job, job.failure)
+            else:
+                self._prefixes.keep(job, chunk.start, chunk.end)
+                job.outbox.put((), flush=True)
 
     def _finish_prompts(self, done: list[PrefillJob], logits_RV: Tensor) -> None:
-        """Samples the first tokens and sends them ahead of all waiting frames; then the tails and the commits."""
+        """Samples the first tokens, which overtake all waiting frames; the commits follow the last of these."""
         if not done:
             return
         eos = self._model.eos_token_ids
         tokens = sample(logits_RV, [SampleRow(job.sampling, job.token_ids, [], eos) for job in done])
         sampled_s, sampled_ns = time.monotonic(), time.time_ns()
-        written = [job.outbox.written_bytes for job in done]
         for job, token in zip(done, tokens, strict=True):
             if job.failure:
                 continue
-            first = FirstToken(token_id=token.token_id, sampled_unix_ns=sampled_ns, logprobs=token.logprobs_pb())
-            job.outbox.put([PrefillEvent(first_token=first)], urgent=True)
-        for job, written_before in zip(done, written, strict=True):
-            if job.failure:
-                continue
-            job.put_frames(job.sender.flush())
-            commit = job.sender.commit()
-            commit.stats.CopyFrom(
-                job.stats(
-                    sampled_unix_ns=sampled_ns,
-                    sampled_s=sampled_s,
-                    written_before=written_before,
-                )
+            written = job.outbox.written_bytes
+            job.outbox.put_first(
+                FirstToken(token_id=token.token_id, sampled_unix_ns=sampled_ns, logprobs=token.logprobs_pb())
             )
-            job.outbox.put([PrefillEvent(commit=commit)])
             self._remove(job)
             self.counters["prompts"] += 1
+            job.outbox.close(job.stats(sampled_unix_ns=sampled_ns, sampled_s=sampled_s, written_before=written))
 
-    def _drop_failed(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> None:
-        for job, _ in work:
-            if job.failure is not None:
-                self.counters["prompts_failed"] += 1
-                job.outbox.fail(job.failure)
-                self._remove(job)
+    def _end(self, job: PrefillJob, error: IsthmusError) -> None:
+        job.outbox.fail(error)
+        self._remove(job)
 
     def _fail(self, error: BaseException) -> None:
         self.failure = f"the prefill engine failed: {type(error).__name__}: {error}"

@@ -1,100 +1,101 @@
 """One prompt on its way through a prefill worker."""
 
-import asyncio
 import time
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..kvtransfer.allocator import Run
+from ..kvtransfer.encoded import EncodedPage, PageFormat, PageKey
+from ..kvtransfer.hashing import hash_of_page
+from ..kvtransfer.page import packed_range
+from ..kvtransfer.page_table import runs_of
 from ..kvtransfer.sender import KvSender
 from ..proto.common_pb2 import TransferStats
 from ..proto.errors import IsthmusError
-from ..proto.prefill_pb2 import KvFrame, PrefillEvent
+from ..proto.priority import STANDARD_RANK
 from ..proto.sampling import Sampling
+from .outbox import Outbox
 from .scheduler import JobId
 
 
-class Outbox:
-    """The send buffer of one transfer, in host memory: the engine fills it and never waits for the receiver."""
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a request asks for, and where its pages are to be found."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._events: deque[PrefillEvent | IsthmusError] = deque()
-        self._filled = asyncio.Event()
-        self.buffered_bytes = 0  # payloads that are not written yet
-        self.written_bytes = 0  # frames that gRPC has taken
+    token_ids: list[int]
+    form: PageFormat
+    page_hashes: bytes  # of all full pages
+    held_pages: int = 0  # from the start, that the receiver has
 
-    def put(self, events: list[PrefillEvent], *, urgent: bool = False) -> None:
-        """Queues events, ahead of all others where urgent. From the engine thread."""
-        self._loop.call_soon_threadsafe(self._deliver, events, urgent)
+    @property
+    def reusable_pages(self) -> int:
+        """Full pages that need not be computed if they are there: the last token always is, for its logits."""
+        return (len(self.token_ids) - 1) // self.form.page_tokens
 
-    def fail(self, error: IsthmusError) -> None:
-        """Ends the transfer with an error. From the engine thread."""
-        self._loop.call_soon_threadsafe(self._deliver, [error], True)
+    def page_hash(self, page: int) -> bytes:
+        return hash_of_page(self.page_hashes, page)
 
-    async def get(self) -> PrefillEvent:
-        """The next event; raises the error that ended the transfer."""
-        while not self._events:
-            self._filled.clear()
-            await self._filled.wait()
-        event = self._events.popleft()
-        if isinstance(event, IsthmusError):
-            raise event
-        return event
+    def key(self, page: int) -> PageKey:
+        """The form in which this prompt sends a full page."""
+        low, high = packed_range(len(self.token_ids), self.form.page_tokens, self.form.codec.packs)
+        return self.form.key(self.page_hash(page), packed=low <= page * self.form.page_tokens < high)
 
-    def wrote(self, event: PrefillEvent) -> None:
-        """Counts an event that gRPC has taken."""
-        self.buffered_bytes -= _payload(event)
-        if event.HasField("frame"):
-            self.written_bytes += event.frame.ByteSize()
+    def usable_keys(self, page: int) -> list[PageKey]:
+        """The encoded forms of a full page from which this prompt can go on, the best first.
 
-    def _deliver(self, events: Sequence[PrefillEvent | IsthmusError], urgent: bool) -> None:
-        self.buffered_bytes += sum(_payload(event) for event in events)
-        if urgent:
-            self._events.extendleft(reversed(events))
-        else:
-            self._events.extend(events)
-        self._filled.set()
+        What leaves packed can be packed from its raw form; what leaves raw is never made from packed bytes. A page
+        that the receiver holds does not leave.
+        """
+        raw, packed = (self.form.key(self.page_hash(page), packed=packed) for packed in (False, True))
+        if not self.form.codec.packs:
+            return [raw]
+        if page < self.held_pages:
+            return [raw, packed]
+        return [packed, raw] if self.key(page) == packed else [raw]
 
 
-def _payload(event: PrefillEvent | IsthmusError) -> int:
-    return len(event.frame.payload) if isinstance(event, PrefillEvent) else 0
-
-
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class PrefillJob:
     """A request as the engine sees it. The engine thread alone changes it, but for the outbox."""
 
     id: JobId
     worker: str  # that computes it, for the statistics
     attempt: int
-    token_ids: list[int]
+    prompt: Prompt
     sampling: Sampling
     sender: KvSender
     outbox: Outbox
+    rank: int = STANDARD_RANK
+    deadline_s: float | None = None  # by the clock of `time.monotonic`
     arrived_s: float = field(default_factory=time.monotonic)
-    started_s: float | None = None  # when its first chunk began
-    runs: tuple[Run, ...] = ()  # its pages, from the first chunk to the first token
+    started_s: float | None = None  # when it got its pages
+    pages: list[int] = field(default_factory=list)  # of the pool, from its start to the first token
+    runs: tuple[Run, ...] = ()  # the same as runs
+    pinned: list[EncodedPage] = field(default_factory=list)  # of the host cache, until the call ends
+    fetched: frozenset[bytes] = frozenset()  # hashes of pages that came from the store for this request
+    cached_tokens: int = 0  # sent and not computed: the pages were here,
+    stored_tokens: int = 0  # or in the store
     failure: IsthmusError | None = None  # its KV cannot be sent (a NaN, say)
 
-    def put_frames(self, frames: list[KvFrame]) -> None:
-        """Queues frames for sending. From the engine thread."""
-        if frames:
-            self.outbox.put([PrefillEvent(frame=frame) for frame in frames])
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt.token_ids
+
+    def own(self, pages: list[int]) -> None:
+        """Notes its pages of the pool."""
+        self.pages, self.runs = pages, runs_of(pages)
 
     def stats(self, *, sampled_unix_ns: int, sampled_s: float, written_before: int) -> TransferStats:
-        """What the transfer cost, once all frames are made."""
+        """What the transfer cost, but for what is known only when all frames are made."""
         started = self.started_s or sampled_s
-        digest = self.sender.digest
         return TransferStats(
             kv_bytes_bf16=self.sender.bf16_bytes,
-            kv_bytes_wire=digest.wire_bytes,
             kv_bytes_before_prefill_end=written_before,
-            frames=digest.frames,
             queue_ms=(started - self.arrived_s) * 1e3,
             prefill_ms=(sampled_s - started) * 1e3,
             first_token_unix_ns=sampled_unix_ns,
             prefill_worker=self.worker,
             attempt=self.attempt,
+            held_tokens=self.prompt.held_pages * self.prompt.form.page_tokens,
+            cached_tokens=self.cached_tokens,
+            stored_tokens=self.stored_tokens,
         )

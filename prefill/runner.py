@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import Span, ragged_attention
+from ..kvtransfer.encoded import EncodedSection
 from ..kvtransfer.page import Section
 from ..kvtransfer.pool import DensePool
 from ..model.model import Model
@@ -21,7 +22,7 @@ class PrefillRunner:
         self._model, self._pool = model, pool
 
     def run(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> Tensor:
-        """Computes the chunks, stores their KV and queues full frames in the jobs' outboxes.
+        """Computes the chunks, stores their KV and queues its sections in the jobs' outboxes.
 
         Returns the logits [number of last chunks, vocabulary] of the prompts that are complete now, in order.
         """
@@ -62,9 +63,11 @@ class PrefillRunner:
 
     def _send_layer(self, job: PrefillJob, layer: int, due: list[Section]) -> None:
         """A page that cannot be encoded ends its own job only: `job.failure` says why."""
+        encoded: list[EncodedSection] = []
         try:
             for section in due if job.failure is None else []:
                 keys, values = self._pool.read(layer, job.runs, section.start, section.end)
-                job.put_frames(job.sender.encode(layer, section, keys, values))
+                encoded.append(job.sender.encode(layer, section, keys, values))
+            job.outbox.put(encoded)
         except IsthmusError as error:
             job.failure = error

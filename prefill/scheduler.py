@@ -1,9 +1,17 @@
-"""Which prompts are computed next, and how much of each. Pure: time and free pages come in as arguments."""
+"""Which prompts are computed next, and how much of each. Pure: time, speed and pages come in as arguments."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NewType
 
+from ..proto.common_pb2 import Priority
+from ..proto.priority import STANDARD_RANK, rank_of
+
 JobId = NewType("JobId", int)
+_BATCH_RANK = rank_of(Priority.PRIORITY_BATCH)
+
+Admit = Callable[[JobId], int | None]
+"""Gives a prompt its pages; returns how many of its tokens need not be computed, or None where it does not fit now."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +29,9 @@ class _Prompt:
     job: JobId
     tokens: int
     arrived_s: float
-    pages: int
-    computed: int = 0
+    rank: int
+    deadline_s: float | None
+    computed: int  # or found in a cache; a guess until it is admitted
     admitted: bool = False
 
     @property
@@ -31,17 +40,23 @@ class _Prompt:
 
 
 class PrefillScheduler:
-    """Shortest remaining work first, with ageing, in chunks under a token budget per step.
+    """Shortest remaining work first in chunks, under a token budget per step.
 
-    A prompt gets all its pages with its first chunk and keeps them to its last, so that two half-computed prompts
-    can never wait for each other. A long prompt delays a short one by one chunk at most; waiting earns a prompt
-    `ageing_tokens_per_s`, so that short ones cannot starve it.
+    - Interactive prompts go before standard ones. Batch prompts get what is left of a step.
+    - A prompt whose deadline can be met, but only if it is computed now, goes before others of its rank; one whose
+      deadline is over is dropped.
+    - A long prompt delays a short one by the chunk in work and no more. So that short ones cannot starve it, waiting
+      earns a prompt `ageing_tokens_per_s`: the one that is first when that counts gets a quarter of each step.
+    - A prompt gets all its pages with its first chunk and keeps them to its last, so that two half-computed prompts
+      can never wait for each other.
     """
 
     def __init__(self, *, chunk_tokens: int, page_tokens: int, ageing_tokens_per_s: float = 500.0) -> None:
         assert chunk_tokens % page_tokens == 0, "chunks end on page boundaries"
         self._chunk_tokens, self._page_tokens = chunk_tokens, page_tokens
         self._ageing = ageing_tokens_per_s
+        self._share = chunk_tokens // 4 // page_tokens * page_tokens
+        self._steps = 0
         self._prompts: dict[JobId, _Prompt] = {}
 
     @property
@@ -49,38 +64,95 @@ class PrefillScheduler:
         """Prompt tokens that are not computed yet."""
         return sum(prompt.remaining for prompt in list(self._prompts.values()))
 
-    def add(self, job: JobId, tokens: int, now_s: float) -> None:
-        pages = -(-tokens // self._page_tokens)
-        self._prompts[job] = _Prompt(job, tokens, now_s, pages)
+    def add(
+        self,
+        job: JobId,
+        tokens: int,
+        now_s: float,
+        *,
+        cached: int = 0,
+        rank: int = STANDARD_RANK,
+        deadline_s: float | None = None,
+    ) -> None:
+        """Queues a prompt. `cached`: how many of its tokens will probably not have to be computed."""
+        self._prompts[job] = _Prompt(job, tokens, now_s, rank, deadline_s, cached)
 
     def remove(self, job: JobId) -> None:
         """Forgets a prompt, computed or not."""
         self._prompts.pop(job, None)
 
-    def plan(self, now_s: float, free_pages: int) -> list[Chunk]:
-        """The chunks of the next step, which count as computed from now on; empty where there is nothing to do."""
-        order = sorted(
-            self._prompts.values(),
-            key=lambda p: p.remaining - self._ageing * (now_s - p.arrived_s),
-        )
-        chunks: list[Chunk] = []
-        budget, may_admit = self._chunk_tokens, True
-        for prompt in order:
-            if not prompt.admitted:
-                # The first that does not fit blocks those behind it, or it would never get its pages.
-                may_admit = may_admit and prompt.pages <= free_pages
-                if not may_admit:
-                    continue
-            take = min(prompt.remaining, budget)
-            if take < prompt.remaining:
-                take -= take % self._page_tokens
-            if not take:
-                continue
-            if not prompt.admitted:
-                prompt.admitted = True
-                free_pages -= prompt.pages
-            start = prompt.computed
+    def expired(self, now_s: float) -> list[JobId]:
+        """Prompts whose deadline is over; they are still to be removed."""
+        return [p.job for p in self._prompts.values() if p.deadline_s is not None and p.deadline_s <= now_s]
+
+    def plan(self, now_s: float, tokens_per_s: float, admit: Admit) -> list[Chunk]:
+        """The chunks of the next step, which count as computed from now on; empty where there is nothing to do.
+
+        `tokens_per_s`: how fast prompts are computed, for the look at deadlines. `admit` is called for prompts that
+        have no pages yet, in the order of their turn; the first that does not fit blocks those behind it, or it would
+        never get its pages.
+        """
+        step = _Step(self._chunk_tokens, self._page_tokens, admit)
+        if aged := self._aged(now_s):
+            step.give(aged, self._aged_share())
+        for prompt in sorted(self._prompts.values(), key=lambda p: self._turn(p, now_s, tokens_per_s)):
+            step.give(prompt, step.budget)
+        return step.chunks()
+
+    def _turn(self, prompt: _Prompt, now_s: float, tokens_per_s: float) -> tuple[int, bool, float]:
+        if prompt.deadline_s is not None:
+            slack_s = prompt.deadline_s - now_s - prompt.remaining / tokens_per_s
+            if 0 <= slack_s < 2 * self._chunk_tokens / tokens_per_s:
+                return (prompt.rank, False, prompt.deadline_s)
+        return (prompt.rank, True, prompt.remaining)
+
+    def _aged(self, now_s: float) -> _Prompt | None:
+        """The prompt that has waited longest for its length. Batch work has no claim beside others."""
+        prompts = self._prompts.values()
+        claims = [p for p in prompts if p.rank < _BATCH_RANK] or prompts
+        return min(claims, key=lambda p: p.remaining - self._ageing * (now_s - p.arrived_s), default=None)
+
+    def _aged_share(self) -> int:
+        """A quarter of each step, or every fourth step where a quarter is less than a page."""
+        self._steps += 1
+        return self._share or (self._chunk_tokens if self._steps % 4 == 0 else 0)
+
+
+class _Step:
+    """The chunks of one step while they are handed out; a prompt may be given some twice."""
+
+    def __init__(self, budget: int, page_tokens: int, admit: Admit) -> None:
+        self.budget, self._page_tokens, self._admit = budget, page_tokens, admit
+        self._may_admit = True
+        self._starts: dict[JobId, int] = {}
+        self._worked: dict[JobId, _Prompt] = {}
+
+    def give(self, prompt: _Prompt, limit: int) -> None:
+        """The next tokens of a prompt, at most `limit`: whole pages, or all that remain."""
+        if limit < self._page_tokens and limit < prompt.remaining:
+            return
+        if not prompt.admitted and not self._admitted(prompt):
+            return
+        take = min(prompt.remaining, limit)
+        if take < prompt.remaining:
+            take -= take % self._page_tokens
+        if take:
+            self._starts.setdefault(prompt.job, prompt.computed)
+            self._worked[prompt.job] = prompt
             prompt.computed += take
-            budget -= take
-            chunks.append(Chunk(prompt.job, start, prompt.computed, prompt.remaining == 0))
-        return chunks
+            self.budget -= take
+
+    def chunks(self) -> list[Chunk]:
+        """What was handed out, in that order."""
+        return [
+            Chunk(job, start, self._worked[job].computed, self._worked[job].remaining == 0)
+            for job, start in self._starts.items()
+        ]
+
+    def _admitted(self, prompt: _Prompt) -> bool:
+        cached = self._admit(prompt.job) if self._may_admit else None
+        if cached is None:
+            self._may_admit = False
+            return False
+        prompt.computed, prompt.admitted = cached, True
+        return True

@@ -2,22 +2,29 @@
 
 The life of a request here:
 1. `Prefill` checks that the caller means this model, codec and protocol, and that the prompt fits.
-2. The job waits in the scheduler; its pages are reserved with its first chunk.
-3. The engine computes it chunk by chunk; each layer's finished pages are encoded and queued as frames, which leave
-   while the next layers compute.
-4. With the last chunk the first token is sampled and overtakes the frames that still wait.
-5. The commit, with counts and a digest, ends the stream. Whenever the call ends earlier, the job is dropped.
+2. Pages of its beginning that only the store has are read into the host cache.
+3. The job waits in the scheduler; with its first chunk it gets pages, those of its cached beginning filled and sent.
+4. The engine computes the rest chunk by chunk; each layer's finished pages are encoded into host memory and queued
+   for sending, which goes on while the next layers compute.
+5. With the last chunk the first token is sampled and overtakes the pages that still wait.
+6. The commit, with counts and a digest, ends the stream. Whenever the call ends earlier, the job is dropped. The
+   pages stay in the caches.
 """
 
 import asyncio
 import itertools
+import time
+from pathlib import Path
 
 import grpc.aio
 
 from ..kvtransfer.calibration import balance_path, ensure_balance
 from ..kvtransfer.codecs import PageCodec
+from ..kvtransfer.encoded import PageFormat
 from ..kvtransfer.frame import PROTOCOL_VERSION, Binding
-from ..kvtransfer.hashing import page_salt, prompt_hash
+from ..kvtransfer.hashing import page_hashes, page_salt, prompt_hash
+from ..kvtransfer.page_cache import PageCache
+from ..kvtransfer.page_store import PageStore
 from ..kvtransfer.pairing import CodecSet, require_same
 from ..kvtransfer.pool import DensePool, pages_in
 from ..kvtransfer.sender import KvSender
@@ -31,13 +38,17 @@ from ..proto.errors import Exhausted, InvalidRequest
 from ..proto.hosting import Drained, WorkerServer
 from ..proto.prefill_pb2 import PrefillAccepted, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillServicer, add_PrefillServicer_to_server
+from ..proto.priority import rank_of
 from ..proto.sampling import Sampling
-from ..proto.worker_pb2 import WorkerReport, WorkerRole
+from ..proto.worker_pb2 import PageCounts, WorkerReport, WorkerRole
 from .config import PrefillConfig
 from .engine import PrefillEngine
-from .job import Outbox, PrefillJob
+from .job import PrefillJob, Prompt
+from .outbox import Outbox
+from .prefix import PrefixCache
 from .scheduler import JobId, PrefillScheduler
 
+GIB = 1 << 30
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"]
 
 
@@ -83,7 +94,13 @@ class PrefillWorker(PrefillServicer):
         pages = pages_in(model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens)
         self._pool = DensePool(model.layers, pages, config.page_tokens, dtype=model.dtype, device=model.device)
         self._scheduler = PrefillScheduler(chunk_tokens=config.chunk_tokens, page_tokens=config.page_tokens)
-        self._engine = PrefillEngine(model, self._pool, self._scheduler, self.server.on_engine_failure())
+        self._host = PageCache(int(config.host_cache_gib * GIB))
+        store = PageStore(Path(config.store_dir), int(config.store_gib * GIB)) if config.store_dir else None
+        self._store = store
+        self._prefixes = PrefixCache(self._pool, self._host, store)
+        self._engine = PrefillEngine(
+            model, self._pool, self._prefixes, self._scheduler, self.server.on_engine_failure()
+        )
         self._engine.thread.start()
         await self.server.open(SERVICE, lambda server: add_PrefillServicer_to_server(self, server), self._fill_report)
 
@@ -95,24 +112,26 @@ class PrefillWorker(PrefillServicer):
         """Ends at once: running transfers are cancelled."""
         await self.server.close()
         await asyncio.to_thread(self._engine.thread.stop)
+        await asyncio.to_thread(self._prefixes.close)
 
     async def Prefill(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, request: PrefillRequest, context: grpc.aio.ServicerContext
     ) -> None:
         """One transfer: the response stream is the KV."""
         with self.server.request():
-            job = self._job(request)
+            job = self._job(request, context.time_remaining())
             accepted = PrefillAccepted(worker_id=self.server.name, queued_tokens=self._scheduler.waiting_tokens)
             self._open.add(job)
-            self._engine.submit(job)
             try:
                 await context.write(PrefillEvent(accepted=accepted))
+                await self._prefixes.fetch(job)
+                self._engine.submit(job)
                 await _send(job, context)
             finally:
                 self._open.discard(job)
                 self._engine.drop(job)
 
-    def _job(self, request: PrefillRequest) -> PrefillJob:
+    def _job(self, request: PrefillRequest, time_left_s: float | None) -> PrefillJob:
         codec = self._check(request)
         token_ids = list(request.prompt_token_ids)
         salt = page_salt(request.model_fingerprint, codec.name, codec.params_hash, request.tenant)
@@ -124,15 +143,26 @@ class PrefillWorker(PrefillServicer):
             codec_hash=codec.params_hash,
             prompt_hash=prompt_hash(token_ids, salt),
         )
-        held = request.held_pages * self.config.page_tokens
+        form = PageFormat(
+            model_fingerprint=request.model_fingerprint,
+            codec=codec,
+            layers=self._model.layers,
+            page_tokens=self.config.page_tokens,
+            dtype=self._model.dtype,
+        )
+        # Our own hashes, not the caller's: what others are answered with must be what these tokens give.
+        hashes = page_hashes(token_ids, form.page_tokens, salt)
+        prompt = Prompt(token_ids=token_ids, form=form, page_hashes=hashes, held_pages=request.held_pages)
         return PrefillJob(
             id=JobId(next(self._ids)),
             worker=self.server.name,
             attempt=request.attempt,
-            token_ids=token_ids,
+            prompt=prompt,
             sampling=Sampling.from_pb(request.sampling),
-            sender=KvSender(binding, codec, self._model.layers, self.config.page_tokens, len(token_ids), held),
-            outbox=Outbox(asyncio.get_running_loop()),
+            sender=KvSender(form, hashes, len(token_ids), request.held_pages * form.page_tokens),
+            outbox=Outbox(asyncio.get_running_loop(), binding),
+            rank=rank_of(request.priority),
+            deadline_s=None if time_left_s is None else time.monotonic() + time_left_s,
         )
 
     def _check(self, request: PrefillRequest) -> PageCodec:
@@ -159,7 +189,7 @@ class PrefillWorker(PrefillServicer):
         waiting = sum(len(job.token_ids) for job in self._open)
         if waiting + tokens > config.max_waiting_tokens:
             raise Exhausted(f"{waiting} prompt tokens are in work here already; try again later")
-        if self._buffered() > config.host_buffer_gib * (1 << 30):
+        if self._buffered() > config.host_buffer_gib * GIB:
             raise Exhausted("the send buffer of this prefill worker is full; try again later")
         return codec
 
@@ -169,13 +199,23 @@ class PrefillWorker(PrefillServicer):
     def _fill_report(self, report: WorkerReport) -> None:
         report_model(report, self._model)
         self._codecs.fill_report(report)
-        report.pages.CopyFrom(self._pool.counts())
+        table, total = self._prefixes.table, self._pool.allocator.total
+        in_use, cached = table.in_use, table.cached
+        report.pages.CopyFrom(PageCounts(total=total, free=total - in_use - cached, cached=cached, in_use=in_use))
         report.waiting_requests = self._engine.waiting
         report.running_requests = self._engine.active - self._engine.waiting
         report.waiting_tokens = self._scheduler.waiting_tokens
         report.host_buffer_bytes = self._buffered()
         self._engine.rates.fill_report(report)
-        for name, count in dict(self._engine.counters).items():
+        counters = {
+            **self._engine.counters,
+            "host_cache_pages": len(self._host),
+            "host_cache_bytes": self._host.bytes,
+            "host_cache_evicted": self._host.evicted,
+            "store_timeouts": self._prefixes.fetch_timeouts,
+            **(self._store.counters if self._store else {}),
+        }
+        for name, count in counters.items():
             report.counters[name] = count
 
 

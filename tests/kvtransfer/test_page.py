@@ -15,12 +15,13 @@ def test_packs_nothing_where_the_codec_does_not():
     assert packed_range(700, 64, packs=False) == (0, 0)
 
 
-def test_cuts_at_the_bounds_of_the_packed_range_and_at_the_largest_section():
+def test_cuts_runs_of_packed_pages_at_the_largest_section_and_raw_ones_at_every_page():
     assert sections(0, 700, 700, 64, packs=True, max_tokens=256) == [
         Section(0, 64, packed=False),
         Section(64, 256, packed=True),
         Section(320, 256, packed=True),
-        Section(576, 124, packed=False),
+        Section(576, 64, packed=False),
+        Section(640, 60, packed=False),
     ]
 
 

@@ -8,7 +8,9 @@ import torch
 
 from isthmus.kernels.shapes import LayerShape
 from isthmus.kvtransfer.codecs import build_codec
-from isthmus.kvtransfer.frame import MAX_FRAME_BYTES, Binding, FrameHeader, frame_checksum
+from isthmus.kvtransfer.encoded import PageFormat
+from isthmus.kvtransfer.frame import MAX_FRAME_BYTES, Binding, FrameHeader, FrameWriter, frame_checksum
+from isthmus.kvtransfer.hashing import page_hashes, page_salt
 from isthmus.kvtransfer.receiver import KvReceiver
 from isthmus.kvtransfer.sender import KvSender
 from isthmus.proto.errors import Corrupt
@@ -39,16 +41,24 @@ def make_kv(tokens: int, dtype=torch.float32):
 def send(kv, binding=None, codec_name="tq-k4v4", chunk=128, held=0) -> tuple[list[KvFrame], KvCommit]:
     """All frames of a prompt computed in chunks, layer by layer, and the commit."""
     tokens = kv.shape[2]
-    sender = KvSender(binding or make_binding(), build_codec(codec_name, LAYERS, PAGE), LAYERS, PAGE, tokens, held)
+    salt = page_salt("m", codec_name, "h")
+    sender = KvSender(make_format(codec_name), page_hashes(range(tokens), PAGE, salt), tokens, held)
+    writer = FrameWriter(binding or make_binding())
     frames = []
     for end in [*range(chunk, tokens, chunk), tokens]:
         due = sender.advance(end)
         for layer in range(len(LAYERS)):
             for section in due:
                 keys, values = kv[layer, :, section.start : section.end]
-                frames += sender.encode(layer, section, keys, values)
-        frames += sender.flush()
-    return frames, sender.commit()
+                encoded = sender.encode(layer, section, keys, values)
+                frames += writer.add(encoded.header, encoded.parts)
+        frames += writer.flush()
+    return frames, writer.commit()
+
+
+def make_format(codec_name="tq-k4v4", layers=LAYERS, dtype=torch.float32) -> PageFormat:
+    codec = build_codec(codec_name, layers, PAGE)
+    return PageFormat(model_fingerprint="m", codec=codec, layers=layers, page_tokens=PAGE, dtype=dtype)
 
 
 def make_receiver(tokens: int, binding=None, codec_name="tq-k4v4", held=0) -> KvReceiver:
@@ -99,13 +109,13 @@ def test_a_held_prefix_is_not_sent():
 
 def test_frames_have_a_good_size():
     big = (LayerShape(kv_heads=8, head_dim=128),) * 4
-    sender = KvSender(make_binding(), build_codec("raw", big, PAGE), big, PAGE, 4096, 0)
+    sender = KvSender(make_format("raw", big), page_hashes(range(4096), PAGE, b""), 4096, 0)
+    writer = FrameWriter(make_binding(), min_bytes=MAX_FRAME_BYTES)
     kv = torch.zeros(2, 4096, 8, 128)
-    frames = [
-        frame
-        for section in sender.advance(4096)
-        for frame in sender.encode(0, section, *kv[:, section.start : section.end])
-    ]
+    frames = []
+    for section in sender.advance(4096):
+        encoded = sender.encode(0, section, *kv[:, section.start : section.end])
+        frames += writer.add(encoded.header, encoded.parts)
     sizes = [len(frame.payload) for frame in frames]
     assert sum(sizes) == kv.numel() * 4
     assert set(sizes) == {MAX_FRAME_BYTES}

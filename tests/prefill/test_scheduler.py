@@ -1,57 +1,177 @@
-from isthmus.prefill.scheduler import Chunk, JobId, PrefillScheduler
+import random
+from collections.abc import Mapping
+
+import pytest
+
+from isthmus.prefill.scheduler import Admit, Chunk, JobId, PrefillScheduler
+from isthmus.proto.common_pb2 import Priority
+from isthmus.proto.priority import rank_of
 
 A, B, C = JobId(1), JobId(2), JobId(3)
+INTERACTIVE, STANDARD, BATCH = (
+    rank_of(priority)
+    for priority in (Priority.PRIORITY_INTERACTIVE, Priority.PRIORITY_STANDARD, Priority.PRIORITY_BATCH)
+)
+CHUNK, PAGE, RATE = 256, 64, 1000.0
 
 
-def scheduler() -> PrefillScheduler:
-    return PrefillScheduler(chunk_tokens=256, page_tokens=64, ageing_tokens_per_s=100)
+def scheduler(chunk_tokens: int = CHUNK) -> PrefillScheduler:
+    return PrefillScheduler(chunk_tokens=chunk_tokens, page_tokens=PAGE, ageing_tokens_per_s=100)
+
+
+def everything(job: JobId) -> int:
+    return 0
+
+
+def pages_for(lengths: Mapping[JobId, int], free: int) -> Admit:
+    """Admits prompts as long as there are pages."""
+    left = free
+
+    def admit(job: JobId) -> int | None:
+        nonlocal left
+        pages = -(-lengths[job] // PAGE)
+        if pages > left:
+            return None
+        left -= pages
+        return 0
+
+    return admit
 
 
 def test_chunks_end_on_pages_and_the_last_one_at_the_prompt():
     plan = scheduler()
     plan.add(A, 600, now_s=0)
-    chunks = [plan.plan(0, 100) for _ in range(4)]
+    chunks = [plan.plan(0, RATE, everything) for _ in range(4)]
     assert chunks == [[Chunk(A, 0, 256, False)], [Chunk(A, 256, 512, False)], [Chunk(A, 512, 600, True)], []]
 
 
-def test_a_long_prompt_delays_a_short_one_by_one_chunk_at_most():
+def test_a_long_prompt_delays_a_short_one_by_the_chunk_in_work():
     plan = scheduler()
     plan.add(A, 2000, now_s=0)
-    assert plan.plan(0, 100) == [Chunk(A, 0, 256, False)]
+    assert plan.plan(0, RATE, everything) == [Chunk(A, 0, 256, False)]
     plan.add(B, 100, now_s=0)
-    assert plan.plan(0, 100) == [Chunk(B, 0, 100, True), Chunk(A, 256, 384, False)]
+    assert plan.plan(0, RATE, everything) == [Chunk(B, 0, 100, True), Chunk(A, 256, 384, False)]
 
 
 def test_several_prompts_share_a_step():
     plan = scheduler()
     for job, tokens in ((A, 100), (B, 90), (C, 500)):
         plan.add(job, tokens, now_s=0)
-    assert plan.plan(0, 100) == [Chunk(B, 0, 90, True), Chunk(A, 0, 100, True), Chunk(C, 0, 64, False)]
+    assert plan.plan(0, RATE, everything) == [
+        Chunk(B, 0, 90, True),
+        Chunk(A, 0, 100, True),
+        Chunk(C, 0, 64, False),
+    ]
 
 
-def test_waiting_wins_in_the_end():
+def test_who_has_waited_long_gets_a_quarter_of_each_step():
     plan = scheduler()
     plan.add(A, 2000, now_s=0)
-    plan.add(B, 100, now_s=20)
-    assert plan.plan(20, 100)[0].job == A
+    plan.add(B, 500, now_s=30)
+    assert plan.plan(30, RATE, everything) == [Chunk(A, 0, 64, False), Chunk(B, 0, 192, False)]
+
+
+def test_what_is_cached_is_not_computed_and_counts_as_short():
+    plan = scheduler()
+    plan.add(A, 300, now_s=0)
+    plan.add(B, 2000, now_s=0, cached=1984)
+    assert plan.waiting_tokens == 316
+    found = {A: 0, B: 1920}.get
+    assert plan.plan(0, RATE, found) == [Chunk(B, 1920, 2000, True), Chunk(A, 0, 128, False)]
 
 
 def test_a_prompt_that_does_not_fit_blocks_those_behind_it_but_not_those_in_work():
+    lengths = {A: 600, B: 320, C: 340}
     plan = scheduler()
     plan.add(A, 600, now_s=0)
-    assert plan.plan(0, free_pages=12) == [Chunk(A, 0, 256, False)]
+    assert plan.plan(0, RATE, pages_for(lengths, 12)) == [Chunk(A, 0, 256, False)]
     plan.add(B, 320, now_s=0)
     plan.add(C, 340, now_s=0)
-    assert plan.plan(0, free_pages=2) == [Chunk(A, 256, 512, False)]
-    assert plan.plan(0, free_pages=12)[0] == Chunk(A, 512, 600, True)
+    assert plan.plan(0, RATE, pages_for(lengths, 2)) == [Chunk(A, 256, 512, False)]
+    assert plan.plan(0, RATE, pages_for(lengths, 12))[0] == Chunk(A, 512, 600, True)
 
 
 def test_counts_what_is_not_computed_and_forgets_what_is_removed():
     plan = scheduler()
     plan.add(A, 300, now_s=0)
     plan.add(B, 300, now_s=0)
-    plan.plan(0, 100)
+    plan.plan(0, RATE, everything)
     assert plan.waiting_tokens == 344
     plan.remove(A)
     assert plan.waiting_tokens == 300
     plan.remove(A)
+
+
+def test_interactive_before_standard_and_batch_takes_what_is_left():
+    plan = scheduler()
+    plan.add(A, 64, now_s=0, rank=BATCH)
+    plan.add(B, 300, now_s=0, rank=STANDARD)
+    plan.add(C, 320, now_s=0, rank=INTERACTIVE)
+    steps = [plan.plan(0, RATE, everything) for _ in range(3)]
+    assert steps == [
+        [Chunk(B, 0, 64, False), Chunk(C, 0, 192, False)],  # a quarter for the one that is shorter for its wait
+        [Chunk(C, 192, 320, True), Chunk(B, 64, 192, False)],
+        [Chunk(B, 192, 300, True), Chunk(A, 0, 64, True)],
+    ]
+
+
+def test_batch_work_that_has_waited_long_still_yields():
+    plan = scheduler()
+    plan.add(A, 2000, now_s=0, rank=BATCH)
+    plan.add(B, 500, now_s=1000, rank=STANDARD)
+    assert plan.plan(1000, RATE, everything) == [Chunk(B, 0, 256, False)]
+
+
+def test_a_deadline_that_can_just_be_met_goes_first():
+    plan = scheduler()
+    plan.add(A, 300, now_s=0, deadline_s=100)
+    plan.add(B, 600, now_s=0, deadline_s=0.9)
+    plan.add(C, 5000, now_s=0, deadline_s=0.5)  # cannot be met: no reason to let others wait
+    chunks = plan.plan(0, RATE, everything)
+    assert chunks == [Chunk(A, 0, 64, False), Chunk(B, 0, 192, False)]
+    assert plan.expired(0.4) == []
+    assert plan.expired(0.5) == [C]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("chunk_tokens", [64, 256, 512])
+def test_every_prompt_is_computed_once_in_order_within_the_budget(seed, chunk_tokens):
+    rng = random.Random(seed)
+    plan, now_s = scheduler(chunk_tokens), 0.0
+    lengths = {JobId(number): rng.randint(1, 1500) for number in range(12)}
+    cached = {job: rng.randrange(tokens) // PAGE * PAGE for job, tokens in lengths.items()}
+    done, arriving = dict.fromkeys(lengths, 0), list(lengths)
+    for _ in range(1000):
+        if arriving and rng.random() < 0.5:
+            job = arriving.pop()
+            deadline = rng.choice([None, now_s + rng.random() * 20])
+            plan.add(job, lengths[job], now_s, cached=rng.choice([0, cached[job]]), rank=job % 3, deadline_s=deadline)
+        chunks = plan.plan(now_s, RATE, lambda job: done.update({job: cached[job]}) or cached[job])
+        assert sum(chunk.end - chunk.start for chunk in chunks) <= chunk_tokens
+        assert len({chunk.job for chunk in chunks}) == len(chunks)
+        for chunk in chunks:
+            assert chunk.start == done[chunk.job]
+            assert chunk.last == (chunk.end == lengths[chunk.job])
+            assert chunk.last or chunk.end % PAGE == 0
+            done[chunk.job] = chunk.end
+        now_s += 0.3
+        if not chunks and not arriving:
+            break
+    assert done == lengths
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_long_prompts_never_delay_a_short_one_by_more_than_the_chunk_in_work(seed):
+    """A prompt that fits in what the aged one leaves is complete after the first step that begins after its arrival."""
+    rng = random.Random(seed)
+    plan, now_s = scheduler(), 0.0
+    for number in range(1, 6):
+        plan.add(JobId(number), rng.randint(25_000, 60_000), now_s=0)  # none ends here
+    for step in range(40):
+        short = JobId(100 + step)
+        plan.plan(now_s, RATE, everything)  # the chunk in work when it arrives
+        plan.add(short, rng.randint(1, CHUNK * 3 // 4), now_s)
+        now_s += 0.5
+        assert [chunk.last for chunk in plan.plan(now_s, RATE, everything) if chunk.job == short] == [True]
+        plan.remove(short)
+        now_s += 0.5
