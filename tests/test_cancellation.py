@@ -51,8 +51,8 @@ async def test_in_prefill() -> None:
     settings = {"chunk_tokens": 64}
     async with worker_pair(model_path("tiny-llama"), prefill=settings) as pair:
         seen = 0
-        for _ in range(CANCELS):
-            call = pair.call(pair.request(PROMPT, LONG))
+        for number in range(CANCELS):
+            call = pair.call(pair.request([number, *PROMPT[1:]], LONG))  # a new one: nothing of it is cached
             await until(lambda: min(pair.pages_in_use()) > 0)
             seen += pair.prefill.server.report().waiting_tokens > 0
             await cancelled(call)
