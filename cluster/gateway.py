@@ -25,6 +25,7 @@ from .generator import Generator
 from .jobs.manager import SERVICE as JOBS_SERVICE
 from .jobs.manager import Jobs
 from .operations import Operations
+from .preflight import Preflight
 from .request import ServedModel
 from .router import offered_codecs, token_limit
 from .watch import Fleet
@@ -152,7 +153,8 @@ class Gateway:
         expected = Expected(
             protocol_version=PROTOCOL_VERSION, model=self._model.name, fingerprint=self._model.fingerprint
         )
-        self.fleet = Fleet(expected)
+        self.fleet = Fleet(expected, verify=self._config.preflight)
+        self._preflight = Preflight(self.fleet, self._model)
         self.load = Load()
         self.generator = Generator(self._model, self.fleet, self._config)
         self._generation = GenerationService(self._model, self.fleet, self.generator, self.load)
@@ -169,6 +171,8 @@ class Gateway:
         self._server = await start_server(self._listen, services, max_request_bytes=MAX_MESSAGE_BYTES)
         for address in self._workers:
             self.fleet.add(address)
+        if self._config.preflight:
+            self._preflight.start()
         if self._jobs is not None:
             await self._jobs.start(f"{socket.gethostname()} {self.address}")
         self._health = asyncio.create_task(self._follow_health(self._server), name="gateway health")
@@ -214,6 +218,7 @@ class Gateway:
         if self._jobs is not None:
             await self._jobs.stop()
         if self._server is not None:
+            await self._preflight.stop()
             await self.fleet.close()
 
     async def _follow_health(self, server: Server) -> None:

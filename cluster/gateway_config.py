@@ -21,5 +21,6 @@ class GatewayConfig(BaseModel):
     restart_wait_s: float = Field(
         default=30.0, ge=0
     )  # how long a request waits for a lost worker that is being restarted
+    preflight: bool = True  # whether a worker must pass a canary request before it gets others (cluster/preflight.py)
     jobs_db: str | None = None  # URL of the database of jobs; none: no jobs
     jobs: JobsSettings = JobsSettings()

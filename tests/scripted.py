@@ -199,7 +199,7 @@ async def scripted_cluster(
     for worker in (prefill, *decodes):
         await worker.start()
     addresses = [worker.address for worker in (prefill, *decodes)]
-    gateway = Gateway("127.0.0.1:0", model or served(), addresses, GatewayConfig(**settings))
+    gateway = Gateway("127.0.0.1:0", model or served(), addresses, GatewayConfig(**{"preflight": False, **settings}))
     await gateway.start()
     try:
         async with asyncio.timeout(10):

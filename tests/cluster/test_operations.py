@@ -17,7 +17,7 @@ from isthmus.cluster.seat import WorkerSeat, settings_of_both
 from isthmus.cluster.served import load_served_model
 from isthmus.proto.errors import Incompatible
 from isthmus.proto.sampling import Sampling
-from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
+from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 
 MODEL = "tiny-llama"
 PROMPT = [(7 * position) % 500 for position in range(300)]
@@ -53,7 +53,7 @@ async def seats(*roles: str) -> AsyncIterator[Seats]:
             gateway.fleet.add(seat.address)
         async with asyncio.timeout(30), Client(gateway.address) as client:
             await gateway.ready.wait()
-            while any(not status.model.fingerprint for status in gateway.fleet.statuses()):
+            while any(status.health != WORKER_HEALTH_READY for status in gateway.fleet.statuses()):
                 await asyncio.sleep(0.02)
             yield Seats(started, gateway, client)
     finally:
