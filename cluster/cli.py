@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from . import cli_calibrate, cli_cluster, cli_generate, cli_operate, cli_status
+from . import cli_batch, cli_calibrate, cli_cluster, cli_generate, cli_jobs, cli_operate, cli_status
 
 INTERRUPTED = 130
 
@@ -35,6 +35,8 @@ app.command("scale")(cli_operate.scale)
 app.command("models")(cli_status.models)
 app.command("calibrate")(cli_calibrate.calibrate)
 app.command("demo")(cli_cluster.demo)
+app.add_typer(cli_jobs.jobs_app, name="jobs")
+app.add_typer(cli_batch.batch_app, name="batch")
 app.add_typer(cli_cluster.worker_app, name="worker")
 app.command("gateway")(cli_cluster.gateway)
 

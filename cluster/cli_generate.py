@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import cli_options as opt
+from .cli_prompt import decoded, read_prompt
 
 if TYPE_CHECKING:
     from ..proto.generation_pb2 import GenerateEvent, GenerateRequest
@@ -58,7 +59,7 @@ def generate(
     """
     from .client import build_request
 
-    text = _prompt(prompt, file)
+    text = read_prompt(prompt, file)
     sampling = {
         "temperature": temperature,
         "top_p": top_p,
@@ -151,40 +152,6 @@ def _show(event: "GenerateEvent") -> None:
     sys.stdout.flush()
 
 
-def _prompt(argument: str | None, file: Path | None) -> str:
-    """The prompt from where it was given; usage errors where it was given twice or not at all."""
-    if argument is not None and file is not None:
-        raise typer.BadParameter("give the prompt as an argument or with --file, not both")
-    if file is not None:
-        return _decoded(_bytes_of(file), str(file))
-    if argument is not None and argument != "-":
-        return argument
-    if argument is None and sys.stdin.isatty():
-        raise typer.BadParameter("no prompt; give it as an argument, with --file, or on stdin")
-    return _decoded(sys.stdin.buffer.read(), "stdin")
-
-
-def _bytes_of(file: Path) -> bytes:
-    from ..proto.errors import InvalidRequest
-
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InvalidRequest(f"{file} cannot be read: {error.strerror}") from None
-
-
-def _decoded(raw: bytes, where: str) -> str:
-    from ..proto.errors import InvalidRequest
-
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = raw[error.start]
-        raise InvalidRequest(
-            f"{where} is not UTF-8 text (byte 0x{byte:02x} at offset {error.start}); allowed: UTF-8"
-        ) from None
-
-
 def _read_line() -> str | None:
     """The user's next line; None at the end."""
     shown = sys.stdin.isatty()
@@ -193,7 +160,7 @@ def _read_line() -> str | None:
     except EOFError:
         return None
     except UnicodeDecodeError as error:
-        return _decoded(bytes(error.object), "stdin")
+        return decoded(bytes(error.object), "stdin")
     return None if line.strip() == "/exit" else line
 
 

@@ -96,21 +96,31 @@ WorkerDrain = Annotated[
 ]
 
 
+JobPriority = Annotated[str, typer.Option(help="interactive, standard, or batch, which yields to the others.")]
+
+
 @asynccontextmanager
 async def gateway_client(server: str) -> AsyncIterator["Client"]:
-    """A client of the gateway at `server`; Unavailable, with what to do, where nobody answers there."""
+    """A client of the gateway at `server`; errors as `told_where`."""
+    from .client import Client
+
+    async with told_where(server), Client(server) as client:
+        yield client
+
+
+@asynccontextmanager
+async def told_where(server: str) -> AsyncIterator[None]:
+    """Unavailable, with what to do, where nobody answers at `server`."""
     import grpc
     import grpc.aio
 
     from ..proto.errors import Unavailable
-    from .client import Client
 
-    async with Client(server) as client:
-        try:
-            yield client
-        except grpc.aio.AioRpcError as error:
-            details = error.details() or ""
-            if error.code() is grpc.StatusCode.UNAVAILABLE and ("connect" in details or "DNS" in details):
-                hint = "start one with `isthmus up`, or name another with --server"
-                raise Unavailable(f"no gateway answers at {server}; {hint}") from None
-            raise
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        details = error.details() or ""
+        if error.code() is grpc.StatusCode.UNAVAILABLE and ("connect" in details or "DNS" in details):
+            hint = "start one with `isthmus up`, or name another with --server"
+            raise Unavailable(f"no gateway answers at {server}; {hint}") from None
+        raise

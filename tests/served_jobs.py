@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripted import report_of, served
+import grpc.aio
+from scripted import Script, report_of, served
 
 from isthmus.cluster.jobs.manager import SERVICE, Jobs
 from isthmus.cluster.jobs.settings import JobsSettings
 from isthmus.cluster.request import Admitted, examine
 from isthmus.cluster.session import new_session
 from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH
-from isthmus.proto.decode_pb2 import DecodeEvent
+from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.generation_pb2 import GenerateEvent, GenerateRequest
 from isthmus.proto.jobs_pb2 import GetJobRequest, GetResultRequest, Job, JobEvent, JobResult, WatchJobRequest
 from isthmus.proto.jobs_pb2_grpc import JobsStub
@@ -158,3 +159,24 @@ async def jobs_server(
 def sqlite_url(folder: Path) -> str:
     """A database in a folder."""
     return f"sqlite:///{folder / 'jobs.db'}"
+
+
+def expected_text(prompt: str, seed: int, length: int) -> str:
+    """What a decode worker with the script `answering` makes of a prompt."""
+    return bytes(answer_to(prompt, seed, length)).decode()
+
+
+def answering(pause_s: float = 0.0) -> Script:
+    """A decode worker's script: a token after each pause, those already emitted left out."""
+
+    async def script(request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+        prompt = bytes(request.prompt_token_ids).decode()
+        tokens = answer_to(prompt, request.sampling.seed, request.sampling.max_tokens)
+        assert tokens[: len(request.emitted_token_ids)] == list(request.emitted_token_ids)
+        for position in range(len(request.emitted_token_ids), len(tokens)):
+            if pause_s:
+                await asyncio.sleep(pause_s)
+            finish = FINISH_REASON_LENGTH if position + 1 == len(tokens) else 0
+            await context.write(DecodeEvent(token_ids=[tokens[position]], finish_reason=finish))
+
+    return script

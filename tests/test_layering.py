@@ -19,7 +19,7 @@ ALLOWED = {
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 # A command declares all its options as parameters: its length is that of its help.
-COMMANDS = {"generate", "chat", "up", "worker_prefill", "worker_decode", "gateway"}
+COMMANDS = {"generate", "chat", "up", "worker_prefill", "worker_decode", "gateway", "jobs_submit", "batch_run"}
 
 
 def sources(folder: str) -> list[Path]:

@@ -94,7 +94,7 @@ def _error_of(error: DBAPIError, name: str) -> IsthmusError | SQLAlchemyError:
         return Contended(f"the database of jobs {name} is busy ({reason}): try again")
     if "locked" in reason or "busy" in reason:
         return Unavailable(f"the database of jobs {name} is locked by another program ({reason}): try again")
-    if type(error).__name__ in ("OperationalError", "InterfaceError", "InternalError"):
+    if type(error).__name__ in ("DatabaseError", "OperationalError", "InterfaceError", "InternalError"):
         return Unavailable(f"the database of jobs {name} cannot be used: {reason}")
     return error
 
