@@ -10,20 +10,26 @@ import logging
 import time
 from array import array
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import count
 
 import grpc.aio
 
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..kvtransfer.hashing import page_hashes, page_salt
+from ..proto.common_pb2 import TransferStats
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeStub
 from ..proto.errors import STATUS_OF, Corrupt, Exhausted, Expired, Incompatible, IsthmusError, Unavailable
 from ..proto.generation_pb2 import GenerateEvent
 from ..proto.serving import BUG, TraceContext
+from .costs import Demand
 from .gateway_config import GatewayConfig
+from .prefixes import steps_of
 from .request import Admitted
 from .retry import Failures
-from .router import Demand, Placement, route
+from .router import Placement, route
 from .session import Session
 from .watch import Fleet
 
@@ -38,14 +44,13 @@ PassOn = Callable[[GenerateEvent], Awaitable[None]]
 TimeLeft = Callable[[], float | None]  # seconds to the request's deadline, None without one
 
 
-def demand_of(request: Admitted) -> Demand:
-    """What the router needs to know of a request."""
-    return Demand(
-        prompt_tokens=len(request.prompt_token_ids),
-        max_tokens=request.sampling.max_tokens,
-        codec=request.codec,
-        affinity=array("I", request.prompt_token_ids[:AFFINITY_TOKENS]).tobytes(),
-    )
+@dataclass(frozen=True, kw_only=True)
+class Hashed:
+    """A request's page hashes, for workers of one kind."""
+
+    page_tokens: int
+    codec_hash: str
+    hashes: bytes
 
 
 class Dispatcher:
@@ -55,6 +60,7 @@ class Dispatcher:
         self._fleet = fleet
         self._fingerprint = fingerprint
         self._config = config
+        self._numbers = count()
 
     async def run(self, session: Session, pass_on: PassOn, *, time_left: TimeLeft, trace: TraceContext = ()) -> None:
         """Brings a session to its end; `pass_on` gets every event for the client, and no token twice.
@@ -64,30 +70,62 @@ class Dispatcher:
         cancelled in every case.
         """
         failures = Failures(limit=self._config.replays, wait_s=self._config.restart_wait_s)
+        hashed = self.hash_pages(session.request)
+        demand = self.demand_of(session.request, hashed)
         while True:
             if (end := session.missing_end()) is not None:
                 return await pass_on(session.push(end, time.monotonic()))
-            placement = await self._place(session, failures, time_left)
+            placement = await self._place(demand, failures, time_left, started=bool(session.token_ids))
+            if (placement.page_tokens, placement.codec_hash) != (hashed.page_tokens, hashed.codec_hash):
+                hashed = self._hash(session.request, placement.page_tokens, placement.codec_hash)
+            message = self._message(session, placement, hashed.hashes, failures.count)
             try:
-                return await self._call(session, placement, pass_on, failures.count, time_left(), trace)
+                await self._call(session, placement, message, pass_on, time_left(), trace)
+                self._fleet.snapshot().saw_answer(len(session.token_ids))
+                return
             except LOST as error:
                 self._note_failure(session, placement.decode, error, failures)
 
-    async def _place(self, session: Session, failures: Failures, time_left: TimeLeft) -> Placement:
+    def hash_pages(self, request: Admitted) -> Hashed:
+        """The hashes of a request's pages, as most workers that could serve it want them."""
+        kinds = self._fleet.snapshot().offer(request.codec).kinds
+        return self._hash(request, *kinds[0]) if kinds else Hashed(page_tokens=0, codec_hash="", hashes=b"")
+
+    def demand_of(self, request: Admitted, hashed: Hashed) -> Demand:
+        """What the router needs to know of a request."""
+        beginning = array("I", request.prompt_token_ids[:AFFINITY_TOKENS]).tobytes()
+        return Demand(
+            prompt_tokens=len(request.prompt_token_ids),
+            max_tokens=request.sampling.max_tokens,
+            codec=request.codec,
+            affinity=int.from_bytes(blake2b(beginning, digest_size=8).digest(), "big"),
+            steps=steps_of(hashed.hashes, hashed.page_tokens),
+            priority=request.priority,
+            number=next(self._numbers),
+        )
+
+    def _hash(self, request: Admitted, page_tokens: int, codec_hash: str) -> Hashed:
+        salt = page_salt(self._fingerprint, request.codec, codec_hash, request.tenant)
+        hashes = page_hashes(request.prompt_token_ids, page_tokens, salt)
+        return Hashed(page_tokens=page_tokens, codec_hash=codec_hash, hashes=hashes)
+
+    async def _place(self, demand: Demand, failures: Failures, time_left: TimeLeft, *, started: bool) -> Placement:
         """A place for the request, as soon as there is one; raises what failed last where there is none in time."""
-        demand = demand_of(session.request)
+        config, board = self._config, self._fleet.snapshot()
         unplaced = Unavailable("the request was placed too often")
         while True:
             now, change = time.monotonic(), self._fleet.change
             for avoid in failures.avoid(now, self._fleet.incarnation):
                 try:
-                    placement = route(demand, self._fleet.snapshot(), avoid=avoid)
+                    placement = route(
+                        *(demand, board), avoid=avoid, policy=config.policy, local_prefill=config.local_prefill
+                    )
                 except Unavailable as error:
                     unplaced = error
                     continue
                 self._fleet.placed(demand, placement)
                 return placement
-            left = failures.wait_left(now, started=bool(session.token_ids))
+            left = failures.wait_left(now, started=started)
             if left <= 0:
                 raise failures.last or unplaced
             deadline = time_left()
@@ -101,6 +139,8 @@ class Dispatcher:
 
     def _note_failure(self, session: Session, worker: str, error: IsthmusError, failures: Failures) -> None:
         failures.add(worker, error, time.monotonic(), self._fleet.incarnation(worker))
+        if not isinstance(error, Exhausted):
+            self._fleet.failed(worker)
         fields = {
             "request_id": session.request.request_id,
             "failed": worker,
@@ -113,15 +153,14 @@ class Dispatcher:
         self,
         session: Session,
         placement: Placement,
+        message: DecodeRequest,
         pass_on: PassOn,
-        attempt: int,
         timeout_s: float | None,
         trace: TraceContext,
     ) -> None:
         """One call of one decode worker, to the end of the answer; raises what ended it before."""
         worker, lost = placement.decode, False
-        replay = bool(attempt and session.token_ids)
-        message = self._message(session, placement, attempt)
+        replay = bool(message.emitted_token_ids) and message.request_id != session.request.call_id
         try:
             channel = self._fleet.channel(worker)
         except KeyError:
@@ -142,6 +181,8 @@ class Dispatcher:
                         raise Unavailable(f"decode worker {worker} ended the answer early")
                     session.replays += replay
                     replay = False
+                    if event.HasField("transfer"):
+                        self._learn(session.request, placement, event.transfer)
                     await pass_on(session.push(event, time.monotonic()))
         except grpc.aio.AioRpcError as error:
             raise _translated(error, worker) from None
@@ -153,16 +194,31 @@ class Dispatcher:
         finally:
             call.cancel()
 
-    def _message(self, session: Session, placement: Placement, attempt: int) -> DecodeRequest:
+    def _learn(self, request: Admitted, placement: Placement, stats: TransferStats) -> None:
+        """What a transfer says of the workers: who served, how fast, and what they had cached."""
+        board, prompt = self._fleet.snapshot(), len(request.prompt_token_ids)
+        self._fleet.served(placement.decode)
+        board.decode.check_belief(placement.decode, placement.held_tokens, stats.held_tokens)
+        if stats.local_tokens or not placement.prefill:
+            return
+        board.saw_transfer(request.codec, prompt - stats.held_tokens, stats.kv_bytes_wire)
+        for address in placement.prefill[: stats.attempt - 1]:
+            self._fleet.failed(address)
+        server = placement.prefill[min(stats.attempt, len(placement.prefill)) - 1]
+        if stats.attempt <= 1:
+            found = stats.cached_tokens + stats.stored_tokens
+            board.prefill.check_belief(server, placement.cached_tokens, found + stats.held_tokens)
+        self._fleet.served(server, took_ms=stats.queue_ms + stats.prefill_ms, expected_ms=placement.prefill_ms)
+
+    def _message(self, session: Session, placement: Placement, hashes: bytes, attempt: int) -> DecodeRequest:
         request = session.request
-        salt = page_salt(self._fingerprint, request.codec, placement.codec_hash, request.tenant)
         return DecodeRequest(
             protocol_version=PROTOCOL_VERSION,
             request_id=f"{request.call_id}.{attempt}" if attempt else request.call_id,
             model_fingerprint=self._fingerprint,
             codec=request.codec,
             prompt_token_ids=request.prompt_token_ids,
-            page_hashes=page_hashes(request.prompt_token_ids, placement.page_tokens, salt),
+            page_hashes=hashes,
             sampling=request.sampling.to_pb(),
             prefill_addresses=placement.prefill,
             emitted_token_ids=session.token_ids,

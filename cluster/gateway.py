@@ -20,7 +20,7 @@ from ..proto.serving import MIB, Server, start_server, trace_context
 from .client import RETRY_KEY
 from .cluster_service import ClusterService
 from .compat import Expected
-from .gateway_config import GatewayConfig
+from .gateway_config import GatewayConfig, LocalPrefill
 from .generator import Generator
 from .jobs.manager import SERVICE as JOBS_SERVICE
 from .jobs.manager import Jobs
@@ -73,7 +73,10 @@ class Load:
 class GenerationService(generation_pb2_grpc.GenerationServicer):
     """`isthmus.v1.Generation` for one model on the workers of a fleet."""
 
-    def __init__(self, model: ServedModel, fleet: Fleet, generator: Generator, load: Load) -> None:
+    def __init__(
+        self, model: ServedModel, fleet: Fleet, generator: Generator, load: Load, config: GatewayConfig
+    ) -> None:
+        self._local_prefill: LocalPrefill = config.local_prefill
         self._model = model
         self._fleet = fleet
         self._generator = generator
@@ -112,7 +115,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         return generation_pb2.ListModelsResponse(models=[self._describe()])
 
     def _describe(self) -> generation_pb2.Model:
-        model, snapshot = self._model, self._fleet.snapshot()
+        model, board = self._model, self._fleet.snapshot()
         return generation_pb2.Model(
             name=model.name,
             fingerprint=model.fingerprint,
@@ -120,14 +123,14 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             context_length=model.context_length,
             vocab_size=model.vocab_size,
             has_chat_template=model.tokenizer.has_chat_template,
-            codecs=offered_codecs(snapshot),
+            codecs=offered_codecs(board, self._local_prefill),
             default_codec=self._fleet.default_codec(),
-            max_request_tokens=min(model.context_length, token_limit(snapshot)[1]),
+            max_request_tokens=min(model.context_length, token_limit(board, None, self._local_prefill)[1]),
         )
 
 
 class Gateway:
-    """The gateway as a server: `start`, then `drain` and `stop`. Healthy while a pair of workers is ready."""
+    """The gateway as a server: `start`, then `drain` and `stop`. Healthy while its workers can serve a request."""
 
     def __init__(
         self,
@@ -157,7 +160,7 @@ class Gateway:
         self._preflight = Preflight(self.fleet, self._model)
         self.load = Load()
         self.generator = Generator(self._model, self.fleet, self._config)
-        self._generation = GenerationService(self._model, self.fleet, self.generator, self.load)
+        self._generation = GenerationService(self._model, self.fleet, self.generator, self.load, self._config)
         self.operations = Operations(self.fleet)
         cluster = ClusterService(self.fleet, self.operations, lambda: self.load.active)
         adders = (
@@ -224,8 +227,8 @@ class Gateway:
     async def _follow_health(self, server: Server) -> None:
         while True:
             change = self.fleet.change
-            pairs = bool(offered_codecs(self.fleet.snapshot()))
-            await server.set_serving(pairs and not self._generation.draining)
-            if pairs:
+            can_serve = bool(offered_codecs(self.fleet.snapshot(), self._config.local_prefill))
+            await server.set_serving(can_serve and not self._generation.draining)
+            if can_serve:
                 self.ready.set()
             await change.wait()

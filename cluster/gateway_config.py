@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .jobs.settings import JobsSettings
 
 LocalPrefill = Literal["never", "when_cheaper", "always"]
+Policy = Literal["cost", "round-robin", "least-requests", "least-queued-tokens", "prefix-affinity"]
 
 
 class GatewayConfig(BaseModel):
@@ -14,6 +15,7 @@ class GatewayConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    policy: Policy = "cost"  # how workers are chosen (docs/routing.md)
     local_prefill: LocalPrefill = "when_cheaper"  # whether decode workers may compute prompts themselves
     replays: int = Field(
         default=16, ge=0

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from ..proto.errors import IsthmusError, status_of
 from ..proto.generation_pb2 import GenerateRequest
 from ..proto.serving import TraceContext
+from .board import Board
 from .dispatch import Dispatcher, PassOn, TimeLeft
 from .gateway_config import GatewayConfig
 from .request import Admitted, admit
-from .router import Snapshot, offered_codecs
+from .router import offered_codecs
 from .served import ServedModel
 from .session import Session, new_session
 from .watch import Fleet
@@ -32,12 +33,13 @@ class Generator:
     def __init__(self, model: ServedModel, fleet: Fleet, config: GatewayConfig) -> None:
         self._model = model
         self._fleet = fleet
+        self._config = config
         self._dispatcher = Dispatcher(fleet, model.fingerprint, config)
 
     async def admit(self, request: GenerateRequest) -> Admitted:
         """Checks and completes a request; raises what is wrong with it, Unavailable where nothing can serve it."""
-        snapshot = await self._workers()
-        return await admit(request, self._model, snapshot, self._fleet.default_codec())
+        board = await self._workers()
+        return await admit(request, self._model, board, self._fleet.default_codec(), self._config.local_prefill)
 
     async def run(
         self,
@@ -73,11 +75,11 @@ class Generator:
             _log_end(session, status)
         return session
 
-    async def _workers(self) -> Snapshot:
+    async def _workers(self) -> Board:
         """The workers now, or within GRACE_S where none are connected."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GRACE_S):
-                while not offered_codecs(self._fleet.snapshot()):
+                while not offered_codecs(self._fleet.snapshot(), self._config.local_prefill):
                     await self._fleet.change.wait()
         return self._fleet.snapshot()
 

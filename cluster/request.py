@@ -10,7 +10,9 @@ from ..proto.common_pb2 import PRIORITY_STANDARD, Priority
 from ..proto.errors import InvalidRequest, NotFound, Unavailable
 from ..proto.generation_pb2 import Chat, GenerateRequest, TokenIds
 from ..proto.sampling import Sampling
-from .router import Snapshot, offered_codecs, token_limit
+from .board import Board
+from .gateway_config import LocalPrefill
+from .router import offered_codecs, token_limit
 from .served import ServedModel
 
 MAX_REQUEST_ID = MAX_TENANT = 128
@@ -50,7 +52,13 @@ async def examine(request: GenerateRequest, model: ServedModel) -> Examined:
     return Examined(prompt_token_ids=tokens, sampling=_fit(sampling, len(tokens), model.context_length, everything))
 
 
-async def admit(request: GenerateRequest, model: ServedModel, snapshot: Snapshot, default_codec: str) -> Admitted:
+async def admit(
+    request: GenerateRequest,
+    model: ServedModel,
+    board: Board,
+    default_codec: str,
+    local_prefill: LocalPrefill = "never",
+) -> Admitted:
     """Checks and completes a request; the tokenizer runs in a thread.
 
     InvalidRequest, NotFound or Unavailable (no workers) with what was wrong and what is allowed.
@@ -61,14 +69,15 @@ async def admit(request: GenerateRequest, model: ServedModel, snapshot: Snapshot
     sampling = _sampling(request, model)
     known = set(codec_names())
     if request.codec and request.codec not in known:
-        raise NotFound(f"no codec {request.codec!r}; allowed: {', '.join(offered_codecs(snapshot) or sorted(known))}")
+        allowed = ", ".join(offered_codecs(board, local_prefill) or sorted(known))
+        raise NotFound(f"no codec {request.codec!r}; allowed: {allowed}")
     tokens = await _tokenize(request, model)
-    codec = _codec(request.codec or default_codec, snapshot)
+    codec = _codec(request.codec or default_codec, offered_codecs(board, local_prefill))
     return Admitted(
         request_id=request_id,
         call_id=f"{request_id}.{secrets.token_hex(4)}",
         prompt_token_ids=tokens,
-        sampling=_fit(sampling, len(tokens), model.context_length, token_limit(snapshot, codec)),
+        sampling=_fit(sampling, len(tokens), model.context_length, token_limit(board, codec, local_prefill)),
         codec=codec,
         priority=_priority(request.priority),
         tenant=tenant,
@@ -97,8 +106,7 @@ def _sampling(request: GenerateRequest, model: ServedModel) -> Sampling:
     return sampling
 
 
-def _codec(name: str, snapshot: Snapshot) -> str:
-    offered = offered_codecs(snapshot)
+def _codec(name: str, offered: Sequence[str]) -> str:
     if not offered:
         raise Unavailable("no pair of prefill and decode workers is ready")
     if name not in offered:

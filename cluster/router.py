@@ -1,144 +1,254 @@
-"""Where a request runs: a pure function of a snapshot. No I/O, no clock, no gRPC.
+"""Where a request runs: a pure function of the board. No I/O, no clock, no gRPC.
 
-The decode worker is the one that can hold the request with the least damage: enough pages now, the fewest
-tokens waiting for admission, the lowest occupancy afterwards. Prefill workers are ordered by the prompt
-tokens ahead. Equal loads are told apart by the prompt's beginning, so that requests that begin alike meet in
-one worker's cache (rendezvous hashing: Thaler and Ravishankar, "Using name-based mappings to increase hit
-rates", 1998).
+The policy `cost` prices every worker in milliseconds (`costs.py`) and takes the cheapest; the others are there to
+compare it with. Costs that are nearly equal count as equal, and equals are told apart by the prompt's beginning:
+requests that begin alike meet in one worker's cache, and several gateways that see the same old reports do not all
+choose the same worker.
 """
 
-import hashlib
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..proto.errors import InvalidRequest, Unavailable
+from .board import NOBODY, Board, Floats, Limit, Offer, Term
+from .costs import (
+    ITL_WEIGHT,
+    LOCAL_MARGIN,
+    Demand,
+    Weights,
+    always_hidden,
+    cached_tokens,
+    compute_weights,
+    damage_weights,
+    exposed_ms,
+    queue_weights,
+    saved_ms,
+    step_weights,
+    ties,
+    wait_ms,
+)
+from .gateway_config import LocalPrefill, Policy
+from .policies import SIMPLE
+
+CANDIDATES = 8  # prefill workers that a decode worker is told of
+NEAR_MS, NEAR = 1.0, 0.05  # costs that differ by less than this, and by this share of the least, are equal
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerLoad:
-    """One worker that takes work: its last report and what was placed on it since."""
-
-    address: str
-    codecs: Mapping[str, str]  # name -> parameter hash
-    page_tokens: int
-    pages_total: int
-    pages_free: int  # free or only cached: can be taken at once
-    queued_tokens: int = 0  # prefill: prompt tokens not yet computed; decode: not yet admitted
-    requests: int = 0  # waiting and running
-
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens of the largest request that fits when nothing else runs."""
-        return self.pages_total * self.page_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """All workers that take work, at one moment."""
-
-    prefill: tuple[WorkerLoad, ...] = ()
-    decode: tuple[WorkerLoad, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demand:
-    """What the router knows of a request."""
-
-    prompt_tokens: int
-    max_tokens: int
-    codec: str
-    affinity: bytes = b""  # equal for prompts that begin alike
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """One decode worker, and prefill workers in the order to try them."""
+    """One decode worker, and prefill workers in the order to try them; with none it computes the prompt itself."""
 
     decode: str
     prefill: tuple[str, ...]
     page_tokens: int
     codec_hash: str
+    ttft_ms: float = 0.0  # expected
+    prefill_ms: float = 0.0  # of that, on the first prefill worker
+    cached_tokens: float = 0.0  # believed to be cached on the first prefill worker
+    held_tokens: float = 0.0  # and on the decode worker
 
 
-def may_pair(codec: str, prefill: WorkerLoad, decode: WorkerLoad) -> bool:
-    """Whether KV may flow between the two in `codec`: the same parameters and the same pages."""
-    ours = prefill.codecs.get(codec)
-    return ours is not None and ours == decode.codecs.get(codec) and prefill.page_tokens == decode.page_tokens
+class Allowed(NamedTuple):
+    """Which workers may take a request: infinity where one may not, None where all may."""
+
+    kinds: Offer
+    decode: Floats | None
+    prefill: Floats | None
 
 
-def offered_codecs(snapshot: Snapshot) -> tuple[str, ...]:
-    """The codecs that at least one pair of workers shares, sorted."""
-    names = {name for worker in snapshot.decode for name in worker.codecs}
-    return tuple(sorted(name for name in names if any(_pairs(snapshot, name))))
+def offered_codecs(board: Board, local_prefill: LocalPrefill = "never") -> tuple[str, ...]:
+    """The codecs that some decode worker can serve: with a prefill worker of its kind, or on its own; sorted."""
+    return tuple(name for name in board.codecs if token_limit(board, name, local_prefill)[0])
 
 
-def token_limit(snapshot: Snapshot, codec: str | None = None) -> tuple[int, int]:
-    """The longest prompt, and prompt and output together, that some pair can hold; (0, 0) with no pair.
+def token_limit(board: Board, codec: str | None = None, local_prefill: LocalPrefill = "never") -> Limit:
+    """The longest prompt, and prompt and output together, that can be served; (0, 0) where nothing can.
 
     Over all codecs where `codec` is None.
     """
-    names = (codec,) if codec is not None else offered_codecs(snapshot)
-    prompt, total = 0, 0
-    for name in names:
-        for prefill, decode in _pairs(snapshot, name):
-            prompt = max(prompt, min(prefill.capacity_tokens, decode.capacity_tokens - 1))
-            total = max(total, decode.capacity_tokens)
-    return prompt, total
+    if codec is not None:
+        offer = board.offer(codec)
+        return offer.paired if local_prefill == "never" else offer.alone
+    limits = [token_limit(board, name, local_prefill) for name in board.codecs]
+    return max((prompt for prompt, _ in limits), default=0), max((total for _, total in limits), default=0)
 
 
-def route(demand: Demand, snapshot: Snapshot, *, avoid: Iterable[str] = ()) -> Placement:
+def route(
+    demand: Demand,
+    board: Board,
+    *,
+    avoid: Iterable[str] = (),
+    policy: Policy = "cost",
+    local_prefill: LocalPrefill = "never",
+) -> Placement:
     """Places a request, not on the decode workers in `avoid`.
 
-    Unavailable where no pair of workers is there, InvalidRequest where none could ever hold the request.
+    Unavailable where nothing that could serve it is there, InvalidRequest where nothing could ever hold it.
     """
-    pairs = list(_pairs(snapshot, demand.codec))
-    if not pairs:
-        raise Unavailable(f"no prefill and decode worker that share codec {demand.codec} are ready")
-    need = demand.prompt_tokens + demand.max_tokens
-    fitting = [
-        (prefill, decode)
-        for prefill, decode in pairs
-        if demand.prompt_tokens <= prefill.capacity_tokens and need <= decode.capacity_tokens
-    ]
-    if not fitting:
-        prompt, total = token_limit(snapshot, demand.codec)
-        raise InvalidRequest(
-            f"prompt of {demand.prompt_tokens} and output of {demand.max_tokens} tokens; "
-            f"allowed: at most {prompt} and together {total}"
-        )
-    avoided = set(avoid)
-    decodes = {decode.address: decode for _, decode in fitting if decode.address not in avoided}
-    if not decodes:
+    allowed = allowed_workers(demand, board, avoid=avoid, local_prefill=local_prefill)
+    if policy != "cost":
+        return _simple(demand, board, allowed, policy, local_prefill)
+    compute = compute_weights(demand)
+    cached, held = cached_tokens(board.prefill, demand), cached_tokens(board.decode, demand)
+    remote = _sum(queue_weights(demand), compute) @ board.prefill.terms
+    if cached is not None:
+        remote -= saved_ms(board.prefill, demand, cached)
+    if allowed.prefill is not None:
+        remote += allowed.prefill
+    own = np.dot(step_weights(demand, board.output_tokens), board.decode.terms)
+    wait = wait_ms(board, demand)
+    if wait is not None:
+        own += wait
+    if allowed.decode is not None:
+        own += allowed.decode
+    alone = _alone(demand, board, compute, held) if local_prefill != "never" else None
+    best = int(remote.argmin()) if len(remote) and local_prefill != "always" else -1
+    total = own
+    if best >= 0 and remote[best] < NOBODY:
+        hidden_ms = remote[best]
+        sent = 0.0
+        if not always_hidden(demand, board, hidden_ms):
+            sent = exposed_ms(demand, board, 0.0 if held is None else held, board.decode.link, hidden_ms)
+        total = own + (remote[best] + sent if alone is None else np.minimum(remote[best] + sent, alone))
+    elif alone is not None:
+        total = own + alone
+    chosen = _least(total, board.decode.seeds, demand.affinity)
+    return _Choice(demand, board, allowed, chosen, cached, held).placement(
+        remote if best >= 0 else None,
+        wait_ms=0.0 if wait is None else float(wait[chosen]),
+        alone_ms=np.inf if alone is None else float(alone[chosen]),
+    )
+
+
+def allowed_workers(
+    demand: Demand, board: Board, *, avoid: Iterable[str] = (), local_prefill: LocalPrefill = "never"
+) -> Allowed:
+    """Who may take the request; raises what `route` raises."""
+    kinds = board.offer(demand.codec)
+    avoided = [board.decode.row[address] for address in avoid if address in board.decode.row]
+    if demand.tokens <= kinds.fits and not avoided and (local_prefill != "never" or len(board.prefill)):
+        return Allowed(kinds, None, None)
+    may_prefill = (kinds.prefill >= 0) & (board.prefill.capacity >= demand.prompt_tokens)
+    may_decode = (kinds.decode >= 0) & (board.decode.capacity >= demand.tokens)
+    if local_prefill == "never":
+        may_decode &= np.isin(kinds.decode, kinds.prefill[may_prefill])
+    if not may_decode.any():
+        raise _refusal(demand, board, local_prefill)
+    may_decode[avoided] = False
+    if not may_decode.any():
         raise Unavailable("every decode worker that could hold the request failed")
-    chosen = min(decodes.values(), key=lambda worker: _decode_cost(demand, worker))
-    partners = [prefill for prefill, decode in fitting if decode.address == chosen.address]
-    partners.sort(key=lambda worker: (worker.queued_tokens, worker.requests, _tie(demand, worker)))
-    return Placement(
-        decode=chosen.address,
-        prefill=tuple(worker.address for worker in partners),
-        page_tokens=chosen.page_tokens,
-        codec_hash=chosen.codecs[demand.codec],
+    return Allowed(kinds, np.where(may_decode, 0.0, np.inf), np.where(may_prefill, 0.0, np.inf))
+
+
+def _refusal(demand: Demand, board: Board, local_prefill: LocalPrefill) -> Exception:
+    prompt, total = token_limit(board, demand.codec, local_prefill)
+    if not total:
+        return Unavailable(f"no prefill and decode worker that share codec {demand.codec} are ready")
+    return InvalidRequest(
+        f"prompt of {demand.prompt_tokens} and output of {demand.max_tokens} tokens; "
+        f"allowed: at most {prompt} and together {total}"
     )
 
 
-def _pairs(snapshot: Snapshot, codec: str) -> Iterable[tuple[WorkerLoad, WorkerLoad]]:
-    return (
-        (prefill, decode)
-        for decode in snapshot.decode
-        for prefill in snapshot.prefill
-        if may_pair(codec, prefill, decode)
+def _alone(demand: Demand, board: Board, compute: Weights, held: Floats | None) -> Floats:
+    """What it costs that a decode worker computes the prompt itself."""
+    pool = board.decode
+    weights = [LOCAL_MARGIN * own + others for own, others in zip(compute, damage_weights(demand), strict=True)]
+    alone = np.dot(weights, pool.terms)
+    if held is not None:
+        alone -= (LOCAL_MARGIN + ITL_WEIGHT * demand.damage * pool.requests) * saved_ms(pool, demand, held)
+    return alone
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A decode worker is chosen; its partners are not yet."""
+
+    demand: Demand
+    board: Board
+    allowed: Allowed
+    row: int
+    cached: Floats | None
+    held: Floats | None
+
+    def placement(self, remote: Floats | None, *, wait_ms: float, alone_ms: float) -> Placement:
+        """With the prefill candidates, the cheapest first, or alone; `remote` is what each prefill worker costs."""
+        demand, board = self.demand, self.board
+        if remote is not None:
+            held = 0.0 if self.held is None else float(self.held[self.row])
+            if not always_hidden(demand, board, float(remote.min())):
+                remote = remote + exposed_ms(demand, board, held, board.links(self.row), remote)
+            order = self.partners(remote)
+            if order and (remote[order[0]] <= alone_ms):
+                return self.made(order, wait_ms, float(remote[order[0]]))
+        return self.made([], wait_ms, alone_ms / LOCAL_MARGIN)
+
+    def partners(self, costs: Floats, *, near: float = 1.0) -> list[int]:
+        """Rows of the prefill workers that may serve the chosen decode worker, the cheapest first."""
+        kinds = self.allowed.kinds
+        if not kinds.fits:
+            costs = np.where(kinds.prefill == kinds.decode[self.row], costs, np.inf)
+        return _order(costs, self.board.prefill.seeds, self.demand.affinity, near=near)
+
+    def made(self, order: list[int], wait_ms: float, prompt_ms: float) -> Placement:
+        """The placement with prefill candidates in this order."""
+        kinds, addresses = self.allowed.kinds, self.board.prefill.addresses
+        page_tokens, codec_hash = kinds.kinds[kinds.decode[self.row]]
+        return Placement(
+            decode=self.board.decode.addresses[self.row],
+            prefill=tuple([addresses[row] for row in order]),
+            page_tokens=page_tokens,
+            codec_hash=codec_hash,
+            ttft_ms=wait_ms + prompt_ms,
+            prefill_ms=prompt_ms if order else 0.0,
+            cached_tokens=float(self.cached[order[0]]) if order and self.cached is not None else 0.0,
+            held_tokens=float(self.held[self.row]) if self.held is not None else 0.0,
+        )
+
+
+def _simple(demand: Demand, board: Board, allowed: Allowed, policy: Policy, local_prefill: LocalPrefill) -> Placement:
+    """A placement by scores that know nothing of time."""
+    scores = SIMPLE[policy]
+    cached, held = cached_tokens(board.prefill, demand), cached_tokens(board.decode, demand)
+    on_decode = scores(demand, board.decode, held) + board.decode.terms[Term.PENALTY]
+    if allowed.decode is not None:
+        on_decode = on_decode + allowed.decode
+    choice = _Choice(
+        demand, board, allowed, _least(on_decode, board.decode.seeds, demand.affinity, near=0.0), cached, held
     )
+    order: list[int] = []
+    if local_prefill != "always":
+        on_prefill = scores(demand, board.prefill, cached) + board.prefill.terms[Term.PENALTY]
+        if allowed.prefill is not None:
+            on_prefill = on_prefill + allowed.prefill
+        order = choice.partners(on_prefill, near=0.0)
+    return choice.made(order, 0.0, 0.0)
 
 
-def _decode_cost(demand: Demand, worker: WorkerLoad) -> tuple[int, int, float, int]:
-    """Pages that are missing, tokens ahead, occupancy with this request, tie: the smaller the better."""
-    pages = math.ceil((demand.prompt_tokens + demand.max_tokens) / worker.page_tokens)
-    in_use = worker.pages_total - worker.pages_free
-    missing = max(0, pages - worker.pages_free)
-    return missing, worker.queued_tokens, (in_use + pages) / worker.pages_total, _tie(demand, worker)
+def _least(costs: Floats, seeds: NDArray[np.uint64], affinity: int, *, near: float = 1.0) -> int:
+    """The row of the least cost; of nearly equal ones the one that the affinity prefers."""
+    least = costs.min()
+    equal = (costs <= least + near * max(NEAR_MS, NEAR * least)).nonzero()[0]
+    return int(equal[0] if len(equal) == 1 else equal[ties(seeds[equal], affinity).argmin()])
 
 
-def _tie(demand: Demand, worker: WorkerLoad) -> int:
-    digest = hashlib.blake2b(demand.affinity + worker.address.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+def _order(costs: Floats, seeds: NDArray[np.uint64], affinity: int, *, near: float = 1.0) -> list[int]:
+    """Rows of finite cost, the cheapest first; the first of nearly equal ones is the one that the affinity prefers."""
+    if not len(costs):
+        return []
+    first = _least(costs, seeds, affinity, near=near)
+    if len(costs) > CANDIDATES:
+        rest = np.argpartition(costs, CANDIDATES)[: CANDIDATES + 1]
+        rest = rest[costs[rest].argsort(kind="stable")]
+    else:
+        rest = costs.argsort(kind="stable")
+    finite = costs < NOBODY
+    return [row for row in (first, *(row for row in rest.tolist() if row != first)) if finite[row]][:CANDIDATES]
+
+
+def _sum(one: Weights, other: Weights) -> Floats:
+    return np.array([a + b for a, b in zip(one, other, strict=True)])

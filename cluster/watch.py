@@ -4,9 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import grpc.aio
 
@@ -15,7 +13,6 @@ from ..proto.serving import open_channel
 from ..proto.worker_pb2 import (
     WORKER_HEALTH_CHECKING,
     WORKER_HEALTH_INCOMPATIBLE,
-    WORKER_HEALTH_READY,
     WORKER_HEALTH_UNFIT,
     WORKER_HEALTH_UNREACHABLE,
     WORKER_ROLE_DECODE,
@@ -24,44 +21,21 @@ from ..proto.worker_pb2 import (
     WorkerReport,
 )
 from ..proto.worker_pb2_grpc import WorkerStub
+from .board import Board, Pool
 from .compat import Expected, incompatible
-from .router import Demand, Placement, Snapshot, WorkerLoad
+from .costs import Demand
+from .outliers import Outliers
+from .router import Placement
+from .watched import OUT_S, SUSPECT_S, Watched
 
 log = logging.getLogger(__name__)
 
-SILENCE_S = 5.0  # a worker reports at least every 100 ms; after this long it is taken for dead
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 1.0
-REPORT_LAG_S = 0.2  # a report may be older than what was placed this long before it came
-
-
-@dataclass
-class _Watched:
-    """One worker's address, connection and last report."""
-
-    address: str
-    channel: grpc.aio.Channel
-    report: WorkerReport | None = None
-    problem: str = "not reached yet"  # empty while reports come
-    placed: deque[tuple[float, int]] = field(default_factory=deque)  # when, tokens: not in a report yet
-    incarnation: int = 0  # times that it was reached
-    calls: set[Callable[[], None]] = field(default_factory=set)  # that give up what runs there
-    task: asyncio.Task[None] | None = None
-    verified: str | None = None  # the instance that has passed its preflight
-    unfit: tuple[str, str] | None = None  # an instance that has failed it, and why
-
-    def take(self, report: WorkerReport, now: float) -> None:
-        self.incarnation += bool(self.problem)
-        self.report, self.problem = report, ""
-        while self.placed and self.placed[0][0] < now - REPORT_LAG_S:
-            self.placed.popleft()
-
-    @property
-    def placed_tokens(self) -> int:
-        return sum(tokens for _, tokens in self.placed)
+LOOK_S = 0.25  # between two looks for workers that are silent
 
 
 class Fleet:
-    """All workers by address: adds, removes, watches them and tells what may be used.
+    """All workers by address: adds, removes, watches them and keeps the board that the router reads.
 
     Belongs to one event loop. `close` ends the streams and closes the channels, which it owns.
     """
@@ -70,36 +44,46 @@ class Fleet:
         """With `verify` no worker is used before `judge` has found it fit."""
         self._expected = expected
         self._verify = verify
-        self._workers: dict[str, _Watched] = {}
+        self._workers: dict[str, Watched] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._streams: dict[str, asyncio.Task[None]] = {}
+        self._reasons: dict[str, str] = {}  # why workers may not be used, by address
+        self._board = Board()
+        self._outliers = {WORKER_ROLE_PREFILL: Outliers(), WORKER_ROLE_DECODE: Outliers()}
         self._changed = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
+        self.served_s: float | None = None  # when the board had workers of both roles, or never
 
     def add(self, address: str) -> None:
         """Starts to watch a worker; nothing happens where it is watched already."""
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look(), name="watch for silence")
         if address not in self._workers:
-            worker = _Watched(address=address, channel=open_channel(address))
-            self._workers[address] = worker
-            worker.task = asyncio.create_task(self._watch(worker), name=f"watch {address}")
+            self._workers[address] = Watched(address, time.monotonic())
+            self._channels[address] = open_channel(address)
+            self._streams[address] = asyncio.create_task(self._watch(address), name=f"watch {address}")
 
     async def remove(self, address: str) -> None:
         """Forgets a worker."""
-        worker = self._workers.pop(address, None)
-        if worker is None:
+        if self._workers.pop(address, None) is None:
             return
-        if worker.task is not None:
-            worker.task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await worker.task
-        await worker.channel.close()
-        self._notify()
+        stream = self._streams.pop(address)
+        stream.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await stream
+        await self._channels.pop(address).close()
+        self._refresh()
 
     async def close(self) -> None:
         """Forgets all workers."""
+        if self._looking is not None:
+            self._looking.cancel()
         for address in list(self._workers):
             await self.remove(address)
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """The open channel to a worker; KeyError where it is gone."""
-        return self._workers[address].channel
+        return self._channels[address]
 
     def incarnation(self, address: str) -> int:
         """A number that changes when a worker was away and is back; 0 where it is gone or was never reached."""
@@ -108,7 +92,7 @@ class Fleet:
 
     @contextlib.contextmanager
     def calling(self, address: str, give_up: Callable[[], None]) -> Iterator[None]:
-        """Around a call of a worker: `give_up` is called when the worker gives no sign of life for SILENCE_S."""
+        """Around a call of a worker: `give_up` is called when the worker is out (no sign of life for OUT_S)."""
         worker = self._workers.get(address)
         if worker is None:
             raise Unavailable(f"worker {address} left")
@@ -120,7 +104,6 @@ class Fleet:
 
     def statuses(self) -> list[WorkerReport]:
         """The last report of each worker, its health as the gateway sees it, sorted by role and id."""
-        reasons = self._incompatible()
         statuses = []
         for worker in self._workers.values():
             status = WorkerReport()
@@ -128,40 +111,30 @@ class Fleet:
             status.address = worker.address
             if worker.problem:
                 status.health, status.reason = WORKER_HEALTH_UNREACHABLE, worker.problem
-            elif worker.address in reasons:
-                status.health, status.reason = WORKER_HEALTH_INCOMPATIBLE, reasons[worker.address]
-            elif status.health == WORKER_HEALTH_READY and not self._is_verified(worker, status):
-                unfit = worker.unfit is not None and worker.unfit[0] == status.instance
+            elif worker.address in self._reasons:
+                status.health, status.reason = WORKER_HEALTH_INCOMPATIBLE, self._reasons[worker.address]
+            elif worker.ready and not self._is_fit(worker):
+                unfit = worker.unfit[1] if worker.unfit is not None and worker.unfit[0] == status.instance else ""
                 status.health = WORKER_HEALTH_UNFIT if unfit else WORKER_HEALTH_CHECKING
-                status.reason = worker.unfit[1] if unfit and worker.unfit else "its canary request is not done yet"
+                status.reason = unfit or "its canary request is not done yet"
+            elif worker.ready and self._is_suspect(worker, time.monotonic()):
+                status.reason = "gets no new work: it failed, lags behind or reports late"
             statuses.append(status)
         return sorted(statuses, key=lambda status: (status.role, status.worker_id))
 
-    def snapshot(self) -> Snapshot:
-        """The workers that take new work, with what was placed on them since their last report."""
-        reasons = self._incompatible()
-        loads: dict[int, list[WorkerLoad]] = {WORKER_ROLE_PREFILL: [], WORKER_ROLE_DECODE: []}
-        for worker in self._workers.values():
-            report = worker.report
-            ready = report is not None and not worker.problem and report.health == WORKER_HEALTH_READY
-            if report is not None and ready and worker.address not in reasons and self._is_verified(worker, report):
-                loads[report.role].append(_load(worker, report))
-        return Snapshot(
-            prefill=tuple(loads[WORKER_ROLE_PREFILL]),
-            decode=tuple(loads[WORKER_ROLE_DECODE]),
-        )
+    def snapshot(self) -> Board:
+        """The workers that take new work, as they are known now; the same board at every call."""
+        return self._board
 
     def to_verify(self) -> tuple[list[WorkerReport], list[WorkerReport]]:
         """Ready workers that could be paired: those not verified yet, and those that are. Addresses are as watched."""
-        reasons, fresh, verified = self._incompatible(), list[WorkerReport](), list[WorkerReport]()
+        fresh, verified = list[WorkerReport](), list[WorkerReport]()
         for worker in self._workers.values():
-            if worker.report is None or worker.problem or worker.address in reasons:
-                continue
-            if worker.report.health == WORKER_HEALTH_READY:
+            if worker.ready and worker.report is not None and worker.address not in self._reasons:
                 report = WorkerReport()
                 report.CopyFrom(worker.report)
                 report.address = worker.address
-                (verified if self._is_verified(worker, report) else fresh).append(report)
+                (verified if self._is_fit(worker) else fresh).append(report)
         return fresh, verified
 
     def judge(self, report: WorkerReport, unfit: str | None) -> None:
@@ -176,20 +149,39 @@ class Fleet:
             worker.verified, worker.unfit = report.instance, None
         else:
             worker.unfit = (report.instance, unfit)
-        self._notify()
+        self._refresh()
 
-    def _is_verified(self, worker: _Watched, report: WorkerReport) -> bool:
-        return not self._verify or worker.verified == report.instance
+    def _is_fit(self, worker: Watched) -> bool:
+        return not self._verify or worker.is_verified
 
     def placed(self, demand: Demand, placement: Placement) -> None:
         """Counts a placement until reports show it."""
-        now = time.monotonic()
-        for address, tokens in (
-            (placement.decode, demand.prompt_tokens + demand.max_tokens),
-            (placement.prefill[0], demand.prompt_tokens),
+        now, pages = time.monotonic(), -(-demand.tokens // placement.page_tokens)
+        missing = demand.prompt_tokens - round(placement.cached_tokens)
+        for pool, address, tokens, used in (
+            (self._board.decode, placement.decode, 0, pages),
+            *((self._board.prefill, first, missing, 0) for first in placement.prefill[:1]),
         ):
-            if address in self._workers:
-                self._workers[address].placed.append((now, tokens))
+            worker, row = self._workers.get(address), pool.row.get(address)
+            if worker is None or row is None:
+                continue
+            pool.count(row, tokens=tokens, pages=used, steps=demand.steps)
+            worker.placed(now, tokens, used)
+            outliers = self._outliers_of(worker)
+            if outliers is not None:
+                outliers.placed(address, now)
+                if outliers.ejected(address, now):
+                    self._show(worker)
+
+    def failed(self, address: str) -> None:
+        """A request failed on a worker, for a reason that may be the worker's."""
+        self._tell(address, lambda outliers, now: outliers.failed(address, now))
+
+    def served(self, address: str, *, took_ms: float = 0.0, expected_ms: float = 0.0) -> None:
+        """A worker did what it was asked to."""
+        self._tell(
+            address, lambda outliers, now: outliers.served(address, now, took_ms=took_ms, expected_ms=expected_ms)
+        )
 
     def default_codec(self) -> str:
         """The default of the decode workers (the same for all unless settings are mixed); "" with none."""
@@ -205,76 +197,127 @@ class Fleet:
         """Is set at the next change of a worker's health or of the set of workers; a new one replaces it."""
         return self._changed
 
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+    def _tell(self, address: str, tell: Callable[[Outliers, float], None]) -> None:
+        worker = self._workers.get(address)
+        outliers = self._outliers_of(worker) if worker is not None else None
+        if worker is None or outliers is None:
+            return
+        now = time.monotonic()
+        before = outliers.ejected(address, now)
+        tell(outliers, now)
+        if outliers.ejected(address, now) != before:
+            log.warning("a worker is %s", "taken back" if before else "ejected", extra={"fields": {"worker": address}})
+        self._show(worker)
 
-    def _incompatible(self) -> dict[str, str]:
+    def _outliers_of(self, worker: Watched) -> Outliers | None:
+        return self._outliers.get(worker.report.role) if worker.report is not None else None
+
+    def _pool_of(self, worker: Watched) -> Pool | None:
+        """Where a worker belongs on the board; None where it must not be used."""
+        if not worker.ready or worker.report is None or worker.address in self._reasons or not self._is_fit(worker):
+            return None
+        return self._board.prefill if worker.report.role == WORKER_ROLE_PREFILL else self._board.decode
+
+    def _is_suspect(self, worker: Watched, now: float) -> bool:
+        outliers = self._outliers_of(worker)
+        return now - worker.heard_s > SUSPECT_S or (outliers is not None and outliers.ejected(worker.address, now))
+
+    def _show(self, worker: Watched) -> None:
+        """Brings one worker's row up to date."""
+        pool = self._pool_of(worker)
+        if pool is not None:
+            pool.put(worker.load(suspect=self._is_suspect(worker, time.monotonic())))
+
+    def _refresh(self) -> None:
+        """The set of workers, or what one may be used for, has changed."""
         reachable = {
             worker.address: worker.report
             for worker in self._workers.values()
             if worker.report is not None and not worker.problem
         }
-        return incompatible(reachable, self._expected)
+        self._reasons = incompatible(reachable, self._expected)
+        for pool in (self._board.prefill, self._board.decode):
+            for address in list(pool.row):
+                worker = self._workers.get(address)
+                if worker is None or self._pool_of(worker) is not pool:
+                    pool.remove(address)
+        for worker in self._workers.values():
+            self._show(worker)
+        if self._board.prefill and self._board.decode:
+            self.served_s = time.monotonic()
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    async def _watch(self, worker: _Watched) -> None:
-        retry_s = FIRST_RETRY_S
+    async def _look(self) -> None:
+        """Finds workers that have fallen silent."""
+        last = time.monotonic()
         while True:
-            was_up = not worker.problem
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            stalled, last = now - last - LOOK_S, now
+            for worker in list(self._workers.values()):
+                if stalled > LOOK_S:
+                    worker.heard_s += stalled  # it was this process that did not listen
+                silent = now - worker.heard_s
+                pool = self._pool_of(worker)
+                if silent > OUT_S:
+                    self._give_up(worker)
+                elif pool is not None and pool.loads[worker.address].suspect != self._is_suspect(worker, now):
+                    self._show(worker)
+
+    def _give_up(self, worker: Watched) -> None:
+        """A worker is out: what runs there is placed anew, and its stream is opened anew."""
+        for give_up in tuple(worker.calls):
+            give_up()
+        if not worker.problem:
+            self._lost(worker, f"no report for {OUT_S:g} s")
+            self._streams[worker.address].cancel()
+            self._streams[worker.address] = asyncio.create_task(
+                self._watch(worker.address), name=f"watch {worker.address}"
+            )
+
+    def _lost(self, worker: Watched, problem: str) -> None:
+        was_up = not worker.problem
+        worker.problem = problem
+        if was_up:
+            log.warning("lost a worker", extra={"fields": {"worker": worker.address, "problem": problem}})
+            self._refresh()
+
+    async def _watch(self, address: str) -> None:
+        worker, retry_s = self._workers[address], FIRST_RETRY_S
+        while True:
+            reports = worker.incarnation
             try:
                 await self._follow(worker)
                 problem = "ended its report stream"
-            except TimeoutError:
-                problem = f"no report for {SILENCE_S:g} s"
-                for give_up in tuple(worker.calls):
-                    give_up()
             except grpc.aio.AioRpcError as error:
                 problem = _one_line(error)
-            if not worker.problem:  # it had reported
+            if worker.incarnation != reports:
                 retry_s = FIRST_RETRY_S
-            worker.problem = problem
-            if was_up:
-                log.warning("lost a worker", extra={"fields": {"worker": worker.address, "problem": problem}})
-            self._notify()
+            self._lost(worker, problem)
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)
 
-    async def _follow(self, worker: _Watched) -> None:
-        call = WorkerStub(worker.channel).Watch(WatchRequest())
+    async def _follow(self, worker: Watched) -> None:
+        call = WorkerStub(self._channels[worker.address]).Watch(WatchRequest())
         try:
-            while True:
-                async with asyncio.timeout(SILENCE_S):  # wait_for can swallow a cancellation
-                    report = await call.read()
-                if not isinstance(report, WorkerReport):
-                    return
-                before = None if worker.problem or worker.report is None else _identity(worker.report)
-                worker.take(report, time.monotonic())
-                if _identity(report) != before:
-                    self._notify()
+            while isinstance(report := await call.read(), WorkerReport):
+                incarnation = worker.incarnation
+                changed = worker.take(report, time.monotonic())
+                if worker.incarnation != incarnation:
+                    self._begin(worker)
+                if changed:
+                    self._refresh()
+                else:
+                    self._show(worker)
         finally:
             call.cancel()
 
-
-def _identity(report: WorkerReport) -> tuple[object, ...]:
-    return report.health, report.role, report.instance
-
-
-def _load(worker: _Watched, report: WorkerReport) -> WorkerLoad:
-    free = report.pages.free + report.pages.cached
-    queued = report.waiting_tokens
-    if report.role == WORKER_ROLE_DECODE:
-        free = max(0, free - worker.placed_tokens // max(1, report.page_tokens))
-    else:
-        queued += worker.placed_tokens
-    return WorkerLoad(
-        address=worker.address,
-        codecs=dict(report.codecs),
-        page_tokens=report.page_tokens,
-        pages_total=report.pages.total,
-        pages_free=free,
-        queued_tokens=queued,
-        requests=report.waiting_requests + report.running_requests,
-    )
+    def _begin(self, worker: Watched) -> None:
+        """A worker is new, or was started anew, or can be reached again."""
+        outliers = self._outliers_of(worker)
+        if outliers is not None:
+            outliers.add(worker.address)
 
 
 def _one_line(error: grpc.aio.AioRpcError) -> str:

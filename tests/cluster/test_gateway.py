@@ -164,7 +164,10 @@ async def test_status_and_models() -> None:
 
 
 async def test_health_follows_the_workers() -> None:
-    async with scripted_cluster(says("x")) as cluster, open_channel(cluster.gateway.address) as channel:
+    async with (
+        scripted_cluster(says("x"), local_prefill="never") as cluster,
+        open_channel(cluster.gateway.address) as channel,
+    ):
         stub: Any = health_pb2_grpc.HealthStub(channel)
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="isthmus.v1.Generation"))
         async with asyncio.timeout(10):

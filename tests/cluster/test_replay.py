@@ -87,7 +87,8 @@ async def test_the_same_worker_once_it_is_back() -> None:
 
 
 async def test_a_worker_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "SILENCE_S", 0.5)
+    monkeypatch.setattr(watch, "SUSPECT_S", 0.3)
+    monkeypatch.setattr(watch, "OUT_S", 0.6)
     async with (
         scripted_cluster(writes(TEXT, at_most=3), writes(TEXT, at_most=3)) as cluster,
         Client(cluster.gateway.address) as client,

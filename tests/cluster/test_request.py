@@ -5,22 +5,22 @@ from typing import Any
 import pytest
 from scripted import CODECS, ByteText, served
 
+from isthmus.cluster.board import Board, WorkerLoad, board_of
 from isthmus.cluster.client import build_request
 from isthmus.cluster.request import Admitted, admit
-from isthmus.cluster.router import Snapshot, WorkerLoad
 from isthmus.cluster.served import ServedModel
 from isthmus.kvtransfer.codec_names import codec_names
 from isthmus.proto.errors import InvalidRequest, IsthmusError, NotFound, Unavailable
 from isthmus.proto.generation_pb2 import GenerateRequest
 
 
-def snapshot(*, pages: int = 100, codecs: dict[str, str] = CODECS) -> Snapshot:
+def snapshot(*, pages: int = 100, codecs: dict[str, str] = CODECS) -> Board:
     worker = WorkerLoad(address="w", codecs=codecs, page_tokens=64, pages_total=pages, pages_free=pages)
-    return Snapshot(prefill=(worker,), decode=(worker,))
+    return board_of([worker], [worker])
 
 
 async def let_in(
-    request: GenerateRequest, *, model: ServedModel | None = None, workers: Snapshot | None = None
+    request: GenerateRequest, *, model: ServedModel | None = None, workers: Board | None = None
 ) -> Admitted:
     return await admit(request, model or served(), workers or snapshot(), "tq-k4v4")
 
@@ -134,5 +134,5 @@ async def test_output_is_cut_to_context_and_workers(pages: int, room: int) -> No
 
 
 async def test_no_workers() -> None:
-    message = await refusal(build_request(prompt="x"), Unavailable, workers=Snapshot())
+    message = await refusal(build_request(prompt="x"), Unavailable, workers=Board())
     assert message == "no pair of prefill and decode workers is ready"

@@ -1,0 +1,348 @@
+"""All workers that take work, as columns of numbers: what the router reads. Pure: no I/O, no clock.
+
+Whoever owns the board keeps it up to date with each report and each placement; a decision then costs a few vector
+operations, however many workers there are. A worker keeps its row as long as it is here.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .prefixes import Prefixes, Steps
+
+Floats = NDArray[np.float64]
+
+
+class PrefillTime(NamedTuple):
+    """Milliseconds of a chunk: ms + tokens * (ms_token + ms_ktoken * context / 1000)."""
+
+    ms: float
+    ms_token: float
+    ms_ktoken: float
+
+
+class StepTime(NamedTuple):
+    """Milliseconds of a decode step: ms + sequences * ms_sequence + pages in use * ms_page."""
+
+    ms: float
+    ms_sequence: float
+    ms_page: float
+
+
+# Of a worker that measured nothing yet, where no other did either: a small model on a few cores.
+PRIOR_PREFILL = PrefillTime(5.0, 0.5, 0.01)
+PRIOR_STEP = StepTime(5.0, 0.5, 0.01)
+PRIOR_LINK = 1e6  # bytes per ms
+PRIOR_OUTPUT = 128.0  # tokens of an answer
+PRIOR_BYTES = 10_000.0  # of KV on the wire, per token
+LEAST_TRUST = 0.05  # in what a worker was given before: it may begin to keep it
+RECENT = 0.05  # weight of the newest figure in an average
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerLoad:
+    """One worker that takes work: its last report and what was placed on it since."""
+
+    address: str
+    codecs: Mapping[str, str]  # name -> parameter hash
+    page_tokens: int
+    pages_total: int
+    pages_free: int  # free or only cached: can be taken at once
+    queued_tokens: int = 0  # prefill: prompt tokens not yet computed; decode: not yet admitted
+    requests: int = 0  # waiting and running
+    prefill: PrefillTime | None = None  # None: not measured
+    step: StepTime | None = None
+    links: Mapping[str, float] = field(default_factory=dict)  # decode: bytes per ms from prefill workers' addresses
+    suspect: bool = False  # takes work only where no other can
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens of the largest request that fits when nothing else runs."""
+        return self.pages_total * self.page_tokens
+
+
+class Term(IntEnum):
+    """What costs are linear in: rows of `Pool.terms`. A cost is a weighted sum of them, for all workers at once."""
+
+    PENALTY = 0  # 0, SUSPECT, or NOBODY for a row that is free
+    CHUNK = 1  # ms of a prefill chunk
+    TOKEN = 2  # ms of a token of it
+    KTOKEN = 3  # ms that 1,000 tokens of context add to a token
+    QUEUED_TOKEN = 4  # the same for all queued tokens
+    QUEUED_KTOKEN = 5
+    STEP = 6  # ms of a decode step now
+    SEQUENCE = 7  # ms that one more request adds to it
+    KV = 8  # ms that one more token of KV adds to it
+    ALL_CHUNK = 9  # CHUNK, TOKEN, ... times the requests that are there: what all of them lose by it
+    ALL_TOKEN = 10
+    ALL_KTOKEN = 11
+    ALL_SEQUENCE = 12
+    ALL_KV = 13
+
+
+SUSPECT, NOBODY = 1e9, 1e15  # penalties; finite, so that they may be weighted with zero
+
+
+class Pool:
+    """The workers of one role, in rows. A worker keeps its row as long as it is here."""
+
+    _COLUMNS = ("capacity", "page_tokens", "pages_total", "pages_free", "queued", "requests", "room", "link", "trust")
+    capacity: Floats  # tokens of the largest request
+    page_tokens: Floats
+    pages_total: Floats
+    pages_free: Floats
+    queued: Floats  # tokens
+    requests: Floats
+    room: Floats  # tokens that are free and that nobody waits for
+    link: Floats  # bytes per ms from a prefill worker, on average
+    trust: Floats  # share of the pages believed to be cached that were
+    terms: Floats  # [Term, rows]
+
+    def __init__(self, peers: "Pool | None" = None) -> None:
+        """Where nobody here has computed a prompt yet, `peers` tell how long that takes."""
+        self._peers = peers
+        self.addresses: list[str] = []  # by row; "" for nobody
+        self.loads: dict[str, WorkerLoad] = {}
+        self.row: dict[str, int] = {}
+        self.prefixes = Prefixes()
+        self.seeds = np.zeros(0, dtype=np.uint64)  # by row: what tells equals apart
+        self.members = 0  # changes with the set of workers, and with what they can be paired with
+        self.slowest_link = PRIOR_LINK
+        self._prefill: PrefillTime | None = None  # typical of those that did measure
+        self._step: StepTime | None = None
+        self._resize(0)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __iter__(self) -> Iterator[WorkerLoad]:
+        return iter(self.loads.values())
+
+    def put(self, load: WorkerLoad) -> None:
+        """Adds a worker or brings it up to date."""
+        before = self.loads.get(load.address)
+        if before is None:
+            self._add(load.address)
+        fixed = (load.codecs, load.page_tokens, load.pages_total)
+        if before is None or (before.codecs, before.page_tokens, before.pages_total) != fixed:
+            self.members += 1
+        self.loads[load.address] = load
+        row = self.row[load.address]
+        self._table[:6, row] = (
+            *(load.capacity_tokens, load.page_tokens, load.pages_total),
+            *(load.pages_free, load.queued_tokens, load.requests),
+        )
+        self.link[row] = _mean_link(load.links)
+        self.slowest_link = float(self.link.min())
+        prefill, step = self._rates(load)
+        self.terms[:4, row] = (SUSPECT if load.suspect else 0.0, *prefill)
+        self.terms[Term.SEQUENCE : Term.KV + 1, row] = (step.ms_sequence, step.ms_page / load.page_tokens)
+        self._base[row] = step.ms
+        self._derive(row)
+
+    def remove(self, address: str) -> None:
+        """Forgets a worker and what it was given."""
+        row = self.row.pop(address, None)
+        if row is not None:
+            del self.loads[address]
+            self.addresses[row] = ""
+            self.terms[Term.PENALTY, row], self.room[row] = NOBODY, np.inf
+            self.link[row] = PRIOR_LINK
+            self.prefixes.forget(row)
+            self.members += 1
+
+    def count(self, row: int, *, tokens: float, pages: float, steps: Steps) -> None:
+        """Work was placed on a worker that its report does not show yet."""
+        self.queued[row] += tokens
+        self.pages_free[row] = max(0.0, self.pages_free[row] - pages)
+        self.requests[row] += 1
+        self._derive(row)
+        self.prefixes.remember(row, steps)
+
+    def _derive(self, row: int) -> None:
+        """Brings up to date what follows from a row's load."""
+        terms, queued, requests = self.terms, self.queued[row], self.requests[row]
+        _, chunk, token, ktoken, _, _, _, sequence, kv = terms[:9, row].tolist()
+        page_tokens, free = self.page_tokens[row], self.pages_free[row]
+        used = (self.pages_total[row] - free) * page_tokens
+        step = self._base[row] + requests * sequence + used * kv
+        terms[Term.QUEUED_TOKEN : Term.STEP + 1, row] = (queued * token, queued * ktoken, step)
+        terms[Term.ALL_CHUNK :, row] = (
+            *(requests * chunk, requests * token, requests * ktoken),
+            *(requests * sequence, requests * kv),
+        )
+        self.room[row] = free * page_tokens - queued
+
+    def check_belief(self, address: str, believed: float, found: float) -> None:
+        """A worker was believed to have cached so many tokens of a prompt, at the trust of then, and had `found`."""
+        row = self.row.get(address)
+        if row is not None and believed > 0:
+            given = believed / self.trust[row]
+            self.trust[row] = max(LEAST_TRUST, self.trust[row] + 0.2 * (min(1.0, found / given) - self.trust[row]))
+
+    @property
+    def typical_prefill(self) -> PrefillTime:
+        """Of the workers that measured it, here or among the peers."""
+        return self._prefill or (self._peers.typical_prefill if self._peers else PRIOR_PREFILL)
+
+    def _rates(self, load: WorkerLoad) -> tuple[PrefillTime, StepTime]:
+        """What was measured, or what is typical of those that did measure."""
+        if load.prefill is not None:
+            self._prefill = PrefillTime(*_towards(self._prefill, load.prefill))
+        if load.step is not None:
+            self._step = StepTime(*_towards(self._step, load.step))
+        return load.prefill or self.typical_prefill, load.step or self._step or PRIOR_STEP
+
+    def _add(self, address: str) -> None:
+        if "" not in self.addresses:
+            self._resize(max(8, 2 * len(self.addresses)))
+        row = self.addresses.index("")
+        self.addresses[row], self.row[address] = address, row
+        self.seeds[row] = int.from_bytes(blake2b(address.encode(), digest_size=8).digest(), "big")
+        self.trust[row] = 1.0
+
+    def _resize(self, rows: int) -> None:
+        before = len(self.addresses)
+        table, terms, base = np.ones((len(self._COLUMNS), rows)), np.zeros((len(Term), rows)), np.zeros(rows)
+        table[self._COLUMNS.index("link")] = PRIOR_LINK
+        table[self._COLUMNS.index("room")] = np.inf
+        terms[Term.PENALTY] = NOBODY
+        if before:
+            table[:, :before], terms[:, :before], base[:before] = self._table, self.terms, self._base
+        self._table, self.terms, self._base = table, terms, base
+        for index, name in enumerate(self._COLUMNS):
+            setattr(self, name, table[index])
+        self.seeds = np.concatenate([self.seeds, np.zeros(rows - before, dtype=np.uint64)])
+        self.addresses += [""] * (rows - before)
+
+
+Limit = tuple[int, int]  # the longest prompt, and prompt and output together, in tokens; (0, 0): nothing
+
+
+class Offer(NamedTuple):
+    """What one codec means among the workers here: those of the same kind may be paired."""
+
+    kinds: tuple[tuple[int, str], ...]  # (page tokens, parameter hash)
+    prefill: NDArray[np.int64]  # kind of each row, -1 for none
+    decode: NDArray[np.int64]
+    fits: int  # a request of so many tokens fits on every worker, and all may be paired; 0 where not all may
+    paired: Limit  # where a prefill worker computes the prompt
+    alone: Limit  # where the decode worker does
+
+
+class Board:
+    """Both pools, and what the gateway learnt of requests on its own."""
+
+    def __init__(self) -> None:
+        self.prefill = Pool()
+        self.decode = Pool(self.prefill)
+        self.output_tokens = PRIOR_OUTPUT  # of an answer, on average
+        self._wire_bytes: dict[str, float] = {}  # by codec: KV on the wire for each token
+        self._offers: dict[str, Offer] = {}
+        self._codecs: tuple[str, ...] | None = None
+        self._members = (0, 0)
+        self._links: dict[tuple[str, int], tuple[Mapping[str, float], Floats]] = {}
+
+    def wire_bytes(self, codec: str) -> float:
+        """Bytes of KV on the wire for each token."""
+        return self._wire_bytes.get(codec, PRIOR_BYTES)
+
+    def saw_transfer(self, codec: str, tokens: int, wire_bytes: int) -> None:
+        """A prompt was moved."""
+        if tokens > 0:
+            before = self._wire_bytes.get(codec, wire_bytes / tokens)
+            self._wire_bytes[codec] = before + RECENT * (wire_bytes / tokens - before)
+
+    def saw_answer(self, tokens: int) -> None:
+        """An answer came to its end."""
+        self.output_tokens += RECENT * (tokens - self.output_tokens)
+
+    def offer(self, codec: str) -> Offer:
+        """The kinds of workers for one codec."""
+        self._refresh()
+        offer = self._offers.get(codec)
+        if offer is None:
+            kinds: dict[tuple[int, str], int] = {}
+            rows = [_kinds(pool, codec, kinds) for pool in (self.decode, self.prefill)]
+            fits = 0
+            if len(kinds) == 1 and all(
+                int((found >= 0).sum()) == len(pool)
+                for found, pool in zip(rows, (self.decode, self.prefill), strict=True)
+            ):
+                fits = min(load.capacity_tokens for pool in (self.decode, self.prefill) for load in pool.loads.values())
+            limits = self._limits(rows[1], rows[0])
+            offer = self._offers[codec] = Offer(tuple(kinds), rows[1], rows[0], fits, *limits)
+        return offer
+
+    def _limits(self, prefill: NDArray[np.int64], decode: NDArray[np.int64]) -> tuple[Limit, Limit]:
+        paired, alone = (0, 0), (0, 0)
+        for row in np.flatnonzero(decode >= 0):
+            held = int(self.decode.capacity[row])
+            partners = self.prefill.capacity[prefill == decode[row]]
+            longest = min(int(partners.max()), held - 1) if len(partners) else 0
+            alone = max(alone[0], held - 1), max(alone[1], held)
+            if longest > 0:
+                paired = max(paired[0], longest), max(paired[1], held)
+        return paired, alone
+
+    def links(self, decode: int) -> Floats:
+        """Bytes per ms from each prefill worker to the decode worker of a row, [prefill rows]."""
+        address, measured = self.decode.addresses[decode], self.decode.loads[self.decode.addresses[decode]].links
+        key = (address, self.prefill.members)
+        known = self._links.get(key)
+        if known is None or known[0] is not measured:
+            rates = np.full(len(self.prefill.addresses), self.decode.link[decode])
+            for peer, rate in measured.items():
+                if peer in self.prefill.row:
+                    rates[self.prefill.row[peer]] = rate
+            self._links[key] = known = (measured, rates)
+        return known[1]
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """All codecs of the decode workers, sorted."""
+        self._refresh()
+        if self._codecs is None:
+            self._codecs = tuple(sorted({name for load in self.decode.loads.values() for name in load.codecs}))
+        return self._codecs
+
+    def _refresh(self) -> None:
+        """Forgets what was made for another set of workers."""
+        members = (self.prefill.members, self.decode.members)
+        if self._members != members:
+            self._offers.clear()
+            self._links.clear()
+            self._codecs, self._members = None, members
+
+
+def _towards(average: tuple[float, ...] | None, newest: tuple[float, ...]) -> tuple[float, ...]:
+    if average is None:
+        return newest
+    return tuple(old + RECENT * (new - old) for old, new in zip(average, newest, strict=True))
+
+
+def _mean_link(links: Mapping[str, float]) -> float:
+    return len(links) / sum(1 / rate for rate in links.values()) if links else PRIOR_LINK
+
+
+def _kinds(pool: Pool, codec: str, kinds: dict[tuple[int, str], int]) -> NDArray[np.int64]:
+    rows = np.full(len(pool.addresses), -1)
+    for address, load in pool.loads.items():
+        params = load.codecs.get(codec)
+        if params is not None:
+            rows[pool.row[address]] = kinds.setdefault((load.page_tokens, params), len(kinds))
+    return rows
+
+
+def board_of(prefill: Iterable[WorkerLoad], decode: Iterable[WorkerLoad]) -> Board:
+    """A board of these workers."""
+    board = Board()
+    for pool, loads in ((board.prefill, prefill), (board.decode, decode)):
+        for load in loads:
+            pool.put(load)
+    return board

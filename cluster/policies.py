@@ -1,0 +1,40 @@
+"""Policies that know nothing of time: what else one may choose, and what the cost model is compared with."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from .board import NOBODY, Floats, Pool, Term
+from .costs import Demand
+
+Scores = Callable[[Demand, Pool, Floats | None], Floats]  # of one role's workers, with what they have cached
+
+
+def _round_robin(demand: Demand, pool: Pool, cached: Floats | None) -> Floats:
+    """Each worker in turn."""
+    rows = np.arange(len(pool.addresses))
+    there = pool.terms[Term.PENALTY] < NOBODY
+    return np.where(there, (np.cumsum(there) - 1 - demand.number) % max(1, len(pool)), rows).astype(float)
+
+
+def _least_requests(demand: Demand, pool: Pool, cached: Floats | None) -> Floats:
+    """The one with the fewest requests, waiting and running."""
+    return pool.requests
+
+
+def _least_queued_tokens(demand: Demand, pool: Pool, cached: Floats | None) -> Floats:
+    """The one with the fewest tokens ahead; of equals the one with more room."""
+    return pool.queued + (1 - pool.pages_free / np.maximum(pool.pages_total, 1.0))
+
+
+def _prefix_affinity(demand: Demand, pool: Pool, cached: Floats | None) -> Floats:
+    """The one with the longest prefix of the prompt; of equals the one with the fewest requests."""
+    return pool.requests / 1e6 - (0.0 if cached is None else cached)
+
+
+SIMPLE: Mapping[str, Scores] = {
+    "round-robin": _round_robin,
+    "least-requests": _least_requests,
+    "least-queued-tokens": _least_queued_tokens,
+    "prefix-affinity": _prefix_affinity,
+}
