@@ -270,9 +270,13 @@ class Board:
             kinds: dict[tuple[int, str], int] = {}
             rows = [_kinds(pool, codec, kinds) for pool in (self.decode, self.prefill)]
             fits = 0
-            if len(kinds) == 1 and all(
-                int((found >= 0).sum()) == len(pool)
-                for found, pool in zip(rows, (self.decode, self.prefill), strict=True)
+            if (
+                len(kinds) == 1
+                and len(self.decode)
+                and all(
+                    int((found >= 0).sum()) == len(pool)
+                    for found, pool in zip(rows, (self.decode, self.prefill), strict=True)
+                )
             ):
                 fits = min(load.capacity_tokens for pool in (self.decode, self.prefill) for load in pool.loads.values())
             limits = self._limits(rows[1], rows[0])

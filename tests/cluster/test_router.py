@@ -201,3 +201,12 @@ def test_nothing_there() -> None:
     for workers in (Board(), board(0, 1)):
         with pytest.raises(Unavailable, match="raw"):
             route(demand(), workers)
+
+
+def test_a_worker_that_left_is_not_chosen() -> None:
+    workers = board(1, 1)
+    workers.decode.remove("d0")
+    with pytest.raises(Unavailable, match="raw"):
+        route(demand(), workers, local_prefill="when_cheaper")
+    workers.decode.put(load("d1"))
+    assert route(demand(), workers).decode == "d1"
