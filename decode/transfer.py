@@ -1,10 +1,11 @@
 """Gets the KV of one prompt from a prefill worker: tries the candidates in order, refuses what does not match."""
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -34,6 +35,9 @@ _KNOWN = {
     grpc.StatusCode.FAILED_PRECONDITION: Incompatible,
     grpc.StatusCode.NOT_FOUND: NotFound,
 }
+
+
+SILENCE_S = 10.0  # of a prefill worker, which says each second that it goes on; a slow link may hold that back
 
 
 class PrefillPeers:
@@ -114,11 +118,12 @@ class Transfer:
         call = self.peers.stub(address).Prefill(self._request(attempt), timeout=timeout_s, metadata=self.trace or None)
         tail_s, tail_bytes = 0.0, 0  # since the first token: nothing but the link holds these frames back
         try:
-            async for event in call:
+            while isinstance(event := await _next_event(call, address), PrefillEvent):
                 if event.HasField("frame"):
                     await self.engine.deliver(self.sequence, receiver, receiver.accept(event.frame))
                     tail_bytes += len(event.frame.payload)
                 elif event.HasField("first_token"):
+                    receiver.check_first(event.first_token)
                     tail_s, tail_bytes = time.monotonic(), 0
                     if await self._take_first(event, first):
                         return None
@@ -186,6 +191,15 @@ def finish_local(stats: TransferStats, sequence: DecodeSequence) -> None:
         stats.queue_ms = (timing.began_s - sequence.arrived_s) * 1e3
         stats.prefill_ms = (timing.sampled_s - timing.began_s) * 1e3
         stats.first_token_unix_ns = timing.sampled_unix_ns
+
+
+async def _next_event(call: Any, address: str) -> object:
+    """What comes next, no PrefillEvent at the end; Unavailable where the other side shows no sign of life."""
+    try:
+        async with asyncio.timeout(SILENCE_S):
+            return await call.read()
+    except TimeoutError:
+        raise Unavailable(f"prefill worker {address} gives no sign of life for {SILENCE_S:g} s") from None
 
 
 def _as_ours(address: str, error: grpc.aio.AioRpcError) -> Exception:

@@ -18,7 +18,7 @@ import msgpack
 import xxhash
 
 from ..proto.errors import Corrupt
-from ..proto.prefill_pb2 import KvCommit, KvFrame
+from ..proto.prefill_pb2 import FirstToken, KvCommit, KvFrame
 
 PROTOCOL_VERSION = 1
 
@@ -118,6 +118,16 @@ def frame_checksum(header: bytes, payload: bytes) -> int:
     hasher = xxhash.xxh3_64(header)
     hasher.update(payload)
     return hasher.intdigest()
+
+
+def first_token_checksum(binding: Binding, first: FirstToken) -> int:
+    """xxh3-64 of what a transfer is for and of its first token, which is used before the commit covers anything."""
+    bare = FirstToken()
+    bare.CopyFrom(first)
+    bare.checksum = 0
+    packed = msgpack.packb(binding.fields())
+    assert packed is not None
+    return xxhash.xxh3_64_intdigest(packed + bare.SerializeToString(deterministic=True))
 
 
 class FrameWriter:

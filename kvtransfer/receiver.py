@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.shapes import LayerShape
 from ..proto.errors import Corrupt
-from ..proto.prefill_pb2 import KvCommit, KvFrame
+from ..proto.prefill_pb2 import FirstToken, KvCommit, KvFrame
 from .codecs import PageCodec
 from .encoded import decode_raw, raw_bytes
 from .frame import (
@@ -20,6 +20,7 @@ from .frame import (
     Digest,
     FrameHeader,
     SectionHeader,
+    first_token_checksum,
     frame_checksum,
 )
 from .page import packed_range
@@ -49,7 +50,7 @@ class KvReceiver:
         prompt_tokens: int,
         held_tokens: int,
     ) -> None:
-        self._binding, self._codec, self._layers = binding.fields(), codec, layers
+        self._asked, self._binding, self._codec, self._layers = binding, binding.fields(), codec, layers
         self._page_tokens, self._prompt_tokens = page_tokens, prompt_tokens
         self._packed = packed_range(prompt_tokens, page_tokens, codec.packs)
         self._have = [held_tokens] * len(layers)  # tokens from the start, per layer: sections come in order
@@ -80,6 +81,11 @@ class KvReceiver:
             at += section.nbytes
         self._digest.add(frame)
         return received
+
+    def check_first(self, first: FirstToken) -> None:
+        """Corrupt where a first token was damaged, or is of another transfer."""
+        if first_token_checksum(self._asked, first) != first.checksum:
+            raise Corrupt("the first token does not match its checksum")
 
     def finish(self, commit: KvCommit) -> None:
         """Corrupt where the commit does not match what came, or a token of any layer is missing."""

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from ..kvtransfer.encoded import EncodedSection
-from ..kvtransfer.frame import Binding, FrameWriter
+from ..kvtransfer.frame import Binding, FrameWriter, first_token_checksum
 from ..proto.common_pb2 import TransferStats
 from ..proto.errors import IsthmusError
 from ..proto.prefill_pb2 import FirstToken, KvFrame, PrefillEvent
@@ -20,6 +20,7 @@ class Outbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, binding: Binding) -> None:
         self._loop = loop
+        self._binding = binding
         self._writer = FrameWriter(binding)
         self._sections: deque[EncodedSection] = deque()
         self._frames: deque[KvFrame] = deque()  # made, not yet written
@@ -65,8 +66,9 @@ class Outbox:
         if self._error:
             raise self._error
         if self._first:
-            event, self._first = PrefillEvent(first_token=self._first), None
-            return event
+            first, self._first = self._first, None
+            first.checksum = first_token_checksum(self._binding, first)
+            return PrefillEvent(first_token=first)
         while self._sections and not self._frames:
             section = self._sections.popleft()
             self._frames.extend(self._writer.add(section.header, section.parts))

@@ -49,6 +49,8 @@ from .prefix import PrefixCache
 from .scheduler import JobId, PrefillScheduler
 
 GIB = 1 << 30
+SIGN_OF_LIFE_S = 1.0  # a transfer in which nothing else is sent for so long says that it goes on
+
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"]
 
 
@@ -126,7 +128,7 @@ class PrefillWorker(PrefillServicer):
                 await context.write(PrefillEvent(accepted=accepted))
                 await self._prefixes.fetch(job)
                 self._engine.submit(job)
-                await _send(job, context)
+                await _send(job, context, accepted)
             finally:
                 self._open.discard(job)
                 self._engine.drop(job)
@@ -219,11 +221,15 @@ class PrefillWorker(PrefillServicer):
             report.counters[name] = count
 
 
-async def _send(job: PrefillJob, context: grpc.aio.ServicerContext) -> None:
-    """Writes what the engine makes, until the commit."""
+async def _send(job: PrefillJob, context: grpc.aio.ServicerContext, accepted: PrefillAccepted) -> None:
+    """Writes what the engine makes, until the commit; while that is nothing, signs of life."""
     done = False
     while not done:
-        event = await job.outbox.get()
+        try:
+            async with asyncio.timeout(SIGN_OF_LIFE_S):
+                event = await job.outbox.get()
+        except TimeoutError:
+            event = PrefillEvent(accepted=accepted)
         await context.write(event)
         job.outbox.wrote(event)
         done = event.HasField("commit")

@@ -170,8 +170,11 @@ class FirstToken(_message.Message):
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     SAMPLED_UNIX_NS_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     sampled_unix_ns: _builtins.int
+    checksum: _builtins.int
+    """xxh3-64 of what the transfer is for and of the fields above"""
     @_builtins.property
     def logprobs(self) -> _common_pb2.TokenLogprobs: ...
     def __init__(
@@ -180,10 +183,11 @@ class FirstToken(_message.Message):
         token_id: _builtins.int = ...,
         logprobs: _common_pb2.TokenLogprobs | None = ...,
         sampled_unix_ns: _builtins.int = ...,
+        checksum: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "sampled_unix_ns", b"sampled_unix_ns", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "logprobs", b"logprobs", "sampled_unix_ns", b"sampled_unix_ns", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

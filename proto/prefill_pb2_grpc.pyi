@@ -34,7 +34,7 @@ class PrefillStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PrefillAsyncStub: ...
     Prefill: _grpc.UnaryStreamMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillEvent]
-    """accepted, then frames while the prompt is computed, first_token as soon as it is sampled (ahead of frames
+    """accepted (again each second in which nothing else is sent: a sign of life), then frames while the prompt is computed, first_token as soon as it is sampled (ahead of frames
     that still wait), the rest of the frames, and commit. Cancelling the call drops the work.
     """
 
@@ -44,7 +44,7 @@ class PrefillAsyncStub(PrefillStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prefill: _aio.UnaryStreamMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillEvent]  # type: ignore[assignment]
-    """accepted, then frames while the prompt is computed, first_token as soon as it is sampled (ahead of frames
+    """accepted (again each second in which nothing else is sent: a sign of life), then frames while the prompt is computed, first_token as soon as it is sampled (ahead of frames
     that still wait), the rest of the frames, and commit. Cancelling the call drops the work.
     """
 
@@ -57,7 +57,7 @@ class PrefillServicer(metaclass=_abc_1.ABCMeta):
         request: _prefill_pb2.PrefillRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_prefill_pb2.PrefillEvent], _abc.AsyncIterator[_prefill_pb2.PrefillEvent]]:
-        """accepted, then frames while the prompt is computed, first_token as soon as it is sampled (ahead of frames
+        """accepted (again each second in which nothing else is sent: a sign of life), then frames while the prompt is computed, first_token as soon as it is sampled (ahead of frames
         that still wait), the rest of the frames, and commit. Cancelling the call drops the work.
         """
 
