@@ -45,11 +45,11 @@ def isthmus(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def worker(role: str, model: str, dtype: str, threads: int) -> Iterator[str]:
+def worker(role: str, model: str, dtype: str, threads: int, *options: str) -> Iterator[str]:
     """One worker with no Ray; yields its address at once, `ready` waits for it."""
     address = f"127.0.0.1:{free_port()}"
     shared = ("--model", model, "--dtype", dtype, "--threads", str(threads))
-    with isthmus("worker", role, "--listen", address, *shared):
+    with isthmus("worker", role, "--listen", address, *shared, *options):
         yield address
 
 

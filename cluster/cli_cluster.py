@@ -30,6 +30,8 @@ def up(
     device: opt.Device = None,
     threads: opt.Threads = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a local Ray.")] = None,
+    store_dir: opt.StoreDir = None,
+    store_gib: opt.StoreGib = None,
     jobs_db: opt.JobsDb = None,
     config: opt.ConfigFile = None,
     log_level: opt.LogLevel = "warning",
@@ -61,6 +63,8 @@ def up(
         "device": device,
         "threads": threads,
         "address": address,
+        "store_dir": store_dir,
+        "store_gib": store_gib,
     }
     settings = load_config(config, flags).with_jobs(jobs_db)
     raise typer.Exit(_serve_cluster(settings, begun_s))
@@ -98,6 +102,8 @@ def worker_prefill(
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch; default: all cores.")] = None,
     name: opt.WorkerName = None,
     advertise: opt.Advertise = None,
+    store_dir: opt.StoreDir = None,
+    store_gib: opt.StoreGib = None,
     drain_s: opt.WorkerDrain = 30.0,
     config: opt.ConfigFile = None,
     log_level: opt.LogLevel = "warning",
@@ -109,8 +115,12 @@ def worker_prefill(
       isthmus worker prefill --listen 127.0.0.1:7001
 
       isthmus worker prefill --listen 0.0.0.0:7001 --advertise 10.0.0.7:7001 --model ./my-model
+
+      isthmus worker prefill --store-dir /var/lib/isthmus/pages --store-gib 50
     """
     flags = _worker_flags(listen, model, codec, dtype, device, threads, name, advertise)
+    store = {"store_dir": store_dir, "store_gib": store_gib}
+    flags |= {name: value for name, value in store.items() if value is not None}
     _run_worker("prefill", flags, config, drain_s, log_level)
 
 

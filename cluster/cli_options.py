@@ -78,6 +78,14 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or auto.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of torch in each worker; default: cores / workers.")]
 
 
+StoreDir = Annotated[
+    str | None,
+    typer.Option("--store-dir", help="Folder where prefill workers keep KV pages on disk.", show_default="none"),
+]
+StoreGib = Annotated[
+    float | None, typer.Option("--store-gib", min=0.001, help="Size of that folder, at most.", show_default="10")
+]
+
 JobsDb = Annotated[
     str | None,
     typer.Option(

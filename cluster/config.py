@@ -42,6 +42,8 @@ class ClusterConfig(BaseModel):
     threads: int | None = Field(None, ge=1)  # of torch in each worker; default: cores / workers
     address: str | None = None  # of a Ray cluster to join ("auto" finds one here); default: start a local one
     drain_s: float = Field(30.0, ge=0)  # how long running requests may take when the cluster stops
+    store_dir: str | None = None  # a folder where prefill workers keep KV pages on disk; default: none
+    store_gib: float = Field(10.0, gt=0)  # size of that folder, at most
     gateway: GatewayConfig = GatewayConfig()  # where requests run (cluster/gateway_config.py)
     prefill_worker: dict[str, Any] = {}  # further settings of prefill workers (prefill/config.py)
     decode_worker: dict[str, Any] = {}  # further settings of decode workers (decode/config.py)
@@ -77,6 +79,8 @@ class ClusterConfig(BaseModel):
             "listen": listen,
             "threads": threads,
         }
+        if role == "prefill":
+            shared |= {"store_dir": self.store_dir, "store_gib": self.store_gib}
         try:
             return CONFIG_OF[role](**{**shared, **own}).model_dump()
         except ValidationError as error:

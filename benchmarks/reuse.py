@@ -1,0 +1,175 @@
+"""What a shared prefix saves: `python benchmarks/reuse.py --json reuse.json`.
+
+Measures the time to the first token of prompts that begin with the same 2,000 tokens, whose KV is
+
+    recompute             nowhere yet: the prefill worker computes the whole prompt
+    decode_held           in the decode worker's pages: it computes the rest itself
+    prefill_held          in the prefill worker's caches: it computes the rest and sends all pages to a decode worker
+                          that has none of them
+    store_after_restart   in the page store only: both workers were restarted
+
+Starts the workers as processes of their own and speaks to the decode worker as the gateway does, so that the place is
+this benchmark's choice and not the router's. Each request has an ending of its own behind the prefix.
+"""
+
+import asyncio
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from processes import ready, worker
+from report import conditions, write_json
+from rich.console import Console
+from rich.progress import Progress
+
+from isthmus.kvtransfer.frame import PROTOCOL_VERSION
+from isthmus.proto.common_pb2 import TransferStats
+from isthmus.proto.decode_pb2 import DecodeRequest
+from isthmus.proto.decode_pb2_grpc import DecodeStub
+from isthmus.proto.sampling import Sampling
+from isthmus.proto.serving import open_channel
+
+PREFIX_TOKENS, ENDING_TOKENS = 2000, 24
+GOALS = {"decode_held": 20.0, "prefill_held": 15.0, "store_after_restart": 10.0}
+PLACES = ("recompute", *GOALS)
+STORE_S = 30.0  # for the store to write what the prefill worker has sent
+
+
+@dataclass
+class Pair:
+    """A prefill and a decode worker that run."""
+
+    prefill: str
+    stub: Any
+    fingerprint: str
+    vocab_size: int
+
+    async def first_token(self, prompt: Sequence[int], codec: str, *, local: bool) -> tuple[float, TransferStats]:
+        """Milliseconds to the first token of a prompt, and what its transfer says. `local`: with no prefill worker."""
+        request = DecodeRequest(
+            protocol_version=PROTOCOL_VERSION,
+            request_id=f"reuse-{time.monotonic_ns()}",
+            model_fingerprint=self.fingerprint,
+            codec=codec,
+            prompt_token_ids=prompt,
+            sampling=Sampling(temperature=0, max_tokens=2, ignore_eos=True).to_pb(),
+            prefill_addresses=[] if local else [self.prefill],
+        )
+        begun, took, stats = time.perf_counter(), 0.0, TransferStats()
+        async for event in self.stub.Generate(request, timeout=300):
+            took = took or (time.perf_counter() - begun) * 1e3
+            if event.HasField("transfer"):
+                stats = event.transfer
+        return took, stats
+
+
+@asynccontextmanager
+async def pair_of(prefill: str, decode: str) -> AsyncIterator[Pair]:
+    """Two workers, warmed up with prompts that share nothing with any other."""
+    reports = await ready([prefill, decode])
+    about = reports[1].model
+    async with open_channel(decode) as channel:
+        pair = Pair(prefill, DecodeStub(channel), about.fingerprint, about.vocab_size)
+        rng = random.Random(time.monotonic_ns())
+        for local in (False, True):
+            warm = [rng.randrange(about.vocab_size) for _ in range(300)]
+            await pair.first_token(warm, reports[0].default_codec, local=local)
+        yield pair
+
+
+def make_prompt(vocab_size: int, number: int, place: str) -> list[int]:
+    """The prefix of that number, and an ending for that place."""
+    prefix, ending = random.Random(f"prefix {number}"), random.Random(f"{place} {number}")
+    return [
+        *(prefix.randrange(vocab_size) for _ in range(PREFIX_TOKENS)),
+        *(ending.randrange(vocab_size) for _ in range(ENDING_TOKENS)),
+    ]
+
+
+async def measure(
+    pair: Pair, place: str, codec: str, requests: int, progress: Progress
+) -> tuple[list[float], list[TransferStats]]:
+    """One request for each prefix."""
+    times, stats = [], []
+    for number in progress.track(range(requests), description=place):
+        prompt = make_prompt(pair.vocab_size, number, place)
+        took, transfer = await pair.first_token(prompt, codec, local=place == "decode_held")
+        times.append(took)
+        stats.append(transfer)
+    return times, stats
+
+
+async def stored(folder: Path, pages: int) -> None:
+    """Waits until the store has so many pages; TimeoutError where that takes too long."""
+    async with asyncio.timeout(STORE_S):
+        while sum(path.is_file() for path in folder.glob("??/*")) < pages:
+            await asyncio.sleep(0.1)
+
+
+async def run(model: str, dtype: str, codec: str, requests: int) -> dict[str, Any]:
+    """All places in turn; returns the figures of the JSON."""
+    times: dict[str, list[float]] = {}
+    reused: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as store, Progress() as progress:
+
+        async def at(pair: Pair, place: str) -> None:
+            times[place], stats = await measure(pair, place, codec, requests, progress)
+            fields = ("held_tokens", "cached_tokens", "stored_tokens", "local_tokens")
+            reused[place] = {name: statistics.median(getattr(one, name) for one in stats) for name in fields}
+
+        with worker("prefill", model, dtype, 1, "--store-dir", store) as prefill:
+            with worker("decode", model, dtype, 1) as decode:
+                async with pair_of(prefill, decode) as pair:
+                    await at(pair, "recompute")
+                    await at(pair, "decode_held")
+            with worker("decode", model, dtype, 1) as decode:
+                async with pair_of(prefill, decode) as pair:
+                    await at(pair, "prefill_held")
+            await stored(Path(store), requests * (PREFIX_TOKENS // 64))
+        with (
+            worker("prefill", model, dtype, 1, "--store-dir", store) as prefill,
+            worker("decode", model, dtype, 1) as decode,
+        ):
+            async with pair_of(prefill, decode) as pair:
+                await at(pair, "store_after_restart")
+    ttft = {place: round(statistics.median(times[place]), 1) for place in PLACES}
+    return {
+        "ttft_ms": ttft,
+        "times_faster": {place: round(ttft["recompute"] / ttft[place], 1) for place in GOALS},
+        "goals": GOALS,
+        "tokens": reused,
+        "all_ttft_ms": {place: [round(one, 1) for one in times[place]] for place in PLACES},
+    }
+
+
+def main(
+    model: Annotated[str, typer.Option(help="What the workers serve.")] = "smollm2-135m",
+    requests: Annotated[int, typer.Option(min=1, help="How many prefixes, each once in every place.")] = 5,
+    codec: Annotated[str, typer.Option(help="Of the KV transfer.")] = "tq-k4v4",
+    dtype: Annotated[str, typer.Option(help="Of weights and KV.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+) -> None:
+    """Measures the time to the first token with a prefix of 2,000 tokens held in each place, against recompute."""
+    result = asyncio.run(run(model, dtype, codec, requests))
+    result["conditions"] = conditions(
+        model=model,
+        codec=codec,
+        dtype=dtype,
+        requests=requests,
+        prefix_tokens=PREFIX_TOKENS,
+        ending_tokens=ENDING_TOKENS,
+        threads_per_worker=1,
+    )
+    write_json(json, result)
+    Console().print_json(data=result)
+
+
+if __name__ == "__main__":
+    typer.run(main)
