@@ -76,11 +76,22 @@ class Generator:
         return session
 
     async def _workers(self) -> Board:
-        """The workers now, or within GRACE_S where none are connected."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GRACE_S):
-                while not offered_codecs(self._fleet.snapshot(), self._config.local_prefill):
-                    await self._fleet.change.wait()
+        """The workers, as soon as some can serve: at once as a rule.
+
+        A connection that was lost is often back within GRACE_S, and workers that were here lately are being restarted;
+        where there never were any nobody waits for longer than that.
+        """
+        begun_s = time.monotonic()
+        while not offered_codecs(self._fleet.snapshot(), self._config.local_prefill):
+            until_s = begun_s + GRACE_S
+            if self._fleet.served_s is not None:
+                until_s = max(until_s, self._fleet.served_s + self._config.restart_wait_s)
+            change, left = self._fleet.change, until_s - time.monotonic()
+            if left <= 0:
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await change.wait()
         return self._fleet.snapshot()
 
 

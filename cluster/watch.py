@@ -52,7 +52,7 @@ class Fleet:
         self._outliers = {WORKER_ROLE_PREFILL: Outliers(), WORKER_ROLE_DECODE: Outliers()}
         self._changed = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
-        self.served_s: float | None = None  # when the board had workers of both roles, or never
+        self.served_s: float | None = None  # when there were workers of both roles last, at a change; None: never
 
     def add(self, address: str) -> None:
         """Starts to watch a worker; nothing happens where it is watched already."""
@@ -230,6 +230,7 @@ class Fleet:
 
     def _refresh(self) -> None:
         """The set of workers, or what one may be used for, has changed."""
+        served = len(self._board.prefill) and len(self._board.decode)
         reachable = {
             worker.address: worker.report
             for worker in self._workers.values()
@@ -243,7 +244,7 @@ class Fleet:
                     pool.remove(address)
         for worker in self._workers.values():
             self._show(worker)
-        if self._board.prefill and self._board.decode:
+        if served or (len(self._board.prefill) and len(self._board.decode)):
             self.served_s = time.monotonic()
         self._changed.set()
         self._changed = asyncio.Event()

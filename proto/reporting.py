@@ -1,6 +1,7 @@
 """The Worker service: a worker's report of itself, on request and as a stream."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import grpc.aio
@@ -8,7 +9,8 @@ import grpc.aio
 from .worker_pb2 import GetReportRequest, WatchRequest, WorkerReport
 from .worker_pb2_grpc import WorkerServicer
 
-WATCH_PERIOD_S = 0.1  # a watcher hears from a live worker at least that often
+CHANGE_S = 0.1  # a watcher hears of a change of load within that time, and of `changed` at once
+HEARTBEAT_S = 0.5  # and from a live worker whose report stays the same at least that often
 
 
 class ReportServicer(WorkerServicer):
@@ -27,11 +29,16 @@ class ReportServicer(WorkerServicer):
         return self._report()
 
     async def Watch(self, request: WatchRequest, context: grpc.aio.ServicerContext) -> None:
+        last, last_s = WorkerReport(), -HEARTBEAT_S
         while True:
-            change = self._change
-            await context.write(self._report())
+            change, report, now = self._change, self._report(), time.monotonic()
+            uptime_ms, report.uptime_ms = report.uptime_ms, 0
+            if now >= last_s + HEARTBEAT_S or report != last:
+                last.CopyFrom(report)
+                last_s, report.uptime_ms = now, uptime_ms
+                await context.write(report)
             try:
-                async with asyncio.timeout(WATCH_PERIOD_S):  # wait_for can swallow a cancellation
+                async with asyncio.timeout(CHANGE_S):  # wait_for can swallow a cancellation
                     await change.wait()
             except TimeoutError:
                 continue
