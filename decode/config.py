@@ -25,10 +25,9 @@ class DecodeConfig(BaseModel):
     pool: Literal["auto", "dense", "packed"] = "auto"  # packed: pages stay packed, in the default codec only
     pool_gib: float = Field(2.0, gt=0)  # memory for the KV of running requests
     pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens; wins over pool_gib
+    prefix_cache: float = Field(0.5, ge=0, le=1)  # share of the pool kept for prompts that start alike; 0: no reuse
     max_batch: int = Field(64, ge=1)  # requests that hold pages at once
     max_waiting: int = Field(1024, ge=1)  # requests that wait for pages; more are refused
-    chunk_tokens: int = Field(
-        128, ge=8
-    )  # of prompts and replayed output, in a step beside running requests; a page at least
+    chunk_tokens: int = Field(128, ge=8)  # of prompts and replays in a step beside running requests; a page at least
     inbox_mib: int = Field(64, ge=1)  # received frames not yet decoded; above it the transfer pauses
     decode_mib_per_step: int = Field(4, ge=1)  # of received frames decoded between two steps of a running batch

@@ -1,6 +1,7 @@
 """The decode engine: admits requests, takes in their pages, steps the batch, hands out tokens."""
 
 import asyncio
+import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -107,7 +108,7 @@ class DecodeEngine:
     def compute(self, sequence: DecodeSequence, first: int | None) -> None:
         """Has the engine compute the prompt itself. `first`: its first token, where a prefill worker drew it."""
         drawn = None if sequence.output else first
-        self.thread.post(lambda: self._arrivals.append(_Start(sequence, 0, drawn)))
+        self.thread.post(lambda: self._arrivals.append(_Start(sequence, sequence.held, drawn)))
 
     def release(self, sequence: DecodeSequence) -> None:
         """Ends a request at any point of its life and frees what it holds. Called once for each submitted one."""
@@ -129,15 +130,14 @@ class DecodeEngine:
             return
         if not sequence.released:
             self._sequences[sequence.id] = sequence
-            tokens = sequence.tokens_at_most(self._model.context_length)
-            self._scheduler.add(sequence.id, len(sequence.prompt), tokens)
+            self._scheduler.add(sequence.id, len(sequence.prompt), sequence.rank, sequence.arrived_s)
 
     def _remove(self, sequence: DecodeSequence) -> None:
         if self._sequences.pop(sequence.id, None):
             self._scheduler.remove(sequence.id)
             self._store.release(sequence)
         if not self._sequences:
-            assert self._store.free_pages == self._store.total_pages, "pages are in use with no request"
+            assert not self._store.in_use, "pages are in use with no request"
 
     def _step(self) -> bool:
         self._admit()
@@ -149,9 +149,14 @@ class DecodeEngine:
         return took_in or bool(work)
 
     def _admit(self) -> None:
-        for sequence_id, pages in self._scheduler.admit(self._store.free_pages):
+        for sequence_id in self._scheduler.queue():
             sequence = self._sequences[sequence_id]
-            self._store.admit(sequence, pages)
+            tokens = sequence.tokens_at_most(self._model.context_length)
+            if not self._scheduler.may_admit() or not self._store.admit(sequence, tokens):
+                return
+            self._scheduler.admitted(sequence_id)
+            self.counters["prefix_hit_tokens"] += sequence.held
+            self.counters["prompt_tokens"] += len(sequence.prompt)
             self._loop.call_soon_threadsafe(sequence.stream.admit)
 
     def _take_in(self, byte_budget: int) -> bool:
@@ -186,7 +191,9 @@ class DecodeEngine:
             sequence.output.append(start.drawn)
             self.counters["output_tokens"] += 1
         self.counters["replayed_tokens"] += max(0, len(sequence.output) - 1)
-        if sequence.computed < prompt:
+        if sequence.computed == prompt:
+            self._store.publish(sequence, prompt)
+        else:
             self.counters["local_prompts"] += 1
             self.counters["local_prompt_tokens"] += prompt - sequence.computed
         self._scheduler.run(sequence.id)
@@ -222,11 +229,13 @@ class DecodeEngine:
             sequence.local = LocalPrompt(
                 *(model.layers, sequence.codec, tokens, self._page_tokens, model.dtype, model.device)
             )
+            for layer in range(len(model.layers) if sequence.held else 0):
+                sequence.local.fill(layer, *self._store.read_held(sequence, layer))
 
     def _advance(self, work: list[Advance]) -> None:
         """One step: a token for each sequence that samples, delivered to all handlers in one go."""
         eos, context = self._model.eos_token_ids, self._model.context_length
-        started_s, pages = time.monotonic(), self._store.total_pages - self._store.free_pages
+        started_s, pages = time.monotonic(), self._store.in_use
         logits_RV = self._runner.run(work)
         for advance in work:
             self._finish_chunk(advance)
@@ -243,12 +252,18 @@ class DecodeEngine:
             sequence.output.append(token.token_id)
             finish = sequence.finish_reason(token.token_id, len(sequence.output), eos, context)
             if finish is not None:
-                self._remove(sequence)
+                self._finish(sequence)
             tokens.append((sequence.stream, Token(token.token_id, token.logprobs_pb(), finish)))
         self._loop.call_soon_threadsafe(_hand_out, tokens)
         self.counters["steps"] += 1
         self.counters["output_tokens"] += len(tokens)
         self._measure(work, pages, time.monotonic() - started_s)
+
+    def _finish(self, sequence: DecodeSequence) -> None:
+        """Leaves the pages of a complete answer for the conversation's next turn."""
+        with contextlib.suppress(IsthmusError):  # pages that cannot be packed are not kept
+            self._store.seal(sequence)
+        self._remove(sequence)
 
     def _measure(self, work: list[Advance], pages: int, seconds: float) -> None:
         """Steps that are all of one kind are measured for the router."""

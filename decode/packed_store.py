@@ -7,18 +7,20 @@ import torch
 from torch import Tensor
 
 from ..kernels.paged_attention import PagedKV, paged_attention_reference
-from ..kvtransfer.allocator import PageAllocator, Run
+from ..kvtransfer.allocator import PageAllocator
 from ..kvtransfer.codec_checks import check_finite
 from ..kvtransfer.codec_tq import TqCodec
 from ..kvtransfer.frame import PACKED
 from ..kvtransfer.page import Section, packed_range
+from ..kvtransfer.page_table import PageTable
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..model.model import Model
 from ..proto.errors import InvalidRequest, IsthmusError
 from ..proto.worker_pb2 import PageCounts
+from .pages import final_pages, page_to_pack
 from .scheduler import SequenceId
 from .sequence import Advance, DecodeSequence
-from .store import Attend, page_to_pack
+from .store import Attend
 
 RAW_PAGES = 3  # of one request at most: the first, the newest full one, and the one that fills or was just filled
 
@@ -27,24 +29,32 @@ RAW_PAGES = 3  # of one request at most: the first, the newest full one, and the
 class _Table:
     """The pages of one request: where each lies, and what is still reserved for it."""
 
-    packed_runs: tuple[Run, ...]
-    raw_runs: tuple[Run, ...]
     spare_packed: list[int]
     spare_raw: list[int]
     slots: list[int] = field(default_factory=list)  # of each page, in the pool that its kind says
     packed: tuple[int, int] = (0, 0)  # pages [from, to) are packed, all others raw
 
+    def split(self) -> tuple[list[int], list[int]]:
+        """All slots: of the raw and of the packed pool, those of pages in order and first."""
+        start, end = self.packed
+        raw = self.slots[:start] + self.slots[end:] + self.spare_raw
+        return raw, self.slots[start:end] + self.spare_packed
+
 
 class PackedStore:
-    """Raw and packed pages of all layers under one page table for each request; one codec for all of them."""
+    """See `KvStore`: raw and packed pages of all layers under one page table for each request; one codec for all."""
 
-    def __init__(self, model: Model, codec: TqCodec, pages: int, page_tokens: int, max_batch: int) -> None:
+    def __init__(
+        self, model: Model, codec: TqCodec, pages: int, page_tokens: int, max_batch: int, *, cached_pages: int
+    ) -> None:
         self._model, self._codec, self._page_tokens = model, codec, page_tokens
-        self._packed_pages = PageAllocator(pages)
-        self._raw_pages = PageAllocator(RAW_PAGES * max_batch)
+        self._packed_pages = PageTable(PageAllocator(pages), cached_pages)
+        first_pages = max_batch if cached_pages else 0  # that are kept: without its first page no prefix is found
+        self._raw_pages = PageTable(PageAllocator(RAW_PAGES * max_batch + first_pages), first_pages)
+        self._total, raw_total = pages, RAW_PAGES * max_batch + first_pages
         self._tables: dict[SequenceId, _Table] = {}
         device = model.device
-        raw = [(self._raw_pages.total, page_tokens, s.kv_heads, s.head_dim) for s in model.layers]
+        raw = [(raw_total, page_tokens, s.kv_heads, s.head_dim) for s in model.layers]
         self._raw_keys = [torch.zeros(shape, dtype=model.dtype, device=device) for shape in raw]
         self._raw_values = [torch.zeros(shape, dtype=model.dtype, device=device) for shape in raw]
         self._packed = [
@@ -54,33 +64,70 @@ class PackedStore:
 
     @property
     def total_pages(self) -> int:
-        return self._packed_pages.total
+        return self._total
 
     @property
-    def free_pages(self) -> int:
-        return self._packed_pages.free
+    def in_use(self) -> int:
+        return max(self._packed_pages.in_use, self._raw_pages.in_use)
 
     def counts(self) -> PageCounts:
         pages = self._packed_pages
-        return PageCounts(total=pages.total, free=pages.free, in_use=pages.in_use)
+        return PageCounts(total=self._total, free=pages.empty, cached=pages.cached, in_use=pages.in_use)
 
-    def admit(self, sequence: DecodeSequence, pages: int) -> None:
-        packed_runs, raw_runs = self._packed_pages.take(pages), self._raw_pages.take(RAW_PAGES)
-        assert packed_runs is not None and raw_runs is not None, "the scheduler admitted a request that does not fit"
-        table = _Table(packed_runs, raw_runs, _pages(packed_runs), _pages(raw_runs))
-        prompt, page_tokens = len(sequence.prompt), self._page_tokens
-        start, end = packed_range(prompt, page_tokens, packs=True)
-        table.packed = (start // page_tokens, end // page_tokens)
-        for page in range(-(-prompt // page_tokens)):
-            packed = table.packed[0] <= page < table.packed[1]
-            table.slots.append((table.spare_packed if packed else table.spare_raw).pop())
+    def admit(self, sequence: DecodeSequence, tokens: int) -> bool:
+        """Every page that it does not find here gets a packed slot, since any but the first may come to be packed."""
+        addresses = sequence.holdable_addresses(self._page_tokens)
+        held = self._raw_pages.share_first(addresses[:1])
+        held_packed = self._packed_pages.share_first(addresses[1:]) if held else []
+        pages = -(-tokens // self._page_tokens) - len(held) - len(held_packed)
+        packed, raw = self._packed_pages.take(pages), self._raw_pages.take(RAW_PAGES - len(held))
+        if packed is None or raw is None:
+            for pool, slots in (
+                (self._packed_pages, held_packed + (packed or [])),
+                (self._raw_pages, held + (raw or [])),
+            ):
+                pool.release(slots)
+            return False
+        sequence.held = (len(held) + len(held_packed)) * self._page_tokens
+        table = _Table(packed, raw, held + held_packed)
+        start, end = packed_range(len(sequence.prompt), self._page_tokens, packs=True)
+        table.packed = (start // self._page_tokens, end // self._page_tokens)
+        for page in range(len(table.slots), -(-len(sequence.prompt) // self._page_tokens)):
+            is_packed = table.packed[0] <= page < table.packed[1]
+            table.slots.append((table.spare_packed if is_packed else table.spare_raw).pop())
         self._tables[sequence.id] = table
+        return True
 
     def release(self, sequence: DecodeSequence) -> None:
         table = self._tables.pop(sequence.id, None)
         if table:
-            self._packed_pages.give_back(table.packed_runs)
-            self._raw_pages.give_back(table.raw_runs)
+            raw, packed = table.split()
+            self._raw_pages.release(raw)
+            self._packed_pages.release(packed)
+
+    def publish(self, sequence: DecodeSequence, stored: int) -> None:
+        self._publish(sequence, final_pages(stored, self._page_tokens, packs=True))
+
+    def _publish(self, sequence: DecodeSequence, pages: int) -> None:
+        slots = self._tables[sequence.id].slots
+        for page, address in enumerate(sequence.page_addresses(pages, self._page_tokens)):
+            (self._packed_pages if page else self._raw_pages).publish(slots[page], address)
+
+    def seal(self, sequence: DecodeSequence) -> None:
+        newest = sequence.computed // self._page_tokens - 1
+        if newest > 0:
+            self._pack_all([(self._tables[sequence.id], newest)])
+        self._publish(sequence, newest + 1)
+
+    def read_held(self, sequence: DecodeSequence, layer: int) -> tuple[Tensor, Tensor]:
+        first, *packed = self._tables[sequence.id].slots[: sequence.held // self._page_tokens]
+        raw = self._raw_keys[layer][first], self._raw_values[layer][first]
+        if not packed:
+            return raw
+        pages = self._packed[layer][torch.tensor(packed, device=self._model.device)]
+        rest = self._codec.decode(layer, pages, self._model.dtype)
+        keys, values = (torch.cat(parts) for parts in zip(raw, rest, strict=True))
+        return keys, values
 
     def receive(self, sequence: DecodeSequence, receiver: KvReceiver, section: ReceivedSection) -> None:
         header = section.header
@@ -163,17 +210,27 @@ class PackedStore:
         due: list[tuple[_Table, int]] = []
         failed: list[tuple[DecodeSequence, IsthmusError]] = []
         for advance in work:
-            page = page_to_pack(advance, self._page_tokens)
+            sequence = advance.sequence
+            page = page_to_pack(advance.end, len(sequence.prompt), self._page_tokens, packs=True)
             if page is None:
                 continue
-            sequence, table = advance.sequence, self._tables[advance.sequence.id]
+            table = self._tables[sequence.id]
             try:
                 self._check_finite(table.slots[page])
                 due.append((table, page))
             except InvalidRequest as error:
                 failed.append((sequence, error))
+        self._pack_all(due)
+        spoilt = [sequence for sequence, _ in failed]
+        for advance in work:
+            if advance.completes_page(self._page_tokens) and advance.sequence not in spoilt:
+                self.publish(advance.sequence, advance.end)
+        return failed
+
+    def _pack_all(self, due: list[tuple[_Table, int]]) -> None:
+        """Packs raw pages, which are the first after those that are packed already."""
         if not due:
-            return failed
+            return
         raw = torch.tensor([table.slots[page] for table, page in due], device=self._model.device)
         slots = [table.spare_packed.pop() for table, _ in due]
         packed = torch.tensor(slots, device=self._model.device)
@@ -183,7 +240,6 @@ class PackedStore:
             table.spare_raw.append(table.slots[page])
             table.slots[page] = slot
             table.packed = (1, page + 1)
-        return failed
 
     def _check_finite(self, slot: int) -> None:
         for layer, (keys, values) in enumerate(zip(self._raw_keys, self._raw_values, strict=True)):
@@ -206,10 +262,6 @@ class PackedStore:
 def uses_triton(device: torch.device) -> bool:
     """Whether the kernels run; elsewhere their PyTorch references do."""
     return device.type == "cuda"
-
-
-def _pages(runs: tuple[Run, ...]) -> list[int]:
-    return [page for run in runs for page in range(run.first, run.end)]
 
 
 def _int32(values: list, device: torch.device) -> Tensor:

@@ -8,6 +8,8 @@ from ..proto.errors import Exhausted, InvalidRequest
 
 SequenceId = NewType("SequenceId", int)
 
+AGEING_S = 30.0  # of waiting that make up for one class of priority
+
 
 class State(Enum):
     """Where a request stands in the decode worker."""
@@ -28,16 +30,15 @@ LEGAL = {
 
 @dataclass
 class _Entry:
-    pages: int
     prompt_tokens: int
+    order: float  # who goes first: the lower
     state: State = State.WAITING
 
 
 class DecodeScheduler:
-    """First come, first served, by pages.
+    """First come, first served, but that a class of priority is worth `AGEING_S` of waiting.
 
-    A request gets the pages of its prompt and of all tokens it may make at once, before anything is computed for
-    it: whoever holds pages can run to its end, so that nothing ever waits for a page while holding others.
+    So nobody overtakes a request that has waited that much longer, and who goes first never changes.
     """
 
     def __init__(self, *, total_pages: int, page_tokens: int, max_batch: int, max_waiting: int) -> None:
@@ -55,32 +56,29 @@ class DecodeScheduler:
         if waiting >= self._max_waiting:
             raise Exhausted(f"{waiting} requests wait here already; try again later")
 
-    def add(self, sequence: SequenceId, prompt_tokens: int, tokens: int) -> None:
-        """Queues a request that can come to hold `tokens`, its prompt included."""
-        self._entries[sequence] = _Entry(-(-tokens // self.page_tokens), prompt_tokens)
+    def add(self, sequence: SequenceId, prompt_tokens: int, rank: int, arrived_s: float) -> None:
+        """Queues a request of that rank of priority."""
+        self._entries[sequence] = _Entry(prompt_tokens, arrived_s + rank * AGEING_S)
 
-    def admit(self, free_pages: int) -> list[tuple[SequenceId, int]]:
-        """The requests that get their pages now, with the number of pages, oldest first."""
-        admitted = []
-        holding = len(self._entries) - self.count(State.WAITING)
-        for sequence, entry in self._entries.items():
-            if entry.state is not State.WAITING:
-                continue
-            if entry.pages > free_pages or holding >= self._max_batch:
-                break
-            free_pages -= entry.pages
-            holding += 1
-            self._move(sequence, State.RECEIVING)
-            admitted.append((sequence, entry.pages))
-        return admitted
+    def queue(self) -> list[SequenceId]:
+        """The requests that wait for pages, the next one first. One that does not fit blocks those behind it."""
+        return self._in_order(State.WAITING)
+
+    def may_admit(self) -> bool:
+        """Whether one more request may hold pages, if there are enough."""
+        return len(self._entries) - self.count(State.WAITING) < self._max_batch
+
+    def admitted(self, sequence: SequenceId) -> None:
+        """The request holds its pages now."""
+        self._move(sequence, State.RECEIVING)
 
     def run(self, sequence: SequenceId) -> None:
-        """The request's KV is complete: it is in the batch from the next step on."""
+        """The request has its KV, or all of it that comes from others: it is in the batch from the next step on."""
         self._move(sequence, State.RUNNING)
 
     def batch(self) -> list[SequenceId]:
-        """The requests of the next step, oldest first."""
-        return [sequence for sequence, entry in self._entries.items() if entry.state is State.RUNNING]
+        """The requests of the next step, the first in order first."""
+        return self._in_order(State.RUNNING)
 
     def remove(self, sequence: SequenceId) -> None:
         """Forgets a request in whatever state."""
@@ -96,6 +94,10 @@ class DecodeScheduler:
         """Prompt tokens of requests that wait for pages."""
         entries = list(self._entries.values())
         return sum(entry.prompt_tokens for entry in entries if entry.state is State.WAITING)
+
+    def _in_order(self, state: State) -> list[SequenceId]:
+        found = [sequence for sequence, entry in self._entries.items() if entry.state is state]
+        return sorted(found, key=lambda sequence: (self._entries[sequence].order, sequence))
 
     def _move(self, sequence: SequenceId, to: State) -> None:
         entry = self._entries[sequence]

@@ -6,12 +6,14 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from ..kvtransfer.codecs import PageCodec
+from ..kvtransfer.page_addresses import PageAddresses
 from ..proto.common_pb2 import FinishReason, TokenLogprobs
 from ..proto.decode_pb2 import DecodeEvent
 from ..proto.errors import InvalidRequest, IsthmusError
 from ..proto.priority import STANDARD_RANK
 from ..proto.sampling import Sampling
 from .local_prompt import LocalPrompt
+from .pages import holdable_tokens
 from .scheduler import SequenceId
 
 
@@ -86,6 +88,8 @@ class DecodeSequence:
     stream: TokenStream
     output: list[int] = field(default_factory=list)  # at first: what a lost decode worker has emitted
     rank: int = STANDARD_RANK  # of its priority
+    addresses: PageAddresses | None = None  # of its full pages; None: it shares none
+    held: int = 0  # tokens of the prompt, whole pages, that were in the pool when it was admitted
     computed: int = 0  # tokens whose KV is in the pool
     local: LocalPrompt | None = None  # where this worker computes the prompt, until that is done
     timing: LocalTiming = field(default_factory=LocalTiming)
@@ -107,6 +111,21 @@ class DecodeSequence:
         if start >= prompt:
             return self.output[start - prompt : end - prompt]
         return self.prompt[start:end] + self.output[: max(0, end - prompt)]
+
+    def page_addresses(self, pages: int, page_tokens: int) -> list[bytes]:
+        """Of the first pages, which hold known tokens; none where it shares none."""
+        return self.addresses.first(pages, self.tokens(0, pages * page_tokens)) if self.addresses else []
+
+    def holdable_addresses(self, page_tokens: int) -> list[bytes]:
+        """Of the pages of its prompt that it may take from others.
+
+        None for a replay where the codec packs: shared pages may stem from a conversation, whose numbers differ a
+        little from those of the prompt as it was computed for the lost worker.
+        """
+        if self.output and self.codec.packs:
+            return []
+        tokens = holdable_tokens(len(self.prompt), page_tokens, self.codec.packs)
+        return self.page_addresses(tokens // page_tokens, page_tokens)
 
     def check_emitted(self, eos_token_ids: frozenset[int], context_length: int) -> None:
         """InvalidRequest where the output so far is complete already, so that nothing can come after it."""
@@ -141,6 +160,11 @@ class Advance:
     def samples(self) -> bool:
         """Whether a token is drawn after it: all known tokens have their KV then."""
         return self.end == self.sequence.length
+
+    def completes_page(self, page_tokens: int) -> bool:
+        """Whether pages may be final after it that were not before: those of a prompt only with its end."""
+        prompt = len(self.sequence.prompt)
+        return self.end == prompt or (self.end > prompt and self.end % page_tokens == 0)
 
     @property
     def in_prompt(self) -> bool:

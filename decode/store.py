@@ -1,25 +1,24 @@
-"""Where the KV of running requests lies: the interface of the two pools, and the dense one.
+"""Where the KV of running requests lies: the interface of the two pools (`dense_store.py`, `packed_store.py`).
 
 Whatever the pool, a request's pages hold the same numbers: the first page, the last full one and the one that fills
 are raw, every other page has gone through the request's codec. The packed pool keeps such a page packed; the dense
 pool keeps what unpacking it gives, so that a step reads plain rows.
+
+A page is *final* once no later token changes it: full, and first, or packed, or of a codec that packs nothing. Final
+pages get their address and are shared: a later request whose prompt starts with the same tokens holds them too, and
+they stay after their last holder until their room is needed. The last full page of a prompt is never taken from there
+where the codec packs: a transfer would bring it raw, and the final page of the same tokens is packed.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from ..kernels.attention import Span, ragged_attention
-from ..kvtransfer.allocator import Run
-from ..kvtransfer.page import Section, packed_range
-from ..kvtransfer.pool import DensePool
+from ..kvtransfer.page import Section
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
-from ..model.model import Model
 from ..proto.errors import IsthmusError
 from ..proto.worker_pb2 import PageCounts
-from .scheduler import SequenceId
 from .sequence import Advance, DecodeSequence
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -35,18 +34,35 @@ class KvStore(Protocol):
     def total_pages(self) -> int: ...
 
     @property
-    def free_pages(self) -> int: ...
+    def in_use(self) -> int:
+        """Pages that requests hold."""
+        ...
 
     def counts(self) -> PageCounts:
         """For reports."""
         ...
 
-    def admit(self, sequence: DecodeSequence, pages: int) -> None:
-        """Reserves that many pages, which must be free, for everything the request can come to hold."""
+    def admit(self, sequence: DecodeSequence, tokens: int) -> bool:
+        """Has a request hold what is there of its prompt (`sequence.held` says how much) and pages for the rest.
+
+        In all the pages of `tokens` tokens. False, and nothing is held, where not so many are free or cached.
+        """
         ...
 
     def release(self, sequence: DecodeSequence) -> None:
-        """Frees all pages of a request; harmless where it has none."""
+        """Gives back all pages of a request; harmless where it has none."""
+        ...
+
+    def publish(self, sequence: DecodeSequence, stored: int) -> None:
+        """Shares those of a request's pages that are final with `stored` tokens, its whole prompt among them."""
+        ...
+
+    def seal(self, sequence: DecodeSequence) -> None:
+        """Makes all full pages of a request that has come to its end final, and shares them."""
+        ...
+
+    def read_held(self, sequence: DecodeSequence, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [held tokens, KV heads, D] of what the request found here."""
         ...
 
     def receive(self, sequence: DecodeSequence, receiver: KvReceiver, section: ReceivedSection) -> None:
@@ -67,91 +83,3 @@ class KvStore(Protocol):
     def end_step(self, work: Sequence[Advance]) -> list[tuple[DecodeSequence, IsthmusError]]:
         """Packs the pages that the step made old; returns the requests for which that cannot be done (a NaN, say)."""
         ...
-
-
-def page_to_pack(advance: Advance, page_tokens: int) -> int | None:
-    """The page that is neither first nor newest any more once the step's tokens are stored, if there is one."""
-    sequence, stored = advance.sequence, advance.end
-    if stored % page_tokens or stored <= len(sequence.prompt):
-        return None
-    start, end = packed_range(stored, page_tokens, sequence.codec.packs)
-    return end // page_tokens - 1 if start < end else None
-
-
-class DenseStore:
-    """One row for each token and layer, in the dtype of the computation."""
-
-    def __init__(self, model: Model, pages: int, page_tokens: int) -> None:
-        self._model = model
-        self._pool = DensePool(model.layers, pages, page_tokens, dtype=model.dtype, device=model.device)
-        self._runs: dict[SequenceId, tuple[Run, ...]] = {}
-
-    @property
-    def total_pages(self) -> int:
-        return self._pool.allocator.total
-
-    @property
-    def free_pages(self) -> int:
-        return self._pool.allocator.free
-
-    def counts(self) -> PageCounts:
-        return self._pool.counts()
-
-    def admit(self, sequence: DecodeSequence, pages: int) -> None:
-        runs = self._pool.allocator.take(pages)
-        assert runs is not None, "the scheduler admitted a request that does not fit"
-        self._runs[sequence.id] = runs
-
-    def release(self, sequence: DecodeSequence) -> None:
-        self._pool.allocator.give_back(self._runs.pop(sequence.id, ()))
-
-    def receive(self, sequence: DecodeSequence, receiver: KvReceiver, section: ReceivedSection) -> None:
-        header = section.header
-        keys, values = receiver.decode(section, self._model.dtype)
-        self._pool.write(header.layer, self._runs[sequence.id], header.start, keys, values)
-
-    def put(self, sequence: DecodeSequence, layer: int, section: Section, keys_THD: Tensor, values_THD: Tensor) -> None:
-        if section.packed:
-            packed = sequence.codec.encode(layer, keys_THD, values_THD)
-            keys_THD, values_THD = sequence.codec.decode(layer, packed, self._model.dtype)
-        self._pool.write(layer, self._runs[sequence.id], section.start, keys_THD, values_THD)
-
-    def begin_step(self, work: Sequence[Advance]) -> Attend:
-        pool, windows = self._pool, [layer.window for layer in self._model.layers]
-        spans, slots = [], []
-        for advance in work:
-            runs, start, end = self._runs[advance.sequence.id], advance.start, advance.end
-            stretches = tuple(pool.slots(runs, 0, end))
-            spans.append(Span(len(slots), end - start, start, stretches))
-            slot, tokens = stretches[-1]
-            if end - start <= tokens:
-                slots += range(slot + tokens - (end - start), slot + tokens)
-            else:
-                slots += (at for slot, tokens in pool.slots(runs, start, end) for at in range(slot, slot + tokens))
-        slots_B, spans_B = torch.tensor(slots, device=self._model.device), tuple(spans)
-
-        def attend(layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float) -> Tensor:
-            keys, values = pool.keys[layer], pool.values[layer]
-            keys.index_copy_(0, slots_B, k_THD)
-            values.index_copy_(0, slots_B, v_THD)
-            return ragged_attention(q_THD, keys, values, spans_B, scale, windows[layer])
-
-        return attend
-
-    def end_step(self, work: Sequence[Advance]) -> list[tuple[DecodeSequence, IsthmusError]]:
-        failed, page_tokens = [], self._pool.page_tokens
-        for advance in work:
-            page = page_to_pack(advance, page_tokens)
-            try:
-                if page is not None:
-                    self._round_trip(advance.sequence, page * page_tokens)
-            except IsthmusError as error:
-                failed.append((advance.sequence, error))
-        return failed
-
-    def _round_trip(self, sequence: DecodeSequence, start: int) -> None:
-        runs, codec = self._runs[sequence.id], sequence.codec
-        for layer in range(len(self._model.layers)):
-            keys, values = self._pool.read(layer, runs, start, start + self._pool.page_tokens)
-            packed = codec.encode(layer, keys, values)
-            self._pool.write(layer, runs, start, *codec.decode(layer, packed, self._model.dtype))

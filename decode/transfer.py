@@ -105,7 +105,8 @@ class Transfer:
         self.engine.compute(self.sequence, first[0].token_id if first else None)
         return TransferStats(
             attempt=attempt,
-            local_tokens=len(self.sequence.prompt),
+            held_tokens=self.sequence.held,
+            local_tokens=len(self.sequence.prompt) - self.sequence.held,
             first_token_unix_ns=first[0].sampled_unix_ns if first else 0,
         )
 
@@ -113,7 +114,12 @@ class Transfer:
         self, attempt: int, address: str, first: list[FirstToken], timeout_s: float | None
     ) -> TransferStats | None:
         receiver = KvReceiver(
-            self._binding(attempt), self.codec, self.layers, self.page_tokens, len(self.sequence.prompt), 0
+            self._binding(attempt),
+            self.codec,
+            self.layers,
+            self.page_tokens,
+            len(self.sequence.prompt),
+            self.sequence.held,
         )
         call = self.peers.stub(address).Prefill(self._request(attempt), timeout=timeout_s, metadata=self.trace or None)
         tail_s, tail_bytes = 0.0, 0  # since the first token: nothing but the link holds these frames back
@@ -134,6 +140,7 @@ class Transfer:
                         raise Corrupt("the commit came before the first token")
                     self.engine.complete(self.sequence, first[0].token_id)
                     stats = event.commit.stats
+                    stats.held_tokens = self.sequence.held
                     stats.first_token_unix_ns = first[0].sampled_unix_ns  # of the attempt whose token was passed on
                     return stats
             raise Corrupt("the stream ended with no commit")
@@ -178,6 +185,7 @@ class Transfer:
             page_tokens=self.page_tokens,
             prompt_token_ids=self.sequence.prompt,
             page_hashes=self.request.page_hashes,
+            held_pages=self.sequence.held // self.page_tokens,
             sampling=self.request.sampling,
             priority=self.request.priority,
             tenant=self.request.tenant,

@@ -20,6 +20,8 @@ import grpc.aio
 from ..kvtransfer.calibration import balance_path, ensure_balance
 from ..kvtransfer.codecs import PageCodec
 from ..kvtransfer.frame import PROTOCOL_VERSION
+from ..kvtransfer.hashing import page_salt
+from ..kvtransfer.page_addresses import PageAddresses
 from ..kvtransfer.pairing import CodecSet, require_same
 from ..model.cache import cache_root
 from ..model.load import load_model
@@ -132,6 +134,7 @@ class DecodeWorker(DecodeServicer):
                 stream=TokenStream(),
                 output=list(request.emitted_token_ids),
                 rank=rank_of(request.priority),
+                addresses=self._addresses(request, codec),
             )
             sequence.check_emitted(self._model.eos_token_ids, self._model.context_length)
             self._scheduler.check_fits(sequence.tokens_at_most(self._model.context_length), self._waiting)
@@ -206,6 +209,10 @@ class DecodeWorker(DecodeServicer):
         if max((*request.prompt_token_ids, *request.emitted_token_ids)) >= model.vocab_size:
             raise InvalidRequest(f"a token id is out of the vocabulary of {model.vocab_size}")
         return self._codecs.get(request.codec)
+
+    def _addresses(self, request: DecodeRequest, codec: PageCodec) -> PageAddresses:
+        salt = page_salt(self._model.fingerprint, codec.name, codec.params_hash, request.tenant)
+        return PageAddresses(salt, self.config.page_tokens)
 
     def _fill_report(self, report: WorkerReport) -> None:
         report_model(report, self._model)

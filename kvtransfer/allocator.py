@@ -31,13 +31,22 @@ class PageAllocator:
     def in_use(self) -> int:
         return self.total - self.free
 
-    def take(self, pages: int) -> tuple[Run, ...] | None:
+    def take(self, pages: int, after: int | None = None) -> tuple[Run, ...] | None:
         """Runs of `pages` pages in all, or None where not so many are free.
 
-        One run from the smallest gap that holds it; otherwise pieces of the largest gaps.
+        First what is free right behind the page `after`. Then one run from the smallest gap that holds it; otherwise
+        pieces of the largest gaps.
         """
         if pages > self.free:
             return None
+        behind = next((gap for gap in self._gaps if gap.first - 1 == after), None)
+        if behind and pages:
+            run = self._cut(behind, min(pages, behind.pages))
+            rest = self.take(pages - run.pages)
+            assert rest is not None, "the free count is wrong"
+            return (run, *rest)
+        if not pages:
+            return ()
         fitting = [gap for gap in self._gaps if gap.pages >= pages]
         if fitting:
             return (self._cut(min(fitting, key=lambda gap: gap.pages), pages),)

@@ -1,4 +1,5 @@
 from isthmus.kvtransfer.hashing import HASH_BYTES, page_hashes, page_salt, prompt_hash
+from isthmus.kvtransfer.page_addresses import PageAddresses
 
 SALT = page_salt("model", "tq-k4v4", "abc")
 
@@ -36,3 +37,11 @@ def test_everything_that_pages_depend_on_is_in_the_salt():
 def test_the_prompt_hash_covers_the_partial_page():
     assert prompt_hash([1, 2, 3], SALT) != prompt_hash([1, 2, 4], SALT)
     assert prompt_hash([1, 2, 3], SALT) == prompt_hash((1, 2, 3), SALT)
+
+
+def test_addresses_grow_with_the_sequence():
+    tokens = list(range(40))
+    addresses = PageAddresses(b"salt", 8)
+    assert len(addresses.first(2, tokens[:20])) == 2
+    assert b"".join(addresses.first(5, tokens)) == page_hashes(tokens, 8, b"salt")
+    assert addresses.first(1, tokens) == addresses.first(5, tokens)[:1]

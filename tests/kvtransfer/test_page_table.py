@@ -85,3 +85,23 @@ def test_pages_always_add_up(seed):
         table.release(pages)
     assert table.in_use == 0
     assert table.free == 20
+
+
+def test_the_cache_has_a_limit_and_zero_switches_it_off() -> None:
+    for limit, cached in ((2, 2), (0, 0)):
+        table = PageTable(PageAllocator(8), limit)
+        pages = table.take(4)
+        assert pages is not None
+        for page in pages:
+            table.publish(page, bytes([page]))
+        table.release(pages)
+        assert (table.cached, table.in_use, table.free, table.empty) == (cached, 0, 8, 8 - cached)
+        assert [table.holds(bytes([page])) for page in pages] == [page < cached for page in pages]
+        table.check()
+
+
+def test_a_sequence_grows_behind_its_last_page_where_that_is_free() -> None:
+    table = PageTable(PageAllocator(10))
+    assert table.take(2) == [0, 1]
+    assert table.take(1, after=1) == [2]
+    assert table.take(2, after=0) == [3, 4], "page 1 is not free"

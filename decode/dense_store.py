@@ -1,0 +1,133 @@
+"""The dense pool: one row for each token and layer, in the dtype of the computation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.attention import Span, ragged_attention
+from ..kvtransfer.allocator import Run
+from ..kvtransfer.page import Section
+from ..kvtransfer.page_table import PageTable, runs_of
+from ..kvtransfer.pool import DensePool
+from ..kvtransfer.receiver import KvReceiver, ReceivedSection
+from ..model.model import Model
+from ..proto.errors import IsthmusError
+from ..proto.worker_pb2 import PageCounts
+from .pages import final_pages, page_to_pack
+from .scheduler import SequenceId
+from .sequence import Advance, DecodeSequence
+from .store import Attend
+
+
+class DenseStore:
+    """See `KvStore`. A packed page is unpacked once, on arrival."""
+
+    def __init__(self, model: Model, pages: int, page_tokens: int, *, cached_pages: int) -> None:
+        self._model = model
+        self._pool = DensePool(model.layers, pages, page_tokens, dtype=model.dtype, device=model.device)
+        self._shared = PageTable(self._pool.allocator, cached_pages)
+        self._pages: dict[SequenceId, list[int]] = {}
+        self._runs: dict[SequenceId, tuple[Run, ...]] = {}  # the same pages
+
+    @property
+    def total_pages(self) -> int:
+        return self._pool.allocator.total
+
+    @property
+    def in_use(self) -> int:
+        return self._shared.in_use
+
+    def counts(self) -> PageCounts:
+        shared = self._shared
+        return PageCounts(total=self.total_pages, free=shared.empty, cached=shared.cached, in_use=shared.in_use)
+
+    def admit(self, sequence: DecodeSequence, tokens: int) -> bool:
+        held = self._shared.share_first(sequence.holdable_addresses(self._pool.page_tokens))
+        rest = self._shared.take(self._pool.pages_for(tokens) - len(held), after=held[-1] if held else None)
+        if rest is None:
+            self._shared.release(held)
+            return False
+        sequence.held = len(held) * self._pool.page_tokens
+        self._set(sequence, held + rest)
+        return True
+
+    def _set(self, sequence: DecodeSequence, pages: list[int]) -> None:
+        self._pages[sequence.id], self._runs[sequence.id] = pages, runs_of(pages)
+
+    def release(self, sequence: DecodeSequence) -> None:
+        self._runs.pop(sequence.id, None)
+        self._shared.release(self._pages.pop(sequence.id, []))
+
+    def publish(self, sequence: DecodeSequence, stored: int) -> None:
+        page_tokens = self._pool.page_tokens
+        addresses = sequence.page_addresses(final_pages(stored, page_tokens, sequence.codec.packs), page_tokens)
+        for page, address in zip(self._pages[sequence.id], addresses, strict=False):
+            self._shared.publish(page, address)
+
+    def seal(self, sequence: DecodeSequence) -> None:
+        newest, page_tokens = sequence.computed // self._pool.page_tokens - 1, self._pool.page_tokens
+        if sequence.codec.packs and newest > 0:
+            self._round_trip(sequence, newest * page_tokens)
+        for page, address in zip(
+            self._pages[sequence.id], sequence.page_addresses(newest + 1, page_tokens), strict=False
+        ):
+            self._shared.publish(page, address)
+
+    def read_held(self, sequence: DecodeSequence, layer: int) -> tuple[Tensor, Tensor]:
+        return self._pool.read(layer, self._runs[sequence.id], 0, sequence.held)
+
+    def receive(self, sequence: DecodeSequence, receiver: KvReceiver, section: ReceivedSection) -> None:
+        header = section.header
+        keys, values = receiver.decode(section, self._model.dtype)
+        self._pool.write(header.layer, self._runs[sequence.id], header.start, keys, values)
+
+    def put(self, sequence: DecodeSequence, layer: int, section: Section, keys_THD: Tensor, values_THD: Tensor) -> None:
+        if section.packed:
+            packed = sequence.codec.encode(layer, keys_THD, values_THD)
+            keys_THD, values_THD = sequence.codec.decode(layer, packed, self._model.dtype)
+        self._pool.write(layer, self._runs[sequence.id], section.start, keys_THD, values_THD)
+
+    def begin_step(self, work: Sequence[Advance]) -> Attend:
+        pool, windows = self._pool, [layer.window for layer in self._model.layers]
+        spans, slots = [], []
+        for advance in work:
+            runs, start, end = self._runs[advance.sequence.id], advance.start, advance.end
+            stretches = tuple(pool.slots(runs, 0, end))
+            spans.append(Span(len(slots), end - start, start, stretches))
+            slot, tokens = stretches[-1]
+            if end - start <= tokens:
+                slots += range(slot + tokens - (end - start), slot + tokens)
+            else:
+                slots += (at for slot, tokens in pool.slots(runs, start, end) for at in range(slot, slot + tokens))
+        slots_B, spans_B = torch.tensor(slots, device=self._model.device), tuple(spans)
+
+        def attend(layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float) -> Tensor:
+            keys, values = pool.keys[layer], pool.values[layer]
+            keys.index_copy_(0, slots_B, k_THD)
+            values.index_copy_(0, slots_B, v_THD)
+            return ragged_attention(q_THD, keys, values, spans_B, scale, windows[layer])
+
+        return attend
+
+    def end_step(self, work: Sequence[Advance]) -> list[tuple[DecodeSequence, IsthmusError]]:
+        failed, page_tokens = [], self._pool.page_tokens
+        for advance in work:
+            sequence = advance.sequence
+            page = page_to_pack(advance.end, len(sequence.prompt), page_tokens, sequence.codec.packs)
+            try:
+                if page is not None:
+                    self._round_trip(advance.sequence, page * page_tokens)
+            except IsthmusError as error:
+                failed.append((advance.sequence, error))
+                continue
+            if advance.completes_page(page_tokens):
+                self.publish(advance.sequence, advance.end)
+        return failed
+
+    def _round_trip(self, sequence: DecodeSequence, start: int) -> None:
+        runs, codec = self._runs[sequence.id], sequence.codec
+        for layer in range(len(self._model.layers)):
+            keys, values = self._pool.read(layer, runs, start, start + self._pool.page_tokens)
+            packed = codec.encode(layer, keys, values)
+            self._pool.write(layer, runs, start, *codec.decode(layer, packed, self._model.dtype))
