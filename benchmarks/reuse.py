@@ -36,7 +36,7 @@ from isthmus.proto.decode_pb2_grpc import DecodeStub
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.serving import open_channel
 
-PREFIX_TOKENS, ENDING_TOKENS = 2000, 24
+PREFIX_TOKENS, ENDING_TOKENS = 2000, 8
 GOALS = {"decode_held": 20.0, "prefill_held": 15.0, "store_after_restart": 10.0}
 PLACES = ("recompute", *GOALS)
 STORE_S = 30.0  # for the store to write what the prefill worker has sent

@@ -5,8 +5,8 @@
     store       files, fetched into the host cache before the engine sees the job
 
 The prefix ends before the first page that is in none of them in a form that this prompt can use (`Prompt.usable_keys`).
-Pages that are decoded from packed bytes are what a decode worker has anyway, but not what was computed: they serve
-their own prompt only and are never shared.
+Pages that are decoded from packed bytes are what a decode worker has anyway, but not what was computed: in the pool
+they have a name of their own, and serve only beside the bytes that they come from.
 """
 
 import asyncio
@@ -70,7 +70,8 @@ class PrefixCache:
         """
         found, pinned = self._find(job.prompt)
         shared = [source for source in found if isinstance(source, int)]
-        fresh = self.table.take(self._pool.pages_for(len(job.token_ids)) - len(shared))
+        missing = self._pool.pages_for(len(job.token_ids)) - len(shared)
+        fresh = self.table.take(missing, after=shared[-1] if shared else None)
         if fresh is None:
             self.table.release(shared)
             self._host.release(pinned)
@@ -125,7 +126,8 @@ class PrefixCache:
             encoded = next(filter(None, map(self._host.take, prompt.usable_keys(page))), None)
             if encoded is None:
                 break
-            found.append(encoded)
+            decoded = self.table.share(_decoded(encoded))
+            found.append(encoded if decoded is None else decoded)
             pinned.append(encoded)
         return found, pinned
 
@@ -140,9 +142,9 @@ class PrefixCache:
             for layer in range(len(self._pool.keys)):
                 keys, values = job.prompt.form.decode(layer, pages, self._pool.keys[layer].device)
                 self._pool.write(layer, job.runs, first * self._pool.page_tokens, keys, values)
-            if pages[0].encoding == (F32 if self._pool.keys[0].dtype == torch.float32 else BF16):
-                for page, _ in items:
-                    self.table.publish(job.pages[page], job.prompt.page_hash(page))
+            exact = pages[0].encoding == (F32 if self._pool.keys[0].dtype == torch.float32 else BF16)
+            for page, source in items:
+                self.table.publish(job.pages[page], job.prompt.page_hash(page) if exact else _decoded(source))
 
     def _send(self, job: PrefillJob, cached_pages: int) -> None:
         """Queues the cached pages that the receiver does not hold, encoding those that are not in their form yet."""
@@ -187,6 +189,15 @@ class PrefixCache:
     def _release_late(self, reading: Future[list[EncodedPage]]) -> None:
         if not reading.cancelled() and not reading.exception():
             self._host.release(reading.result())
+
+
+def _decoded(page: EncodedPage) -> bytes:
+    """The name in the pool of what a page decodes to, where that is not exactly what was computed.
+
+    It stands for nothing but these bytes: it is used beside them, and nothing is encoded from it in a better form.
+    """
+    assert page.key is not None
+    return page.encoding.encode() + page.key.hash
 
 
 def _runs(prompt: Prompt, pages: Sequence[int]) -> Iterable[Section]:

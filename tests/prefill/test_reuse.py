@@ -11,6 +11,7 @@ import torch
 from models import model_path
 from receiving import Received, Receiving, prefill_worker
 
+from isthmus.kvtransfer.encoded import PageFormat
 from isthmus.prefill.config import PrefillConfig
 
 PAGE = 64
@@ -136,6 +137,27 @@ async def test_held_pages_that_are_not_here_are_computed_and_not_sent():
         all_of_it = await worker.receive(worker.request(PROMPT, codec="tq-k4v4"))
         assert all_of_it.reused == (640, 0), "encoded now from what was computed then"
         assert_same(all_of_it, await once(PROMPT, "tq-k4v4"), codec="tq-k4v4")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+async def test_what_was_decoded_once_is_not_decoded_again(codec, monkeypatch):
+    decoded = []
+    decode = PageFormat.decode
+
+    def counted(form, layer, pages, device):
+        decoded.extend(pages)
+        return decode(form, layer, pages, device)
+
+    monkeypatch.setattr(PageFormat, "decode", counted)
+    async with prefill_worker(model_path("tiny-llama")) as worker:
+        await worker.receive(worker.request(PROMPT, codec=codec))
+        await cached_in(worker, dense=False)
+        one = await worker.receive(worker.request(PROMPT, codec=codec))
+        assert len(decoded) == 10 * 3
+        other = await worker.receive(worker.request(PROMPT, codec=codec))
+        assert len(decoded) == 10 * 3
+        assert other.reused == (640, 0)
+        assert_same(other, one, codec=codec)
 
 
 async def test_tenants_and_codecs_share_nothing():
