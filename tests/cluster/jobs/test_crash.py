@@ -14,7 +14,7 @@ from scripted import Scripted, report_of
 
 from isthmus.cluster.jobs.client import JobsClient
 from isthmus.cluster.served import load_served_model
-from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, SamplingParams
+from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, SamplingParams, TransferStats
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.generation_pb2 import GenerateRequest
 from isthmus.proto.jobs_pb2 import JOB_STATE_SUCCEEDED, SubmitJobRequest
@@ -24,19 +24,22 @@ MODEL = "smollm2-135m"
 TOKENS, STEP_S = 40, 0.02
 
 
-def tokens_for(prompt: list[int], seed: int) -> list[int]:
+def tokens_for(request: DecodeRequest) -> list[int]:
     """The answer of the scripted worker: depends on the prompt, the seed and the position alone."""
-    drawn = random.Random(f"{prompt} {seed}")
-    return [drawn.randrange(300, 40_000) for _ in range(TOKENS)]
+    drawn = random.Random(f"{list(request.prompt_token_ids)} {request.sampling.seed}")
+    return [drawn.randrange(300, 40_000) for _ in range(request.sampling.max_tokens)]
 
 
 async def decode(request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
-    tokens, emitted = tokens_for(list(request.prompt_token_ids), request.sampling.seed), len(request.emitted_token_ids)
+    tokens, emitted = tokens_for(request), len(request.emitted_token_ids)
     assert tokens[:emitted] == list(request.emitted_token_ids)
-    for position in range(emitted, TOKENS):
+    moved = TransferStats(kv_bytes_wire=1000 * len(request.prefill_addresses))  # what the gateway's canaries look for
+    for position in range(emitted, len(tokens)):
         await asyncio.sleep(STEP_S)
-        finish = FINISH_REASON_LENGTH if position + 1 == TOKENS else 0
-        await context.write(DecodeEvent(token_ids=[tokens[position]], finish_reason=finish))
+        last = position + 1 == len(tokens)
+        finish = FINISH_REASON_LENGTH if last else 0
+        transfer = moved if last else None
+        await context.write(DecodeEvent(token_ids=[tokens[position]], finish_reason=finish, transfer=transfer))
 
 
 @asynccontextmanager
