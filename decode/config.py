@@ -26,6 +26,10 @@ class DecodeConfig(BaseModel):
     pool_gib: float = Field(2.0, gt=0)  # memory for the KV of running requests
     pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens; wins over pool_gib
     prefix_cache: float = Field(0.5, ge=0, le=1)  # share of the pool kept for prompts that start alike; 0: no reuse
+    headroom_tokens: int = Field(128, ge=1)  # of output that a request has pages for when it is admitted; then it grows
+    preempt_gib: float = Field(
+        2.0, ge=0
+    )  # host memory for pages of preempted requests; 0: pages for all output at once
     max_batch: int = Field(64, ge=1)  # requests that hold pages at once
     max_waiting: int = Field(1024, ge=1)  # requests that wait for pages; more are refused
     chunk_tokens: int = Field(128, ge=8)  # of prompts and replays in a step beside running requests; a page at least

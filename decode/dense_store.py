@@ -15,9 +15,12 @@ from ..model.model import Model
 from ..proto.errors import IsthmusError
 from ..proto.worker_pb2 import PageCounts
 from .pages import final_pages, page_to_pack
+from .saved import SavedPages
 from .scheduler import SequenceId
 from .sequence import Advance, DecodeSequence
 from .store import Attend
+
+GROW_AHEAD = 4  # pages that a request takes beyond the next one while pages are empty, so that they lie together
 
 
 class DenseStore:
@@ -38,18 +41,72 @@ class DenseStore:
     def in_use(self) -> int:
         return self._shared.in_use
 
+    @property
+    def free(self) -> int:
+        return self._shared.free
+
+    def pages_for(self, tokens: int) -> int:
+        return self._pool.pages_for(tokens)
+
+    def pages_of(self, sequence: DecodeSequence) -> int:
+        return len(self._pages.get(sequence.id, ()))
+
     def counts(self) -> PageCounts:
         shared = self._shared
         return PageCounts(total=self.total_pages, free=shared.empty, cached=shared.cached, in_use=shared.in_use)
 
-    def admit(self, sequence: DecodeSequence, tokens: int) -> bool:
+    def admit(self, sequence: DecodeSequence, tokens: int, wished_tokens: int) -> bool:
         held = self._shared.share_first(sequence.holdable_addresses(self._pool.page_tokens))
-        rest = self._shared.take(self._pool.pages_for(tokens) - len(held), after=held[-1] if held else None)
+        pages, wished = (self.pages_for(some) - len(held) for some in (tokens, wished_tokens))
+        rest = self._shared.take(max(pages, min(wished, self._shared.empty)), after=held[-1] if held else None)
         if rest is None:
             self._shared.release(held)
             return False
         sequence.held = len(held) * self._pool.page_tokens
         self._set(sequence, held + rest)
+        return True
+
+    def grow(self, sequence: DecodeSequence, tokens: int) -> bool:
+        pages = self._pages[sequence.id]
+        missing = self.pages_for(tokens) - len(pages)
+        if missing > 0:
+            more = self._shared.take(max(missing, min(missing + GROW_AHEAD, self._shared.empty)), after=pages[-1])
+            if more is None:
+                return False
+            self._set(sequence, pages + more)
+        return True
+
+    def trim(self, sequence: DecodeSequence, tokens: int) -> bool:
+        pages, keep = self._pages[sequence.id], self.pages_for(tokens)
+        surplus = pages[keep:]
+        if surplus:
+            self._shared.release(surplus)
+            self._set(sequence, pages[:keep])
+        return bool(surplus)
+
+    @property
+    def saved_page_bytes(self) -> int:
+        rows = (*(keys[0] for keys in self._pool.keys), *(values[0] for values in self._pool.values))
+        return self._pool.page_tokens * sum(row.nbytes for row in rows)
+
+    saved_extra_pages = 0
+
+    def save(self, sequence: DecodeSequence) -> SavedPages:
+        runs, layers = self._runs[sequence.id], range(len(self._model.layers))
+        read = (self._pool.read(layer, runs, 0, sequence.computed) for layer in layers)
+        return SavedPages((0, 0), tuple(tuple(part.to("cpu", copy=True) for part in both) for both in read))
+
+    def saved_bytes(self, sequence: DecodeSequence) -> int:
+        return sequence.computed * self.saved_page_bytes // self._pool.page_tokens
+
+    def restore(self, sequence: DecodeSequence, saved: SavedPages, tokens: int) -> bool:
+        pages = self._shared.take(self.pages_for(tokens))
+        if pages is None:
+            return False
+        self._set(sequence, pages)
+        for layer, (keys, values) in enumerate(saved.layers):
+            self._pool.write(layer, self._runs[sequence.id], 0, keys, values)
+        self.publish(sequence, sequence.computed)
         return True
 
     def _set(self, sequence: DecodeSequence, pages: list[int]) -> None:

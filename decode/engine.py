@@ -13,16 +13,16 @@ from ..model.model import Model
 from ..model.rates import Rates
 from ..model.sampling import SampleRow, sample
 from ..proto.errors import IsthmusError, Unavailable
-from .local_prompt import LocalPrompt, needs_raw
+from .admission import Admission
+from .config import DecodeConfig
+from .planner import StepPlanner
 from .runner import DecodeRunner
 from .scheduler import DecodeScheduler, SequenceId, State
 from .sequence import Advance, DecodeSequence, Token
-from .steps import Backlog, plan_step
 from .store import KvStore
 
 MIB = 1 << 20
 IDLE_DECODE_BYTES = 32 * MIB  # decoded between two looks at the inbox where no batch waits for its step
-IDLE_CHUNK_TOKENS = 512  # computed in a step that no running request waits for
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,7 @@ class DecodeEngine:
         store: KvStore,
         scheduler: DecodeScheduler,
         *,
-        page_tokens: int,
-        chunk_tokens: int,
-        inbox_mib: int,
-        decode_mib_per_step: int,
+        config: DecodeConfig,
         on_failure: Callable[[str], None],
     ) -> None:
         self._model, self._store, self._scheduler = model, store, scheduler
@@ -70,14 +67,21 @@ class DecodeEngine:
         self._sequences: dict[SequenceId, DecodeSequence] = {}
         self._arrivals: deque[_Arrived | _Start] = deque()
         self._on_failure = on_failure
-        self._page_tokens, self._chunk_tokens = page_tokens, max(page_tokens, chunk_tokens)
-        self._decode_bytes = decode_mib_per_step * MIB
-        self._inbox_limit = inbox_mib * MIB
+        self._planner = StepPlanner(model, store, page_tokens=config.page_tokens, chunk_tokens=config.chunk_tokens)
+        self._decode_bytes = config.decode_mib_per_step * MIB
+        self._inbox_limit = config.inbox_mib * MIB
         self._inbox_bytes = 0  # delivered and not decoded; the event loop's thread alone counts it
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._loop = asyncio.get_running_loop()
         self.counters: Counter[str] = Counter()
+        self.admission = Admission(
+            *(scheduler, store, self._sequences),
+            headroom_tokens=config.headroom_tokens,
+            host_bytes=int(config.preempt_gib * (1 << 30)),
+            tokens_at_most=lambda sequence: sequence.tokens_at_most(model.context_length),
+            counters=self.counters,
+        )
         self.rates = Rates()
         self.failure: str | None = None
         self.thread = EngineThread("decode-engine", self._step, self._fail)
@@ -130,34 +134,32 @@ class DecodeEngine:
             return
         if not sequence.released:
             self._sequences[sequence.id] = sequence
-            self._scheduler.add(sequence.id, len(sequence.prompt), sequence.rank, sequence.arrived_s)
+            self._scheduler.add(
+                sequence.id,
+                prompt_tokens=len(sequence.prompt),
+                tokens=sequence.tokens_at_most(self._model.context_length),
+                rank=sequence.rank,
+                arrived_s=sequence.arrived_s,
+            )
 
     def _remove(self, sequence: DecodeSequence) -> None:
         if self._sequences.pop(sequence.id, None):
             self._scheduler.remove(sequence.id)
-            self._store.release(sequence)
+            self.admission.release(sequence)
         if not self._sequences:
-            assert not self._store.in_use, "pages are in use with no request"
+            assert not self._store.in_use and not self.admission.saved_bytes, "pages are in use with no request"
 
     def _step(self) -> bool:
-        self._admit()
+        for sequence in self.admission.admit():
+            self._loop.call_soon_threadsafe(sequence.stream.admit)
         running = self._scheduler.batch()
         took_in = self._take_in(self._decode_bytes if running else IDLE_DECODE_BYTES)
-        work = self._plan(running)
+        work = self._planner.plan([self._sequences[id] for id in running if id in self._sequences])
+        work = self.admission.with_room(work)
         if work:
+            self._planner.open_prompts(work)
             self._advance(work)
         return took_in or bool(work)
-
-    def _admit(self) -> None:
-        for sequence_id in self._scheduler.queue():
-            sequence = self._sequences[sequence_id]
-            tokens = sequence.tokens_at_most(self._model.context_length)
-            if not self._scheduler.may_admit() or not self._store.admit(sequence, tokens):
-                return
-            self._scheduler.admitted(sequence_id)
-            self.counters["prefix_hit_tokens"] += sequence.held
-            self.counters["prompt_tokens"] += len(sequence.prompt)
-            self._loop.call_soon_threadsafe(sequence.stream.admit)
 
     def _take_in(self, byte_budget: int) -> bool:
         """Decodes received sections into the pool, and starts sequences that are complete."""
@@ -198,40 +200,6 @@ class DecodeEngine:
             self.counters["local_prompt_tokens"] += prompt - sequence.computed
         self._scheduler.run(sequence.id)
 
-    def _plan(self, running: list[SequenceId]) -> list[Advance]:
-        """What the next step computes of the requests that were running before this step's arrivals."""
-        now_s, backlogs = time.monotonic(), []
-        for sequence in (self._sequences[id] for id in running if id in self._sequences):
-            backlogs.append(
-                Backlog(
-                    sequence=sequence.id,
-                    computed=sequence.computed,
-                    known=sequence.length,
-                    prompt=len(sequence.prompt),
-                    opened=bool(sequence.timing.began_s),
-                    rank=sequence.rank,
-                    waited_s=now_s - sequence.arrived_s,
-                )
-            )
-        beside = any(not backlog.behind for backlog in backlogs)
-        budget = self._chunk_tokens if beside else max(self._chunk_tokens, IDLE_CHUNK_TOKENS)
-        chunks = plan_step(backlogs, page_tokens=self._page_tokens, budget=budget)
-        work = [Advance(self._sequences[chunk.sequence], chunk.start, chunk.end) for chunk in chunks]
-        for advance in work:
-            if advance.in_prompt and not advance.sequence.timing.began_s:
-                self._begin_prompt(advance.sequence, now_s)
-        return work
-
-    def _begin_prompt(self, sequence: DecodeSequence, now_s: float) -> None:
-        model, tokens = self._model, len(sequence.prompt)
-        sequence.timing.began_s = now_s
-        if needs_raw(sequence.codec, model.dtype, sequence.computed, tokens, self._page_tokens):
-            sequence.local = LocalPrompt(
-                *(model.layers, sequence.codec, tokens, self._page_tokens, model.dtype, model.device)
-            )
-            for layer in range(len(model.layers) if sequence.held else 0):
-                sequence.local.fill(layer, *self._store.read_held(sequence, layer))
-
     def _advance(self, work: list[Advance]) -> None:
         """One step: a token for each sequence that samples, delivered to all handlers in one go."""
         eos, context = self._model.eos_token_ids, self._model.context_length
@@ -239,7 +207,7 @@ class DecodeEngine:
         logits_RV = self._runner.run(work)
         for advance in work:
             self._finish_chunk(advance)
-        for sequence, error in self._store.end_step(work):
+        for sequence, error in self._store.end_step([a for a in work if a.sequence.id in self._sequences]):
             self._end(sequence, error)
         batch = [advance.sequence for advance in work if advance.samples]
         drawn = sample(logits_RV, [SampleRow(s.sampling, s.prompt, s.output, eos) for s in batch]) if batch else []
@@ -293,8 +261,8 @@ class DecodeEngine:
         self._on_failure(self.failure)
 
     def running(self) -> int:
-        """Sequences that hold pages."""
-        return self._scheduler.count(State.RECEIVING) + self._scheduler.count(State.RUNNING)
+        """Sequences that hold pages, in the pool or in host memory."""
+        return self._scheduler.count(State.RECEIVING, State.RUNNING, State.PREEMPTED)
 
 
 def _hand_out(tokens: list[tuple]) -> None:

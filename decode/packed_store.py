@@ -18,6 +18,7 @@ from ..model.model import Model
 from ..proto.errors import InvalidRequest, IsthmusError
 from ..proto.worker_pb2 import PageCounts
 from .pages import final_pages, page_to_pack
+from .saved import SavedPages
 from .scheduler import SequenceId
 from .sequence import Advance, DecodeSequence
 from .store import Attend
@@ -29,16 +30,16 @@ RAW_PAGES = 3  # of one request at most: the first, the newest full one, and the
 class _Table:
     """The pages of one request: where each lies, and what is still reserved for it."""
 
+    pages: int  # that it may fill; a packed slot is reserved for each that is not packed yet, and was not found here
     spare_packed: list[int]
     spare_raw: list[int]
     slots: list[int] = field(default_factory=list)  # of each page, in the pool that its kind says
     packed: tuple[int, int] = (0, 0)  # pages [from, to) are packed, all others raw
 
-    def split(self) -> tuple[list[int], list[int]]:
-        """All slots: of the raw and of the packed pool, those of pages in order and first."""
+    def filled(self) -> tuple[list[int], list[int]]:
+        """The slots of its pages: those in the raw and those in the packed pool, in order."""
         start, end = self.packed
-        raw = self.slots[:start] + self.slots[end:] + self.spare_raw
-        return raw, self.slots[start:end] + self.spare_packed
+        return self.slots[:start] + self.slots[end:], self.slots[start:end]
 
 
 class PackedStore:
@@ -70,17 +71,28 @@ class PackedStore:
     def in_use(self) -> int:
         return max(self._packed_pages.in_use, self._raw_pages.in_use)
 
+    @property
+    def free(self) -> int:
+        return self._packed_pages.free
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self._page_tokens)
+
+    def pages_of(self, sequence: DecodeSequence) -> int:
+        return self._tables[sequence.id].pages
+
     def counts(self) -> PageCounts:
         pages = self._packed_pages
         return PageCounts(total=self._total, free=pages.empty, cached=pages.cached, in_use=pages.in_use)
 
-    def admit(self, sequence: DecodeSequence, tokens: int) -> bool:
+    def admit(self, sequence: DecodeSequence, tokens: int, wished_tokens: int) -> bool:
         """Every page that it does not find here gets a packed slot, since any but the first may come to be packed."""
         addresses = sequence.holdable_addresses(self._page_tokens)
         held = self._raw_pages.share_first(addresses[:1])
         held_packed = self._packed_pages.share_first(addresses[1:]) if held else []
-        pages = -(-tokens // self._page_tokens) - len(held) - len(held_packed)
-        packed, raw = self._packed_pages.take(pages), self._raw_pages.take(RAW_PAGES - len(held))
+        found = len(held) + len(held_packed)
+        pages = max(self.pages_for(tokens), min(self.pages_for(wished_tokens), self._packed_pages.empty + found))
+        packed, raw = self._packed_pages.take(pages - found), self._raw_pages.take(RAW_PAGES - len(held))
         if packed is None or raw is None:
             for pool, slots in (
                 (self._packed_pages, held_packed + (packed or [])),
@@ -88,8 +100,8 @@ class PackedStore:
             ):
                 pool.release(slots)
             return False
-        sequence.held = (len(held) + len(held_packed)) * self._page_tokens
-        table = _Table(packed, raw, held + held_packed)
+        sequence.held = found * self._page_tokens
+        table = _Table(pages, packed, raw, held + held_packed)
         start, end = packed_range(len(sequence.prompt), self._page_tokens, packs=True)
         table.packed = (start // self._page_tokens, end // self._page_tokens)
         for page in range(len(table.slots), -(-len(sequence.prompt) // self._page_tokens)):
@@ -98,12 +110,72 @@ class PackedStore:
         self._tables[sequence.id] = table
         return True
 
+    def grow(self, sequence: DecodeSequence, tokens: int) -> bool:
+        table = self._tables[sequence.id]
+        missing = self.pages_for(tokens) - table.pages
+        more = self._packed_pages.take(missing) if missing > 0 else []
+        if more is None:
+            return False
+        table.spare_packed += more
+        table.pages += len(more)
+        return True
+
+    def trim(self, sequence: DecodeSequence, tokens: int) -> bool:
+        table = self._tables[sequence.id]
+        surplus = [table.spare_packed.pop() for _ in range(table.pages - self.pages_for(tokens))]
+        table.pages -= len(surplus)
+        self._packed_pages.release(surplus)
+        return bool(surplus)
+
+    @property
+    def saved_page_bytes(self) -> int:
+        return sum(pool[0].nbytes for pool in self._packed)
+
+    @property
+    def saved_extra_pages(self) -> int:
+        return -(-RAW_PAGES * self._raw_page_bytes // self.saved_page_bytes)
+
+    @property
+    def _raw_page_bytes(self) -> int:
+        return sum(pool[0].nbytes for pool in (*self._raw_keys, *self._raw_values))
+
+    def save(self, sequence: DecodeSequence) -> SavedPages:
+        table = self._tables[sequence.id]
+        raw, packed = (torch.tensor(slots, device=self._model.device, dtype=torch.long) for slots in table.filled())
+        pools = zip(self._raw_keys, self._raw_values, self._packed, strict=True)
+        layers = ((keys[raw].cpu(), values[raw].cpu(), pages[packed].cpu()) for keys, values, pages in pools)
+        return SavedPages(table.packed, tuple(layers))
+
+    def saved_bytes(self, sequence: DecodeSequence) -> int:
+        raw, packed = self._tables[sequence.id].filled()
+        return len(raw) * self._raw_page_bytes + len(packed) * self.saved_page_bytes
+
+    def restore(self, sequence: DecodeSequence, saved: SavedPages, tokens: int) -> bool:
+        pages = self.pages_for(tokens)
+        packed, raw = self._packed_pages.take(pages), self._raw_pages.take(RAW_PAGES)
+        if packed is None or raw is None:
+            self._packed_pages.release(packed or [])
+            self._raw_pages.release(raw or [])
+            return False
+        table = _Table(pages, packed, raw, packed=saved.packed)
+        for page in range(self.pages_for(sequence.computed)):
+            is_packed = saved.packed[0] <= page < saved.packed[1]
+            table.slots.append((table.spare_packed if is_packed else table.spare_raw).pop())
+        self._tables[sequence.id] = table
+        at = [torch.tensor(slots, device=self._model.device, dtype=torch.long) for slots in table.filled()]
+        for layer, (keys, values, packed_pages) in enumerate(saved.layers):
+            self._raw_keys[layer][at[0]] = keys.to(self._model.device)
+            self._raw_values[layer][at[0]] = values.to(self._model.device)
+            self._packed[layer][at[1]] = packed_pages.to(self._model.device)
+        self.publish(sequence, sequence.computed)
+        return True
+
     def release(self, sequence: DecodeSequence) -> None:
         table = self._tables.pop(sequence.id, None)
         if table:
-            raw, packed = table.split()
-            self._raw_pages.release(raw)
-            self._packed_pages.release(packed)
+            raw, packed = table.filled()
+            self._raw_pages.release(raw + table.spare_raw)
+            self._packed_pages.release(packed + table.spare_packed)
 
     def publish(self, sequence: DecodeSequence, stored: int) -> None:
         self._publish(sequence, final_pages(stored, self._page_tokens, packs=True))

@@ -19,6 +19,7 @@ from ..kvtransfer.page import Section
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..proto.errors import IsthmusError
 from ..proto.worker_pb2 import PageCounts
+from .saved import SavedPages
 from .sequence import Advance, DecodeSequence
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -38,15 +39,59 @@ class KvStore(Protocol):
         """Pages that requests hold."""
         ...
 
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds, those included that are kept for prompts to come."""
+        ...
+
+    def pages_for(self, tokens: int) -> int:
+        """How many pages hold that many tokens."""
+        ...
+
+    def pages_of(self, sequence: DecodeSequence) -> int:
+        """How many pages a request holds."""
+        ...
+
     def counts(self) -> PageCounts:
         """For reports."""
         ...
 
-    def admit(self, sequence: DecodeSequence, tokens: int) -> bool:
+    def admit(self, sequence: DecodeSequence, tokens: int, wished_tokens: int) -> bool:
         """Has a request hold what is there of its prompt (`sequence.held` says how much) and pages for the rest.
 
-        In all the pages of `tokens` tokens. False, and nothing is held, where not so many are free or cached.
+        In all the pages of `tokens` tokens; False, and nothing is held, where not so many are free. Up to those of
+        `wished_tokens`, so that they lie together, where pages are empty.
         """
+        ...
+
+    def grow(self, sequence: DecodeSequence, tokens: int) -> bool:
+        """Sees to it that a request holds the pages of so many tokens; False where they are not free."""
+        ...
+
+    def trim(self, sequence: DecodeSequence, tokens: int) -> bool:
+        """Takes back a request's pages beyond those of so many tokens; whether there were any."""
+        ...
+
+    @property
+    def saved_page_bytes(self) -> int:
+        """What a page takes in host memory."""
+        ...
+
+    @property
+    def saved_extra_pages(self) -> int:
+        """How many more pages than it has a saved request takes, at most."""
+        ...
+
+    def save(self, sequence: DecodeSequence) -> SavedPages:
+        """A copy of a running request's pages in host memory, to the byte; the request keeps the pages."""
+        ...
+
+    def saved_bytes(self, sequence: DecodeSequence) -> int:
+        """The size of what `save` would return."""
+        ...
+
+    def restore(self, sequence: DecodeSequence, saved: SavedPages, tokens: int) -> bool:
+        """Has a request hold what was saved of it, and in all the pages of `tokens` tokens; False where not free."""
         ...
 
     def release(self, sequence: DecodeSequence) -> None:

@@ -98,13 +98,12 @@ class DecodeWorker(DecodeServicer):
             page_tokens=config.page_tokens,
             max_batch=config.max_batch,
             max_waiting=config.max_waiting,
+            host_pages=int(config.preempt_gib * (1 << 30)) // self._store.saved_page_bytes,
+            saved_extra_pages=self._store.saved_extra_pages,
         )
         self._engine = DecodeEngine(
             *(model, self._store, self._scheduler),
-            page_tokens=config.page_tokens,
-            chunk_tokens=config.chunk_tokens,
-            inbox_mib=config.inbox_mib,
-            decode_mib_per_step=config.decode_mib_per_step,
+            config=config,
             on_failure=self.server.on_engine_failure(),
         )
         self._engine.thread.start()
@@ -221,6 +220,7 @@ class DecodeWorker(DecodeServicer):
         report.waiting_requests = self._waiting
         report.waiting_tokens = self._scheduler.waiting_tokens
         report.running_requests = self._engine.running()
+        report.host_buffer_bytes = self._engine.admission.saved_bytes
         self._engine.rates.fill_report(report)
         for name, count in {**self._counters, **self._engine.counters}.items():
             report.counters[name] = count

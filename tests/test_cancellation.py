@@ -38,7 +38,7 @@ async def test_while_queued_for_pages() -> None:
             holder = pair.call(pair.request(PROMPT, LONG))
             assert (await holder.read()).token_ids
             in_use = pair.pages_in_use()[1]
-            queued = pair.call(pair.request(PROMPT, LONG))
+            queued = pair.call(pair.request(PROMPT[::-1], LONG))
             await until(lambda: pair.decode.server.report().waiting_requests == 1)
             assert pair.pages_in_use()[1] == in_use, "a queued request holds nothing"
             await cancelled(queued)

@@ -25,8 +25,9 @@ POOLS = [("raw", "dense"), ("tq-k4v4", "dense"), ("tq-k4v4", "packed")]
 
 
 def pair_of(codec: str, pool: str, **decode: int):
+    """With no pages from earlier requests: the whole prompt is sent, or computed, each time."""
     own = {"default_codec": codec}
-    return worker_pair(model_path("tiny-llama"), prefill=own, decode=own | {"pool": pool} | decode)
+    return worker_pair(model_path("tiny-llama"), prefill=own, decode=own | {"pool": pool, "prefix_cache": 0} | decode)
 
 
 async def answer(pair: Pair, request: DecodeRequest) -> Answer:

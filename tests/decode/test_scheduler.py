@@ -10,8 +10,10 @@ def scheduler(**changes: int) -> DecodeScheduler:
     return DecodeScheduler(**{"total_pages": 10, "page_tokens": 64, "max_batch": 8, "max_waiting": 2} | changes)
 
 
-def add(plan: DecodeScheduler, sequence: SequenceId, tokens: int = 10, rank: int = 1, arrived_s: float = 0) -> None:
-    plan.add(sequence, tokens, rank, arrived_s)
+def add(
+    plan: DecodeScheduler, sequence: SequenceId, tokens: int = 10, rank: int = 1, arrived_s: float = 0, most: int = 0
+) -> None:
+    plan.add(sequence, prompt_tokens=tokens, tokens=max(tokens, most), rank=rank, arrived_s=arrived_s)
 
 
 def test_first_come_first_served_within_a_class():
@@ -50,11 +52,11 @@ def test_the_batch_has_a_limit():
     plan = scheduler(max_batch=1)
     add(plan, A)
     add(plan, B)
-    assert plan.may_admit()
+    assert plan.has_slot()
     plan.admitted(A)
-    assert not plan.may_admit()
+    assert not plan.has_slot()
     plan.remove(A)
-    assert plan.may_admit()
+    assert plan.has_slot()
 
 
 def test_refuses_what_can_never_fit_and_what_nobody_has_room_to_wait_for():
@@ -72,3 +74,63 @@ def test_only_legal_transitions():
     with pytest.raises(AssertionError, match=r"WAITING to State\.RUNNING"):
         plan.run(A)
     assert plan.count(State.WAITING) == 1
+
+
+def run(plan: DecodeScheduler, *sequences: SequenceId) -> None:
+    for sequence in sequences:
+        plan.admitted(sequence)
+        plan.run(sequence)
+
+
+def test_the_lowest_class_and_of_that_the_youngest_makes_room():
+    plan = scheduler()
+    add(plan, A, rank=2, arrived_s=0)
+    add(plan, B, rank=1, arrived_s=1)
+    add(plan, C, rank=1, arrived_s=2)
+    run(plan, A, B, C)
+    assert plan.victims() == [A, C, B]
+    urgent = SequenceId(4)
+    add(plan, urgent, rank=1, arrived_s=5)
+    assert plan.victims(of=urgent) == [A], "only a lower class makes room for a request that is not running yet"
+    plan.preempted(A)
+    assert plan.batch() == [B, C] and plan.queue() == [urgent, A]
+    assert plan.has_slot() and plan.victims() == [C, B]
+    plan.admitted(A)
+    assert plan.state(A) is State.RUNNING
+
+
+def test_nobody_of_a_lower_class_makes_room_once_it_has_waited_longer():
+    plan = scheduler()
+    add(plan, A, rank=2, arrived_s=0)
+    run(plan, A)
+    add(plan, B, rank=0, arrived_s=2 * AGEING_S + 1)
+    assert plan.victims(of=B) == []
+
+
+def test_no_more_is_promised_than_pool_and_host_memory_hold():
+    plan = scheduler(host_pages=12)
+    for sequence in (A, B, C):
+        add(plan, sequence, most=8 * 64)
+    assert plan.is_promised(A)
+    plan.admitted(A)
+    assert not plan.is_promised(B), "16 pages, of 10 in the pool and 12 in host memory less 8 that must stay free"
+    plan.remove(A)
+    plan = scheduler(host_pages=14)
+    for sequence in (A, B, C):
+        add(plan, sequence, most=8 * 64)
+    plan.admitted(A)
+    assert plan.is_promised(B)
+    run_only = scheduler()
+    add(run_only, A, most=6 * 64)
+    add(run_only, B, most=4 * 64)
+    add(run_only, C, most=5 * 64)
+    run_only.admitted(A)
+    assert run_only.is_promised(B) and not run_only.is_promised(C), "without host memory all pages must be there"
+
+
+def test_what_a_saved_request_takes_beyond_its_pages_counts():
+    plan = scheduler(host_pages=14, saved_extra_pages=1)
+    for sequence in (A, B):
+        add(plan, sequence, most=8 * 64)
+    plan.admitted(A)
+    assert not plan.is_promised(B)
