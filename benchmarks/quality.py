@@ -79,7 +79,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True, help="UTF-8, plain or .gz; not the calibration text")
-    parser.add_argument("--codecs", default=",".join(codec_names()[1:]))
+    parser.add_argument("--codecs", default=",".join(codec_names()), help="`raw` is the reference itself")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a window of protocol all")
     parser.add_argument(
         "--served-context", type=int, default=2048, help="tokens of a window of protocol served; 0: none"
@@ -135,15 +135,17 @@ def divergence_rows(
         reference = logits_all(model, window, None, PAGE, Correlation())
         progress.advance(task)
         for name, codec in codecs.items():
-            if protocol == "all":
+            if not codec.packs:
+                sums[name].add(reference, reference, window)
+            elif protocol == "all":
                 sums[name].add(reference, logits_all(model, window, codec, PAGE, seen[name]), window)
             else:
-                add_served(sums[name], reference, model, window, codec, PAGE)
+                add_served(sums[name], seen[name], reference, model, window, codec, PAGE)
             progress.advance(task)
     rows: list[dict[str, object]] = []
     for name, codec in codecs.items():
         bits = bits_per_value(codec, model)
-        corr = seen[name].worst() if seen[name].by_layer else None
+        corr = seen[name].worst() if seen[name].by_layer else 1.0
         about = {"protocol": protocol, "codec": name, "bits_per_value": bits, "ratio": 16 / bits}
         rows.append({**about, **sums[name].summary(), "logit_corr_min": corr})
     return rows
@@ -204,7 +206,8 @@ def needle(
     endings = [ending[special:] for ending in endings]
     filler = ids[: options.context - 64]
     task = progress.add_task("needle", total=options.needles)
-    leads: dict[str, list[float]] = {name: [] for name in ("raw bf16", *codecs)}
+    judged: dict[str, PageCodec | None] = {"raw": None, **codecs}
+    leads: dict[str, list[float]] = {name: [] for name in judged}
     for depth in range(options.needles):
         right = depth % len(values)
         at = int(len(filler) * (depth + 0.5) / options.needles)
@@ -213,7 +216,7 @@ def needle(
         prompt = torch.cat([filler[:at], hidden, filler[at:], question])
         cache = Cache(model, None, PAGE, len(prompt) + 16)
         step([cache], [prompt[:-1]], [0])
-        for name, codec in {"raw bf16": None, **codecs}.items():
+        for name, codec in judged.items():
             fork = cache.fork(codec)
             scores = [score(fork, torch.cat([prompt[-1:], ending])) for ending in endings]
             wrong = max(s for i, s in enumerate(scores) if i != right)

@@ -88,14 +88,19 @@ class Cache:
         self.model, self.codec, self.page, self.length = model, codec, page, 0
         self.keys = [torch.zeros(capacity, s.kv_heads, s.head_dim) for s in model.layers]
         self.values = [torch.zeros_like(k) for k in self.keys]
+        self.unpacked_keys: list[Tensor] | None = None
         self._packed_to = page
+
+    def keep_unpacked_keys(self) -> None:
+        """From now on the keys stay here as they were before packing, to be compared with."""
+        self.unpacked_keys = [k.clone() for k in self.keys]
 
     def fork(self, codec: PageCodec | None) -> "Cache":
         """A copy of an unpacked cache, to be packed by another codec."""
         other = Cache.__new__(Cache)
         other.model, other.codec, other.page, other.length = self.model, codec, self.page, self.length
         other.keys, other.values = [k.clone() for k in self.keys], [v.clone() for v in self.values]
-        other._packed_to = self._packed_to
+        other.unpacked_keys, other._packed_to = None, self._packed_to
         return other
 
     def pack(self) -> None:
@@ -109,9 +114,11 @@ class Cache:
         self._packed_to = end
 
 
-def step(caches: Sequence[Cache], ids: Sequence[Tensor], rows: Sequence[int] | None = None) -> Tensor:
+def step(
+    caches: Sequence[Cache], ids: Sequence[Tensor], rows: Sequence[int] | None = None, seen: Correlation | None = None
+) -> Tensor:
     """Logits of the new tokens of several sequences (of `rows` of the batch, or of all), which join their
-    caches."""
+    caches. `seen` hears of the new queries of caches that keep their unpacked keys."""
     model = caches[0].model
     starts = [0]
     for one in ids:
@@ -127,6 +134,10 @@ def step(caches: Sequence[Cache], ids: Sequence[Tensor], rows: Sequence[int] | N
             end = cache.length + len(one)
             cache.keys[layer][cache.length : end] = _bf16(k[new])
             cache.values[layer][cache.length : end] = _bf16(v[new])
+            if cache.unpacked_keys is not None:
+                cache.unpacked_keys[layer][cache.length : end] = cache.keys[layer][cache.length : end]
+                if seen is not None:
+                    seen.add(layer, q[new], cache.unpacked_keys[layer][:end], cache.keys[layer][:end])
             span = Span(row=0, new=len(one), past=cache.length, stretches=((0, end),))
             window = model.layers[layer].window
             outs.append(ragged_attention(q[new], cache.keys[layer], cache.values[layer], [span], scale, window))
@@ -140,12 +151,21 @@ def step(caches: Sequence[Cache], ids: Sequence[Tensor], rows: Sequence[int] | N
 
 
 def add_served(
-    sums: "Divergence", reference_TV: Tensor, model: Model, ids_T: Tensor, codec: PageCodec | None, page: int
+    sums: "Divergence",
+    seen: Correlation,
+    reference_TV: Tensor,
+    model: Model,
+    ids_T: Tensor,
+    codec: PageCodec | None,
+    page: int,
 ) -> None:
-    """A page of queries at a time; pages are packed as they fill, and all that follows sees them packed."""
+    """A page of queries at a time; pages are packed as they fill, and all that follows sees them packed. The logits
+    of the last page's queries are correlated with those over the keys before packing."""
     cache = Cache(model, codec, page, len(ids_T))
+    cache.keep_unpacked_keys()
     for start in range(0, len(ids_T), page):
-        logits = step([cache], [ids_T[start : start + page]])
+        last = start + page >= len(ids_T)
+        logits = step([cache], [ids_T[start : start + page]], seen=seen if last else None)
         sums.add(reference_TV[start : start + page], logits, ids_T[start : start + page + 1])
 
 

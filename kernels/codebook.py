@@ -38,14 +38,30 @@ def unit(bits: int) -> float:
 
 @cache
 def pair_table(bits: int) -> Tensor:
-    """What two values become, by (floor(a) + 128) + 256 (floor(b) + 128), each floor clamped to 8 bits.
+    """What two values a and b become, by the bytes of floor(a) (low) and floor(b), two's complement, each clamped.
 
     int32 [65536]: code of a | code of b << 4 | (centroid of a)^2 + (centroid of b)^2 << 8.
     """
     points = torch.tensor(centroids(bits), dtype=torch.float32)
     midpoints = (points[1:] + points[:-1]) / 2
-    grid = torch.arange(-128, 128, dtype=torch.float32)
+    grid = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.float32)
     code = torch.bucketize(grid, midpoints, right=True).to(torch.int32)  # floor(y) >= m exactly when y >= m
     square = points[code.long()].square().to(torch.int32)
     low, high = code[None, :], code[:, None]
     return (low | high << 4 | (square[None, :] + square[:, None]) << 8).flatten().contiguous()
+
+
+@cache
+def quad_table(bits: int) -> Tensor:
+    """Four centroids, int8 each, in an int32; by two neighbouring bytes of codes (4 bits: int32 [65536]), by a byte
+    (2 bits: [256]), or by a byte and above it the nibble of its high bits (3 bits: [4096]).
+
+    At 4 bits they are those of the first byte's low and high nibble, then the second's; else those of the groups.
+    """
+    points = torch.tensor(centroids(bits), dtype=torch.int8)
+    index = torch.arange({4: 65536, 3: 4096, 2: 256}[bits])
+    if bits == 4:
+        codes = [index >> (4 * i) & 15 for i in range(4)]
+    else:
+        codes = [(index >> (2 * i) & 3) | (index >> (8 + i) & 1) << 2 for i in range(4)]
+    return torch.stack([points[code] for code in codes], 1).view(torch.int32).flatten()

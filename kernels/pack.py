@@ -4,31 +4,32 @@
     code = nearest centroid of y unit / rms(y)
     scale = |y| / |centroids|   so the norm is preserved
 
-Shapes: P page tokens, T = pages * P tokens, H KV heads, D head dimension, B bytes of a packed page.
+Shapes: P page tokens, T = pages * P tokens, H KV heads, D head dimension, B bytes of a packed page. On a CPU the time
+goes into the rotation (a third), the table of codes (a sixth) and a dozen passes over memory: all in blocks that stay
+in cache, in memory that is used again, keys and values together.
+
 Source: TurboQuant's MSE form (arXiv 2504.19874) with page means of the keys, a diagonal balance and
 norm-preserving scales.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .codebook import pair_table, unit
-from .layout import PageLayout, code_groups
+from .layout import PageLayout
+from .pack_codes import store_keys, store_values
+from .rotation import hadamard
 from .scale16 import to_scale16
+from .scratch import scratch
 
 BF16_MAX = 3.3895313892515355e38
-_CHUNK_VALUES = 1 << 17  # keeps the working set of one chunk in a CPU's second-level cache
+_CHUNK_VALUES = 1 << 17  # of keys, and as many of values: keeps the working set of a chunk near a CPU's cache
 _NO_NORM = 1e-30  # shorter vectors count as zero
-_SAFE_MAX, _SAFE_MIN = (
-    2.0**48,
-    2.0**-48,
-)  # outside of this, squares and sums of fp32 could overflow or lose bits
-
-
-Rotate = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+_SAFE_MAX, _SAFE_MIN = 2.0**48, 2.0**-48  # outside of this, squares and sums of fp32 could overflow or lose bits
 
 
 class NotFinite(ArithmeticError):
@@ -40,9 +41,26 @@ class Rotations:
     """Constants of one layer, float32 and contiguous, on the device of the pages."""
 
     key_HDD: Tensor  # W_k of each head: y = W x
-    key_inverse_HDD: Tensor
+    key_inverse_HDD: Tensor  # diag(key_gain) Hᵀ
     value_DD: Tensor  # W_v, the same for all heads
     value_inverse_DD: Tensor
+    key_gain_HD: Tensor  # signs · balance / sqrt(d)
+    value_gain_D: Tensor  # signs / sqrt(d)
+
+    @cached_property
+    def paired_HDD(self) -> Tensor:
+        """[H + 1, D in, D out] of all heads' keys and of values, for row vectors; outputs c and c + D/2 are neighbours,
+        so that the two bytes that become one byte of codes are one 16-bit word."""
+        dim = self.value_DD.shape[0]
+        order = torch.arange(dim, device=self.value_DD.device).view(2, dim // 2).T.flatten()
+        both = torch.cat([self.key_HDD, self.value_DD[None]])
+        return both[:, order].transpose(1, 2).contiguous()
+
+    @cached_property
+    def value_signed_DD(self) -> Tensor:
+        """int8 H diag(signs) of the values."""
+        matrix = hadamard(self.value_DD.shape[0]).to(self.value_gain_D.device)
+        return (matrix * self.value_gain_D.sign()).to(torch.int8)
 
 
 def chunks(tokens: int, page_tokens: int, values_per_token: int) -> Iterator[tuple[int, int]]:
@@ -59,132 +77,107 @@ def pack_reference(k_THD: Tensor, v_THD: Tensor, rotations: Rotations, layout: P
     out_PHB = torch.zeros(pages, heads, layout.head_bytes, dtype=torch.uint8, device=k_THD.device)
     for start, end in chunks(tokens, layout.page_tokens, heads * dim):
         part = out_PHB[start // layout.page_tokens : end // layout.page_tokens]
-        _pack_keys(k_THD[start:end], rotations.key_HDD, layout, part)
-        _pack_values(v_THD[start:end], rotations.value_DD, layout, part)
+        _pack_chunk(k_THD[start:end], v_THD[start:end], rotations, layout, part)
     return out_PHB.view(pages, heads * layout.head_bytes)
 
 
-def _pack_keys(k_THD: Tensor, rotation_HDD: Tensor, layout: PageLayout, out_PHB: Tensor) -> None:
-    def rotate(x_HPTD: Tensor, exponent: Tensor | None) -> tuple[Tensor, Tensor]:
-        y_HPTD = torch.bmm(x_HPTD.flatten(1, 2), rotation_HDD.transpose(1, 2)).view_as(x_HPTD)
-        stored, mean = _stored_mean(y_HPTD.mean(2), exponent)
-        # What is subtracted is the mean as it is stored, so that its rounding costs nothing.
-        return y_HPTD.sub_(mean[:, :, None]), stored
-
-    pairs, scale_bits, mean = _encode(_pages(k_THD, layout), rotate, layout.key_bits)
-    _store(out_PHB, 0, _key_bytes(pairs, layout.key_bits))
-    _store(out_PHB, layout.scale_key, scale_bits.view(torch.uint8))
-    assert mean is not None
-    _store(out_PHB, layout.mean_key, mean.view(torch.uint8))
-
-
-def _pack_values(v_THD: Tensor, rotation_DD: Tensor, layout: PageLayout, out_PHB: Tensor) -> None:
-    def rotate(x_HPTD: Tensor, exponent: Tensor | None) -> tuple[Tensor, None]:
-        return (x_HPTD.view(-1, x_HPTD.shape[-1]) @ rotation_DD.T).view_as(x_HPTD), None
-
-    pairs, scale_bits, _ = _encode(_pages(v_THD, layout), rotate, layout.value_bits)
-    _store_values(out_PHB[:, :, layout.codes_value : layout.codes_value + layout.code_bytes_value], pairs, layout)
-    _store(out_PHB, layout.scale_value, scale_bits.view(torch.uint8))
-
-
-def _pages(x_THD: Tensor, layout: PageLayout) -> Tensor:
-    """float32 [H, pages, P, D]."""
-    tokens, heads, dim = x_THD.shape
-    x_HPTD = torch.empty(heads, tokens // layout.page_tokens, layout.page_tokens, dim, device=x_THD.device)
-    x_HPTD.view(heads, tokens, dim).copy_(x_THD.transpose(0, 1))
-    return x_HPTD
-
-
-def _stored_mean(mean_HPD: Tensor, exponent: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean in bf16 as it is stored, and as float32 with the powers of two taken out again."""
-    if exponent is None:
-        stored = mean_HPD.to(torch.bfloat16)
-        return stored, stored.float()
-    stored = torch.ldexp(mean_HPD.double(), exponent).clamp(-BF16_MAX, BF16_MAX).to(torch.bfloat16)
-    return stored, torch.ldexp(stored.double(), -exponent).float()
-
-
-def _encode(x_HPTD: Tensor, rotate: Rotate, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pairs of codes [H, pages, P, D / 2], scale16 bits [H, pages, P] and the stored mean.
-
-    The norms tell whether any number is extreme, or none at all; looking at every input would take as long as packing.
-    """
-    y_HPTD, mean = rotate(x_HPTD, None)
-    norm = torch.linalg.vector_norm(y_HPTD, dim=-1)
-    least, most = norm.aminmax()
+def _pack_chunk(k_THD: Tensor, v_THD: Tensor, rotations: Rotations, layout: PageLayout, out_PHB: Tensor) -> None:
+    """The norms tell whether any number is extreme, or none at all: looking at every input would take longer."""
+    tokens, heads, dim = k_THD.shape
+    pages, page = tokens // layout.page_tokens, layout.page_tokens
+    inputs = [_float32(x, f"x{i}") for i, x in enumerate((k_THD, v_THD))]
+    y_2THD = scratch("y", (2, tokens, heads, dim), torch.float32, k_THD.device)
+    mean, norm = _rotate(inputs, None, rotations, y_2THD, page)
     exponent = None
+    least, most = norm.aminmax()
     if not (float(least) >= _SAFE_MIN and float(most) <= _SAFE_MAX):
-        exponent = _exponents(x_HPTD)
+        exponent = _exponents(inputs, page)
         if exponent is not None:
-            scaled = torch.ldexp(x_HPTD.double(), -exponent[..., None]).float()
-            y_HPTD, mean = rotate(scaled, exponent)
-            norm = torch.linalg.vector_norm(y_HPTD, dim=-1)
-    pairs, scale = _quantize(y_HPTD, norm, bits)
+            per_token = exponent.repeat_interleave(page, 1)[..., None]
+            scaled = [torch.ldexp(x.double(), -e).float() for x, e in zip(inputs, per_token, strict=True)]
+            mean, norm = _rotate(scaled, exponent[0], rotations, y_2THD, page)
+    pairs, scale = _quantize(y_2THD, norm, layout)
     if exponent is not None:
-        scale = torch.ldexp(scale.double(), exponent).clamp(max=BF16_MAX).float()
-    return pairs, to_scale16(scale), mean
+        scale = torch.ldexp(scale.double(), exponent.repeat_interleave(page, 1)).clamp(max=BF16_MAX).float()
+    bits = to_scale16(scale).view(2, pages, page, heads).transpose(2, 3).contiguous().view(torch.uint8)
+    store_keys(out_PHB[:, :, : layout.code_bytes_key], pairs[0].view(pages, page, heads, -1), layout.key_bits)
+    section = out_PHB[:, :, layout.codes_value : layout.codes_value + layout.code_bytes_value]
+    store_values(section, pairs[1].view(pages, page, heads, -1), layout.value_bits)
+    out_PHB[:, :, layout.scale_key : layout.scale_key + 2 * page] = bits[0]
+    out_PHB[:, :, layout.scale_value : layout.scale_value + 2 * page] = bits[1]
+    natural = mean.view(pages, heads, dim // 2, 2).transpose(2, 3).contiguous().view(pages, heads, dim)
+    out_PHB[:, :, layout.mean_key : layout.mean_key + 2 * dim] = natural.view(torch.uint8)
 
 
-def _exponents(x_HPTD: Tensor) -> Tensor | None:
-    """The powers of two to take out, [H, pages, 1], or None where none are needed."""
-    largest = x_HPTD.abs().amax((2, 3))
+def _float32(x_THD: Tensor, name: str) -> Tensor:
+    if x_THD.dtype == torch.float32:
+        return x_THD
+    return scratch(name, tuple(x_THD.shape), torch.float32, x_THD.device).copy_(x_THD)
+
+
+def _rotate(
+    inputs: list[Tensor], exponent_PH: Tensor | None, rotations: Rotations, y_2THD: Tensor, page: int
+) -> tuple[Tensor, Tensor]:
+    """Fills y with the rotated keys, less their page's mean, and values, in pairs. Returns the means as they are
+    stored, [pages, H, D] in pairs, and the norms [2, T, H]."""
+    _, tokens, heads, dim = y_2THD.shape
+    matrices = rotations.paired_HDD
+    for head in range(heads):
+        torch.mm(inputs[0][:, head], matrices[head], out=y_2THD[0, :, head])
+    torch.mm(inputs[1].reshape(-1, dim), matrices[heads], out=y_2THD[1].view(-1, dim))
+    keys_PTHD = y_2THD[0].view(tokens // page, page, heads, dim)
+    stored, mean = _stored_mean(keys_PTHD.mean(1), exponent_PH)
+    # What is subtracted is the mean as it is stored, so that its rounding costs nothing.
+    keys_PTHD.sub_(mean[:, None])
+    square = torch.mul(y_2THD, y_2THD, out=scratch("square", (2, tokens, heads, dim), y_2THD.dtype, y_2THD.device))
+    norm = torch.mv(square.view(-1, dim), torch.ones(dim, device=square.device)).sqrt_()
+    return stored, norm.view(2, tokens, heads)
+
+
+def _stored_mean(mean_PHD: Tensor, exponent_PH: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean in bf16 as it is stored, and as float32 with the powers of two taken out again."""
+    if exponent_PH is None:
+        stored = mean_PHD.to(torch.bfloat16)
+        return stored, stored.float()
+    power = exponent_PH[..., None]
+    stored = torch.ldexp(mean_PHD.double(), power).clamp(-BF16_MAX, BF16_MAX).to(torch.bfloat16)
+    return stored, torch.ldexp(stored.double(), -power).float()
+
+
+def _exponents(inputs: list[Tensor], page: int) -> Tensor | None:
+    """The powers of two to take out of keys and values, [2, pages, H], or None where none are needed."""
+    largest = torch.stack([x.unflatten(0, (-1, page)).abs().amax((1, 3)) for x in inputs])
     if not bool(largest.isfinite().all()):
         raise NotFinite("a page holds NaN or infinity")
     if bool((((largest <= _SAFE_MAX) & (largest >= _SAFE_MIN)) | (largest == 0)).all()):
         return None
-    return torch.frexp(largest).exponent.double()[..., None]  # double: ldexp forms the power in its dtype
+    return torch.frexp(largest).exponent.double()  # double: ldexp forms the power in its dtype
 
 
-def _quantize(y: Tensor, norm: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes of rotated vectors [..., D], uint8 [..., D / 2] with j in the low and j + D/2 in the high half of a
-    byte, and float32 scales [...]. y is overwritten."""
-    dim = y.shape[-1]
-    to_grid = (unit(bits) * dim**0.5) / norm.clamp_min(_NO_NORM)
-    y.mul_(to_grid[..., None]).floor_().clamp_(-128, 127)
-    index = torch.add(y[..., : dim // 2], y[..., dim // 2 :], alpha=256).add_(128 * 257).to(torch.int32)
-    pairs = pair_table(bits).to(y.device).index_select(0, index.flatten()).view_as(index)
-    square = (pairs >> 8).to(torch.float32).sum(-1)
-    return pairs.to(torch.uint8), norm * square.rsqrt()
+def _quantize(y_2THD: Tensor, norm_2TH: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
+    """Codes of rotated keys and values, uint8 [2, T, H, D / 2] with c in the low and c + D/2 in the high half of a
+    byte, and float32 scales [2, T, H]. y is overwritten."""
+    dim, device, kinds = y_2THD.shape[3], y_2THD.device, (layout.key_bits, layout.value_bits)
+    half = (*y_2THD.shape[:3], dim // 2)
+    units = torch.tensor([unit(bits) * dim**0.5 for bits in kinds], device=device).view(2, 1, 1)
+    y_2THD.mul_((units / norm_2TH.clamp_min(_NO_NORM))[..., None]).floor_().clamp_(-128, 127)
+    grid = scratch("grid", tuple(y_2THD.shape), torch.int8, device).copy_(y_2THD)
+    index = words(grid.view(torch.uint8), scratch("index", half, torch.int32, device))
+    found = scratch("found", half, torch.int32, device)
+    if kinds[0] == kinds[1]:
+        torch.index_select(pair_table(kinds[0]).to(device), 0, index.view(-1), out=found.view(-1))
+    else:
+        for kind, bits in enumerate(kinds):
+            torch.index_select(pair_table(bits).to(device), 0, index[kind].view(-1), out=found[kind].view(-1))
+    pairs = scratch("pairs", half, torch.uint8, device).copy_(found)
+    found.bitwise_right_shift_(8)
+    square = scratch("y", half, torch.float32, device).copy_(found)
+    norm = torch.mv(square.view(-1, dim // 2), torch.ones(dim // 2, device=device))
+    return pairs, norm_2TH * norm.rsqrt_().view(norm_2TH.shape)
 
 
-def _key_bytes(pairs: Tensor, bits: int) -> Tensor:
-    """Sections codesK [H, pages, bytes] from pairs [H, pages, P, D / 2]; the bytes of 4 bits are the pairs."""
-    if bits == 4:
-        return pairs.flatten(2)
-    quarter = pairs.shape[-1] // 2
-    parts = [half[..., i : i + quarter] for half in (pairs & 15, pairs >> 4) for i in (0, quarter)]
-    low, high = _planes(parts, bits)
-    if high is None:
-        return low.flatten(2)
-    eighth = quarter // 2
-    return torch.cat([low.flatten(2), (high[..., :eighth] | high[..., eighth:] << 4).flatten(2)], 2)
-
-
-def _store_values(section_PHB: Tensor, pairs: Tensor, layout: PageLayout) -> None:
-    """Fills the sections codesV: rows are dimensions."""
-    dim, bits = layout.head_dim, layout.value_bits
-    width = layout.page_tokens // code_groups(bits)
-    low_bytes = dim * width
-    out_low = section_PHB[:, :, :low_bytes].unflatten(2, (dim, width)).permute(1, 0, 3, 2)
-    for half, columns in ((pairs & 15, slice(0, dim // 2)), (pairs >> 4, slice(dim // 2, dim))):
-        low, high = _planes(list(half.split(width, dim=2)), bits)
-        out_low[..., columns] = low
-        if high is not None:
-            out_high = section_PHB[:, :, low_bytes:].unflatten(2, (dim, width // 2)).permute(1, 0, 3, 2)
-            out_high[..., columns] = high[:, :, : width // 2] | high[:, :, width // 2 :] << 4
-
-
-def _planes(parts: list[Tensor], bits: int) -> tuple[Tensor, Tensor | None]:
-    """Codes that share a byte -> that byte and, at 3 bits, the nibble of their high bits."""
-    if bits == 4:
-        return parts[0] | parts[1] << 4, None
-    low, high = parts[0] & 3, parts[0] >> 2
-    for i, part in enumerate(parts[1:], 1):
-        low = low | (part & 3) << (2 * i)
-        high = high | (part >> 2) << i
-    return low, high if bits == 3 else None
-
-
-def _store(out_PHB: Tensor, offset: int, section_HPB: Tensor) -> None:
-    section = section_HPB.flatten(2)
-    out_PHB[:, :, offset : offset + section.shape[-1]] = section.transpose(0, 1)
+def words(bytes_: Tensor, out: Tensor) -> Tensor:
+    """int32 of the unsigned 16-bit words (the first byte is the low one) of uint8 [..., 2 n]."""
+    if out.device.type == "cpu":
+        return out.copy_(bytes_.view(torch.uint16))
+    return out.copy_(bytes_.view(torch.int16)).bitwise_and_(0xFFFF)

@@ -97,16 +97,20 @@ class TqCodec:
 
 
 def build_rotations(balance_HD: Tensor, device: torch.device) -> Rotations:
-    """W_k = H diag(signs / balance) / sqrt(d) for each head, W_v = H diag(signs) / sqrt(d), and their
-    inverses."""
+    """W_k = H diag(signs / balance) / sqrt(d) for each head, W_v = H diag(signs) / sqrt(d), their inverses, and the
+    diagonals of these."""
     dim = balance_HD.shape[1]
     orthonormal = hadamard(dim).double() / dim**0.5
     key_signs, value_signs = signs(SEED_KEYS, dim).double(), signs(SEED_VALUES, dim).double()
     balance = balance_HD.double()
-    key_HDD = orthonormal * (key_signs / balance)[:, None, :]
-    key_inverse_HDD = orthonormal.T * (key_signs * balance)[:, :, None]
-    value_DD, value_inverse_DD = orthonormal * value_signs, orthonormal.T * value_signs[:, None]
-    parts = (key_HDD, key_inverse_HDD, value_DD, value_inverse_DD)
+    parts = (
+        orthonormal * (key_signs / balance)[:, None, :],
+        orthonormal.T * (key_signs * balance)[:, :, None],
+        orthonormal * value_signs,
+        orthonormal.T * value_signs[:, None],
+        key_signs * balance / dim**0.5,
+        value_signs / dim**0.5,
+    )
     return Rotations(*(part.float().contiguous().to(device) for part in parts))
 
 
