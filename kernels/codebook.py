@@ -38,13 +38,13 @@ def unit(bits: int) -> float:
 
 @cache
 def pair_table(bits: int) -> Tensor:
-    """What two values a and b become, by the bytes of floor(a) (low) and floor(b), two's complement, each clamped.
+    """What two values become, by (floor(a) + 128) + 256 (floor(b) + 128), each floor clamped to 8 bits.
 
     int32 [65536]: code of a | code of b << 4 | (centroid of a)^2 + (centroid of b)^2 << 8.
     """
     points = torch.tensor(centroids(bits), dtype=torch.float32)
     midpoints = (points[1:] + points[:-1]) / 2
-    grid = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.float32)
+    grid = torch.arange(-128, 128, dtype=torch.float32)
     code = torch.bucketize(grid, midpoints, right=True).to(torch.int32)  # floor(y) >= m exactly when y >= m
     square = points[code.long()].square().to(torch.int32)
     low, high = code[None, :], code[:, None]

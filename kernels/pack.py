@@ -4,9 +4,9 @@
     code = nearest centroid of y unit / rms(y)
     scale = |y| / |centroids|   so the norm is preserved
 
-Shapes: P page tokens, T = pages * P tokens, H KV heads, D head dimension, B bytes of a packed page. On a CPU the time
-goes into the rotation (a third), the table of codes (a sixth) and a dozen passes over memory: all in blocks that stay
-in cache, in memory that is used again, keys and values together.
+Shapes: P page tokens, T = pages * P tokens, H KV heads, D head dimension, B bytes of a packed page. Keys and values go
+through each step together, a few pages at a time so that they stay in a CPU's cache. Where the time goes:
+`docs/codec.md`.
 
 Source: TurboQuant's MSE form (arXiv 2504.19874) with page means of the keys, a diagonal balance and
 norm-preserving scales.
@@ -24,10 +24,10 @@ from .layout import PageLayout
 from .pack_codes import store_keys, store_values
 from .rotation import hadamard
 from .scale16 import to_scale16
-from .scratch import scratch
+from .scratch import scratch, space
 
 BF16_MAX = 3.3895313892515355e38
-_CHUNK_VALUES = 1 << 17  # of keys, and as many of values: keeps the working set of a chunk near a CPU's cache
+_CHUNK_VALUES = 1 << 17  # of keys, and as many of values
 _NO_NORM = 1e-30  # shorter vectors count as zero
 _SAFE_MAX, _SAFE_MIN = 2.0**48, 2.0**-48  # outside of this, squares and sums of fp32 could overflow or lose bits
 
@@ -48,19 +48,46 @@ class Rotations:
     value_gain_D: Tensor  # signs / sqrt(d)
 
     @cached_property
-    def paired_HDD(self) -> Tensor:
-        """[H + 1, D in, D out] of all heads' keys and of values, for row vectors; outputs c and c + D/2 are neighbours,
-        so that the two bytes that become one byte of codes are one 16-bit word."""
-        dim = self.value_DD.shape[0]
-        order = torch.arange(dim, device=self.value_DD.device).view(2, dim // 2).T.flatten()
-        both = torch.cat([self.key_HDD, self.value_DD[None]])
-        return both[:, order].transpose(1, 2).contiguous()
-
-    @cached_property
     def value_signed_DD(self) -> Tensor:
         """int8 H diag(signs) of the values."""
         matrix = hadamard(self.value_DD.shape[0]).to(self.value_gain_D.device)
         return (matrix * self.value_gain_D.sign()).to(torch.int8)
+
+
+class _Space:
+    """Scratch tensors for packing some pages. The rows of y are the keys' [H, T] and the values' [T, H]."""
+
+    def __init__(self, pages: int, heads: int, layout: PageLayout, device: torch.device) -> None:
+        page, dim = layout.page_tokens, layout.head_dim
+        tokens, half = pages * page, layout.head_dim // 2
+        rows = tokens * heads
+
+        def make(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return scratch(name, shape, dtype, device)
+
+        self.floats = [make(name, tokens, heads, dim) for name in ("keys", "values")]
+        self.y = make("y", 2 * rows, dim)
+        self.y_keys, self.y_values = self.y[:rows].view(heads, tokens, dim), self.y[rows:]
+        self.y_pages = self.y[:rows].view(heads, pages, page, dim)
+        self.y_low, self.y_high = self.y[:, :half], self.y[:, half:]
+        self.norm = make("norm", 2 * rows)
+        self.gain = make("gain", 2 * rows)
+        self.gain_rows, self.gain_kinds = self.gain[:, None], self.gain.view(2, rows)
+        units = [unit(bits) * dim**0.5 for bits in (layout.key_bits, layout.value_bits)]
+        self.units = torch.tensor(units, device=device)[:, None]
+        self.pairs_float = make("pairs_float", 2 * rows, half)
+        self.index = make("index", 2 * rows * half, dtype=torch.int32)
+        self.found = make("found", 2 * rows * half, dtype=torch.int32)
+        self.lookups = [(pair_table(layout.key_bits).to(device), self.index, self.found)]
+        if layout.key_bits != layout.value_bits:
+            bits = (layout.key_bits, layout.value_bits)
+            parts = zip(bits, self.index.view(2, -1), self.found.view(2, -1), strict=True)
+            self.lookups = [(pair_table(b).to(device), index, found) for b, index, found in parts]
+        self.index_rows, self.found_rows = self.index.view(-1, half), self.found.view(-1, half)
+        self.ones = torch.ones(half, device=device)
+        self.pairs = make("pairs", 2 * rows, half, dtype=torch.uint8)
+        self.pairs_keys = self.pairs[:rows].view(heads, pages, page, half).transpose(0, 1)
+        self.pairs_values = self.pairs[rows:].view(pages, page, heads, half)
 
 
 def chunks(tokens: int, page_tokens: int, values_per_token: int) -> Iterator[tuple[int, int]]:
@@ -73,74 +100,59 @@ def chunks(tokens: int, page_tokens: int, values_per_token: int) -> Iterator[tup
 def pack_reference(k_THD: Tensor, v_THD: Tensor, rotations: Rotations, layout: PageLayout) -> Tensor:
     """uint8 [pages, H * head_bytes] of keys and values of T = pages * P tokens. NotFinite where one is no number."""
     tokens, heads, dim = k_THD.shape
-    pages = tokens // layout.page_tokens
-    out_PHB = torch.zeros(pages, heads, layout.head_bytes, dtype=torch.uint8, device=k_THD.device)
-    for start, end in chunks(tokens, layout.page_tokens, heads * dim):
-        part = out_PHB[start // layout.page_tokens : end // layout.page_tokens]
-        _pack_chunk(k_THD[start:end], v_THD[start:end], rotations, layout, part)
-    return out_PHB.view(pages, heads * layout.head_bytes)
+    page = layout.page_tokens
+    out_PHB = torch.zeros(tokens // page, heads, layout.head_bytes, dtype=torch.uint8, device=k_THD.device)
+    for start, end in chunks(tokens, page, heads * dim):
+        one = space(_Space, (end - start) // page, heads, layout, k_THD.device)
+        _pack_chunk(k_THD[start:end], v_THD[start:end], rotations, layout, one, out_PHB[start // page : end // page])
+    return out_PHB.view(-1, heads * layout.head_bytes)
 
 
-def _pack_chunk(k_THD: Tensor, v_THD: Tensor, rotations: Rotations, layout: PageLayout, out_PHB: Tensor) -> None:
+def _pack_chunk(
+    k_THD: Tensor, v_THD: Tensor, rotations: Rotations, layout: PageLayout, one: _Space, out_PHB: Tensor
+) -> None:
     """The norms tell whether any number is extreme, or none at all: looking at every input would take longer."""
-    tokens, heads, dim = k_THD.shape
-    pages, page = tokens // layout.page_tokens, layout.page_tokens
-    inputs = [_float32(x, f"x{i}") for i, x in enumerate((k_THD, v_THD))]
-    y_2THD = scratch("y", (2, tokens, heads, dim), torch.float32, k_THD.device)
-    mean, norm = _rotate(inputs, None, rotations, y_2THD, page)
+    inputs = [_float32(x, buffer) for x, buffer in zip((k_THD, v_THD), one.floats, strict=True)]
+    mean_HPD = _rotate(inputs, None, rotations, one)
     exponent = None
-    least, most = norm.aminmax()
-    if not (float(least) >= _SAFE_MIN and float(most) <= _SAFE_MAX):
-        exponent = _exponents(inputs, page)
+    least, most = one.norm.aminmax()
+    if not (least.item() >= _SAFE_MIN and most.item() <= _SAFE_MAX):
+        exponent = _exponents(inputs, layout.page_tokens)
         if exponent is not None:
-            per_token = exponent.repeat_interleave(page, 1)[..., None]
-            scaled = [torch.ldexp(x.double(), -e).float() for x, e in zip(inputs, per_token, strict=True)]
-            mean, norm = _rotate(scaled, exponent[0], rotations, y_2THD, page)
-    pairs, scale = _quantize(y_2THD, norm, layout)
+            each = exponent.repeat_interleave(layout.page_tokens, 1)[..., None]
+            scaled = [torch.ldexp(x.double(), -e).float() for x, e in zip(inputs, each, strict=True)]
+            mean_HPD = _rotate(scaled, exponent[0], rotations, one)
+    scale = _quantize(one)
     if exponent is not None:
-        scale = torch.ldexp(scale.double(), exponent.repeat_interleave(page, 1)).clamp(max=BF16_MAX).float()
-    bits = to_scale16(scale).view(2, pages, page, heads).transpose(2, 3).contiguous().view(torch.uint8)
-    store_keys(out_PHB[:, :, : layout.code_bytes_key], pairs[0].view(pages, page, heads, -1), layout.key_bits)
-    section = out_PHB[:, :, layout.codes_value : layout.codes_value + layout.code_bytes_value]
-    store_values(section, pairs[1].view(pages, page, heads, -1), layout.value_bits)
-    out_PHB[:, :, layout.scale_key : layout.scale_key + 2 * page] = bits[0]
-    out_PHB[:, :, layout.scale_value : layout.scale_value + 2 * page] = bits[1]
-    natural = mean.view(pages, heads, dim // 2, 2).transpose(2, 3).contiguous().view(pages, heads, dim)
-    out_PHB[:, :, layout.mean_key : layout.mean_key + 2 * dim] = natural.view(torch.uint8)
+        each = exponent.repeat_interleave(layout.page_tokens, 1)
+        power = torch.cat([each[0].T.flatten(), each[1].flatten()])
+        scale = torch.ldexp(scale.double(), power).clamp(max=BF16_MAX).float()
+    _store(out_PHB, layout, one, to_scale16(scale), mean_HPD)
 
 
-def _float32(x_THD: Tensor, name: str) -> Tensor:
-    if x_THD.dtype == torch.float32:
-        return x_THD
-    return scratch(name, tuple(x_THD.shape), torch.float32, x_THD.device).copy_(x_THD)
+def _float32(x_THD: Tensor, buffer: Tensor) -> Tensor:
+    return x_THD if x_THD.dtype == torch.float32 else buffer.copy_(x_THD)
 
 
-def _rotate(
-    inputs: list[Tensor], exponent_PH: Tensor | None, rotations: Rotations, y_2THD: Tensor, page: int
-) -> tuple[Tensor, Tensor]:
-    """Fills y with the rotated keys, less their page's mean, and values, in pairs. Returns the means as they are
-    stored, [pages, H, D] in pairs, and the norms [2, T, H]."""
-    _, tokens, heads, dim = y_2THD.shape
-    matrices = rotations.paired_HDD
-    for head in range(heads):
-        torch.mm(inputs[0][:, head], matrices[head], out=y_2THD[0, :, head])
-    torch.mm(inputs[1].reshape(-1, dim), matrices[heads], out=y_2THD[1].view(-1, dim))
-    keys_PTHD = y_2THD[0].view(tokens // page, page, heads, dim)
-    stored, mean = _stored_mean(keys_PTHD.mean(1), exponent_PH)
+def _rotate(inputs: list[Tensor], exponent_PH: Tensor | None, rotations: Rotations, one: _Space) -> Tensor:
+    """Fills y with the rotated keys, less their page's mean, and values; and their norms. Returns the means as they are
+    stored, bf16 [H, pages, D]."""
+    torch.bmm(inputs[0].transpose(0, 1), rotations.key_HDD.transpose(1, 2), out=one.y_keys)
+    torch.mm(inputs[1].reshape(one.y_values.shape), rotations.value_DD.T, out=one.y_values)
+    stored, mean = _stored_mean(one.y_pages.mean(2), exponent_PH)
     # What is subtracted is the mean as it is stored, so that its rounding costs nothing.
-    keys_PTHD.sub_(mean[:, None])
-    square = torch.mul(y_2THD, y_2THD, out=scratch("square", (2, tokens, heads, dim), y_2THD.dtype, y_2THD.device))
-    norm = torch.mv(square.view(-1, dim), torch.ones(dim, device=square.device)).sqrt_()
-    return stored, norm.view(2, tokens, heads)
+    one.y_pages.sub_(mean[:, :, None])
+    torch.linalg.vector_norm(one.y, dim=-1, out=one.norm)
+    return stored
 
 
-def _stored_mean(mean_PHD: Tensor, exponent_PH: Tensor | None) -> tuple[Tensor, Tensor]:
+def _stored_mean(mean_HPD: Tensor, exponent_PH: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mean in bf16 as it is stored, and as float32 with the powers of two taken out again."""
     if exponent_PH is None:
-        stored = mean_PHD.to(torch.bfloat16)
+        stored = mean_HPD.to(torch.bfloat16)
         return stored, stored.float()
-    power = exponent_PH[..., None]
-    stored = torch.ldexp(mean_PHD.double(), power).clamp(-BF16_MAX, BF16_MAX).to(torch.bfloat16)
+    power = exponent_PH.T[..., None]
+    stored = torch.ldexp(mean_HPD.double(), power).clamp(-BF16_MAX, BF16_MAX).to(torch.bfloat16)
     return stored, torch.ldexp(stored.double(), -power).float()
 
 
@@ -154,30 +166,29 @@ def _exponents(inputs: list[Tensor], page: int) -> Tensor | None:
     return torch.frexp(largest).exponent.double()  # double: ldexp forms the power in its dtype
 
 
-def _quantize(y_2THD: Tensor, norm_2TH: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
-    """Codes of rotated keys and values, uint8 [2, T, H, D / 2] with c in the low and c + D/2 in the high half of a
-    byte, and float32 scales [2, T, H]. y is overwritten."""
-    dim, device, kinds = y_2THD.shape[3], y_2THD.device, (layout.key_bits, layout.value_bits)
-    half = (*y_2THD.shape[:3], dim // 2)
-    units = torch.tensor([unit(bits) * dim**0.5 for bits in kinds], device=device).view(2, 1, 1)
-    y_2THD.mul_((units / norm_2TH.clamp_min(_NO_NORM))[..., None]).floor_().clamp_(-128, 127)
-    grid = scratch("grid", tuple(y_2THD.shape), torch.int8, device).copy_(y_2THD)
-    index = words(grid.view(torch.uint8), scratch("index", half, torch.int32, device))
-    found = scratch("found", half, torch.int32, device)
-    if kinds[0] == kinds[1]:
-        torch.index_select(pair_table(kinds[0]).to(device), 0, index.view(-1), out=found.view(-1))
-    else:
-        for kind, bits in enumerate(kinds):
-            torch.index_select(pair_table(bits).to(device), 0, index[kind].view(-1), out=found[kind].view(-1))
-    pairs = scratch("pairs", half, torch.uint8, device).copy_(found)
-    found.bitwise_right_shift_(8)
-    square = scratch("y", half, torch.float32, device).copy_(found)
-    norm = torch.mv(square.view(-1, dim // 2), torch.ones(dim // 2, device=device))
-    return pairs, norm_2TH * norm.rsqrt_().view(norm_2TH.shape)
+def _quantize(one: _Space) -> Tensor:
+    """Codes of y, with c in the low and c + D/2 in the high half of a byte, into `pairs`; returns the scales of its
+    rows, float32. y is overwritten."""
+    torch.div(one.units, one.norm.clamp_min(_NO_NORM).view_as(one.gain_kinds), out=one.gain_kinds)
+    one.y.mul_(one.gain_rows).floor_().clamp_(-128, 127)
+    torch.add(one.y_low, one.y_high, alpha=256, out=one.pairs_float).add_(128 * 257)
+    one.index_rows.copy_(one.pairs_float)
+    for table, index, found in one.lookups:
+        torch.index_select(table, 0, index, out=found)
+    one.pairs.copy_(one.found_rows)
+    one.pairs_float.copy_(one.found_rows.bitwise_right_shift_(8))
+    return torch.mv(one.pairs_float, one.ones).rsqrt_().mul_(one.norm)
 
 
-def words(bytes_: Tensor, out: Tensor) -> Tensor:
-    """int32 of the unsigned 16-bit words (the first byte is the low one) of uint8 [..., 2 n]."""
-    if out.device.type == "cpu":
-        return out.copy_(bytes_.view(torch.uint16))
-    return out.copy_(bytes_.view(torch.int16)).bitwise_and_(0xFFFF)
+def _store(out_PHB: Tensor, layout: PageLayout, one: _Space, scale_bits: Tensor, mean_HPD: Tensor) -> None:
+    pages, heads = out_PHB.shape[:2]
+    page, value = layout.page_tokens, layout.codes_value
+    store_keys(out_PHB[:, :, : layout.code_bytes_key], one.pairs_keys, layout.key_bits)
+    store_values(out_PHB[:, :, value : value + layout.code_bytes_value], one.pairs_values, layout.value_bits)
+    out16 = out_PHB.view(torch.int16)
+    scales, start = scale_bits.view(2, -1), layout.scale_key // 2
+    out16[:, :, start : start + page] = scales[0].view(heads, pages, page).transpose(0, 1)
+    start = layout.scale_value // 2
+    out16[:, :, start : start + page] = scales[1].view(pages, page, heads).transpose(1, 2)
+    start = layout.mean_key // 2
+    out16[:, :, start : start + layout.head_dim] = mean_HPD.view(torch.int16).transpose(0, 1)

@@ -1,6 +1,6 @@
 """Pairs of codes -> the sections codesK and codesV of a page (`layout.py`).
 
-A pair is a byte with the code of dimension c in its low and of c + D/2 in its high half, so that four shifts and masks
+A pair is a byte with the code of dimension c in its low and of c + D/2 in its high half, so that a few shifts and masks
 of whole bytes join the codes of two or four columns.
 """
 
@@ -10,17 +10,14 @@ from torch import Tensor
 from .layout import code_groups
 
 
-def store_keys(section_PHB: Tensor, pairs_PTHC: Tensor, bits: int) -> None:
+def store_keys(section_PHB: Tensor, pairs_PHTC: Tensor, bits: int) -> None:
     """Fills codesK: rows are tokens. C = D / 2 pairs."""
-    low, high = _joined_keys(pairs_PTHC, bits)
-    size = low[0, :, 0].numel()
-    _rows(section_PHB[:, :, :size], low)
+    rows = pairs_PHTC.shape[2]
+    low, high = _joined_keys(pairs_PHTC, bits)
+    size = rows * low.shape[3]
+    section_PHB[:, :, :size].unflatten(2, (rows, -1)).copy_(low)
     if high is not None:
-        _rows(section_PHB[:, :, size:], high)
-
-
-def _rows(section_PHB: Tensor, rows_PTHC: Tensor) -> None:
-    section_PHB.unflatten(2, (rows_PTHC.shape[1], -1)).copy_(rows_PTHC.transpose(1, 2))
+        section_PHB[:, :, size:].unflatten(2, (rows, -1)).copy_(high)
 
 
 def _joined_keys(pairs: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
@@ -58,6 +55,6 @@ def store_values(section_PHB: Tensor, pairs_PTHC: Tensor, bits: int) -> None:
 def _columns(section_PHB: Tensor, a_PTHC: Tensor, b_PTHC: Tensor) -> None:
     """Rows of dimensions c and c + D/2 from the low and the high halves of a, and above them those of b."""
     columns = a_PTHC.shape[3]
-    rows_PHCT = section_PHB.unflatten(2, (2 * columns, -1))
-    rows_PHCT[:, :, :columns].copy_((b_PTHC << 4).bitwise_or_(a_PTHC & 15).permute(0, 2, 3, 1))
-    rows_PHCT[:, :, columns:].copy_((a_PTHC >> 4).bitwise_or_(b_PTHC & 0xF0).permute(0, 2, 3, 1))
+    rows_PTHC = section_PHB.unflatten(2, (2, columns, -1)).permute(2, 0, 4, 1, 3)
+    rows_PTHC[0].copy_((b_PTHC << 4).bitwise_or_(a_PTHC & 15))
+    rows_PTHC[1].copy_((a_PTHC >> 4).bitwise_or_(b_PTHC & 0xF0))

@@ -15,9 +15,10 @@ _BF16_MAX = 3.3895313892515355e38
 def to_scale16(scale: Tensor) -> Tensor:
     """int16 bits of float32 scales >= 0, same shape. Values over the largest bfloat16 become that."""
     half = scale.to(torch.float16).view(torch.int16)
-    usual = (scale >= _HALF_MIN) & (scale <= _HALF_MAX)
-    if bool((usual | (scale == 0)).all()):
+    least, most = scale.aminmax() if scale.numel() else (scale.new_ones(()),) * 2
+    if least.item() >= _HALF_MIN and most.item() <= _HALF_MAX:
         return half
+    usual = (scale >= _HALF_MIN) & (scale <= _HALF_MAX)
     wide = scale.clamp(max=_BF16_MAX).to(torch.bfloat16).view(torch.int16)
     return torch.where(usual | (scale == 0), half, wide | -0x8000)
 
