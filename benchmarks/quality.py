@@ -11,6 +11,7 @@ balance is calibrated as a worker does it, on the text that the project ships, o
 """
 
 import argparse
+import ctypes
 import gzip
 import json
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     model = load_model(options.model, dtype="fp32")
+    return_large_memory()
     tokenizer = Tokenizer(model.path)
     ids = torch.tensor(tokenizer.encode(read_text(options.text)))
     balance = None
@@ -65,6 +67,13 @@ def main() -> None:
         save(result, options)
     for row in result["rows"]:
         print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else str(value) for key, value in row.items()))
+
+
+def return_large_memory() -> None:
+    """A loaded model has malloc keep all memory; the logits of whole windows, hundreds of MB each, would fragment it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD
 
 
 def save(result: Mapping[str, object], options: argparse.Namespace) -> None:

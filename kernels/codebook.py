@@ -38,17 +38,24 @@ def unit(bits: int) -> float:
 
 @cache
 def pair_table(bits: int) -> Tensor:
-    """What two values become, by (floor(a) + 128) + 256 (floor(b) + 128), each floor clamped to 8 bits.
+    """What two values a and b become, by the bytes of floor(a) (low) and floor(b), two's complement, each clamped.
 
-    int32 [65536]: code of a | code of b << 4 | (centroid of a)^2 + (centroid of b)^2 << 8.
+    int32 [65536] of four bytes: code of a | code of b << 4; k modulo 64; k / 64; 0, where the sum of the squares of
+    both centroids is 8 k + 2 (they are odd). `pair_weights` adds k up.
     """
     points = torch.tensor(centroids(bits), dtype=torch.float32)
     midpoints = (points[1:] + points[:-1]) / 2
-    grid = torch.arange(-128, 128, dtype=torch.float32)
+    grid = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.float32)
     code = torch.bucketize(grid, midpoints, right=True).to(torch.int32)  # floor(y) >= m exactly when y >= m
     square = points[code.long()].square().to(torch.int32)
-    low, high = code[None, :], code[:, None]
-    return (low | high << 4 | (square[None, :] + square[:, None]) << 8).flatten().contiguous()
+    k = (square[None, :] + square[:, None] - 2) // 8
+    return (code[None, :] | code[:, None] << 4 | (k & 63) << 8 | k >> 6 << 16).flatten().contiguous()
+
+
+@cache
+def pair_weights(pairs: int) -> Tensor:
+    """int8 [4 pairs, 1]: what the bytes of `pair_table` count for in the sum of k."""
+    return torch.tensor([[0], [1], [64], [0]], dtype=torch.int8).repeat(pairs, 1)
 
 
 @cache

@@ -68,6 +68,12 @@ class PageLayout:
     def head_bytes(self) -> int:
         return self.mean_key + _aligned(2 * self.head_dim)
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether there are bytes between the sections."""
+        codes = self.code_bytes_key + self.code_bytes_value
+        return self.head_bytes > codes + 4 * self.page_tokens + 2 * self.head_dim
+
 
 def code_groups(bits: int) -> int:
     """How many columns of a row share one byte of the (low) plane."""

@@ -19,7 +19,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .codebook import pair_table, unit
+from .codebook import pair_table, pair_weights, unit
+from .int8_product import int8_product
 from .layout import PageLayout
 from .pack_codes import store_keys, store_values
 from .rotation import hadamard
@@ -48,6 +49,14 @@ class Rotations:
     value_gain_D: Tensor  # signs / sqrt(d)
 
     @cached_property
+    def paired_HDD(self) -> Tensor:
+        """[H + 1, D in, D out] of the keys of all heads and the values, to multiply rows with. Outputs c and c + D/2 are
+        neighbours, so that the two bytes that become one byte of codes make one 16-bit word."""
+        both = torch.cat([self.key_HDD, self.value_DD[None]])
+        paired = both.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+        return paired.transpose(1, 2).contiguous()
+
+    @cached_property
     def value_signed_DD(self) -> Tensor:
         """int8 H diag(signs) of the values."""
         matrix = hadamard(self.value_DD.shape[0]).to(self.value_gain_D.device)
@@ -69,13 +78,13 @@ class _Space:
         self.y = make("y", 2 * rows, dim)
         self.y_keys, self.y_values = self.y[:rows].view(heads, tokens, dim), self.y[rows:]
         self.y_pages = self.y[:rows].view(heads, pages, page, dim)
-        self.y_low, self.y_high = self.y[:, :half], self.y[:, half:]
         self.norm = make("norm", 2 * rows)
         self.gain = make("gain", 2 * rows)
         self.gain_rows, self.gain_kinds = self.gain[:, None], self.gain.view(2, rows)
         units = [unit(bits) * dim**0.5 for bits in (layout.key_bits, layout.value_bits)]
         self.units = torch.tensor(units, device=device)[:, None]
-        self.pairs_float = make("pairs_float", 2 * rows, half)
+        self.grid = make("grid", 2 * rows, dim, dtype=torch.int8)
+        self.words = self.grid.view(torch.uint16).view(-1)
         self.index = make("index", 2 * rows * half, dtype=torch.int32)
         self.found = make("found", 2 * rows * half, dtype=torch.int32)
         self.lookups = [(pair_table(layout.key_bits).to(device), self.index, self.found)]
@@ -83,8 +92,8 @@ class _Space:
             bits = (layout.key_bits, layout.value_bits)
             parts = zip(bits, self.index.view(2, -1), self.found.view(2, -1), strict=True)
             self.lookups = [(pair_table(b).to(device), index, found) for b, index, found in parts]
-        self.index_rows, self.found_rows = self.index.view(-1, half), self.found.view(-1, half)
-        self.ones = torch.ones(half, device=device)
+        self.found_rows, self.found_bytes = self.found.view(-1, half), self.found.view(torch.int8).view(-1, 2 * dim)
+        self.weights, self.sums = pair_weights(half).to(device), make("sums", 2 * rows, 1, dtype=torch.int32)
         self.pairs = make("pairs", 2 * rows, half, dtype=torch.uint8)
         self.pairs_keys = self.pairs[:rows].view(heads, pages, page, half).transpose(0, 1)
         self.pairs_values = self.pairs[rows:].view(pages, page, heads, half)
@@ -101,7 +110,8 @@ def pack_reference(k_THD: Tensor, v_THD: Tensor, rotations: Rotations, layout: P
     """uint8 [pages, H * head_bytes] of keys and values of T = pages * P tokens. NotFinite where one is no number."""
     tokens, heads, dim = k_THD.shape
     page = layout.page_tokens
-    out_PHB = torch.zeros(tokens // page, heads, layout.head_bytes, dtype=torch.uint8, device=k_THD.device)
+    make = torch.zeros if layout.has_padding else torch.empty
+    out_PHB = make(tokens // page, heads, layout.head_bytes, dtype=torch.uint8, device=k_THD.device)
     for start, end in chunks(tokens, page, heads * dim):
         one = space(_Space, (end - start) // page, heads, layout, k_THD.device)
         _pack_chunk(k_THD[start:end], v_THD[start:end], rotations, layout, one, out_PHB[start // page : end // page])
@@ -135,10 +145,10 @@ def _float32(x_THD: Tensor, buffer: Tensor) -> Tensor:
 
 
 def _rotate(inputs: list[Tensor], exponent_PH: Tensor | None, rotations: Rotations, one: _Space) -> Tensor:
-    """Fills y with the rotated keys, less their page's mean, and values; and their norms. Returns the means as they are
-    stored, bf16 [H, pages, D]."""
-    torch.bmm(inputs[0].transpose(0, 1), rotations.key_HDD.transpose(1, 2), out=one.y_keys)
-    torch.mm(inputs[1].reshape(one.y_values.shape), rotations.value_DD.T, out=one.y_values)
+    """Fills y with the rotated keys, less their page's mean, and values, in pairs; and their norms. Returns the means as they are
+    stored, bf16 [H, pages, D], in pairs."""
+    torch.bmm(inputs[0].transpose(0, 1), rotations.paired_HDD[:-1], out=one.y_keys)
+    torch.mm(inputs[1].reshape(one.y_values.shape), rotations.paired_HDD[-1], out=one.y_values)
     stored, mean = _stored_mean(one.y_pages.mean(2), exponent_PH)
     # What is subtracted is the mean as it is stored, so that its rounding costs nothing.
     one.y_pages.sub_(mean[:, :, None])
@@ -171,13 +181,22 @@ def _quantize(one: _Space) -> Tensor:
     rows, float32. y is overwritten."""
     torch.div(one.units, one.norm.clamp_min(_NO_NORM).view_as(one.gain_kinds), out=one.gain_kinds)
     one.y.mul_(one.gain_rows).floor_().clamp_(-128, 127)
-    torch.add(one.y_low, one.y_high, alpha=256, out=one.pairs_float).add_(128 * 257)
-    one.index_rows.copy_(one.pairs_float)
+    one.grid.copy_(one.y)
+    read_words(one.words, one.index)
     for table, index, found in one.lookups:
         torch.index_select(table, 0, index, out=found)
     one.pairs.copy_(one.found_rows)
-    one.pairs_float.copy_(one.found_rows.bitwise_right_shift_(8))
-    return torch.mv(one.pairs_float, one.ones).rsqrt_().mul_(one.norm)
+    int8_product(one.found_bytes, one.weights, one.sums)
+    square = one.sums.flatten().mul_(8).add_(one.y.shape[1])
+    return square.rsqrt().mul_(one.norm)
+
+
+def read_words(words: Tensor, out: Tensor) -> None:
+    """Fills int32 `out` with uint16 words."""
+    if out.device.type == "cpu":
+        out.copy_(words)
+    else:
+        out.copy_(words.view(torch.int16)).bitwise_and_(0xFFFF)
 
 
 def _store(out_PHB: Tensor, layout: PageLayout, one: _Space, scale_bits: Tensor, mean_HPD: Tensor) -> None:
@@ -191,4 +210,5 @@ def _store(out_PHB: Tensor, layout: PageLayout, one: _Space, scale_bits: Tensor,
     start = layout.scale_value // 2
     out16[:, :, start : start + page] = scales[1].view(pages, page, heads).transpose(1, 2)
     start = layout.mean_key // 2
-    out16[:, :, start : start + layout.head_dim] = mean_HPD.view(torch.int16).transpose(0, 1)
+    mean16 = mean_HPD.view(torch.int16).unflatten(2, (-1, 2)).permute(1, 0, 3, 2)  # no longer in pairs
+    out16[:, :, start : start + layout.head_dim].unflatten(2, (2, -1)).copy_(mean16)

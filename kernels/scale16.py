@@ -26,7 +26,7 @@ def to_scale16(scale: Tensor) -> Tensor:
 def from_scale16(bits: Tensor) -> Tensor:
     """float32 of int16 bits, same shape."""
     half = bits.view(torch.float16).to(torch.float32)
-    if not bool((bits < 0).any()):
+    if not bits.numel() or bits.amin().item() >= 0:
         return half
     wide = (bits & 0x7FFF).view(torch.bfloat16).to(torch.float32)
     return torch.where(bits < 0, wide, half)

@@ -3,9 +3,8 @@
     key   = gain · (scale · Hᵀ centroids + Hᵀ mean)
     value = gain · scale · Hᵀ centroids
 
-Hᵀ centroids are sums of 8-bit integers and therefore exact, in whichever way they are made: by a CPU's products of
-8-bit matrices where PyTorch offers them (a third of the time), or else in fp32. Values outside of the range of the
-wanted dtype become its largest or smallest finite value.
+Hᵀ centroids are sums of 8-bit integers, and exact. Values outside of the range of the wanted dtype become its largest
+or smallest finite value.
 """
 
 from functools import cache
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .codebook import quad_table
-from .layout import PageLayout, code_groups
-from .pack import Rotations, chunks
+from .int8_product import int8_product
+from .layout import PageLayout
+from .pack import Rotations, chunks, read_words
 from .rotation import hadamard
 from .scale16 import from_scale16
 from .scratch import scratch, space
@@ -37,10 +37,15 @@ class _Space:
         centroids = self.found.view(torch.int8)
         self.centroids_keys, self.centroids_values = centroids.view(rows, dim), centroids.view(dim, rows).T
         self.sums = scratch("sums", (rows, dim), torch.int32, device)
+        self.sums_pages = self.sums.view(pages, heads, page, dim)
         self.floats = scratch("y", (pages, heads, page, dim), torch.float32, device)
         self.key_table = quad_table(layout.key_bits).to(device)
         self.value_table = quad_table(layout.value_bits).to(device)
         self.key_matrix = hadamard(dim)[column_order(dim, layout.key_bits)].to(device=device, dtype=torch.int8)
+
+    def floats_of(self, dtype: torch.dtype) -> Tensor:
+        """The sums as float32 or float64 [pages, H, P, D]."""
+        return self.floats.copy_(self.sums_pages) if dtype == torch.float32 else self.sums_pages.to(dtype)
 
 
 def unpack_reference(
@@ -59,7 +64,7 @@ def unpack_reference(
     # In the order in which the codes of values are looked up.
     scale_value = (scale_value[..., column_order(page, layout.value_bits), None]).mul_(dim**-0.5)
     mean = _section(packed_PHB, layout.mean_key, 2 * dim).view(torch.bfloat16).float()
-    largest = max(float(scales.amax()), float(torch.linalg.vector_norm(mean, torch.inf)))
+    largest = max(x.abs().item() for x in (scales.amax(), *mean.aminmax()))
     gain, matrix = rotations.key_gain_HD[:, None], hadamard(dim).to(mean.device)
     if largest > _LARGE:
         scale_key, scale_value, mean, gain, matrix = (
@@ -86,10 +91,9 @@ def _unpack_keys(
 ) -> None:
     _index(packed_PHB[:, :, : layout.code_bytes_key], layout.page_tokens, layout.key_bits, one.index_keys)
     torch.index_select(one.key_table, 0, one.index, out=one.found)
-    sums = _sums(one.centroids_keys, one.key_matrix, one)
+    int8_product(one.centroids_keys, one.key_matrix, one.sums)
     scale, mean, gain = affine
-    x_PHTD = sums.view(one.floats.shape)
-    x_PHTD = one.floats.copy_(x_PHTD) if scale.dtype == torch.float32 else x_PHTD.double()
+    x_PHTD = one.floats_of(scale.dtype)
     torch.addcmul(mean, x_PHTD, scale, out=x_PHTD).mul_(gain)
     if limit is not None:
         x_PHTD.clamp_(-limit, limit)
@@ -110,8 +114,8 @@ def _unpack_values(
     section = packed_PHB[:, :, start : start + layout.code_bytes_value]
     _index(section, dim, layout.value_bits, one.index_values)
     torch.index_select(one.value_table, 0, one.index, out=one.found)
-    sums = _sums(one.centroids_values, rotations.value_signed_DD, one).view(one.floats.shape)
-    x_PHTD = torch.mul(sums, scale, out=one.floats) if scale.dtype == torch.float32 else sums * scale
+    int8_product(one.centroids_values, rotations.value_signed_DD, one.sums)
+    x_PHTD = one.floats_of(scale.dtype).mul_(scale)
     if limit is not None:
         x_PHTD.clamp_(-limit, limit)
     if layout.value_bits == 4:
@@ -130,10 +134,7 @@ def _index(section_PHB: Tensor, rows: int, bits: int, out: Tensor) -> None:
     width = out.shape[3]
     if bits == 4:
         codes = section_PHB.unflatten(2, (rows, 2 * width))
-        if out.device.type == "cpu":
-            out.copy_(codes.view(torch.uint16))
-        else:
-            out.copy_(codes.view(torch.int16)).bitwise_and_(0xFFFF)
+        read_words(codes.view(torch.uint16), out)
         return
     out.copy_(section_PHB[:, :, : rows * width].unflatten(2, (rows, width)))
     if bits == 3:
@@ -150,20 +151,3 @@ def column_order(columns: int, bits: int) -> Tensor:
         half = columns // 2
         return (2 * quarter + torch.tensor([0, half, 1, half + 1])).flatten()
     return (quarter + torch.arange(4) * (columns // 4)).flatten()
-
-
-def _sums(centroids_RD: Tensor, matrix_DD: Tensor, one: _Space) -> Tensor:
-    """int8 centroids · int8 matrix, exact: int32 from 8-bit products, or float32."""
-    if centroids_RD.device.type == "cpu" and _has_int8_products():
-        return torch._int_mm(centroids_RD, matrix_DD, out=one.sums)
-    return torch.mm(centroids_RD.float(), matrix_DD.float(), out=one.floats.view(one.sums.shape))
-
-
-@cache
-def _has_int8_products() -> bool:
-    """Whether this CPU multiplies int8 matrices fast and right: oneDNN with the VNNI instructions, tried once."""
-    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
-        return False
-    probe = torch.arange(-128, 128).clamp_min(-127).to(torch.int8).view(2, 128)
-    matrix = hadamard(128).to(torch.int8)
-    return torch.equal(torch._int_mm(probe, matrix).float(), probe.float() @ matrix.float())
