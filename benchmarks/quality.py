@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def return_large_memory() -> None:
-    """A loaded model has malloc keep all memory; the logits of whole windows, hundreds of MB each, would fragment it."""
+    """A loaded model has malloc keep all memory, which the logits of whole windows, hundreds of MB each, fragment."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD

@@ -50,8 +50,8 @@ class Rotations:
 
     @cached_property
     def paired_HDD(self) -> Tensor:
-        """[H + 1, D in, D out] of the keys of all heads and the values, to multiply rows with. Outputs c and c + D/2 are
-        neighbours, so that the two bytes that become one byte of codes make one 16-bit word."""
+        """[H + 1, D in, D out] of the keys of all heads and the values, to multiply rows with. Outputs c and c + D/2
+        are neighbours: the two bytes that become one byte of codes make one 16-bit word."""
         both = torch.cat([self.key_HDD, self.value_DD[None]])
         paired = both.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
         return paired.transpose(1, 2).contiguous()
@@ -145,8 +145,8 @@ def _float32(x_THD: Tensor, buffer: Tensor) -> Tensor:
 
 
 def _rotate(inputs: list[Tensor], exponent_PH: Tensor | None, rotations: Rotations, one: _Space) -> Tensor:
-    """Fills y with the rotated keys, less their page's mean, and values, in pairs; and their norms. Returns the means as they are
-    stored, bf16 [H, pages, D], in pairs."""
+    """Fills y with the rotated keys, less their page's mean, and values, in pairs; and norm with its rows' norms.
+    Returns the means as they are stored, bf16 [H, pages, D], in pairs."""
     torch.bmm(inputs[0].transpose(0, 1), rotations.paired_HDD[:-1], out=one.y_keys)
     torch.mm(inputs[1].reshape(one.y_values.shape), rotations.paired_HDD[-1], out=one.y_values)
     stored, mean = _stored_mean(one.y_pages.mean(2), exponent_PH)

@@ -67,9 +67,7 @@ def unpack_reference(
     largest = max(x.abs().item() for x in (scales.amax(), *mean.aminmax()))
     gain, matrix = rotations.key_gain_HD[:, None], hadamard(dim).to(mean.device)
     if largest > _LARGE:
-        scale_key, scale_value, mean, gain, matrix = (
-            x.double() for x in (scale_key, scale_value, mean, gain, matrix)
-        )
+        scale_key, scale_value, mean, gain, matrix = (x.double() for x in (scale_key, scale_value, mean, gain, matrix))
     mean = (mean @ matrix)[:, :, None]
     limit = torch.finfo(dtype).max
     limit = limit if largest > min(_LARGE, limit / 4096 / dim) else None
