@@ -73,7 +73,7 @@ def return_large_memory() -> None:
     """A loaded model has malloc keep all memory, which the logits of whole windows, hundreds of MB each, fragment."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD
+        mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
 
 
 def save(result: Mapping[str, object], options: argparse.Namespace) -> None:
@@ -93,7 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--served-context", type=int, default=2048, help="tokens of a window of protocol served; 0: none"
     )
-    parser.add_argument("--windows", type=int, default=4, help="windows of protocol all, spread over the text")
+    parser.add_argument("--windows", type=int, default=4, help="of protocol all, spread over the text; 0: none")
     parser.add_argument("--served-windows", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=16, help="prompts of the greedy agreement; 0: none")
     parser.add_argument("--answer-tokens", type=int, default=128)
@@ -134,9 +134,10 @@ def divergence_rows(
     progress: Progress,
 ) -> list[dict[str, object]]:
     length = options.context if protocol == "all" else options.served_context
-    if not length:
+    count = options.windows if protocol == "all" else options.served_windows
+    if not length or not count:
         return []
-    windows = windows_of(ids, length, options.windows if protocol == "all" else options.served_windows)
+    windows = windows_of(ids, length, count)
     task = progress.add_task(f"protocol {protocol}", total=len(windows) * (len(codecs) + 1))
     sums = {name: Divergence() for name in codecs}
     seen = {name: Correlation() for name in codecs}
@@ -184,14 +185,14 @@ def greedy_agreement(
         first.append(step([cache], [window], [prompt - 1]).argmax(-1)[0])
         caches.append(cache)
         progress.advance(task)
-    answers = {}
-    for name, codec in {"": None, **codecs}.items():
-        forks = [cache.fork(codec) for cache in caches]
-        answers[name] = greedy(forks, torch.stack(first), options.answer_tokens)
-        progress.advance(task)
+    exact = greedy([cache.fork(None) for cache in caches], torch.stack(first), options.answer_tokens)
     rows: list[dict[str, object]] = []
-    for name in codecs:
-        same = (answers[name] == answers[""]).float()
+    for name, codec in codecs.items():
+        progress.advance(task)
+        if not codec.packs:
+            continue
+        answers = greedy([cache.fork(codec) for cache in caches], torch.stack(first), options.answer_tokens)
+        same = (answers == exact).float()
         until = same.cumprod(1).sum(1).mean()
         rows.append({"codec": name, "equal": float(same.mean()), "tokens_before_difference": float(until)})
     return rows
