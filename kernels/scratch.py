@@ -24,7 +24,8 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     key, size = (name, dtype, device), prod(shape)
     flat = cast(Tensor | None, buffers.get(key))
     if flat is None or flat.numel() < size:
-        flat = buffers[key] = torch.empty(size, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
+            flat = buffers[key] = torch.empty(size, dtype=dtype, device=device)
     return flat[:size].view(shape)
 
 
@@ -35,7 +36,8 @@ def space(make: Callable[..., Space], *key: Hashable) -> Space:
     if found is None:
         if len(spaces) >= _MOST_SPACES:
             spaces.clear()
-        found = spaces[make, key] = make(*key)
+        with torch.inference_mode(False):
+            found = spaces[make, key] = make(*key)
     return cast(Space, found)
 
 

@@ -38,3 +38,13 @@ def test_sums_are_exact():
     assert torch.equal(int8_product.int8_product(a, b, out), (a.long() @ b.long()).int())
     out = torch.empty(128, 128, dtype=torch.int32)
     assert torch.equal(int8_product.int8_product(a[:24].T, b.T, out), (a[:24].T.long() @ b.T.long()).int())
+
+
+def test_scratch_of_inference_mode_serves_outside_of_it():
+    x_THD = torch.randn(40, 3, 32)
+    codec = build_codec("tq-k4v4", [LayerShape(kv_heads=3, head_dim=32)], 8)
+    with torch.inference_mode():
+        inside = codec.encode(0, x_THD, x_THD)
+        codec.decode(0, inside, torch.float32)
+    assert torch.equal(codec.encode(0, x_THD, x_THD), inside)
+    codec.decode(0, inside.clone(), torch.float32)
