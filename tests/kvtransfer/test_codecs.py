@@ -29,6 +29,13 @@ GOLDEN = {
     "tq-k2v2": "b6a717b95d259485a26e9e258a4675a7aaa1a3c3aaa55c330bb533c3666ba3cc00384d37b63759380c3806383f38b437"
     "fd35f3356b350c364e383635343857369e40793f9ebf6840a44068c09e40ad40",
 }
+# sha256 of the page above for the other codecs that pack 8 dimensions.
+GOLDEN_OTHERS = {
+    "fp8": "85a8b20e84727151",
+    "tq-k4v3": "13b14448659b6cca",
+    "tq-k4v2": "46a6c9bd8e3ad7dd",
+    "tq-k3v3": "d315e4742dcd118c",
+}
 # sha256 of a page of `tq-k4v3`, 64 tokens, 2 heads, and of a page of each reference codec, 8 tokens, 1
 # head, 16 dimensions.
 GOLDEN_DIMS = {
@@ -78,9 +85,21 @@ def test_golden_bytes(name: str):
     assert packed[0].numpy().tobytes().hex() == GOLDEN[name]
 
 
+@pytest.mark.parametrize("name", GOLDEN_OTHERS)
+def test_golden_others(name: str):
+    packed = build_codec(name, layer(1, 8), 8).encode(0, example(8, 1, 8), example(8, 1, 8))
+    assert digest(packed) == GOLDEN_OTHERS[name]
+
+
+def test_every_codec_that_packs_has_golden_bytes():
+    assert {*GOLDEN, *GOLDEN_OTHERS, *GOLDEN_REFERENCES} == set(PACKING)
+
+
 def test_document_shows_the_golden_bytes():
     shown = re.findall(r"\b[0-9a-f]{16,}\b", DOCUMENT.read_text())
-    assert "".join(shown) == GOLDEN["tq-k3v2"]
+    x_THD = example(8, 1, 16)
+    reference = build_codec("turboquant-mse-2", layer(1, 16), 8).encode(0, x_THD, x_THD)
+    assert "".join(shown) == GOLDEN["tq-k3v2"] + reference[0, :48].numpy().tobytes().hex()
 
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)
