@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -44,13 +45,40 @@ def isthmus(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
+@dataclass(frozen=True)
+class Running:
+    """A worker process."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+    def rss_mb(self) -> int:
+        """Resident memory now."""
+        return self._status_mb("VmRSS")
+
+    def peak_rss_mb(self) -> int:
+        """The most it ever was."""
+        return self._status_mb("VmHWM")
+
+    def _status_mb(self, name: str) -> int:
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) // 1024 for line in lines if line.startswith(f"{name}:"))
+
+
 @contextmanager
-def worker(role: str, model: str, dtype: str, threads: int, *options: str) -> Iterator[str]:
-    """One worker with no Ray; yields its address at once, `ready` waits for it."""
+def running_worker(role: str, model: str, dtype: str, threads: int, *options: str) -> Iterator[Running]:
+    """One worker with no Ray, at once; `ready` waits for it."""
     address = f"127.0.0.1:{free_port()}"
     shared = ("--model", model, "--dtype", dtype, "--threads", str(threads))
-    with isthmus("worker", role, "--listen", address, *shared, *options):
-        yield address
+    with isthmus("worker", role, "--listen", address, *shared, *options) as process:
+        yield Running(address, process)
+
+
+@contextmanager
+def worker(role: str, model: str, dtype: str, threads: int, *options: str) -> Iterator[str]:
+    """The same, its address only."""
+    with running_worker(role, model, dtype, threads, *options) as running:
+        yield running.address
 
 
 async def ready(addresses: Sequence[str], within_s: float = 120) -> list[WorkerReport]:

@@ -1,188 +1,179 @@
-"""Speed of one worker against transformers: `python benchmarks/serving.py --json serving.json`.
+"""Speed of one worker against transformers, and of two workers under mixed load.
+
+    python benchmarks/serving.py --json serving.json
 
 One prefill and one decode worker run as processes with `--threads` threads each; the baseline runs in this process
 with as many. Ours and the baseline take turns, so that whatever else the machine does hits both; each figure is the
-median of `--requests` turns.
+median of `--requests` turns. The baseline is run in the dtype of our weights, and in fp32 too where that is another.
 
 Decode: tokens per second of a full batch, from the moment that every request has its second token until the first of
-them ends; the baseline is `generate` with the same prompts, less a `generate` of one token (its prefill).
+them ends; the baseline is the median step of `generate` with the same prompts.
 Prefill: prompt tokens over the worker's time from its first chunk to the first token; the baseline is one forward.
+Mixed load: see mixed.py.
 """
 
 import asyncio
 import os
 import statistics
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from asking import Answer, ask, decode_request
+from baseline import Baseline
+from mixed import Load, mixed_load
 from processes import ready, worker
-from report import conditions, write_json
+from report import conditions, percentiles, write_json
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from isthmus.kvtransfer.frame import PROTOCOL_VERSION
-from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeStub
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import WorkerReport
 
 DECODE_PROMPT = 64
-Figures = dict[str, list[float]]
-
-
-class Baseline:
-    """transformers on the same weights, in this process."""
-
-    def __init__(self, path: str, dtype: str, threads: int) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        torch.set_num_threads(threads)
-        self._torch = torch
-        self._net: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
-
-    def decode(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """Tokens per second of `generate`, its prefill taken off."""
-        ids = self._torch.tensor(prompts)
-
-        def seconds(tokens: int) -> float:
-            begun = time.perf_counter()
-            self._net.generate(
-                ids,
-                attention_mask=self._torch.ones_like(ids),
-                max_new_tokens=tokens,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-            return time.perf_counter() - begun
-
-        first = seconds(1)
-        return len(prompts) * (new_tokens - 1) / (seconds(new_tokens) - first)
-
-    def prefill(self, prompt: list[int]) -> float:
-        """Tokens per second of one forward that fills a cache."""
-        begun = time.perf_counter()
-        with self._torch.inference_mode():
-            self._net(self._torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-        return len(prompt) / (time.perf_counter() - begun)
 
 
 class Workers:
-    """Our two workers, asked the way a gateway asks."""
+    """Our two workers."""
 
     def __init__(self, stub: DecodeStub, prefill: str, report: WorkerReport) -> None:
         self._stub, self._prefill, self._report = stub, prefill, report
 
-    async def _ask(self, prompt: list[int], tokens: int) -> tuple[list[float], float]:
-        """Arrival times of the tokens, and the prefill time in seconds."""
-        request = DecodeRequest(
-            protocol_version=PROTOCOL_VERSION,
-            request_id=f"bench-{time.monotonic_ns()}",
-            model_fingerprint=self._report.model.fingerprint,
-            codec=self._report.default_codec,
-            prompt_token_ids=prompt,
-            sampling=Sampling(temperature=0, max_tokens=tokens, ignore_eos=True).to_pb(),
-            prefill_addresses=[self._prefill],
-        )
-        arrivals, prefill_s = [], 0.0
-        call: Any = self._stub.Generate(request, timeout=600)
-        async for event in call:
-            arrivals += [time.perf_counter()] * len(event.token_ids)
-            prefill_s = prefill_s or event.transfer.prefill_ms / 1e3
-        return arrivals, prefill_s
+    async def _ask(self, prompt: list[int], tokens: int) -> Answer:
+        sampling = Sampling(temperature=0, max_tokens=tokens, ignore_eos=True)
+        return await ask(self._stub, decode_request(self._report, prompt, sampling, [self._prefill]))
 
-    async def decode(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """Tokens per second while all requests are in the batch."""
-        answers = await asyncio.gather(*(self._ask(prompt, new_tokens) for prompt in prompts))
-        arrivals = [times for times, _ in answers]
-        begun = max(times[1] for times in arrivals)
-        ended = min(times[-1] for times in arrivals)
-        count = sum(begun < at <= ended for times in arrivals for at in times)
-        return count / (ended - begun)
+    async def decode(self, prompts: list[list[int]], steps: int) -> tuple[float, list[float]]:
+        """Tokens per second while all requests are in the batch, for `steps` steps or more; and the gaps in ms."""
+        tokens = steps + 2 * len(prompts)  # a batch of several needs some steps until the last one has joined
+        while True:
+            answers = await asyncio.gather(*(self._ask(prompt, tokens) for prompt in prompts))
+            begun = max(answer.arrivals_s[1] for answer in answers)
+            ended = min(answer.arrivals_s[-1] for answer in answers)
+            within = [at for answer in answers for at in answer.arrivals_s if begun < at <= ended]
+            if len(within) >= steps * len(prompts) // 2:
+                gaps = [gap for answer in answers for gap in answer.gaps_ms[1:]]
+                return len(within) / (ended - begun), gaps
+            tokens *= 2  # the prompts took longer than thought
 
-    async def prefill(self, prompt: list[int]) -> float:
-        """Prompt tokens per second."""
-        _, prefill_s = await self._ask(prompt, 2)
-        return len(prompt) / prefill_s
+    async def prefill(self, prompt: list[int]) -> tuple[float, float]:
+        """Seconds of the prompt's chunks, and the time to the first token in ms."""
+        answer = await self._ask(prompt, 2)
+        return answer.transfer.prefill_ms / 1e3, answer.ttft_ms
 
 
-def make_prompt(seed: int, tokens: int, vocab: int) -> list[int]:
-    """Distinct, repeatable token ids."""
-    return [(seed * 7919 + position * 104729 + 11) % vocab for position in range(tokens)]
+def make_prompt(number: int, length: int, vocab: int) -> list[int]:
+    """No two of them share a first page."""
+    return [(number * 7919 + position * 104729 + number * position) % vocab for position in range(length)]
 
 
-async def compare(
-    ours: Workers, baseline: Baseline, vocab: int, batches: list[int], prompts: list[int], new_tokens: int, rounds: int
+async def compare_decode(
+    ours: Workers, baselines: dict[str, Baseline], vocab: int, batch: int, steps: int, rounds: int
 ) -> dict[str, Any]:
-    """Takes turns and collects the rows."""
-    decode, prefill = [], []
-    with Progress() as progress:
-        task = progress.add_task("turns", total=rounds * 2 * (len(batches) + len(prompts)))
-        for batch in batches:
-            figures: Figures = {"ours": [], "baseline": []}
-            # A batch of several needs some steps until the last one has joined.
-            tokens = new_tokens + 2 * batch
-            for turn in range(rounds):
-                texts = [make_prompt(turn * batch + row, DECODE_PROMPT, vocab) for row in range(batch)]
-                figures["ours"].append(await ours.decode(texts, tokens))
-                progress.advance(task)
-                figures["baseline"].append(baseline.decode(texts, tokens))
-                progress.advance(task)
-            decode.append({"batch": batch} | _row(figures))
-        for length in prompts:
-            figures = {"ours": [], "baseline": []}
-            for turn in range(rounds):
-                text = make_prompt(turn, length, vocab)
-                figures["ours"].append(await ours.prefill(text))
-                progress.advance(task)
-                figures["baseline"].append(baseline.prefill(text))
-                progress.advance(task)
-            prefill.append({"prompt": length} | _row(figures))
-    return {"decode": decode, "prefill": prefill}
+    """One row of the decode table."""
+    rate, gaps, theirs = [], [], {dtype: [] for dtype in baselines}
+    for turn in range(rounds):
+        prompts = [make_prompt(1 + turn * batch + row, DECODE_PROMPT, vocab) for row in range(batch)]
+        tokens_per_s, some = await ours.decode(prompts, steps)
+        rate.append(tokens_per_s)
+        gaps += some
+        for dtype, baseline in baselines.items():
+            theirs[dtype].append(batch / statistics.median(baseline.decode(prompts, steps)))
+    return {"batch": batch} | row(rate, theirs) | {"itl_ms": percentiles(gaps)}
 
 
-def _row(figures: Figures) -> dict[str, float]:
-    ours, baseline = (statistics.median(figures[name]) for name in ("ours", "baseline"))
+async def compare_prefill(
+    ours: Workers, baselines: dict[str, Baseline], vocab: int, length: int, rounds: int
+) -> dict[str, Any]:
+    """One row of the prefill table."""
+    rate, ttft, theirs = [], [], {dtype: [] for dtype in baselines}
+    for turn in range(rounds):
+        prompt = make_prompt(turn + length, length, vocab)
+        seconds, ttft_ms = await ours.prefill(prompt)
+        rate.append(length / seconds)
+        ttft.append(ttft_ms)
+        for dtype, baseline in baselines.items():
+            theirs[dtype].append(length / baseline.prefill(prompt))
+    return {"prompt": length} | row(rate, theirs) | {"ttft_ms": round(statistics.median(ttft), 1)}
+
+
+def row(ours: list[float], theirs: dict[str, list[float]]) -> dict[str, Any]:
+    """`ratio` is to the baseline in the dtype of our weights, `ratio_to_best` to its fastest dtype."""
+    medians = {dtype: statistics.median(values) for dtype, values in theirs.items()}
+    rate, same = statistics.median(ours), next(iter(medians.values()))
     return {
-        "tokens_per_s": round(ours, 1),
-        "baseline_tokens_per_s": round(baseline, 1),
-        "ratio": round(ours / baseline, 3),
+        "tokens_per_s": round(rate, 1),
+        "baseline_tokens_per_s": round(same, 1),
+        "ratio": round(rate / same, 3),
+        "baselines_tokens_per_s": {dtype: round(value, 1) for dtype, value in medians.items()},
+        "ratio_to_best": round(rate / max(medians.values()), 3),
     }
 
 
+def weight_dtype(report: WorkerReport) -> str:
+    """Of a report whose dtype is `bfloat16`, `float32`, or `float32 (bfloat16 weights)`."""
+    return report.dtype.removesuffix(" weights)").rpartition("(")[2]
+
+
 async def run(
-    model: str, dtype: str, threads: int, batches: list[int], prompts: list[int], new_tokens: int, rounds: int
+    *, model: str, dtype: str, threads: int, batches: list[int], prompts: list[int], steps: int, rounds: int
 ) -> dict[str, Any]:
     """Starts the workers, compares, stops them."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with worker("prefill", model, dtype, threads) as prefill, worker("decode", model, dtype, threads) as decode:
         _, report = await ready([prefill, decode])
-        baseline = Baseline(report.model.path, report.dtype, threads)
+        vocab = report.model.vocab_size
+        dtypes = dict.fromkeys([weight_dtype(report), "float32"])
+        baselines = {name: Baseline(report.model.path, name, threads) for name in dtypes}
         async with open_channel(decode) as channel:
             ours = Workers(DecodeStub(channel), prefill, report)
-            await ours.prefill(make_prompt(1, 64, report.model.vocab_size))  # warm up
-            baseline.decode([[1, 2, 3]], 2)
-            rows = await compare(ours, baseline, report.model.vocab_size, batches, prompts, new_tokens, rounds)
-    return {"threads": threads, "dtype": report.dtype, **rows}
+            await ours.prefill(make_prompt(1, 64, vocab))  # warm up
+            for baseline in baselines.values():
+                baseline.decode([[1, 2, 3]], 3)
+            decoded, prefilled = [], []
+            with Progress(*columns) as progress:
+                task = progress.add_task("comparing", total=len(batches) + len(prompts))
+                for batch in batches:
+                    decoded.append(await compare_decode(ours, baselines, vocab, batch, steps, rounds))
+                    progress.advance(task)
+                for length in prompts:
+                    prefilled.append(await compare_prefill(ours, baselines, vocab, length, rounds))
+                    progress.advance(task)
+    return {"threads": threads, "dtype": report.dtype, "decode": decoded, "prefill": prefilled}
 
 
 def main(
     model: Annotated[str, typer.Option(help="What the workers serve.")] = "smollm2-135m",
-    dtype: Annotated[str, typer.Option(help="Of weights and KV, ours and the baseline's.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of our weights.")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="Of each worker and of the baseline.")] = 1,
-    batch: Annotated[list[int] | None, typer.Option(help="Decode batch size; repeatable.", show_default="1, 8")] = None,
-    prompt: Annotated[list[int] | None, typer.Option(help="Prefill length; repeatable.", show_default="512")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Decode batch size; repeatable; 0 for none.")] = None,
+    prompt: Annotated[list[int] | None, typer.Option(help="Prefill length; repeatable; 0 for none.")] = None,
     requests: Annotated[int, typer.Option(min=1, help="How often each figure is taken; the median counts.")] = 3,
-    new_tokens: Annotated[int, typer.Option(min=8, help="Of each request of a decode figure.")] = 48,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Steps of a decode figure.")] = 16,
+    mixed_s: Annotated[float, typer.Option(min=0, help="Seconds of mixed load on each side; 0 for none.")] = 40,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
-    """Compares decode and prefill speed with transformers, same weights, dtype and threads."""
+    """Compares decode and prefill speed with transformers, and disaggregated with colocated workers."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    result = asyncio.run(run(model, dtype, threads, batch or [1, 8], prompt or [512], new_tokens, requests))
-    result["conditions"] = conditions(model=model, requests=requests, new_tokens=new_tokens)
+    batches, prompts = [n for n in batch or [1, 8, 16, 32] if n], [n for n in prompt or [64, 512, 1024, 2048] if n]
+    result: dict[str, Any] = {"threads": threads}
+    if batches or prompts:
+        result = asyncio.run(
+            run(
+                model=model,
+                dtype=dtype,
+                threads=threads,
+                batches=batches,
+                prompts=prompts,
+                steps=new_tokens,
+                rounds=requests,
+            )
+        )
+    if mixed_s:
+        result["mixed"] = asyncio.run(mixed_load(model, dtype, threads, Load(seconds=mixed_s)))
+    result["conditions"] = conditions(model=model, requests=requests, new_tokens=new_tokens, mixed_s=mixed_s)
     write_json(json, result)
     Console().print_json(data=result)
 

@@ -21,22 +21,26 @@ def speed_up(net: PreTrainedModel) -> None:
 
     Weights of linear layers then lie in memory twice, the second time in half the bytes where fp16 holds them.
     """
-    keep_freed_memory()
     with torch.inference_mode():
         fuse(net)
         pack_linear_layers(net)
+    keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
-    """Has malloc keep what is freed, for this process; does nothing where malloc is not glibc's.
+    """Has malloc keep what is freed from now on, for this process; does nothing where malloc is not glibc's.
+
+    What was freed before, while the model was loaded, goes back to the system.
 
     Activations of a few MB are otherwise mapped and unmapped by every operation, and faulting their pages in costs
     more than computing them: 2 to 4 times the time of a norm or an activation function over 512 tokens.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
     except (AttributeError, OSError):
         return
+    malloc_trim(0)
     mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
     mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
 

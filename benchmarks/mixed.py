@@ -1,0 +1,113 @@
+"""Mixed load: a stream of short chats while long prompts arrive, on two workers of one core each.
+
+Disaggregated: one prefill and one decode worker. Colocated: two decode workers that each compute the prompts of their
+requests themselves, in chunks between steps; requests go to them in turn. Both get the same requests at the same times,
+whether or not they keep up: chats at an even pace, and a long prompt every few seconds.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from asking import Answer, ask, decode_request
+from processes import ready, worker
+from report import percentiles
+from rich.progress import track
+
+from isthmus.proto.decode_pb2_grpc import DecodeStub
+from isthmus.proto.sampling import Sampling
+from isthmus.proto.serving import open_channel
+from isthmus.proto.worker_pb2 import WorkerReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What arrives, and for how long."""
+
+    seconds: float
+    chat_every_s: float = 1.5
+    chat_prompt: int = 64
+    chat_tokens: int = 48
+    long_every_s: float = 10.0
+    long_prompt: int = 2000
+    long_tokens: int = 16
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    at_s: float
+    chat: bool
+    prompt: list[int]
+    sampling: Sampling
+
+
+def arrivals(load: Load, vocab: int) -> list[_Arrival]:
+    """The same for every side, in the order of time."""
+    rng = random.Random(1)
+
+    def one(at_s: float, chat: bool, length: int, tokens: int) -> _Arrival:
+        prompt = [rng.randrange(vocab) for _ in range(length)]
+        return _Arrival(at_s, chat, prompt, Sampling(temperature=0, max_tokens=tokens, ignore_eos=True))
+
+    chats = int(load.seconds / load.chat_every_s)
+    longs = int(load.seconds / load.long_every_s)
+    some = [one(n * load.chat_every_s, True, load.chat_prompt, load.chat_tokens) for n in range(chats)]
+    some += [one((n + 0.25) * load.long_every_s, False, load.long_prompt, load.long_tokens) for n in range(longs)]
+    return sorted(some, key=lambda arrival: arrival.at_s)
+
+
+async def _send(
+    stubs: Sequence[DecodeStub], prefill: Sequence[str], report: WorkerReport, load: Load, name: str
+) -> dict[str, Any]:
+    """Figures of one side."""
+    begun = time.perf_counter()
+    plan = arrivals(load, report.model.vocab_size)
+    tasks: list[tuple[_Arrival, asyncio.Task[Answer]]] = []
+    sent = {True: 0, False: 0}
+    for arrival in track(plan, name):
+        await asyncio.sleep(max(0.0, begun + arrival.at_s - time.perf_counter()))
+        stub = stubs[sent[arrival.chat] % len(stubs)]
+        sent[arrival.chat] += 1
+        request = decode_request(report, arrival.prompt, arrival.sampling, prefill)
+        tasks.append((arrival, asyncio.create_task(ask(stub, request))))
+    answers = [(arrival, await task) for arrival, task in tasks]
+    seconds = max(answer.arrivals_s[-1] for _, answer in answers) - begun
+    chats = [answer for arrival, answer in answers if arrival.chat]
+    return {
+        "chat_itl_ms": percentiles([gap for answer in chats for gap in answer.gaps_ms]),
+        "chat_ttft_ms": percentiles([answer.ttft_ms for answer in chats]),
+        "long_ttft_ms": percentiles([answer.ttft_ms for arrival, answer in answers if not arrival.chat]),
+        "output_tokens_per_s": round(sum(len(answer.token_ids) for _, answer in answers) / seconds, 1),
+        "tokens_per_s": round(sum(len(a.prompt) + len(answer.token_ids) for a, answer in answers) / seconds, 1),
+    }
+
+
+async def _side(roles: Sequence[str], model: str, dtype: str, threads: int, load: Load, name: str) -> dict[str, Any]:
+    async with AsyncExitStack() as stack:
+        addresses = [stack.enter_context(worker(role, model, dtype, threads)) for role in roles]
+        reports = await ready(addresses)
+        decode = [address for address, role in zip(addresses, roles, strict=True) if role == "decode"]
+        prefill = [address for address, role in zip(addresses, roles, strict=True) if role == "prefill"]
+        stubs = [DecodeStub(await stack.enter_async_context(open_channel(address))) for address in decode]
+        for stub in stubs:  # warm up
+            request = decode_request(reports[-1], [1, 2, 3], Sampling(max_tokens=4, ignore_eos=True), prefill)
+            await ask(stub, request)
+        return await _send(stubs, prefill, reports[-1], load, name)
+
+
+async def mixed_load(model: str, dtype: str, threads: int, load: Load) -> dict[str, Any]:
+    """Both sides, one after the other: `mixed` of serving.json."""
+    sides = {
+        "disaggregated": await _side(("prefill", "decode"), model, dtype, threads, load, "disaggregated"),
+        "colocated": await _side(("decode", "decode"), model, dtype, threads, load, "colocated"),
+    }
+    return {
+        "chat_itl_p99_ms": {name: side["chat_itl_ms"]["p99"] for name, side in sides.items()},
+        "throughput_tokens_per_s": {name: side["tokens_per_s"] for name, side in sides.items()},
+        "details": sides,
+        "load": vars(load),
+    }
