@@ -81,7 +81,7 @@ def worker(role: str, model: str, dtype: str, threads: int, *options: str) -> It
         yield running.address
 
 
-async def ready(addresses: Sequence[str], within_s: float = 120) -> list[WorkerReport]:
+async def ready(addresses: Sequence[str], within_s: float = 300) -> list[WorkerReport]:
     """Waits until all workers answer; TimeoutError after `within_s`."""
     end = time.monotonic() + within_s
     return [await _report(address, end) for address in addresses]

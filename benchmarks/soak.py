@@ -36,7 +36,7 @@ from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import GetReportRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import WorkerStub
 
-RERUNS = 12
+RERUNS = 8
 NOBODY = "127.0.0.1:9"  # the discard port: nothing listens there
 CODECS = ("tq-k4v4", "tq-k4v4", "raw", "")
 

@@ -66,6 +66,13 @@ def decode_attention(q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, stretc
     return torch.from_numpy(out).to(q_BHD.dtype)
 
 
+def compile_decode_attention(dtype: torch.dtype) -> None:
+    """Compiles it for keys and values of that dtype, or reads it from disk, so that no request waits for that."""
+    if dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(1, 1, 16, dtype=dtype)
+        decode_attention(x, x, x, Stretches.gather([((0, 1),)]), 1.0)
+
+
 @cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads(), "decode-attention")

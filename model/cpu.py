@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..kernels.decode_attention import compile_decode_attention
 from .fusion import fuse
 from .linear import pack_linear_layers
 
@@ -24,6 +25,7 @@ def speed_up(net: PreTrainedModel) -> None:
     with torch.inference_mode():
         fuse(net)
         pack_linear_layers(net)
+    compile_decode_attention(net.dtype)
     keep_freed_memory()
 
 
