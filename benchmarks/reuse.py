@@ -39,6 +39,7 @@ from isthmus.proto.serving import open_channel
 PREFIX_TOKENS, ENDING_TOKENS = 2000, 8
 GOALS = {"decode_held": 20.0, "prefill_held": 15.0, "store_after_restart": 10.0}
 PLACES = ("recompute", *GOALS)
+START_S = 300.0  # for both workers to load the model
 STORE_S = 30.0  # for the store to write what the prefill worker has sent
 
 
@@ -73,7 +74,7 @@ class Pair:
 @asynccontextmanager
 async def pair_of(prefill: str, decode: str) -> AsyncIterator[Pair]:
     """Two workers, warmed up with prompts that share nothing with any other."""
-    reports = await ready([prefill, decode])
+    reports = await ready([prefill, decode], START_S)
     about = reports[1].model
     async with open_channel(decode) as channel:
         pair = Pair(prefill, DecodeStub(channel), about.fingerprint, about.vocab_size)

@@ -62,6 +62,7 @@ class DecodeWorker(DecodeServicer):
         self._peers = PrefillPeers()
         self._model: Model
         self._engine: DecodeEngine
+        self._has_engine = False  # it is made once the model is loaded, which may fail
 
     @property
     def address(self) -> str:
@@ -107,6 +108,7 @@ class DecodeWorker(DecodeServicer):
             on_failure=self.server.on_engine_failure(),
         )
         self._engine.thread.start()
+        self._has_engine = True
         await self.server.open(SERVICE, lambda server: add_DecodeServicer_to_server(self, server), self._fill_report)
 
     async def drain(self, timeout_s: float) -> Drained:
@@ -117,7 +119,8 @@ class DecodeWorker(DecodeServicer):
         """Ends at once: running requests are cancelled."""
         await self.server.close()
         await self._peers.close()
-        await asyncio.to_thread(self._engine.thread.stop)
+        if self._has_engine:
+            await asyncio.to_thread(self._engine.thread.stop)
 
     async def Generate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, request: DecodeRequest, context: grpc.aio.ServicerContext

@@ -65,6 +65,7 @@ class PrefillWorker(PrefillServicer):
         self._open: set[PrefillJob] = set()
         self._model: Model
         self._engine: PrefillEngine
+        self._has_engine = False  # it is made once the model is loaded, which may fail
 
     @property
     def address(self) -> str:
@@ -104,6 +105,7 @@ class PrefillWorker(PrefillServicer):
             model, self._pool, self._prefixes, self._scheduler, self.server.on_engine_failure()
         )
         self._engine.thread.start()
+        self._has_engine = True
         await self.server.open(SERVICE, lambda server: add_PrefillServicer_to_server(self, server), self._fill_report)
 
     async def drain(self, timeout_s: float) -> Drained:
@@ -113,8 +115,9 @@ class PrefillWorker(PrefillServicer):
     async def stop(self) -> None:
         """Ends at once: running transfers are cancelled."""
         await self.server.close()
-        await asyncio.to_thread(self._engine.thread.stop)
-        await asyncio.to_thread(self._prefixes.close)
+        if self._has_engine:
+            await asyncio.to_thread(self._engine.thread.stop)
+            await asyncio.to_thread(self._prefixes.close)
 
     async def Prefill(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, request: PrefillRequest, context: grpc.aio.ServicerContext
