@@ -2,7 +2,7 @@
 
 The life of a request here:
 1. `Generate` checks that the gateway means this model and codec, and that the request can ever fit.
-2. The request waits until its pages (prompt and all new tokens) are free, and holds them from then on.
+2. The request waits until pages for its prompt and some headroom are free; of these it finds some filled already.
 3. One `Prefill` call brings the prompt's KV; sections are checked here and decoded by the engine as they come.
    Where the request names no prefill worker, or all have failed, the engine computes the prompt in chunks.
 4. The first token is passed on the moment it arrives; the commit puts the request into the batch. Output of a lost
