@@ -1,0 +1,286 @@
+"""Generation jobs: nothing lost when the gateway is killed, submissions and watch events per second, TTFT beside batch.
+
+    python benchmarks/jobs.py --json jobs.json                    # about 5 minutes; no model: benchmarks/fake_worker.py
+    python benchmarks/jobs.py --real 1000 --json jobs-real.json   # a file of prompts on SmolLM2, interrupted twice
+
+Results are JSON with the fields `submitted, succeeded, identical, duplicated_tokens, lost` of the crash part,
+`submits_per_s`, `watch_events_per_s` and `ttft_p99_ms: {alone, beside_batch, ratio}`.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from processes import ISTHMUS, free_port, ready, worker
+from rich.progress import Progress
+
+from isthmus.cluster.client import Client, build_request
+from isthmus.cluster.jobs.client import JobsClient
+from isthmus.cluster.measures import percentile
+from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE
+from isthmus.proto.generation_pb2 import GenerateRequest
+from isthmus.proto.jobs_pb2 import JOB_STATE_SUCCEEDED, SubmitJobRequest
+
+FAKE = Path(__file__).with_name("fake_worker.py")
+MODEL = "smollm2-135m"
+WAIT_S = 120.0
+
+
+@contextmanager
+def fake_workers(prefill_ms: float, step_ms: float, slots: int) -> Iterator[str]:
+    """Workers without a model; their addresses, as `isthmus gateway --workers` takes them."""
+    pace = ("--prefill-ms", str(prefill_ms), "--step-ms", str(step_ms), "--slots", str(slots))
+    process = subprocess.Popen([sys.executable, str(FAKE), "--model", MODEL, *pace], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+class GatewayProcess:
+    """`isthmus gateway` on a database of jobs; may be killed and started again on the same address."""
+
+    def __init__(self, workers: str, database: str) -> None:
+        self.address = f"127.0.0.1:{free_port()}"
+        arguments = ("--listen", self.address, "--workers", workers, "--model", MODEL, "--jobs-db", database)
+        self._command = [ISTHMUS, "gateway", *arguments]
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, and does not wait."""
+        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL, env=os.environ)
+
+    async def end(self, number: signal.Signals) -> None:
+        """Sends a signal and waits for its end."""
+        self._process.send_signal(number)
+        await asyncio.to_thread(self._process.wait)
+
+
+@asynccontextmanager
+async def gateway(workers: str) -> AsyncIterator[GatewayProcess]:
+    """A gateway on a new database (ISTHMUS_TEST_DB names another), once it serves requests."""
+    with tempfile.TemporaryDirectory() as folder:
+        running = GatewayProcess(workers, os.environ.get("ISTHMUS_TEST_DB") or f"sqlite:///{folder}/jobs.db")
+        try:
+            async with JobsClient(running.address, patience_s=WAIT_S) as client:  # a job that is done: canaries are too
+                job = await client.submit(SubmitJobRequest(requests=[request("warm up", 1, 0)]))
+                async for _ in client.watch(job.job_id):
+                    pass
+            yield running
+        finally:
+            await running.end(signal.SIGTERM)
+
+
+def request(prompt: str, max_tokens: int, seed: int) -> GenerateRequest:
+    """One request with a seed."""
+    return build_request(prompt=prompt, sampling={"max_tokens": max_tokens, "seed": seed})
+
+
+async def crashes(jobs: int, kills: int, progress: Progress) -> dict[str, Any]:
+    """Jobs come in while the gateway is killed; their texts against those of an undisturbed run."""
+    draw, tokens = random.Random(11), 60
+    requests = [request(f"Tell me about the number {number}.", tokens, number) for number in range(jobs)]
+    lasts_s = 3.0 * kills
+    bar = progress.add_task(f"{jobs} jobs, {kills} kills", total=2 * jobs)
+    with fake_workers(5, 50, 64) as workers:
+        async with gateway(workers) as running, JobsClient(running.address, patience_s=WAIT_S) as client:
+            whole = await client.submit(SubmitJobRequest(requests=requests))
+            async for event in client.watch(whole.job_id):
+                progress.advance(bar, event.output.finish_reason > 0)
+            undisturbed = [result.text async for result in client.results(whole.job_id)]
+
+            async def one(asked: GenerateRequest) -> tuple[str, list[int], int]:
+                await asyncio.sleep(draw.uniform(0, lasts_s))
+                job = await client.submit(SubmitJobRequest(requests=[asked]))
+                seen, repeated = list[int](), 0
+                async for event in client.watch(job.job_id):
+                    repeated += len(event.output.token_ids) if event.output.index < len(seen) else 0
+                    seen += event.output.token_ids
+                progress.advance(bar)
+                return job.job_id, seen, repeated
+
+            watching = asyncio.gather(*map(one, requests))
+            for _ in range(kills):
+                await asyncio.sleep(draw.uniform(0.5, 3.0))
+                await running.end(signal.SIGKILL)
+                running.start()
+                await client.job(whole.job_id)
+            watched = await watching
+            found = [await client.job(job_id) for job_id, _, _ in watched]
+            results = [result for job_id, _, _ in watched async for result in client.results(job_id)]
+    pairs = zip(results, undisturbed, strict=True)
+    return {
+        "submitted": len(watched),
+        "succeeded": sum(job.state == JOB_STATE_SUCCEEDED for job in found),
+        "identical": sum(result.text == text for result, text in pairs),
+        "duplicated_tokens": sum(repeated + max(0, len(seen) - tokens) for _, seen, repeated in watched),
+        "lost": sum(len(seen) < tokens for _, seen, _ in watched),
+        "kills": kills,
+        "resumes": sum(job.resumes for job in found),
+    }
+
+
+async def submissions(count: int, progress: Progress) -> float:
+    """Jobs accepted each second, from 4 connections with 16 callers each; nothing else runs meanwhile."""
+    bar = progress.add_task("submissions", total=count)
+    with fake_workers(0, 500, 1) as workers:
+        async with gateway(workers) as running, AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(JobsClient(running.address, patience_s=10)) for _ in range(4)]
+            numbers = iter(range(count))
+
+            async def caller(client: JobsClient) -> None:
+                for number in numbers:
+                    asked = request(f"Tell me about {number}.", 50, number)
+                    await client.submit(SubmitJobRequest(requests=[asked], priority=PRIORITY_BATCH))
+                    progress.advance(bar)
+
+            begun_s = time.perf_counter()
+            await asyncio.gather(*(caller(client) for client in clients for _ in range(16)))
+            return count / (time.perf_counter() - begun_s)
+
+
+async def watching(jobs: int, progress: Progress) -> float:
+    """Events each second that reach watchers, one for each of so many jobs, from the first token to the last."""
+    tokens = 200
+    bar = progress.add_task("watch events", total=jobs * tokens)
+    with fake_workers(0, 20, jobs) as workers:
+        async with gateway(workers) as running, JobsClient(running.address, patience_s=10) as client:
+            times = list[float]()
+
+            async def one(number: int) -> None:
+                job = await client.submit(SubmitJobRequest(requests=[request(f"Count to {number}.", tokens, number)]))
+                async for _ in client.watch(job.job_id):
+                    times.append(time.perf_counter())
+                progress.advance(bar, tokens)
+
+            await asyncio.gather(*map(one, range(jobs)))
+    first, last = percentile(times, 5), percentile(times, 95)  # without the ends, where few watch
+    return 0.9 * len(times) / (last - first)
+
+
+async def interactive(requests: int, batch: int, progress: Progress) -> dict[str, float]:
+    """TTFT p99 of interactive requests, 4 a second, alone and with a queue of batch requests behind them."""
+    bar = progress.add_task("TTFT beside batch", total=2 * requests)
+    with fake_workers(60, 25, 16) as workers:
+        async with (
+            gateway(workers) as running,
+            Client(running.address) as client,
+            JobsClient(running.address, patience_s=10) as jobs,
+        ):
+
+            async def ttft_p99() -> float:
+                draw, answers = random.Random(5), list[asyncio.Task[float]]()
+
+                async def one(number: int) -> float:
+                    asked = request(f"Tell me about {number}.", 20, number)
+                    asked.priority = PRIORITY_INTERACTIVE
+                    answer = await client.answer(asked)
+                    progress.advance(bar)
+                    assert answer.ttft_ms is not None
+                    return answer.ttft_ms
+
+                for number in range(requests):
+                    answers.append(asyncio.create_task(one(number)))
+                    await asyncio.sleep(draw.expovariate(4))
+                return percentile(await asyncio.gather(*answers), 99)
+
+            alone = await ttft_p99()
+            queue = [request(f"Batch {number}.", 100, number) for number in range(batch)]
+            job = await jobs.submit(SubmitJobRequest(requests=queue, priority=PRIORITY_BATCH))
+            await asyncio.sleep(5)  # until it fills what is idle
+            beside = await ttft_p99()
+            done = await jobs.job(job.job_id)
+            assert done.succeeded_count < batch, "the batch was over too soon: give it more requests"
+            await jobs.cancel(job.job_id)
+    return {
+        "alone": alone,
+        "beside_batch": beside,
+        "ratio": beside / alone,
+        "batch_requests_done": done.succeeded_count,
+    }
+
+
+async def real_file(prompts: int, progress: Progress) -> dict[str, Any]:
+    """`isthmus batch run` of a file on real workers, interrupted at a third and at two thirds."""
+    bar = progress.add_task("prompts on SmolLM2", total=prompts)
+    async with AsyncExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory())
+        folder, begun_s = Path(name), time.perf_counter()
+        source, output = folder / "in.jsonl", folder / "out.jsonl"
+        lines = [{"prompt": f"Write about the number {n}:", "max_tokens": 16, "seed": n} for n in range(prompts)]
+        source.write_text("\n".join(map(json.dumps, lines)))
+        addresses = [stack.enter_context(worker(role, MODEL, "auto", 1)) for role in ("prefill", "decode")]
+        await ready(addresses)
+        running = await stack.enter_async_context(gateway(",".join(addresses)))
+        arguments = ("batch", "run", str(source), "-o", str(output), "--server", running.address)
+        for stop_at in (prompts // 3, 2 * prompts // 3, prompts + 1):
+            process = subprocess.Popen([ISTHMUS, *arguments], stderr=subprocess.DEVNULL)
+            while process.poll() is None:
+                await asyncio.sleep(0.5)
+                done = len(output.read_text().splitlines()) if output.exists() else 0
+                progress.update(bar, completed=done)
+                if done >= stop_at:
+                    process.send_signal(signal.SIGINT)
+                    await asyncio.to_thread(process.wait)
+        answered = [json.loads(line)["line"] for line in output.read_text().splitlines()]
+        reports = await ready(addresses)
+        decoded = max(report.counters["requests"] for report in reports if report.counters)
+        return {
+            "prompts": prompts,
+            "answered": len(answered),
+            "lost": prompts - len(set(answered)),
+            "twice": len(answered) - len(set(answered)),
+            "in_order": answered == sorted(answered),
+            "requests_at_worker": decoded,  # with the warm-up and the gateway's canaries
+            "minutes": round((time.perf_counter() - begun_s) / 60, 2),
+        }
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--submissions", type=int, default=5000)
+    parser.add_argument("--watched", type=int, default=64, help="jobs watched at once")
+    parser.add_argument("--interactive", type=int, default=300, help="requests for each TTFT figure")
+    parser.add_argument("--only", choices=("crash", "submit", "watch", "ttft"), help="one part")
+    parser.add_argument("--real", type=int, metavar="PROMPTS", help="instead: a file of prompts on SmolLM2")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    result: dict[str, Any] = {}
+    with Progress() as progress:
+        if options.real:
+            result["file"] = await real_file(options.real, progress)
+        else:
+            if options.only in (None, "crash"):
+                result |= await crashes(options.jobs, options.kills, progress)
+            if options.only in (None, "submit"):
+                result["submits_per_s"] = round(await submissions(options.submissions, progress), 1)
+            if options.only in (None, "watch"):
+                result["watch_events_per_s"] = round(await watching(options.watched, progress), 1)
+            if options.only in (None, "ttft"):
+                result["ttft_p99_ms"] = await interactive(options.interactive, 5000, progress)
+    result["conditions"] = {"date": str(date.today()), "cpus": os.cpu_count(), "machine": platform.processor()}
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
