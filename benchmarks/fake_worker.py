@@ -1,6 +1,6 @@
 """A prefill and a decode worker with no model: answers that depend on prompt, seed and position alone, at a set pace.
 
-For benchmarks of what lies around the model. Prompts are computed one after the other, those of batch requests last;
+For benchmarks of what lies around the model. Prompts are computed in chunks, those of batch requests last;
 `slots` requests decode at once, a token each step. Run as a process: prints both addresses, ends with SIGTERM.
 """
 
@@ -34,6 +34,7 @@ from isthmus.proto.worker_pb2 import (
 from isthmus.proto.worker_pb2_grpc import add_WorkerServicer_to_server
 
 PAGES, PAGE_TOKENS = 10_000, 64
+CHUNK_S = 0.02  # of a prompt, computed in one go: others come between two of them
 
 
 class Slots:
@@ -92,7 +93,8 @@ class FakeWorkers(DecodeServicer):
             context_length=served.context_length,
             vocab_size=served.vocab_size,
         )
-        self._prefill_s, self._step_s = prefill_s, step_s
+        chunks = max(1, round(prefill_s / CHUNK_S))
+        self._chunks_s, self._step_s = [prefill_s / chunks] * chunks, step_s
         self._prefill, self._decode = Slots(1), Slots(slots)
         self._servers: list[Server] = []  # a server that nobody holds ends
 
@@ -147,8 +149,9 @@ class FakeWorkers(DecodeServicer):
             raise ValueError("the tokens to go on from are not those that were made")
         moved = TransferStats(kv_bytes_wire=1000 * len(request.prefill_addresses))
         async with self._decode.one(batch):
-            async with self._prefill.one(batch):
-                await asyncio.sleep(self._prefill_s)
+            for chunk_s in self._chunks_s:
+                async with self._prefill.one(batch):
+                    await asyncio.sleep(chunk_s)
             for position in range(emitted, len(tokens)):
                 if position > emitted:
                     await asyncio.sleep(self._step_s)

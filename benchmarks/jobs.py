@@ -225,7 +225,7 @@ async def real_file(prompts: int, progress: Progress) -> dict[str, Any]:
         lines = [{"prompt": f"Write about the number {n}:", "max_tokens": 16, "seed": n} for n in range(prompts)]
         source.write_text("\n".join(map(json.dumps, lines)))
         addresses = [stack.enter_context(worker(role, MODEL, "auto", 1)) for role in ("prefill", "decode")]
-        await ready(addresses)
+        await ready(addresses, within_s=600)
         running = await stack.enter_async_context(gateway(",".join(addresses)))
         arguments = ("batch", "run", str(source), "-o", str(output), "--server", running.address)
         for stop_at in (prompts // 3, 2 * prompts // 3, prompts + 1):
