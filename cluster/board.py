@@ -91,7 +91,7 @@ SUSPECT, NOBODY = 1e9, 1e15  # penalties; finite, so that they may be weighted w
 class Pool:
     """The workers of one role, in rows. A worker keeps its row as long as it is here."""
 
-    _COLUMNS = ("capacity", "page_tokens", "pages_total", "pages_free", "queued", "requests", "room", "link", "trust")
+    _COLUMNS = ("pages_free", "queued", "requests", "room", "capacity", "page_tokens", "pages_total", "link", "trust")
     capacity: Floats  # tokens of the largest request
     page_tokens: Floats
     pages_total: Floats
@@ -113,6 +113,7 @@ class Pool:
         self.seeds = np.zeros(0, dtype=np.uint64)  # by row: what tells equals apart
         self.members = 0  # changes with the set of workers, and with what they can be paired with
         self.slowest_link = PRIOR_LINK
+        self._live: dict[int, _Live] = {}
         self._prefill: PrefillTime | None = None  # typical of those that did measure
         self._step: StepTime | None = None
         self._resize(0)
@@ -133,23 +134,18 @@ class Pool:
             self.members += 1
         self.loads[load.address] = load
         row = self.row[load.address]
-        self._table[:6, row] = (
-            *(load.capacity_tokens, load.page_tokens, load.pages_total),
-            *(load.pages_free, load.queued_tokens, load.requests),
-        )
+        self._table[4:7, row] = (load.capacity_tokens, load.page_tokens, load.pages_total)
         self.link[row] = _mean_link(load.links)
         self.slowest_link = float(self.link.min())
         prefill, step = self._rates(load)
-        self.terms[:4, row] = (SUSPECT if load.suspect else 0.0, *prefill)
-        self.terms[Term.SEQUENCE : Term.KV + 1, row] = (step.ms_sequence, step.ms_page / load.page_tokens)
-        self._base[row] = step.ms
-        self._derive(row)
+        self._live[row] = live = _Live(load, SUSPECT if load.suspect else 0.0, prefill, step)
+        self._write(row, live)
 
     def remove(self, address: str) -> None:
         """Forgets a worker and what it was given."""
         row = self.row.pop(address, None)
         if row is not None:
-            del self.loads[address]
+            del self.loads[address], self._live[row]
             self.addresses[row] = ""
             self.terms[Term.PENALTY, row], self.room[row] = NOBODY, np.inf
             self.link[row] = PRIOR_LINK
@@ -158,25 +154,18 @@ class Pool:
 
     def count(self, row: int, *, tokens: float, pages: float, steps: Steps) -> None:
         """Work was placed on a worker that its report does not show yet."""
-        self.queued[row] += tokens
-        self.pages_free[row] = max(0.0, self.pages_free[row] - pages)
-        self.requests[row] += 1
-        self._derive(row)
+        live = self._live[row]
+        live.queued += tokens
+        live.free = max(0.0, live.free - pages)
+        live.requests += 1
+        self._write(row, live)
         self.prefixes.remember(row, steps)
 
-    def _derive(self, row: int) -> None:
-        """Brings up to date what follows from a row's load."""
-        terms, queued, requests = self.terms, self.queued[row], self.requests[row]
-        _, chunk, token, ktoken, _, _, _, sequence, kv = terms[:9, row].tolist()
-        page_tokens, free = self.page_tokens[row], self.pages_free[row]
-        used = (self.pages_total[row] - free) * page_tokens
-        step = self._base[row] + requests * sequence + used * kv
-        terms[Term.QUEUED_TOKEN : Term.STEP + 1, row] = (queued * token, queued * ktoken, step)
-        terms[Term.ALL_CHUNK :, row] = (
-            *(requests * chunk, requests * token, requests * ktoken),
-            *(requests * sequence, requests * kv),
-        )
-        self.room[row] = free * page_tokens - queued
+    def _write(self, row: int, live: "_Live") -> None:
+        """Brings a row's columns up to date."""
+        free_tokens = live.free * live.page_tokens
+        self._table[:4, row] = (live.free, live.queued, live.requests, free_tokens - live.queued)
+        self.terms[:, row] = live.terms(live.tokens - free_tokens)
 
     def check_belief(self, address: str, believed: float, found: float) -> None:
         """A worker was believed to have cached so many tokens of a prompt, at the trust of then, and had `found`."""
@@ -208,17 +197,40 @@ class Pool:
 
     def _resize(self, rows: int) -> None:
         before = len(self.addresses)
-        table, terms, base = np.ones((len(self._COLUMNS), rows)), np.zeros((len(Term), rows)), np.zeros(rows)
+        table, terms = np.ones((len(self._COLUMNS), rows)), np.zeros((len(Term), rows))
         table[self._COLUMNS.index("link")] = PRIOR_LINK
         table[self._COLUMNS.index("room")] = np.inf
         terms[Term.PENALTY] = NOBODY
         if before:
-            table[:, :before], terms[:, :before], base[:before] = self._table, self.terms, self._base
-        self._table, self.terms, self._base = table, terms, base
+            table[:, :before], terms[:, :before] = self._table, self.terms
+        self._table, self.terms = table, terms
         for index, name in enumerate(self._COLUMNS):
             setattr(self, name, table[index])
         self.seeds = np.concatenate([self.seeds, np.zeros(rows - before, dtype=np.uint64)])
         self.addresses += [""] * (rows - before)
+
+
+class _Live:
+    """One row in plain numbers: a report, and what was counted since."""
+
+    __slots__ = ("_kv", "_penalty", "_prefill", "_step", "free", "page_tokens", "queued", "requests", "tokens")
+
+    def __init__(self, load: WorkerLoad, penalty: float, prefill: PrefillTime, step: StepTime) -> None:
+        self._penalty, self._prefill, self._step = penalty, prefill, step
+        self._kv = step.ms_page / load.page_tokens
+        self.free, self.queued, self.requests = float(load.pages_free), float(load.queued_tokens), float(load.requests)
+        self.page_tokens, self.tokens = load.page_tokens, load.capacity_tokens
+
+    def terms(self, used: float) -> tuple[float, ...]:
+        """One value for each Term, with `used` tokens of KV in use."""
+        chunk, token, ktoken = self._prefill
+        base, sequence, _ = self._step
+        queued, requests, kv = self.queued, self.requests, self._kv
+        return (
+            *(self._penalty, chunk, token, ktoken, queued * token, queued * ktoken),
+            *(base + requests * sequence + used * kv, sequence, kv),
+            *(requests * chunk, requests * token, requests * ktoken, requests * sequence, requests * kv),
+        )
 
 
 Limit = tuple[int, int]  # the longest prompt, and prompt and output together, in tokens; (0, 0): nothing

@@ -7,6 +7,8 @@ import numpy as np
 from .board import NOBODY, Floats, Pool, Term
 from .costs import Demand
 
+UNLIKE, UNLIKE_RATIO = 8, 1.5  # requests that one worker may have more than another, in number and ratio
+
 Scores = Callable[[Demand, Pool, Floats | None], Floats]  # of one role's workers, with what they have cached
 
 
@@ -28,8 +30,13 @@ def _least_queued_tokens(demand: Demand, pool: Pool, cached: Floats | None) -> F
 
 
 def _prefix_affinity(demand: Demand, pool: Pool, cached: Floats | None) -> Floats:
-    """The one with the longest prefix of the prompt; of equals the one with the fewest requests."""
-    return pool.requests / 1e6 - (0.0 if cached is None else cached)
+    """The one with the longest prefix, where that is half of the prompt and loads are not too unlike; else the one with
+    the fewest requests. As the cache-aware policy of SGLang's router."""
+    there = pool.requests[pool.terms[Term.PENALTY] < NOBODY]
+    unlike = len(there) and there.max() > there.min() + UNLIKE and there.max() > UNLIKE_RATIO * there.min()
+    if cached is None or unlike:
+        return pool.requests
+    return pool.requests / 1e6 - np.where(2 * cached >= demand.prompt_tokens, cached, 0.0)
 
 
 SIMPLE: Mapping[str, Scores] = {

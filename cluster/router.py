@@ -116,7 +116,7 @@ def route(
         total = own + (remote[best] + sent if alone is None else np.minimum(remote[best] + sent, alone))
     elif alone is not None:
         total = own + alone
-    chosen = _least(total, board.decode.seeds, demand.affinity)
+    chosen = _least(total, board.decode.seeds, demand.affinity, near_ms=max(NEAR_MS, NEAR * float(own.min())))
     return _Choice(demand, board, allowed, chosen, cached, held).placement(
         remote if best >= 0 else None,
         wait_ms=0.0 if wait is None else float(wait[chosen]),
@@ -187,12 +187,12 @@ class _Choice:
                 return self.made(order, wait_ms, float(remote[order[0]]))
         return self.made([], wait_ms, alone_ms / LOCAL_MARGIN)
 
-    def partners(self, costs: Floats, *, near: float = 1.0) -> list[int]:
+    def partners(self, costs: Floats, near_ms: float | None = None) -> list[int]:
         """Rows of the prefill workers that may serve the chosen decode worker, the cheapest first."""
         kinds = self.allowed.kinds
         if not kinds.fits:
             costs = np.where(kinds.prefill == kinds.decode[self.row], costs, np.inf)
-        return _order(costs, self.board.prefill.seeds, self.demand.affinity, near=near)
+        return _order(costs, self.board.prefill.seeds, self.demand.affinity, near_ms)
 
     def made(self, order: list[int], wait_ms: float, prompt_ms: float) -> Placement:
         """The placement with prefill candidates in this order."""
@@ -218,29 +218,29 @@ def _simple(demand: Demand, board: Board, allowed: Allowed, policy: Policy, loca
     if allowed.decode is not None:
         on_decode = on_decode + allowed.decode
     choice = _Choice(
-        demand, board, allowed, _least(on_decode, board.decode.seeds, demand.affinity, near=0.0), cached, held
+        demand, board, allowed, _least(on_decode, board.decode.seeds, demand.affinity, near_ms=0.0), cached, held
     )
     order: list[int] = []
     if local_prefill != "always":
         on_prefill = scores(demand, board.prefill, cached) + board.prefill.terms[Term.PENALTY]
         if allowed.prefill is not None:
             on_prefill = on_prefill + allowed.prefill
-        order = choice.partners(on_prefill, near=0.0)
+        order = choice.partners(on_prefill, 0.0)
     return choice.made(order, 0.0, 0.0)
 
 
-def _least(costs: Floats, seeds: NDArray[np.uint64], affinity: int, *, near: float = 1.0) -> int:
+def _least(costs: Floats, seeds: NDArray[np.uint64], affinity: int, near_ms: float | None = None) -> int:
     """The row of the least cost; of nearly equal ones the one that the affinity prefers."""
     least = costs.min()
-    equal = (costs <= least + near * max(NEAR_MS, NEAR * least)).nonzero()[0]
+    equal = (costs <= least + (max(NEAR_MS, NEAR * least) if near_ms is None else near_ms)).nonzero()[0]
     return int(equal[0] if len(equal) == 1 else equal[ties(seeds[equal], affinity).argmin()])
 
 
-def _order(costs: Floats, seeds: NDArray[np.uint64], affinity: int, *, near: float = 1.0) -> list[int]:
+def _order(costs: Floats, seeds: NDArray[np.uint64], affinity: int, near_ms: float | None) -> list[int]:
     """Rows of finite cost, the cheapest first; the first of nearly equal ones is the one that the affinity prefers."""
     if not len(costs):
         return []
-    first = _least(costs, seeds, affinity, near=near)
+    first = _least(costs, seeds, affinity, near_ms)
     if len(costs) > CANDIDATES:
         rest = np.argpartition(costs, CANDIDATES)[: CANDIDATES + 1]
         rest = rest[costs[rest].argsort(kind="stable")]

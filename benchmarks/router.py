@@ -1,0 +1,183 @@
+"""The router: decisions per second, and its policies compared on recorded traffic.
+
+    python benchmarks/router.py --json router.json --trace conversation_trace.jsonl.gz --trace conv.csv.gz
+
+Decisions are made on one core, for prompts whose beginnings workers have seen; placements are decisions that are also
+counted on the board, with reports in between. Goals, in decisions: 20,000/s with 16 workers, 2,000/s with 1,024.
+
+A trace is a file of Mooncake (JSON lines with `timestamp`, `input_length`, `output_length`, `hash_ids`) or of Azure's
+LLM inference traces (CSV with `TIMESTAMP`, `ContextTokens`, `GeneratedTokens`), plain or gzipped. It is replayed in
+the queue model of queue_model.py with 16 prefill and 16 decode workers, sped up so that computing every prompt in full
+would take `--load` of all prefill workers. Goal: p95 TTFT of the cost model at most 0.8 of least-requests, and no worse
+than with local prefill always or never.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import datetime
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from queue_model import PREFILL, STEP, Arrival, Simulation, compute_ms
+from report import conditions, write_json
+
+from isthmus.cluster.board import WorkerLoad, board_of
+from isthmus.cluster.costs import Demand
+from isthmus.cluster.gateway_config import LocalPrefill, Policy
+from isthmus.cluster.router import route
+
+BLOCK = 512  # tokens of a hash id in Mooncake's traces
+POLICIES: dict[str, tuple[Policy, LocalPrefill]] = {
+    "cost": ("cost", "when_cheaper"),
+    "round-robin": ("round-robin", "never"),
+    "least-requests": ("least-requests", "never"),
+    "least-queued-tokens": ("least-queued-tokens", "never"),
+    "prefix-affinity": ("prefix-affinity", "never"),
+    "always-remote": ("cost", "never"),
+    "always-local": ("cost", "always"),
+}
+
+
+def speeds(workers: int, seconds: float) -> tuple[float, float]:
+    """Decisions per second with so many workers, half of each role; and placements, which are counted on the board.
+
+    Every prompt's beginning was seen before by some worker of each role, and reports come in between placements.
+    """
+    draw = random.Random(workers)
+
+    def load(name: str, **changes: Any) -> WorkerLoad:
+        pages = {"page_tokens": 64, "pages_total": 20_000, "pages_free": draw.randrange(10_000, 20_000)}
+        codecs = {"raw": "r", "tq-k4v4": "t"}
+        return WorkerLoad(address=name, codecs=codecs, prefill=PREFILL, step=STEP, **pages, **changes)
+
+    board = board_of(
+        [load(f"p{number}", queued_tokens=draw.randrange(8000)) for number in range(workers // 2)],
+        [load(f"d{number}", requests=draw.randrange(32)) for number in range(workers // 2)],
+    )
+    prompts = [tuple((64 * (page + 1), draw.randbytes(16)) for page in range(draw.randrange(1, 16))) for _ in range(64)]
+    demands = [
+        Demand(
+            prompt_tokens=len(steps) * 64 + draw.randrange(1, 64),
+            max_tokens=256,
+            codec="tq-k4v4",
+            affinity=draw.getrandbits(64),
+            steps=steps,
+        )
+        for steps in (draw.choice(prompts) for _ in range(1000))
+    ]
+    reports = cycle([(pool, report) for pool in (board.prefill, board.decode) for report in pool])
+
+    def place(demand: Demand) -> None:
+        placement = route(demand, board, local_prefill="when_cheaper")
+        row = board.decode.row[placement.decode]
+        board.decode.count(row, tokens=0, pages=len(demand.steps), steps=demand.steps)
+        for first in placement.prefill[:1]:
+            missing = demand.prompt_tokens - placement.cached_tokens
+            board.prefill.count(board.prefill.row[first], tokens=missing, pages=0, steps=demand.steps)
+        if draw.random() < 0.1:
+            pool, report = next(reports)
+            pool.put(report)
+
+    placements = _per_s(place, demands, seconds)
+    return _per_s(lambda demand: route(demand, board, local_prefill="when_cheaper"), demands, seconds), placements
+
+
+def _per_s(call: Callable[[Demand], object], demands: list[Demand], seconds: float) -> float:
+    calls, begun, endless = 0, time.perf_counter(), cycle(demands)
+    while time.perf_counter() < begun + seconds:
+        for demand in islice(endless, 100):
+            call(demand)
+        calls += 100
+    return calls / (time.perf_counter() - begun)
+
+
+def arrivals(path: Path) -> Iterator[Arrival]:
+    """The requests of a trace, in order. Requests with one time stamp are spread up to the next one."""
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        if ".csv" in path.name:
+            rows = list(csv.DictReader(lines))
+            times = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
+            for at_s, row in zip(times, rows, strict=True):
+                yield Arrival(at_s - times[0], int(row["ContextTokens"]), max(1, int(row["GeneratedTokens"])), ())
+            return
+        rows = [json.loads(line) for line in lines]
+    stamps = sorted({row["timestamp"] for row in rows})
+    following = dict(zip(stamps, [*stamps[1:], stamps[-1] + 1000], strict=True))
+    place, together = 0, {stamp: sum(row["timestamp"] == stamp for row in rows) for stamp in stamps}
+    last = None
+    for row in rows:
+        stamp = row["timestamp"]
+        place = place + 1 if stamp == last else 0
+        last = stamp
+        at_s = (stamp + (following[stamp] - stamp) * place / together[stamp]) / 1e3
+        full = row["hash_ids"][: row["input_length"] // BLOCK]
+        blocks = tuple(((number + 1) * BLOCK, identity.to_bytes(16, "big")) for number, identity in enumerate(full))
+        yield Arrival(at_s, row["input_length"], max(1, row["output_length"]), blocks)
+
+
+def at_load(trace: list[Arrival], load: float, prefill: int) -> list[Arrival]:
+    """The same requests in other time: computing all prompts in full takes `load` of the prefill workers."""
+    busy_s = sum(compute_ms(arrival.prompt_tokens, 0) for arrival in trace) / 1e3
+    factor = busy_s / (load * prefill * (trace[-1].at_s - trace[0].at_s))
+    return [replace(arrival, at_s=arrival.at_s * factor) for arrival in trace]
+
+
+def replayed(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All policies on one trace."""
+    trace = at_load(list(arrivals(path))[: args.requests], args.load, args.workers // 2)
+    rows = []
+    for name, (policy, local) in POLICIES.items():
+        half = args.workers // 2
+        ttft, itl = Simulation(policy, local, prefill=half, decode=args.workers - half).run(trace)
+        rows.append(
+            {
+                "trace": path.name,
+                "policy": name,
+                "ttft_p50_ms": round(float(np.percentile(ttft, 50)), 1),
+                "ttft_p95_ms": round(float(np.percentile(ttft, 95)), 1),
+                "itl_p99_ms": round(_weighted(itl, 0.99), 2),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _weighted(values: list[tuple[float, float]], share: float) -> float:
+    """The value that `share` of the weight does not exceed."""
+    ordered = np.array(sorted(values))
+    reached = np.searchsorted(ordered[:, 1].cumsum(), share * ordered[:, 1].sum())
+    return float(ordered[min(reached, len(ordered) - 1), 0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--trace", type=Path, action="append", default=[])
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each number of workers")
+    parser.add_argument("--workers", type=int, default=32, help="of the replay")
+    parser.add_argument("--load", type=float, default=0.9, help="of the prefill workers, were nothing cached")
+    parser.add_argument("--requests", type=int, default=None, help="of each trace; all where not given")
+    args = parser.parse_args()
+    measured = {str(workers): speeds(workers, args.seconds) for workers in (16, 1024)}
+    decisions, placements = ({count: round(pair[i]) for count, pair in measured.items()} for i in (0, 1))
+    print("decisions per second", decisions, "placements per second", placements, flush=True)
+    replay = [row for path in args.trace for row in replayed(path, args)]
+    result = {
+        "conditions": conditions(workers=args.workers, load=args.load),
+        "decisions_per_s": decisions,
+        "placements_per_s": placements,
+        "replay": replay,
+    }
+    write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()
