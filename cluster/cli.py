@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from . import cli_batch, cli_calibrate, cli_cluster, cli_generate, cli_jobs, cli_operate, cli_status
+from . import cli_batch, cli_calibrate, cli_cluster, cli_explain, cli_generate, cli_jobs, cli_operate, cli_status
 
 INTERRUPTED = 130
 
@@ -29,6 +29,7 @@ app.command("up")(cli_cluster.up)
 app.command("generate")(cli_generate.generate)
 app.command("chat")(cli_generate.chat)
 app.command("status")(cli_status.status)
+app.command("explain")(cli_explain.explain)
 app.command("drain")(cli_operate.drain)
 app.command("flip")(cli_operate.flip)
 app.command("scale")(cli_operate.scale)

@@ -25,7 +25,7 @@ from ..proto.generation_pb2 import (
 )
 from ..proto.generation_pb2_grpc import GenerationStub
 from ..proto.serving import open_channel
-from ..proto.worker_pb2 import ClusterStatus, GetStatusRequest
+from ..proto.worker_pb2 import ClusterStatus, Explanation, GetStatusRequest
 from ..proto.worker_pb2_grpc import ClusterStub
 
 RETRY_KEY = "retry-after-ms"  # trailing metadata beside RESOURCE_EXHAUSTED: when to try again
@@ -147,6 +147,10 @@ class Client:
     async def model(self, name: str = "", *, timeout_s: float | None = 10) -> Model:
         """The model that the cluster serves."""
         return await self._generation.GetModel(GetModelRequest(name=name), timeout=timeout_s)
+
+    async def explain(self, request: GenerateRequest, *, timeout_s: float | None = 10) -> Explanation:
+        """What a request would cost where, and what the gateway would choose."""
+        return await self.cluster.Explain(request, timeout=timeout_s)
 
     async def status(self, *, timeout_s: float | None = 10) -> ClusterStatus:
         """All workers as the gateway sees them."""

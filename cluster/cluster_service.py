@@ -5,15 +5,18 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from ..proto import worker_pb2, worker_pb2_grpc
+from ..proto.generation_pb2 import GenerateRequest
 from ..proto.orders import DRAIN_S
 from ..proto.worker_pb2 import (
     DrainResponse,
     DrainWorkerRequest,
+    Explanation,
     FlipWorkerRequest,
     ScaleRequest,
     ScaleResponse,
     WorkerReport,
 )
+from .generator import Generator
 from .operations import Operations
 from .watch import Fleet
 
@@ -21,7 +24,8 @@ from .watch import Fleet
 class ClusterService(worker_pb2_grpc.ClusterServicer):
     """Status and operations of one fleet; `active` counts the requests that run."""
 
-    def __init__(self, fleet: Fleet, operations: Operations, active: Callable[[], int]) -> None:
+    def __init__(self, fleet: Fleet, operations: Operations, generator: Generator, active: Callable[[], int]) -> None:
+        self._generator = generator
         self._fleet = fleet
         self._operations = operations
         self._active = active
@@ -45,6 +49,9 @@ class ClusterService(worker_pb2_grpc.ClusterServicer):
         prefill = request.prefill if request.HasField("prefill") else None
         decode = request.decode if request.HasField("decode") else None
         return await self._operations.scale(prefill, decode, _seconds(request))
+
+    async def Explain(self, request: GenerateRequest, context: object) -> Explanation:
+        return await self._generator.explain(request)
 
 
 def _seconds(request: DrainWorkerRequest | FlipWorkerRequest | ScaleRequest) -> float:

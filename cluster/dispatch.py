@@ -18,13 +18,14 @@ import grpc.aio
 
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..kvtransfer.hashing import page_hashes, page_salt
-from ..proto.common_pb2 import TransferStats
+from ..proto.common_pb2 import Candidate, TransferStats
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeStub
 from ..proto.errors import STATUS_OF, Corrupt, Exhausted, Expired, Incompatible, IsthmusError, Unavailable
 from ..proto.generation_pb2 import GenerateEvent
 from ..proto.serving import BUG, TraceContext
 from .costs import Demand
+from .explain import explain
 from .gateway_config import GatewayConfig
 from .prefixes import steps_of
 from .request import Admitted
@@ -76,6 +77,8 @@ class Dispatcher:
             if (end := session.missing_end()) is not None:
                 return await pass_on(session.push(end, time.monotonic()))
             placement = await self._place(demand, failures, time_left, started=bool(session.token_ids))
+            if session.request.explain and not failures.count:
+                session.candidates = self._candidates(demand, placement)
             if (placement.page_tokens, placement.codec_hash) != (hashed.page_tokens, hashed.codec_hash):
                 hashed = self._hash(session.request, placement.page_tokens, placement.codec_hash)
             message = self._message(session, placement, hashed.hashes, failures.count)
@@ -85,6 +88,17 @@ class Dispatcher:
                 return
             except LOST as error:
                 self._note_failure(session, placement.decode, error, failures)
+
+    def explain(self, request: Admitted) -> tuple[Candidate, ...]:
+        """What a request would cost where; raises what `route` raises."""
+        demand = self.demand_of(request, self.hash_pages(request))
+        config = self._config
+        placement = route(demand, self._fleet.snapshot(), policy=config.policy, local_prefill=config.local_prefill)
+        return self._candidates(demand, placement)
+
+    def _candidates(self, demand: Demand, placement: Placement) -> tuple[Candidate, ...]:
+        prices = explain(demand, self._fleet.snapshot(), placement, local_prefill=self._config.local_prefill)
+        return tuple(Candidate(**price._asdict()) for price in prices)
 
     def hash_pages(self, request: Admitted) -> Hashed:
         """The hashes of a request's pages, as most workers that could serve it want them."""

@@ -162,7 +162,7 @@ class Gateway:
         self.generator = Generator(self._model, self.fleet, self._config)
         self._generation = GenerationService(self._model, self.fleet, self.generator, self.load, self._config)
         self.operations = Operations(self.fleet)
-        cluster = ClusterService(self.fleet, self.operations, lambda: self.load.active)
+        cluster = ClusterService(self.fleet, self.operations, self.generator, lambda: self.load.active)
         adders = (
             lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server),
             lambda server: worker_pb2_grpc.add_ClusterServicer_to_server(cluster, server),

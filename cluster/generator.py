@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ..proto.errors import IsthmusError, status_of
 from ..proto.generation_pb2 import GenerateRequest
 from ..proto.serving import TraceContext
+from ..proto.worker_pb2 import Explanation
 from .board import Board
 from .dispatch import Dispatcher, PassOn, TimeLeft
 from .gateway_config import GatewayConfig
@@ -40,6 +41,17 @@ class Generator:
         """Checks and completes a request; raises what is wrong with it, Unavailable where nothing can serve it."""
         board = await self._workers()
         return await admit(request, self._model, board, self._fleet.default_codec(), self._config.local_prefill)
+
+    async def explain(self, request: GenerateRequest) -> Explanation:
+        """What a request would cost where, and what would be chosen; raises as `admit`, and where nothing fits."""
+        admitted = await self.admit(request)
+        return Explanation(
+            policy=self._config.policy,
+            local_prefill=self._config.local_prefill,
+            prompt_tokens=len(admitted.prompt_token_ids),
+            output_tokens=self._fleet.snapshot().output_tokens,
+            candidates=self._dispatcher.explain(admitted),
+        )
 
     async def run(
         self,

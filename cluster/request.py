@@ -30,6 +30,7 @@ class Admitted:
     codec: str
     priority: Priority.ValueType = PRIORITY_STANDARD
     tenant: str = ""
+    explain: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,7 @@ async def admit(
         codec=codec,
         priority=_priority(request.priority),
         tenant=tenant,
+        explain=request.explain,
     )
 
 

@@ -11,6 +11,7 @@ from ..proto.common_pb2 import (
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
     FINISH_REASON_UNSPECIFIED,
+    Candidate,
     FinishReason,
     TransferStats,
 )
@@ -34,6 +35,7 @@ class Session:
     finish_reason: FinishReason.ValueType = FINISH_REASON_UNSPECIFIED
     first_token_s: float | None = None
     transfer: TransferStats | None = None
+    candidates: tuple[Candidate, ...] = ()  # of the first placement, where the request asks for them
 
     @property
     def finished(self) -> bool:
@@ -133,6 +135,7 @@ class Session:
             decode_worker=self.decode_worker,
             seed=self.request.sampling.seed,
             replays=self.replays,
+            candidates=self.candidates,
         )
 
 

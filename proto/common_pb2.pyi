@@ -313,3 +313,68 @@ class TransferStats(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TransferStats: _TypeAlias = TransferStats  # noqa: Y015
+
+@_typing.final
+class Candidate(_message.Message):
+    """What the router expects of one pair of workers, in milliseconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECODE_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
+    STEPS_MS_FIELD_NUMBER: _builtins.int
+    QUEUE_MS_FIELD_NUMBER: _builtins.int
+    COMPUTE_MS_FIELD_NUMBER: _builtins.int
+    TRANSFER_MS_FIELD_NUMBER: _builtins.int
+    DAMAGE_MS_FIELD_NUMBER: _builtins.int
+    TOTAL_MS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    HELD_TOKENS_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    decode: _builtins.str
+    """address"""
+    prefill: _builtins.str
+    """address; empty: the decode worker computes the prompt itself"""
+    wait_ms: _builtins.float
+    """for pages on the decode worker"""
+    steps_ms: _builtins.float
+    """weight of its ITL: the request's own, and what others lose"""
+    queue_ms: _builtins.float
+    """prompts ahead at the prefill worker"""
+    compute_ms: _builtins.float
+    """of the tokens that are not cached"""
+    transfer_ms: _builtins.float
+    """that the compute does not hide"""
+    damage_ms: _builtins.float
+    """weight of what running requests lose to local compute"""
+    total_ms: _builtins.float
+    """what the choice goes by"""
+    cached_tokens: _builtins.int
+    """believed to be cached where the prompt is computed"""
+    held_tokens: _builtins.int
+    """believed to be held by the decode worker"""
+    chosen: _builtins.bool
+    def __init__(
+        self,
+        *,
+        decode: _builtins.str = ...,
+        prefill: _builtins.str = ...,
+        wait_ms: _builtins.float = ...,
+        steps_ms: _builtins.float = ...,
+        queue_ms: _builtins.float = ...,
+        compute_ms: _builtins.float = ...,
+        transfer_ms: _builtins.float = ...,
+        damage_ms: _builtins.float = ...,
+        total_ms: _builtins.float = ...,
+        cached_tokens: _builtins.int = ...,
+        held_tokens: _builtins.int = ...,
+        chosen: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "chosen", b"chosen", "compute_ms", b"compute_ms", "damage_ms", b"damage_ms", "decode", b"decode", "held_tokens", b"held_tokens", "prefill", b"prefill", "queue_ms", b"queue_ms", "steps_ms", b"steps_ms", "total_ms", b"total_ms", "transfer_ms", b"transfer_ms", "wait_ms", b"wait_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Candidate: _TypeAlias = Candidate  # noqa: Y015

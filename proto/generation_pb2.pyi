@@ -95,6 +95,7 @@ class GenerateRequest(_message.Message):
     CODEC_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """the client's own, at most 128 characters; one is drawn where it is empty"""
     model: _builtins.str
@@ -105,6 +106,8 @@ class GenerateRequest(_message.Message):
     priority: _common_pb2.Priority.ValueType
     tenant: _builtins.str
     """who asks, at most 128 characters: tenants share no cached pages"""
+    explain: _builtins.bool
+    """tell in the timings what the candidates were"""
     @_builtins.property
     def chat(self) -> Global___Chat: ...
     @_builtins.property
@@ -123,10 +126,11 @@ class GenerateRequest(_message.Message):
         codec: _builtins.str = ...,
         priority: _common_pb2.Priority.ValueType = ...,
         tenant: _builtins.str = ...,
+        explain: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "sampling", b"sampling", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "codec", b"codec", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "codec", b"codec", "explain", b"explain", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "chat", "tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -166,6 +170,7 @@ class Timings(_message.Message):
     DECODE_WORKER_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     REPLAYS_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
     ttft_ms: _builtins.float
     """gateway: from the request's arrival to the first token's departure"""
     total_ms: _builtins.float
@@ -176,6 +181,10 @@ class Timings(_message.Message):
     """times that the answer went on on another decode worker"""
     @_builtins.property
     def transfer(self) -> _common_pb2.TransferStats: ...
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Candidate]:
+        """where asked for: of the first placement, the cheapest first"""
+
     def __init__(
         self,
         *,
@@ -185,10 +194,11 @@ class Timings(_message.Message):
         decode_worker: _builtins.str = ...,
         seed: _builtins.int = ...,
         replays: _builtins.int = ...,
+        candidates: _abc.Iterable[_common_pb2.Candidate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker", "replays", b"replays", "seed", b"seed", "total_ms", b"total_ms", "transfer", b"transfer", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "decode_worker", b"decode_worker", "replays", b"replays", "seed", b"seed", "total_ms", b"total_ms", "transfer", b"transfer", "ttft_ms", b"ttft_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

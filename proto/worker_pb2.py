@@ -22,9 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from . import common_pb2 as isthmus_dot_proto_dot_common__pb2
+from . import generation_pb2 as isthmus_dot_proto_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aisthmus/proto/worker.proto\x12\nisthmus.v1\"\x12\n\x10GetReportRequest\"\x0e\n\x0cWatchRequest\"\x12\n\x10GetStatusRequest\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"6\n\rDrainResponse\x12\x10\n\x08\x66inished\x18\x01 \x01(\r\x12\x13\n\x0bhanded_over\x18\x02 \x01(\r\"Y\n\x0b\x46lipRequest\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.isthmus.v1.WorkerRole\x12\x16\n\ttimeout_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"J\n\x12\x44rainWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x16\n\ttimeout_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"o\n\x11\x46lipWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.isthmus.v1.WorkerRole\x12\x16\n\ttimeout_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"v\n\x0cScaleRequest\x12\x14\n\x07prefill\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x16\n\ttimeout_s\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\n\n\x08_prefillB\t\n\x07_decodeB\x0c\n\n_timeout_s\"1\n\rScaleResponse\x12\x0f\n\x07started\x18\x01 \x03(\t\x12\x0f\n\x07\x64rained\x18\x02 \x03(\t\"I\n\nPageCounts\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x0e\n\x06in_use\x18\x04 \x01(\r\"\x80\x01\n\x0bModelReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\"\x9c\x07\n\x0cWorkerReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.isthmus.v1.WorkerRole\x12(\n\x06health\x18\x03 \x01(\x0e\x32\x18.isthmus.v1.WorkerHealth\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x18\n\x10protocol_version\x18\x07 \x01(\r\x12&\n\x05model\x18\x08 \x01(\x0b\x32\x17.isthmus.v1.ModelReport\x12\x34\n\x06\x63odecs\x18\t \x03(\x0b\x32$.isthmus.v1.WorkerReport.CodecsEntry\x12\x15\n\rdefault_codec\x18\n \x01(\t\x12\x13\n\x0bpage_tokens\x18\x0b \x01(\r\x12%\n\x05pages\x18\x0c \x01(\x0b\x32\x16.isthmus.v1.PageCounts\x12\x18\n\x10waiting_requests\x18\r \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x0e \x01(\r\x12\x18\n\x10running_requests\x18\x0f \x01(\r\x12\x19\n\x11host_buffer_bytes\x18\x10 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x11 \x01(\t\x12\r\n\x05\x64type\x18\x12 \x01(\t\x12\x0f\n\x07threads\x18\x13 \x01(\r\x12\x38\n\x08\x63ounters\x18\x14 \x03(\x0b\x32&.isthmus.v1.WorkerReport.CountersEntry\x12\x11\n\tuptime_ms\x18\x15 \x01(\x04\x12-\n\x0cprefill_rate\x18\x16 \x01(\x0b\x32\x17.isthmus.v1.PrefillRate\x12\'\n\tstep_rate\x18\x17 \x01(\x0b\x32\x14.isthmus.v1.StepRate\x12\x10\n\x08instance\x18\x1e \x01(\t\x12G\n\x11link_bytes_per_ms\x18\x18 \x03(\x0b\x32,.isthmus.v1.WorkerReport.LinkBytesPerMsEntry\x1a-\n\x0b\x43odecsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x35\n\x13LinkBytesPerMsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"L\n\x0bPrefillRate\x12\n\n\x02ms\x18\x01 \x01(\x01\x12\x14\n\x0cms_per_token\x18\x02 \x01(\x01\x12\x1b\n\x13ms_per_token_ktoken\x18\x03 \x01(\x01\"D\n\x08StepRate\x12\n\n\x02ms\x18\x01 \x01(\x01\x12\x17\n\x0fms_per_sequence\x18\x02 \x01(\x01\x12\x13\n\x0bms_per_page\x18\x03 \x01(\x01\"w\n\rClusterStatus\x12\x0f\n\x07version\x18\x01 \x01(\t\x12)\n\x07workers\x18\x02 \x03(\x0b\x32\x18.isthmus.v1.WorkerReport\x12\x17\n\x0f\x61\x63tive_requests\x18\x03 \x01(\r\x12\x11\n\tuptime_ms\x18\x04 \x01(\x04*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02*\xf0\x01\n\x0cWorkerHealth\x12\x1d\n\x19WORKER_HEALTH_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_HEALTH_READY\x10\x01\x12\x1a\n\x16WORKER_HEALTH_DRAINING\x10\x02\x12\x1d\n\x19WORKER_HEALTH_UNREACHABLE\x10\x03\x12\x18\n\x14WORKER_HEALTH_FAILED\x10\x05\x12\x1e\n\x1aWORKER_HEALTH_INCOMPATIBLE\x10\x04\x12\x1a\n\x16WORKER_HEALTH_CHECKING\x10\x06\x12\x17\n\x13WORKER_HEALTH_UNFIT\x10\x07\x32\x86\x02\n\x06Worker\x12\x43\n\tGetReport\x12\x1c.isthmus.v1.GetReportRequest\x1a\x18.isthmus.v1.WorkerReport\x12=\n\x05Watch\x12\x18.isthmus.v1.WatchRequest\x1a\x18.isthmus.v1.WorkerReport0\x01\x12<\n\x05\x44rain\x12\x18.isthmus.v1.DrainRequest\x1a\x19.isthmus.v1.DrainResponse\x12:\n\x04\x46lip\x12\x17.isthmus.v1.FlipRequest\x1a\x19.isthmus.v1.DrainResponse2\x9e\x02\n\x07\x43luster\x12\x44\n\tGetStatus\x12\x1c.isthmus.v1.GetStatusRequest\x1a\x19.isthmus.v1.ClusterStatus\x12H\n\x0b\x44rainWorker\x12\x1e.isthmus.v1.DrainWorkerRequest\x1a\x19.isthmus.v1.DrainResponse\x12\x45\n\nFlipWorker\x12\x1d.isthmus.v1.FlipWorkerRequest\x1a\x18.isthmus.v1.WorkerReport\x12<\n\x05Scale\x12\x18.isthmus.v1.ScaleRequest\x1a\x19.isthmus.v1.ScaleResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aisthmus/proto/worker.proto\x12\nisthmus.v1\x1a\x1aisthmus/proto/common.proto\x1a\x1eisthmus/proto/generation.proto\"\x8d\x01\n\x0b\x45xplanation\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x15\n\rlocal_prefill\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x15\n\routput_tokens\x18\x04 \x01(\x01\x12)\n\ncandidates\x18\x05 \x03(\x0b\x32\x15.isthmus.v1.Candidate\"\x12\n\x10GetReportRequest\"\x0e\n\x0cWatchRequest\"\x12\n\x10GetStatusRequest\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"6\n\rDrainResponse\x12\x10\n\x08\x66inished\x18\x01 \x01(\r\x12\x13\n\x0bhanded_over\x18\x02 \x01(\r\"Y\n\x0b\x46lipRequest\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.isthmus.v1.WorkerRole\x12\x16\n\ttimeout_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"J\n\x12\x44rainWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x16\n\ttimeout_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"o\n\x11\x46lipWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.isthmus.v1.WorkerRole\x12\x16\n\ttimeout_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"v\n\x0cScaleRequest\x12\x14\n\x07prefill\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x16\n\ttimeout_s\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\n\n\x08_prefillB\t\n\x07_decodeB\x0c\n\n_timeout_s\"1\n\rScaleResponse\x12\x0f\n\x07started\x18\x01 \x03(\t\x12\x0f\n\x07\x64rained\x18\x02 \x03(\t\"I\n\nPageCounts\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x0e\n\x06in_use\x18\x04 \x01(\r\"\x80\x01\n\x0bModelReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\"\x9c\x07\n\x0cWorkerReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.isthmus.v1.WorkerRole\x12(\n\x06health\x18\x03 \x01(\x0e\x32\x18.isthmus.v1.WorkerHealth\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x18\n\x10protocol_version\x18\x07 \x01(\r\x12&\n\x05model\x18\x08 \x01(\x0b\x32\x17.isthmus.v1.ModelReport\x12\x34\n\x06\x63odecs\x18\t \x03(\x0b\x32$.isthmus.v1.WorkerReport.CodecsEntry\x12\x15\n\rdefault_codec\x18\n \x01(\t\x12\x13\n\x0bpage_tokens\x18\x0b \x01(\r\x12%\n\x05pages\x18\x0c \x01(\x0b\x32\x16.isthmus.v1.PageCounts\x12\x18\n\x10waiting_requests\x18\r \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x0e \x01(\r\x12\x18\n\x10running_requests\x18\x0f \x01(\r\x12\x19\n\x11host_buffer_bytes\x18\x10 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x11 \x01(\t\x12\r\n\x05\x64type\x18\x12 \x01(\t\x12\x0f\n\x07threads\x18\x13 \x01(\r\x12\x38\n\x08\x63ounters\x18\x14 \x03(\x0b\x32&.isthmus.v1.WorkerReport.CountersEntry\x12\x11\n\tuptime_ms\x18\x15 \x01(\x04\x12-\n\x0cprefill_rate\x18\x16 \x01(\x0b\x32\x17.isthmus.v1.PrefillRate\x12\'\n\tstep_rate\x18\x17 \x01(\x0b\x32\x14.isthmus.v1.StepRate\x12\x10\n\x08instance\x18\x1e \x01(\t\x12G\n\x11link_bytes_per_ms\x18\x18 \x03(\x0b\x32,.isthmus.v1.WorkerReport.LinkBytesPerMsEntry\x1a-\n\x0b\x43odecsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x35\n\x13LinkBytesPerMsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"L\n\x0bPrefillRate\x12\n\n\x02ms\x18\x01 \x01(\x01\x12\x14\n\x0cms_per_token\x18\x02 \x01(\x01\x12\x1b\n\x13ms_per_token_ktoken\x18\x03 \x01(\x01\"D\n\x08StepRate\x12\n\n\x02ms\x18\x01 \x01(\x01\x12\x17\n\x0fms_per_sequence\x18\x02 \x01(\x01\x12\x13\n\x0bms_per_page\x18\x03 \x01(\x01\"w\n\rClusterStatus\x12\x0f\n\x07version\x18\x01 \x01(\t\x12)\n\x07workers\x18\x02 \x03(\x0b\x32\x18.isthmus.v1.WorkerReport\x12\x17\n\x0f\x61\x63tive_requests\x18\x03 \x01(\r\x12\x11\n\tuptime_ms\x18\x04 \x01(\x04*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02*\xf0\x01\n\x0cWorkerHealth\x12\x1d\n\x19WORKER_HEALTH_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_HEALTH_READY\x10\x01\x12\x1a\n\x16WORKER_HEALTH_DRAINING\x10\x02\x12\x1d\n\x19WORKER_HEALTH_UNREACHABLE\x10\x03\x12\x18\n\x14WORKER_HEALTH_FAILED\x10\x05\x12\x1e\n\x1aWORKER_HEALTH_INCOMPATIBLE\x10\x04\x12\x1a\n\x16WORKER_HEALTH_CHECKING\x10\x06\x12\x17\n\x13WORKER_HEALTH_UNFIT\x10\x07\x32\x86\x02\n\x06Worker\x12\x43\n\tGetReport\x12\x1c.isthmus.v1.GetReportRequest\x1a\x18.isthmus.v1.WorkerReport\x12=\n\x05Watch\x12\x18.isthmus.v1.WatchRequest\x1a\x18.isthmus.v1.WorkerReport0\x01\x12<\n\x05\x44rain\x12\x18.isthmus.v1.DrainRequest\x1a\x19.isthmus.v1.DrainResponse\x12:\n\x04\x46lip\x12\x17.isthmus.v1.FlipRequest\x1a\x19.isthmus.v1.DrainResponse2\xdf\x02\n\x07\x43luster\x12\x44\n\tGetStatus\x12\x1c.isthmus.v1.GetStatusRequest\x1a\x19.isthmus.v1.ClusterStatus\x12H\n\x0b\x44rainWorker\x12\x1e.isthmus.v1.DrainWorkerRequest\x1a\x19.isthmus.v1.DrainResponse\x12\x45\n\nFlipWorker\x12\x1d.isthmus.v1.FlipWorkerRequest\x1a\x18.isthmus.v1.WorkerReport\x12<\n\x05Scale\x12\x18.isthmus.v1.ScaleRequest\x1a\x19.isthmus.v1.ScaleResponse\x12?\n\x07\x45xplain\x12\x1b.isthmus.v1.GenerateRequest\x1a\x17.isthmus.v1.Explanationb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,50 +39,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERREPORT_COUNTERSENTRY']._serialized_options = b'8\001'
   _globals['_WORKERREPORT_LINKBYTESPERMSENTRY']._loaded_options = None
   _globals['_WORKERREPORT_LINKBYTESPERMSENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERROLE']._serialized_start=2061
-  _globals['_WORKERROLE']._serialized_end=2151
-  _globals['_WORKERHEALTH']._serialized_start=2154
-  _globals['_WORKERHEALTH']._serialized_end=2394
-  _globals['_GETREPORTREQUEST']._serialized_start=42
-  _globals['_GETREPORTREQUEST']._serialized_end=60
-  _globals['_WATCHREQUEST']._serialized_start=62
-  _globals['_WATCHREQUEST']._serialized_end=76
-  _globals['_GETSTATUSREQUEST']._serialized_start=78
-  _globals['_GETSTATUSREQUEST']._serialized_end=96
-  _globals['_DRAINREQUEST']._serialized_start=98
-  _globals['_DRAINREQUEST']._serialized_end=150
-  _globals['_DRAINRESPONSE']._serialized_start=152
-  _globals['_DRAINRESPONSE']._serialized_end=206
-  _globals['_FLIPREQUEST']._serialized_start=208
-  _globals['_FLIPREQUEST']._serialized_end=297
-  _globals['_DRAINWORKERREQUEST']._serialized_start=299
-  _globals['_DRAINWORKERREQUEST']._serialized_end=373
-  _globals['_FLIPWORKERREQUEST']._serialized_start=375
-  _globals['_FLIPWORKERREQUEST']._serialized_end=486
-  _globals['_SCALEREQUEST']._serialized_start=488
-  _globals['_SCALEREQUEST']._serialized_end=606
-  _globals['_SCALERESPONSE']._serialized_start=608
-  _globals['_SCALERESPONSE']._serialized_end=657
-  _globals['_PAGECOUNTS']._serialized_start=659
-  _globals['_PAGECOUNTS']._serialized_end=732
-  _globals['_MODELREPORT']._serialized_start=735
-  _globals['_MODELREPORT']._serialized_end=863
-  _globals['_WORKERREPORT']._serialized_start=866
-  _globals['_WORKERREPORT']._serialized_end=1790
-  _globals['_WORKERREPORT_CODECSENTRY']._serialized_start=1641
-  _globals['_WORKERREPORT_CODECSENTRY']._serialized_end=1686
-  _globals['_WORKERREPORT_COUNTERSENTRY']._serialized_start=1688
-  _globals['_WORKERREPORT_COUNTERSENTRY']._serialized_end=1735
-  _globals['_WORKERREPORT_LINKBYTESPERMSENTRY']._serialized_start=1737
-  _globals['_WORKERREPORT_LINKBYTESPERMSENTRY']._serialized_end=1790
-  _globals['_PREFILLRATE']._serialized_start=1792
-  _globals['_PREFILLRATE']._serialized_end=1868
-  _globals['_STEPRATE']._serialized_start=1870
-  _globals['_STEPRATE']._serialized_end=1938
-  _globals['_CLUSTERSTATUS']._serialized_start=1940
-  _globals['_CLUSTERSTATUS']._serialized_end=2059
-  _globals['_WORKER']._serialized_start=2397
-  _globals['_WORKER']._serialized_end=2659
-  _globals['_CLUSTER']._serialized_start=2662
-  _globals['_CLUSTER']._serialized_end=2948
+  _globals['_WORKERROLE']._serialized_start=2265
+  _globals['_WORKERROLE']._serialized_end=2355
+  _globals['_WORKERHEALTH']._serialized_start=2358
+  _globals['_WORKERHEALTH']._serialized_end=2598
+  _globals['_EXPLANATION']._serialized_start=103
+  _globals['_EXPLANATION']._serialized_end=244
+  _globals['_GETREPORTREQUEST']._serialized_start=246
+  _globals['_GETREPORTREQUEST']._serialized_end=264
+  _globals['_WATCHREQUEST']._serialized_start=266
+  _globals['_WATCHREQUEST']._serialized_end=280
+  _globals['_GETSTATUSREQUEST']._serialized_start=282
+  _globals['_GETSTATUSREQUEST']._serialized_end=300
+  _globals['_DRAINREQUEST']._serialized_start=302
+  _globals['_DRAINREQUEST']._serialized_end=354
+  _globals['_DRAINRESPONSE']._serialized_start=356
+  _globals['_DRAINRESPONSE']._serialized_end=410
+  _globals['_FLIPREQUEST']._serialized_start=412
+  _globals['_FLIPREQUEST']._serialized_end=501
+  _globals['_DRAINWORKERREQUEST']._serialized_start=503
+  _globals['_DRAINWORKERREQUEST']._serialized_end=577
+  _globals['_FLIPWORKERREQUEST']._serialized_start=579
+  _globals['_FLIPWORKERREQUEST']._serialized_end=690
+  _globals['_SCALEREQUEST']._serialized_start=692
+  _globals['_SCALEREQUEST']._serialized_end=810
+  _globals['_SCALERESPONSE']._serialized_start=812
+  _globals['_SCALERESPONSE']._serialized_end=861
+  _globals['_PAGECOUNTS']._serialized_start=863
+  _globals['_PAGECOUNTS']._serialized_end=936
+  _globals['_MODELREPORT']._serialized_start=939
+  _globals['_MODELREPORT']._serialized_end=1067
+  _globals['_WORKERREPORT']._serialized_start=1070
+  _globals['_WORKERREPORT']._serialized_end=1994
+  _globals['_WORKERREPORT_CODECSENTRY']._serialized_start=1845
+  _globals['_WORKERREPORT_CODECSENTRY']._serialized_end=1890
+  _globals['_WORKERREPORT_COUNTERSENTRY']._serialized_start=1892
+  _globals['_WORKERREPORT_COUNTERSENTRY']._serialized_end=1939
+  _globals['_WORKERREPORT_LINKBYTESPERMSENTRY']._serialized_start=1941
+  _globals['_WORKERREPORT_LINKBYTESPERMSENTRY']._serialized_end=1994
+  _globals['_PREFILLRATE']._serialized_start=1996
+  _globals['_PREFILLRATE']._serialized_end=2072
+  _globals['_STEPRATE']._serialized_start=2074
+  _globals['_STEPRATE']._serialized_end=2142
+  _globals['_CLUSTERSTATUS']._serialized_start=2144
+  _globals['_CLUSTERSTATUS']._serialized_end=2263
+  _globals['_WORKER']._serialized_start=2601
+  _globals['_WORKER']._serialized_end=2863
+  _globals['_CLUSTER']._serialized_start=2866
+  _globals['_CLUSTER']._serialized_end=3217
 # @@protoc_insertion_point(module_scope)

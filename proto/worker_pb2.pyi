@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from . import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -72,6 +73,41 @@ WORKER_HEALTH_CHECKING: WorkerHealth.ValueType  # 6
 WORKER_HEALTH_UNFIT: WorkerHealth.ValueType  # 7
 """said by the gateway: what it made of a canary request was wrong, or nothing"""
 Global___WorkerHealth: _TypeAlias = WorkerHealth  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    LOCAL_PREFILL_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    local_prefill: _builtins.str
+    prompt_tokens: _builtins.int
+    output_tokens: _builtins.float
+    """that answers have on average here"""
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Candidate]:
+        """the cheapest first"""
+
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+        local_prefill: _builtins.str = ...,
+        prompt_tokens: _builtins.int = ...,
+        output_tokens: _builtins.float = ...,
+        candidates: _abc.Iterable[_common_pb2.Candidate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "local_prefill", b"local_prefill", "output_tokens", b"output_tokens", "policy", b"policy", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
 
 @_typing.final
 class GetReportRequest(_message.Message):

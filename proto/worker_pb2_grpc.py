@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from . import generation_pb2 as isthmus_dot_proto_dot_generation__pb2
 from . import worker_pb2 as isthmus_dot_proto_dot_worker__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
@@ -263,6 +264,11 @@ class ClusterStub(object):
                 request_serializer=isthmus_dot_proto_dot_worker__pb2.ScaleRequest.SerializeToString,
                 response_deserializer=isthmus_dot_proto_dot_worker__pb2.ScaleResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/isthmus.v1.Cluster/Explain',
+                request_serializer=isthmus_dot_proto_dot_generation__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=isthmus_dot_proto_dot_worker__pb2.Explanation.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer(object):
@@ -296,6 +302,13 @@ class ClusterServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """What a request would cost where, and what would be chosen; nothing is placed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -318,6 +331,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.Scale,
                     request_deserializer=isthmus_dot_proto_dot_worker__pb2.ScaleRequest.FromString,
                     response_serializer=isthmus_dot_proto_dot_worker__pb2.ScaleResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=isthmus_dot_proto_dot_generation__pb2.GenerateRequest.FromString,
+                    response_serializer=isthmus_dot_proto_dot_worker__pb2.Explanation.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -429,6 +447,33 @@ class Cluster(object):
             '/isthmus.v1.Cluster/Scale',
             isthmus_dot_proto_dot_worker__pb2.ScaleRequest.SerializeToString,
             isthmus_dot_proto_dot_worker__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.Cluster/Explain',
+            isthmus_dot_proto_dot_generation__pb2.GenerateRequest.SerializeToString,
+            isthmus_dot_proto_dot_worker__pb2.Explanation.FromString,
             options,
             channel_credentials,
             insecure,

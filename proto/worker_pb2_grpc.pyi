@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from . import generation_pb2 as _generation_pb2
 from . import worker_pb2 as _worker_pb2
 import abc as _abc_1
 import grpc as _grpc
@@ -110,6 +111,8 @@ class ClusterStub:
     """Gives one worker a role; answers with its report once it is ready in that role."""
     Scale: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ScaleRequest, _worker_pb2.ScaleResponse]
     """Starts and drains workers until there are so many. FAILED_PRECONDITION where the workers are a given list."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _worker_pb2.Explanation]
+    """What a request would cost where, and what would be chosen; nothing is placed."""
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -123,6 +126,8 @@ class ClusterAsyncStub(ClusterStub):
     """Gives one worker a role; answers with its report once it is ready in that role."""
     Scale: _aio.UnaryUnaryMultiCallable[_worker_pb2.ScaleRequest, _worker_pb2.ScaleResponse]  # type: ignore[assignment]
     """Starts and drains workers until there are so many. FAILED_PRECONDITION where the workers are a given list."""
+    Explain: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _worker_pb2.Explanation]  # type: ignore[assignment]
+    """What a request would cost where, and what would be chosen; nothing is placed."""
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
     """What the gateway tells of the cluster."""
@@ -157,5 +162,13 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.ScaleResponse, _abc.Awaitable[_worker_pb2.ScaleResponse]]:
         """Starts and drains workers until there are so many. FAILED_PRECONDITION where the workers are a given list."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _generation_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.Explanation, _abc.Awaitable[_worker_pb2.Explanation]]:
+        """What a request would cost where, and what would be chosen; nothing is placed."""
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

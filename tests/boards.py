@@ -1,0 +1,33 @@
+"""Boards of workers that differ in what a test is about."""
+
+from typing import Any
+
+from isthmus.cluster.board import Board, PrefillTime, StepTime, WorkerLoad, board_of
+from isthmus.cluster.costs import Demand
+
+CODECS = {"raw": "r0", "tq-k4v4": "t0"}
+STEPS = tuple((64 * (page + 1), bytes([page]) * 16) for page in range(4))
+
+
+def load(address: str, **changes: Any) -> WorkerLoad:
+    fields: dict[str, Any] = {
+        "codecs": CODECS,
+        "page_tokens": 64,
+        "pages_total": 1000,
+        "pages_free": 1000,
+        "prefill": PrefillTime(5, 0.5, 0.01),
+        "step": StepTime(5, 0.5, 0.01),
+    }
+    return WorkerLoad(**{"address": address, **fields, **changes})
+
+
+def board(prefill: int = 2, decode: int = 2, **changes: Any) -> Board:
+    """Workers p0, p1, ... and d0, d1, ...; `changes` maps an address to what differs there."""
+    return board_of(
+        [load(f"p{number}", **changes.get(f"p{number}", {})) for number in range(prefill)],
+        [load(f"d{number}", **changes.get(f"d{number}", {})) for number in range(decode)],
+    )
+
+
+def demand(**changes: Any) -> Demand:
+    return Demand(**{"prompt_tokens": 1000, "max_tokens": 100, "codec": "raw", **changes})
