@@ -85,6 +85,7 @@ def _show(explanation: "Explanation") -> None:
         cells = [f"{value:.1f}" if isinstance(value, float) else str(value) or "itself" for value in values]
         table.add_row("→" if candidate.chosen else "", *cells)
     console = Console()
+    console.width = max(console.width, 112)  # a table of figures is of no use with its columns cut
     console.print(table)
     console.print(
         f"policy {explanation.policy}, local prefill {explanation.local_prefill} · "

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .jobs.settings import JobsSettings
 
@@ -19,6 +19,20 @@ class GatewayConfig(BaseModel):
     local_prefill: LocalPrefill = "when_cheaper"  # whether decode workers may compute prompts themselves
     replays: int = Field(default=16, ge=0)  # times that one request may be placed again after a worker was lost
     restart_wait_s: float = Field(default=30.0, ge=0)  # how long a request waits for lost workers to be back
+    max_waiting: int = Field(default=256, ge=1)  # requests of one priority that wait for their turn; more are refused
+    overcommit: float = Field(default=2.0, gt=0)  # tokens that run at once, in what the decode workers can hold
+    tenant_weights: dict[str, float] = {}  # share of the tokens of a tenant against another's while both wait; else 1
+    max_request_tokens: int | None = Field(default=None, ge=2)  # prompt and output of one request
+    max_request_kv_mib: float | None = Field(default=None, gt=0)  # their KV, as measured on the wire
+    max_request_s: float | None = Field(default=None, gt=0)  # from arrival to end
     preflight: bool = True  # whether a worker must pass a canary request before it gets others (cluster/preflight.py)
     jobs_db: str | None = None  # URL of the database of jobs; none: no jobs
     jobs: JobsSettings = JobsSettings()
+
+    @field_validator("tenant_weights")
+    @classmethod
+    def _positive(cls, weights: dict[str, float]) -> dict[str, float]:
+        for tenant, weight in weights.items():
+            if not weight > 0:
+                raise ValueError(f"the weight of tenant {tenant!r} is {weight:g}; allowed: more than 0")
+        return weights

@@ -12,6 +12,7 @@ from ..proto.serving import TraceContext
 from ..proto.worker_pb2 import Explanation
 from .board import Board
 from .dispatch import Dispatcher, PassOn, TimeLeft
+from .door import Door
 from .gateway_config import GatewayConfig
 from .request import Admitted, admit
 from .router import offered_codecs
@@ -35,6 +36,7 @@ class Generator:
         self._model = model
         self._fleet = fleet
         self._config = config
+        self._door = Door(fleet, config)
         self._dispatcher = Dispatcher(fleet, model.fingerprint, config)
 
     async def admit(self, request: GenerateRequest) -> Admitted:
@@ -75,7 +77,9 @@ class Generator:
         session.resume(emitted)
         status = "UNKNOWN"
         try:
-            await self._dispatcher.run(session, pass_on, time_left=time_left, trace=trace)
+            left = self._bounded(time_left, arrived_s)
+            async with self._door.inside(request, left):
+                await self._dispatcher.run(session, pass_on, time_left=left, trace=trace)
             status = "OK"
         except IsthmusError as error:
             status = f"{status_of(error).name}: {error}"
@@ -86,6 +90,18 @@ class Generator:
         finally:
             _log_end(session, status)
         return session
+
+    def _bounded(self, time_left: TimeLeft, arrived_s: float) -> TimeLeft:
+        """The time left, with what a request may take at most."""
+        most_s = self._config.max_request_s
+        if most_s is None:
+            return time_left
+
+        def left() -> float:
+            own, asked = arrived_s + most_s - time.monotonic(), time_left()
+            return own if asked is None else min(own, asked)
+
+        return left
 
     async def _workers(self) -> Board:
         """The workers, as soon as some can serve: at once as a rule.

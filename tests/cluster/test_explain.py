@@ -30,10 +30,13 @@ def test_the_parts_add_up_and_the_cheapest_is_chosen() -> None:
 
 
 async def test_over_the_wire() -> None:
-    async with scripted_cluster(says("a"), says("a")) as cluster, Client(cluster.gateway.address) as client:
+    async with (
+        scripted_cluster(says("a"), says("a"), local_prefill="never") as cluster,
+        Client(cluster.gateway.address) as client,
+    ):
         explanation = await client.explain(build_request(prompt="p" * 100))
         assert (explanation.policy, explanation.prompt_tokens) == ("cost", 100)
-        assert len(explanation.candidates) == 4
+        assert len(explanation.candidates) == 2
         assert not any(worker.requests for worker in cluster.decodes)
         request = build_request(prompt="p" * 100)
         assert not (await client.answer(request)).timings.candidates

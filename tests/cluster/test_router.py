@@ -128,7 +128,7 @@ def test_several_gateways_do_not_all_choose_the_same_worker() -> None:
 def test_other_policies(policy: Policy, chosen: tuple[str, str]) -> None:
     workers = board(
         *(3, 2),
-        p0={"queued_tokens": 900, "requests": 9},
+        p0={"queued_tokens": 900, "requests": 6},
         p1={"requests": 5},
         p2={"queued_tokens": 800},
         d0={"requests": 2},
@@ -136,7 +136,7 @@ def test_other_policies(policy: Policy, chosen: tuple[str, str]) -> None:
     )
     workers.prefill.prefixes.remember(workers.prefill.row["p0"], STEPS)
     workers.decode.prefixes.remember(workers.decode.row["d0"], STEPS)
-    placement = route(demand(steps=STEPS), workers, policy=policy)
+    placement = route(demand(prompt_tokens=300, steps=STEPS), workers, policy=policy)
     assert (placement.decode, placement.prefill[0]) == chosen
 
 

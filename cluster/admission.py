@@ -1,0 +1,114 @@
+"""Who may start now, who waits, and who is refused at once. Pure: time and load come in as arguments.
+
+The gateway lets so many tokens of prompts and outputs run at once as the decode workers can hold, times `overcommit`.
+What does not fit waits in a bounded queue for each class of priority. A lower class starts only where no higher one
+waits; within a class the tenant goes first that has been given the fewest tokens for its weight (start-time fair
+queueing: Goyal, Vin and Cheng, 1996), so that one tenant's flood does not delay another's request.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
+from ..proto.errors import Exhausted, Expired
+
+RANKS = (PRIORITY_INTERACTIVE, PRIORITY_STANDARD, PRIORITY_BATCH)  # in the order they start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What admission knows of a request."""
+
+    priority: int
+    tenant: str
+    tokens: int  # prompt and output at most
+
+
+@dataclass(order=True)
+class Ticket:
+    """A request that waits or runs; compares by its turn within its class."""
+
+    turn: float  # virtual time at which it starts
+    number: int
+    wanted: Wanted = field(compare=False)
+    started: bool = field(default=False, compare=False)
+
+
+class Admission:
+    """The queues. `ask`, then `start` until the ticket is started, then `leave`, whatever happened."""
+
+    def __init__(self, *, max_waiting: int, weights: Mapping[str, float]) -> None:
+        self._max_waiting, self._weights = max_waiting, weights
+        self._waiting: dict[int, list[Ticket]] = {rank: [] for rank in RANKS}
+        self._numbers = itertools.count()
+        self._turn = 0.0  # of the request that started last
+        self._last: dict[str, float] = {}  # the turn after each tenant's latest request
+        self.running_tokens = 0
+        self._tokens_per_s = 0.0  # that end, averaged; 0 before any did
+        self._ended_s: float | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait, of all classes."""
+        return sum(len(queue) for queue in self._waiting.values())
+
+    def ask(self, wanted: Wanted, capacity: int, time_left_s: float | None) -> Ticket:
+        """A place in the queue, which may have its turn at once.
+
+        Exhausted where its class's queue is full, Expired where it would wait longer than it has time.
+        """
+        queue = self._waiting[wanted.priority]
+        if len(queue) >= self._max_waiting:
+            raise Exhausted(f"{len(queue)} requests of this priority wait already; try again later")
+        wait_s = self.wait_s(wanted, capacity)
+        if time_left_s is not None and wait_s > time_left_s:
+            raise Expired(
+                f"about {wait_s:.1f} s of requests wait ahead, and the deadline is in {time_left_s:.1f} s: not begun"
+            )
+        start = max(self._turn, self._last.get(wanted.tenant, 0.0))
+        self._last[wanted.tenant] = start + wanted.tokens / self._weights.get(wanted.tenant, 1.0)
+        if len(self._last) > 10_000:  # tenants whose turn is past are as good as new ones
+            self._last = {tenant: turn for tenant, turn in self._last.items() if turn > self._turn}
+        ticket = Ticket(start, next(self._numbers), wanted)
+        queue.append(ticket)
+        return ticket
+
+    def start(self, capacity: int) -> list[Ticket]:
+        """The tickets whose turn it is, with `capacity` tokens for all that run; one always runs."""
+        started = []
+        for rank in RANKS:
+            queue = self._waiting[rank]
+            while queue:
+                ticket = min(queue)
+                if self.running_tokens and self.running_tokens + ticket.wanted.tokens > capacity:
+                    return started  # those behind, and lower classes, must not overtake it for ever
+                queue.remove(ticket)
+                ticket.started = True
+                self._turn = max(self._turn, ticket.turn)
+                self.running_tokens += ticket.wanted.tokens
+                started.append(ticket)
+        return started
+
+    def leave(self, ticket: Ticket, now_s: float) -> None:
+        """A request has ended, or waits no more."""
+        if not ticket.started:
+            queue = self._waiting[ticket.wanted.priority]
+            if ticket in queue:
+                queue.remove(ticket)
+            return
+        self.running_tokens -= ticket.wanted.tokens
+        if self._ended_s is not None and now_s > self._ended_s:
+            rate = ticket.wanted.tokens / (now_s - self._ended_s)
+            self._tokens_per_s += 0.1 * (rate - self._tokens_per_s) if self._tokens_per_s else rate
+        self._ended_s = now_s
+
+    def wait_s(self, wanted: Wanted, capacity: int) -> float:
+        """About how long a request would wait; 0 where it fits, or nothing is known yet."""
+        ahead = sum(
+            ticket.wanted.tokens
+            for rank in RANKS[: RANKS.index(wanted.priority) + 1]  # pyright: ignore[reportArgumentType]
+            for ticket in self._waiting[rank]
+        )
+        excess = self.running_tokens + ahead + wanted.tokens - capacity
+        return max(0.0, excess / self._tokens_per_s) if self._tokens_per_s and self.running_tokens else 0.0
