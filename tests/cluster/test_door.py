@@ -66,6 +66,9 @@ async def test_one_that_is_cancelled_while_it_waits_holds_nothing() -> None:
     release = asyncio.Event()
     async with scripted_cluster(waits_for(release), **ONE) as cluster, Client(cluster.gateway.address) as client:
         running = asyncio.create_task(client.answer(request_of(PRIORITY_STANDARD)))
+        async with asyncio.timeout(5):
+            while not cluster.decodes[0].requests:
+                await asyncio.sleep(0.01)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await client.answer(request_of(PRIORITY_STANDARD), timeout_s=0.3)
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
