@@ -15,6 +15,8 @@ interpreter, the table is read from memory.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false, reportReturnType=false
 # pyright: reportPossiblyUnboundVariable=false, reportOptionalOperand=false, reportGeneralTypeIssues=false
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,7 @@ POINT_OFFSET = tl.constexpr(383.0)
 _EVEN, _ODD = "0x4240", "0x4341"  # selectors: bytes 0 and 2, or 1 and 3, each below a byte 0x43
 
 
+@cache
 def point_table(bits: int, device: torch.device) -> torch.Tensor:
     """bf16 [2^bits]: 128 + v by code."""
     return torch.tensor([128 + (c + 127) // 2 for c in centroids(bits)], dtype=torch.bfloat16, device=device)

@@ -13,6 +13,8 @@ same.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false, reportReturnType=false
 # pyright: reportPossiblyUnboundVariable=false, reportOptionalOperand=false, reportGeneralTypeIssues=false
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from torch import Tensor
 from .codebook import centroids, unit
 from .dequant_triton import dot_bf16
 from .layout import PageLayout
-from .unpack_triton import hadamard_bf16, uses_asm
+from .unpack_triton import current, hadamard_bf16, uses_asm
 
 _BF16_MAX = tl.constexpr(3.3895313892515355e38)
 _NO_NORM = tl.constexpr(1e-30)
@@ -246,18 +248,21 @@ def pack(
     if len(rows_P) == 0:
         return
     device = k_THD.device
-    pack_kernel[(len(rows_P), heads, 2)](
-        k_THD, v_THD, k_THD.stride(0), v_THD.stride(0), rows_P, slots_P, out_SB, key_gain_HD, value_gain_D,
-        hadamard_bf16(dim, device), _steps(layout.key_bits, device), _steps(layout.value_bits, device),
-        heads, dim, layout.page_tokens, layout.key_bits, layout.value_bits,
-        unit(layout.key_bits), unit(layout.value_bits), centroids(layout.key_bits)[0], centroids(layout.value_bits)[0],
-        layout.head_bytes, layout.codes_value, layout.scale_key, layout.scale_value,
-        layout.mean_key, triton.next_power_of_2(max(16, dim)),
-        triton.next_power_of_2(max(16, layout.page_tokens)), dim**-0.5, uses_asm(device),
-        num_warps=8 if dim > 128 else 4,
-    )  # fmt: skip
+    with current(device):
+        pack_kernel[(len(rows_P), heads, 2)](
+            k_THD, v_THD, k_THD.stride(0), v_THD.stride(0), rows_P, slots_P, out_SB, key_gain_HD, value_gain_D,
+            hadamard_bf16(dim, device), _steps(layout.key_bits, device), _steps(layout.value_bits, device),
+            heads, dim, layout.page_tokens, layout.key_bits, layout.value_bits,
+            unit(layout.key_bits), unit(layout.value_bits),
+            centroids(layout.key_bits)[0], centroids(layout.value_bits)[0],
+            layout.head_bytes, layout.codes_value, layout.scale_key, layout.scale_value,
+            layout.mean_key, triton.next_power_of_2(max(16, dim)),
+            triton.next_power_of_2(max(16, layout.page_tokens)), dim**-0.5, uses_asm(device),
+            num_warps=8 if dim > 128 else 4,
+        )  # fmt: skip
 
 
+@cache
 def _steps(bits: int, device: torch.device) -> Tensor:
     """float32 [2^bits - 1, 2]: midpoint between a centroid and the next, and the gap between them."""
     points = torch.tensor(centroids(bits), dtype=torch.float32, device=device)
