@@ -42,7 +42,8 @@ class Rig:
     async def answer(self, prompt: list[int], codec: str, prefill: list[str]) -> list[int]:
         """The tokens of one request whose prefill candidates are these addresses."""
         self.asked += 1
-        report, tenant = self.decode.server.report(), "tenant"
+        report = self.decode.server.report()
+        tenant = f"tenant-{self.asked}"  # a new one: nothing is held or cached, and all pages are sent
         salt = page_salt(report.model.fingerprint, codec, report.codecs[codec], tenant)
         request = DecodeRequest(
             protocol_version=PROTOCOL_VERSION,

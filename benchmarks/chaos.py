@@ -1,0 +1,133 @@
+"""Faults under load on real processes, and lies about pages; writes what came of the answers as JSON.
+
+Each part answers the same requests twice, undisturbed and under faults, and compares the tokens. A third, undisturbed
+run with another number of requests at once is the control: what differs there differs by who shares a batch (the last
+bits of a sum), not by faults.
+"""
+
+import argparse
+import asyncio
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from chaos_cluster import ChaosCluster, chaos_cluster
+from chaos_frames import frame_rig, mutate_frames
+from chaos_kills import Faults, compare_runs, hurt_gateway, hurt_links, hurt_workers
+from chaos_load import answer_all, cancel_storm, make_requests
+from report import conditions, write_json
+
+from isthmus.model.describe import describe_model
+from isthmus.proto.generation_pb2 import GenerateRequest
+
+PARTS = ("kill", "stop", "gateway", "cut", "delayed", "throttled", "storm", "frames")
+LINKS = ("cut", "delayed", "throttled")
+BASELINE_S = 5.0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of: " + ", ".join(PARTS))
+    parser.add_argument("--requests", type=int, default=200, help="of the part `kill`; the others have a quarter")
+    parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=48, help="of the longest answer; the shortest has half")
+    parser.add_argument("--prompt", type=int, default=400, help="tokens of the longest prompt")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between two faults, about")
+    parser.add_argument("--codecs", default="raw,tq-k4v4")
+    parser.add_argument("--frames", type=int, default=10_000, help="lies about pages")
+    parser.add_argument("--cancels", type=int, default=500, help="within 10 s")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+def requests_of(options: argparse.Namespace, count: int) -> list[GenerateRequest]:
+    return make_requests(
+        count,
+        vocab=describe_model(options.model).vocab_size,
+        prompt=(20, options.prompt),
+        tokens=(options.tokens // 2, options.tokens),
+        codecs=options.codecs.split(","),
+        seed=options.seed,
+    )
+
+
+async def run_part(cluster: ChaosCluster, part: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One part on a running cluster."""
+    faults, common = Faults(), {"every_s": options.every, "seed": options.seed}
+    requests = requests_of(options, options.requests if part == "kill" else max(8, options.requests // 4))
+    if part == "storm":
+        cancelled = await cancel_storm(
+            cluster.gateway.address, requests, count=options.cancels, within_s=10.0, seed=options.seed
+        )
+        return {"cancels": options.cancels, "while_running": cancelled, "leaked_pages": await leaked(cluster)}
+    hurting = {
+        "kill": lambda: hurt_workers(cluster, faults, **common),
+        "stop": lambda: hurt_workers(cluster, faults, how="stop", **common),
+        "gateway": lambda: hurt_gateway(cluster, faults, **common),
+        **{name: lambda name=name: hurt_links(cluster, faults, name, **common) for name in LINKS},
+    }[part]()
+    result = await compare_runs(cluster, requests, hurting, faults, at_once=options.at_once)
+    if part == "kill":
+        result["control_differs"] = await control(cluster, requests, options.at_once)
+    return result
+
+
+async def control(cluster: ChaosCluster, requests: Sequence[GenerateRequest], at_once: int) -> int:
+    """How many answers differ between two undisturbed runs that share batches differently."""
+    many = await answer_all(cluster.gateway.address, requests, at_once=at_once)
+    few = await answer_all(cluster.gateway.address, requests, at_once=max(1, at_once // 2))
+    return sum(one.token_ids != other.token_ids for one, other in zip(many, few, strict=True))
+
+
+async def leaked(cluster: ChaosCluster) -> int:
+    return await cluster.leaked_pages(within_s=BASELINE_S)
+
+
+async def main() -> None:
+    options = arguments()
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        raise SystemExit(f"no part {', '.join(unknown)}; allowed: {', '.join(PARTS)}")
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        if set(parts) - {"frames"}:
+            async with chaos_cluster(options.model, Path(folder), links=True) as cluster:
+                for part in parts:
+                    if part != "frames":
+                        results[part] = await run_part(cluster, part, options)
+                        print(part, json.dumps(results[part]), flush=True)
+    if "frames" in parts:
+        async with frame_rig(str(describe_model(options.model).path), options.seed) as rig:
+            results["frames"] = await mutate_frames(rig, options.frames, options.seed)
+        print("frames", json.dumps(results["frames"]), flush=True)
+    write_json(options.json, {**totals(results), "parts": results, "conditions": conditions(**vars_of(options))})
+
+
+def totals(results: dict[str, Any]) -> dict[str, Any]:
+    """The figures of all parts together; the pause is that of the part `kill`."""
+
+    def total(name: str) -> int:
+        return sum(result.get(name, 0) for part, result in results.items() if part != "frames")
+
+    lies = results.get("frames", {})
+    return {
+        "requests": total("requests"),
+        "answered": total("answered"),
+        "identical": total("identical"),
+        "leaked_pages": total("leaked_pages"),
+        "pause_p99_s": results.get("kill", {}).get("pause_p99_s"),
+        "refused_frames": lies.get("refused_frames"),
+        "wrong_tokens": lies.get("wrong_tokens"),
+    }
+
+
+def vars_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name != "json"}
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

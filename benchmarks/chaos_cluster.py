@@ -1,0 +1,180 @@
+"""A cluster of real processes that can be killed and stopped; whoever dies is started again at the same address."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc.aio
+from tcp_proxy import BadLink
+
+from isthmus.proto.serving import open_channel
+from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, GetReportRequest, GetStatusRequest, WorkerReport
+from isthmus.proto.worker_pb2_grpc import ClusterStub, WorkerStub
+
+START_S = 240.0  # of a loaded machine
+LOOK_S = 0.1  # between two looks at whether a process lives
+
+
+@dataclass(eq=False)
+class Node:
+    """One process of the cluster, under a name and an address that outlive it."""
+
+    name: str
+    role: str  # "prefill", "decode" or "gateway"
+    address: str
+    arguments: tuple[str, ...]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    starts: int = 0
+    stopped: bool = False  # by SIGSTOP
+
+    def start(self) -> None:
+        """Starts the process (again)."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "isthmus.cluster", *self.arguments]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        self.starts, self.stopped = self.starts + 1, False
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs, stopped or not."""
+        return self.process is not None and self.process.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to a process that lives."""
+        if self.alive and self.process is not None:
+            self.process.send_signal(number)
+            self.stopped = number == signal.SIGSTOP or (self.stopped and number != signal.SIGCONT)
+
+    def end(self) -> None:
+        """Kills the process for good."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+@dataclass(eq=False)
+class ChaosCluster:
+    """Nodes and, between them, links that can be made bad."""
+
+    nodes: list[Node]
+    links: dict[str, BadLink] = field(default_factory=dict)  # by node; what others use to reach it
+    restarts: bool = True  # of those that die
+
+    @property
+    def gateway(self) -> Node:
+        return next(node for node in self.nodes if node.role == "gateway")
+
+    @property
+    def workers(self) -> list[Node]:
+        return [node for node in self.nodes if node.role != "gateway"]
+
+    def of(self, role: str) -> list[Node]:
+        """The nodes of one role."""
+        return [node for node in self.nodes if node.role == role]
+
+    async def keep(self) -> None:
+        """Starts again whoever died, until cancelled."""
+        while True:
+            for node in self.nodes:
+                if self.restarts and not node.alive:
+                    node.start()
+            await asyncio.sleep(LOOK_S)
+
+    async def ready(self) -> set[str]:
+        """Names of the workers that the gateway would use now."""
+        async with open_channel(self.gateway.address) as channel:
+            try:
+                status = await ClusterStub(channel).GetStatus(GetStatusRequest(), timeout=2)
+            except grpc.aio.AioRpcError:
+                return set()
+        return {worker.worker_id for worker in status.workers if worker.health == WORKER_HEALTH_READY}
+
+    async def wait_ready(self, within_s: float = START_S) -> None:
+        """Returns once every worker is ready; TimeoutError with the logs' tails after `within_s`."""
+        end = time.monotonic() + within_s
+        wanted = {node.name for node in self.workers}
+        while (ready := await self.ready()) != wanted:
+            if time.monotonic() > end:
+                tails = {node.name: node.log.read_text(errors="replace")[-500:] for node in self.nodes}
+                raise TimeoutError(f"ready are {sorted(ready)} of {sorted(wanted)}: {tails}")
+            await asyncio.sleep(0.2)
+
+    async def reports(self) -> dict[str, WorkerReport]:
+        """What each worker reports itself, past all links."""
+        return {node.name: await _report(node.address) for node in self.workers}
+
+    async def leaked_pages(self, within_s: float = 5.0) -> int:
+        """Pages that are neither free nor cached, or requests that are still counted, after at most `within_s`."""
+        end = time.monotonic() + within_s
+        while True:
+            left = 0
+            for report in (await self.reports()).values():
+                pages = report.pages
+                left += pages.total - pages.free - pages.cached
+                left += report.waiting_requests + report.running_requests
+            if not left or time.monotonic() > end:
+                return left
+            await asyncio.sleep(0.05)
+
+
+async def _report(address: str) -> WorkerReport:
+    async with open_channel(address) as channel:
+        return await WorkerStub(channel).GetReport(GetReportRequest(), timeout=10)
+
+
+@contextlib.asynccontextmanager
+async def chaos_cluster(
+    model: str,
+    folder: Path,
+    *,
+    prefill: int = 2,
+    decode: int = 2,
+    links: bool = False,
+    worker_options: Sequence[str] = (),
+    gateway_options: Sequence[str] = (),
+) -> AsyncIterator[ChaosCluster]:
+    """Workers and a gateway as processes, all ready; with `links` workers are reached through bad links only.
+
+    Logs go to `folder`. At the end every process is gone.
+    """
+    own = ("--model", model, "--dtype", "fp32", "--threads", "1", *worker_options)
+    nodes: list[Node] = []
+    cluster = ChaosCluster(nodes)
+    for role, count in (("prefill", prefill), ("decode", decode)):
+        for number in range(count):
+            name, address = f"{role}-{number}", f"127.0.0.1:{_free_port()}"
+            arguments = ("worker", role, "--listen", address, "--name", name, *own)
+            nodes.append(Node(name, role, address, arguments, folder / f"{name}.log"))
+            if links:
+                cluster.links[name] = BadLink(address)
+                await cluster.links[name].start()
+    reached = ",".join(cluster.links[node.name].address if links else node.address for node in nodes)
+    address = f"127.0.0.1:{_free_port()}"
+    serving = ("gateway", "--listen", address, "--workers", reached, "--model", model, *gateway_options)
+    nodes.append(Node("gateway", "gateway", address, serving, folder / "gateway.log"))
+    keeper = asyncio.create_task(cluster.keep())
+    try:
+        await cluster.wait_ready()
+        yield cluster
+    finally:
+        keeper.cancel()
+        for node in nodes:
+            node.end()
+        for link in cluster.links.values():
+            await link.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
