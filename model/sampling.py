@@ -8,8 +8,10 @@ The steps, in the order that transformers' `generate` has them:
 4. top_k keeps the k most likely tokens;
 5. top_p keeps the fewest tokens that reach probability p (Holtzman et al., arXiv 1904.09751), of what top_k left;
 6. min_p keeps tokens at least min_p times as likely as the most likely one (Nguyen et al., arXiv 2407.01082);
-7. one uniform number, of (seed, position) alone, picks the token: the first, in the order of the vocabulary, at which
-   the running sum of probabilities passes it.
+7. each token that is left gets a Gumbel number of (seed, position, token) alone, and the greatest sum with its logit
+   wins: a draw from their distribution (the Gumbel-max trick, e.g. Maddison et al., arXiv 1411.0030, section 2).
+   Rounding that differs between batches changes the winner only where two sums nearly tie, of which the chance is that
+   of the rounding itself. Running sums over a vocabulary would move every token's border by it.
 
 A limit keeps or drops tokens of equal probability together, so nothing depends on how a sort orders them. A row's
 result depends on its own logits and options only, never on the rows beside it.
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from ..proto.common_pb2 import TokenLogprobs, TopLogprob
 from ..proto.sampling import Sampling
-from .uniform import uniform
+from .noise import gumbel, place_key
 
 _BEST = 1024  # limits are looked for among so many most likely tokens before the whole vocabulary is sorted
 
@@ -61,9 +63,10 @@ class SampleRow:
             return frozenset()
         return s.stop_token_ids if s.ignore_eos else s.stop_token_ids | self.eos_token_ids
 
-    def uniform(self) -> float:
-        """The random number of the token that comes next."""
-        return uniform(self.sampling.seed, len(self.prompt_token_ids) + len(self.output_token_ids))
+    @property
+    def key(self) -> int:
+        """Of the random numbers for the token that comes next."""
+        return place_key(self.sampling.seed, len(self.prompt_token_ids) + len(self.output_token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +145,8 @@ def _penalise(logits_RV: Tensor, rows: Sequence[SampleRow], which: Sequence[int]
 def _draw(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Steps 3 to 7: token ids [R].
 
-    Weights, proportional to probabilities, are float64: a rounding that differs between batches changes no token.
-    Limits mostly leave a few tokens, so they are looked for among the most likely ones before the whole vocabulary.
+    Limits are looked for in weights of float64, proportional to probabilities. They mostly leave a few tokens, so the
+    most likely ones are tried before the whole vocabulary.
     """
     limited = [index for index, row in enumerate(rows) if row.limited]
     if not limited:
@@ -168,32 +171,35 @@ def _draw_of_best(logits_RV: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor,
     least_R1 = _least_kept(weight_RK, total_R1, rows)
     # The list must go on below what is kept: tokens as likely as its last one may stand outside of it.
     settled_R = (weight_RK[:, -1] < least_R1[:, 0]) | (weight_RK.shape[1] == vocabulary)
-    kept_RK = weight_RK >= least_R1
-    id_RK, order_RK = torch.where(kept_RK, best.indices, vocabulary).sort(-1)  # in the order of the vocabulary
-    place_R1 = _pick(torch.where(kept_RK, weight_RK, 0).gather(1, order_RK), rows)
-    return id_RK.gather(1, place_R1)[:, 0], settled_R.tolist()
+    place_R1 = _pick(_scaled(best.values, rows), best.indices, rows, weight_RK >= least_R1)
+    return best.indices.gather(1, place_R1)[:, 0], settled_R.tolist()
 
 
 def _draw_of_all(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Token ids [R] drawn from all that the limits keep."""
-    weight_RV = _weights(logits_RV, logits_RV.amax(-1, keepdim=True), rows)
+    kept_RV = None
     if any(row.limited for row in rows):
+        weight_RV = _weights(logits_RV, logits_RV.amax(-1, keepdim=True), rows)
         sorted_RV = weight_RV.sort(-1, descending=True).values
-        least_R1 = _least_kept(sorted_RV, sorted_RV.sum(-1, keepdim=True), rows)
-        weight_RV = torch.where(weight_RV >= least_R1, weight_RV, 0)
-    return _pick(weight_RV, rows)[:, 0]
+        kept_RV = weight_RV >= _least_kept(sorted_RV, sorted_RV.sum(-1, keepdim=True), rows)
+    token_1V = torch.arange(logits_RV.shape[1], device=logits_RV.device)[None]
+    return _pick(_scaled(logits_RV, rows), token_1V, rows, kept_RV)[:, 0]
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _scaled(logits_RK: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Step 3: logits over temperature, where one is not 1."""
+    if all(row.sampling.temperature == 1 for row in rows):
+        return logits_RK
+    return logits_RK / _column([row.sampling.temperature for row in rows], logits_RK)
 
 
 def _weights(logits_RK: Tensor, greatest_R1: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Step 3: numbers [R, K] proportional to probability; the most likely token's is 1."""
-    scaled_RK = (logits_RK - greatest_R1).double()
-    if any(row.sampling.temperature != 1 for row in rows):
-        scaled_RK /= _column([row.sampling.temperature for row in rows], logits_RK)
-    return scaled_RK.exp_()
+    """Numbers [R, K] proportional to probability; the most likely token's is 1."""
+    return _scaled((logits_RK - greatest_R1).double(), rows).exp()
 
 
 def _least_kept(descending_RK: Tensor, total_R1: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -219,12 +225,12 @@ def _least_kept(descending_RK: Tensor, total_R1: Tensor, rows: Sequence[SampleRo
     return least_R1
 
 
-def _pick(weight_RK: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Step 7: places [R, 1]."""
-    sum_RK = weight_RK.cumsum(-1)
-    target_R1 = sum_RK[:, -1:] * _column([row.uniform() for row in rows], weight_RK)  # below the sum: u <= 1 - 2^-52
-    place_R1 = torch.searchsorted(sum_RK, target_R1, right=True)
-    return place_R1.clamp_max(weight_RK.shape[1] - 1)  # past the end only where the model gave no numbers (NaN)
+def _pick(scaled_RK: Tensor, token_RK: Tensor, rows: Sequence[SampleRow], kept_RK: Tensor | None) -> Tensor:
+    """Step 7, of the tokens [R, K] or [1, K] that are kept: places [R, 1]."""
+    score_RK = gumbel([row.key for row in rows], token_RK) + scaled_RK
+    if kept_RK is not None:
+        score_RK = torch.where(kept_RK, score_RK, -torch.inf)
+    return score_RK.argmax(-1, keepdim=True)
 
 
 def _logprobs(logits_RV: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int]) -> dict[int, Logprobs]:

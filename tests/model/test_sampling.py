@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from isthmus.model.noise import gumbel, place_key
 from isthmus.model.sampling import SampleRow, sample
-from isthmus.model.uniform import uniform
 from isthmus.proto.sampling import Sampling
 
 EOS = frozenset({2})
@@ -36,34 +36,43 @@ def test_greedy_takes_the_most_likely_and_the_first_of_equals() -> None:
     assert [t.token_id for t in sample(logits, [make_row(temperature=0)] * 2)] == [1, 0]
 
 
-def test_uniform_numbers_are_what_splitmix64_makes() -> None:
-    # First outputs of SplitMix64 seeded with 1234567, a published test vector, mixed once before places are added.
-    def splitmix(state: int, count: int) -> list[int]:
-        outputs = []
-        for _ in range(count):
-            state = (state + 0x9E3779B97F4A7C15) % 2**64
-            z = state
-            z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-            z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-            outputs.append(z ^ (z >> 31))
-        return outputs
-
-    assert splitmix(1234567, 2) == [6457827717110365317, 3203168211198807973]
-    stream = splitmix(splitmix(77, 1)[0], 3)
-    assert [uniform(77, place) for place in range(3)] == [(bits >> 12) / 2**52 for bits in stream]
+def splitmix(state: int, count: int) -> list[int]:
+    outputs = []
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = state
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        outputs.append(z ^ (z >> 31))
+    return outputs
 
 
-def test_uniform_numbers_are_even_and_below_one() -> None:
-    numbers = [uniform(seed, place) for seed in (0, 1, 2**64 - 1) for place in range(4000)]
-    assert min(numbers) >= 0
-    assert max(numbers) < 1
-    assert abs(sum(numbers) / len(numbers) - 0.5) < 0.01
-    counts = [0] * 10
-    for number in numbers:
-        counts[int(number * 10)] += 1
-    assert max(abs(count - 1200) for count in counts) < 150
-    assert uniform(3, 7) != uniform(7, 3)
-    assert len({uniform(seed, 5) for seed in range(1000)}) == 1000
+def test_random_bits_are_what_splitmix64_makes() -> None:
+    assert splitmix(1234567, 2) == [6457827717110365317, 3203168211198807973]  # a published test vector
+    places = splitmix(splitmix(77, 1)[0], 3)
+    assert [place_key(77, place) for place in range(3)] == places
+    expected = [-math.log(-math.log1p(-((bits >> 32) + 0.5) / 2**32)) for bits in splitmix(places[2], 50)]
+    (made,) = gumbel([places[2]], torch.arange(50)[None]).tolist()
+    assert made == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_gumbel_numbers_have_their_distribution_and_do_not_repeat() -> None:
+    keys = [place_key(seed, place) for seed in (0, 1, 2**64 - 1) for place in range(8)]
+    numbers = gumbel(keys, torch.arange(5000)[None])
+    assert bool(numbers.isfinite().all())
+    for at in (-1.0, 0.0, 1.0, 3.0):
+        assert abs((numbers < at).double().mean().item() - math.exp(-math.exp(-at))) < 0.005
+    assert len(set(numbers[:, 7].tolist())) == len(keys)
+    assert len({round(pair, 3) for pair in (numbers[0] - numbers[1]).tolist()}) > 2000
+    some = torch.tensor([[4999, 0, 7]])
+    assert torch.equal(gumbel(keys[3:4], some), numbers[3:4, some[0]])
+
+
+def test_rounding_of_logits_hardly_ever_changes_a_draw() -> None:
+    flat = torch.zeros(400, 20_000)  # where running sums over the vocabulary would turn 1 draw in 100
+    noise = torch.randn(400, 20_000, generator=torch.Generator().manual_seed(1)) * 1e-6
+    rows = [make_row(seed=seed) for seed in range(400)]
+    assert [t.token_id for t in sample(flat, rows)] == [t.token_id for t in sample(flat + noise, rows)]
 
 
 def test_draws_follow_the_distribution() -> None:
