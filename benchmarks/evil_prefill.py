@@ -29,10 +29,10 @@ class LyingPrefill(PrefillServicer):
 
     async def start(self) -> None:
         """Listens; `address` is where."""
-        self._server = await start_server(
+        server = await start_server(
             "127.0.0.1:0", {SERVICE: lambda server: add_PrefillServicer_to_server(self, server)}
         )
-        self.address = f"127.0.0.1:{self._server.port}"
+        self._server, self.address = server, f"127.0.0.1:{server.port}"
 
     async def stop(self) -> None:
         """Ends the server and the connection to the real worker."""
