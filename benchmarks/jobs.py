@@ -33,6 +33,7 @@ from isthmus.cluster.measures import percentile
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE
 from isthmus.proto.generation_pb2 import GenerateRequest
 from isthmus.proto.jobs_pb2 import JOB_STATE_SUCCEEDED, SubmitJobRequest
+from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 MODEL = "smollm2-135m"
@@ -237,16 +238,18 @@ async def real_file(prompts: int, progress: Progress) -> dict[str, Any]:
                 if done >= stop_at:
                     process.send_signal(signal.SIGINT)
                     await asyncio.to_thread(process.wait)
-        answered = [json.loads(line)["line"] for line in output.read_text().splitlines()]
+        answers = output.read_text().splitlines()
+        answered = [json.loads(line)["line"] for line in answers]
         reports = await ready(addresses)
-        decoded = max(report.counters["requests"] for report in reports if report.counters)
+        decoded = sum(report.counters["output_tokens"] for report in reports if report.role == WORKER_ROLE_DECODE)
         return {
             "prompts": prompts,
             "answered": len(answered),
             "lost": prompts - len(set(answered)),
             "twice": len(answered) - len(set(answered)),
             "in_order": answered == sorted(answered),
-            "requests_at_worker": decoded,  # with the warm-up and the gateway's canaries
+            "tokens_computed": decoded,  # with those of the warm-up and the gateway's canaries
+            "tokens_answered": sum(json.loads(line)["usage"]["completion_tokens"] for line in answers),
             "minutes": round((time.perf_counter() - begun_s) / 60, 2),
         }
 

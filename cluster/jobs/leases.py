@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 
 from .progress import start
 from .schema import GATEWAYS, JOBS, REQUESTS
@@ -80,15 +80,8 @@ def claim(tx: Tx, gateway: str, fingerprint: str, priorities: Sequence[int], lim
 
 
 def _free(tx: Tx, fingerprint: str, state: JobState, priority: int, limit: int) -> Sequence[Mapping[Any, Any]]:
-    query = (
-        select(JOBS)
-        .where(JOBS.c.state == state.value, JOBS.c.owner.is_(None), JOBS.c.priority == priority)
-        .where(JOBS.c.fingerprint == fingerprint)
-        .order_by(JOBS.c.created_us)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    return tx.connection.execute(query).mappings().all()
+    values = {"b_state": state.value, "b_priority": priority, "b_fingerprint": fingerprint, "b_limit": limit}
+    return tx.connection.execute(_FREE, values).mappings().all()
 
 
 def _claimed(row: Mapping[Any, Any], requests: Sequence[Mapping[Any, Any]] | None) -> Claimed:
@@ -100,3 +93,14 @@ def _claimed(row: Mapping[Any, Any], requests: Sequence[Mapping[Any, Any]] | Non
         has_output=row["output_tokens"] > 0,
         requests=requests,
     )
+
+
+# Built once: building a statement costs more than executing it.
+_FREE = (
+    select(JOBS)
+    .where(JOBS.c.state == bindparam("b_state"), JOBS.c.owner.is_(None), JOBS.c.priority == bindparam("b_priority"))
+    .where(JOBS.c.fingerprint == bindparam("b_fingerprint"))
+    .order_by(JOBS.c.created_us)
+    .limit(bindparam("b_limit"))
+    .with_for_update(skip_locked=True)
+)

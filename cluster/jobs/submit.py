@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import bindparam, insert, select, update
 
 from ...proto.errors import AlreadyExists, Exhausted
 from ...proto.jobs_pb2 import Job
@@ -46,27 +46,28 @@ def submit(tx: Tx, new: NewJob, limits: JobsSettings) -> Job:
 
     AlreadyExists where the key was used for another one; Exhausted where the tenant has no room.
     """
-    if new.idempotency_key:
-        same = (JOBS.c.tenant == new.tenant) & (JOBS.c.idempotency_key == new.idempotency_key)
-        found = tx.connection.execute(select(JOBS).where(same)).mappings().first()
-        if found is not None:
-            return _same(found, new)
+    if new.idempotency_key and (found := _found(tx, new.tenant, new.idempotency_key)) is not None:
+        return _same(found, new)
     bytes_in = sum(len(request.body) for request in new.requests)
     tokens = sum(request.prompt_tokens + request.max_tokens for request in new.requests)
     _count_in(tx, new.tenant, tokens, bytes_in, limits)
     row = _row(tx, new, tokens, bytes_in)
-    tx.connection.execute(insert(JOBS), row)
-    tx.connection.execute(insert(REQUESTS), [_request_row(row["id"], *pair) for pair in enumerate(new.requests)])
-    tx.connection.execute(
-        insert(EVENTS),
-        {"job_id": row["id"], "number": 1, "time_us": tx.now_us, "state": JobState.QUEUED.value},
-    )
-    if new.labels:
-        tx.connection.execute(
-            insert(LABELS), [{"job_id": row["id"], "key": key, "value": value} for key, value in new.labels.items()]
-        )
+    tx.gathered[(new.tenant, new.idempotency_key)] = row
+    tx.later(_NEW_JOB, [row])
+    tx.later(_NEW_REQUEST, [_request_row(row["id"], *pair) for pair in enumerate(new.requests)])
+    tx.later(_NEW_EVENT, [{"b_job_id": row["id"], "b_time_us": tx.now_us}])
+    labels = [{"job_id": row["id"], "key": key, "value": value} for key, value in new.labels.items()]
+    if labels:
+        tx.later(_NEW_LABEL, labels)
     tx.events.append((row["id"], state_event(1, tx.now_us, JobState.QUEUED)))
     return job_of(row)
+
+
+def _found(tx: Tx, tenant: str, key: str) -> Any:
+    """The row of the job with this key, which may be one that this transaction brings."""
+    if (tenant, key) in tx.gathered:
+        return tx.gathered[(tenant, key)]
+    return tx.unflushed.execute(_WITH_KEY, {"b_tenant": tenant, "b_key": key}).mappings().first()
 
 
 def _same(found: Any, new: NewJob) -> Job:
@@ -80,9 +81,7 @@ def _same(found: Any, new: NewJob) -> Job:
 
 def _count_in(tx: Tx, tenant: str, tokens: int, bytes_in: int, limits: JobsSettings) -> None:
     """Adds a job to its tenant's counts; Exhausted, and nothing is added, where one is over its limit."""
-    query = select(TENANTS).where(TENANTS.c.tenant == tenant).with_for_update()
-    found = tx.connection.execute(query).mappings().first()
-    before = dict(found) if found is not None else {"active_jobs": 0, "queued_tokens": 0, "stored_bytes": 0}
+    before = _counts(tx, tenant)
     after = {
         "active_jobs": before["active_jobs"] + 1,
         "queued_tokens": before["queued_tokens"] + tokens,
@@ -96,10 +95,20 @@ def _count_in(tx: Tx, tenant: str, tokens: int, bytes_in: int, limits: JobsSetti
     ):
         if after[name] > limit:
             raise Exhausted(f"{who} would have {after[name]} {what}; allowed: at most {limit}: {way_out}")
-    if found is None:
-        tx.connection.execute(insert(TENANTS), {"tenant": tenant, **after})
-    else:
-        tx.connection.execute(update(TENANTS).where(TENANTS.c.tenant == tenant).values(after))
+    before |= after
+    added = {"b_tokens": tokens, "b_bytes": bytes_in}
+    tx.later(_COUNT_IN, [{"b_tenant": tenant, **added}])
+
+
+def _counts(tx: Tx, tenant: str) -> dict[str, Any]:
+    """The counts of a tenant, a row of its own from now on, as this transaction has left them."""
+    if tenant not in tx.gathered:
+        found = tx.connection.execute(_OF_TENANT, {"b_tenant": tenant}).mappings().first()
+        counts = dict(found or {"active_jobs": 0, "queued_tokens": 0, "stored_bytes": 0})
+        if found is None:
+            tx.unflushed.execute(insert(TENANTS), {"tenant": tenant, **counts})
+        tx.gathered[tenant] = counts
+    return tx.gathered[tenant]
 
 
 def _row(tx: Tx, new: NewJob, tokens: int, bytes_in: int) -> dict[str, Any]:
@@ -143,3 +152,21 @@ def _request_row(job_id: str, item: int, request: NewRequest) -> dict[str, Any]:
         "cost_tokens": request.prompt_tokens + request.max_tokens,
         "result": None,
     }
+
+
+# Built once: building a statement costs more than executing it.
+_NEW_JOB, _NEW_REQUEST, _NEW_LABEL = insert(JOBS), insert(REQUESTS), insert(LABELS)
+_NEW_EVENT = insert(EVENTS).values(
+    job_id=bindparam("b_job_id"), number=1, time_us=bindparam("b_time_us"), state=JobState.QUEUED.value
+)
+_WITH_KEY = select(JOBS).where(JOBS.c.tenant == bindparam("b_tenant"), JOBS.c.idempotency_key == bindparam("b_key"))
+_OF_TENANT = select(TENANTS).where(TENANTS.c.tenant == bindparam("b_tenant")).with_for_update()
+_COUNT_IN = (
+    update(TENANTS)
+    .where(TENANTS.c.tenant == bindparam("b_tenant"))
+    .values(
+        active_jobs=TENANTS.c.active_jobs + 1,
+        queued_tokens=TENANTS.c.queued_tokens + bindparam("b_tokens"),
+        stored_bytes=TENANTS.c.stored_bytes + bindparam("b_bytes"),
+    )
+)

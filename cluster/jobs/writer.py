@@ -9,11 +9,10 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Executable
 from sqlalchemy.exc import IntegrityError
 
 from ...proto.errors import Exhausted, IsthmusError, Unavailable
@@ -27,13 +26,36 @@ CONTENDED_TRIES = 5
 T = TypeVar("T")
 
 
-@dataclass
 class Tx:
-    """One transaction; what a change does with it becomes true together with its neighbours' changes."""
+    """One transaction; what a change does with it becomes true together with its neighbours' changes.
 
-    connection: Connection
-    now_us: int
-    events: list[tuple[str, JobEvent]] = field(default_factory=list)  # (job, event), told to watchers once committed
+    `later` gathers new rows of all changes, which go to the database in one statement for each table: before anybody
+    looks (`connection`), or at the end.
+    """
+
+    def __init__(self, connection: Connection, now_us: int) -> None:
+        self.unflushed = connection  # does not see the rows of `later`
+        self.now_us = now_us
+        self.events: list[tuple[str, JobEvent]] = []  # (job, event), told to watchers once committed
+        self.gathered: dict[Any, Any] = {}  # what changes of this transaction tell each other, until `flush`
+        self._later: dict[Any, list[dict[str, Any]]] = {}
+
+    @property
+    def connection(self) -> Connection:
+        """Sees everything that this transaction has done."""
+        self.flush()
+        return self.unflushed
+
+    def later(self, statement: Executable, rows: Iterable[dict[str, Any]]) -> None:
+        """Executes a statement with these rows, and all others of the same statement, at the next `flush`."""
+        self._later.setdefault(statement, []).extend(rows)
+
+    def flush(self) -> None:
+        """Executes what was gathered."""
+        later, self._later = self._later, {}
+        self.gathered.clear()
+        for statement, rows in later.items():
+            self.unflushed.execute(statement, rows)
 
 
 Change = Callable[[Tx], Any]  # raises an IsthmusError only before it has written anything
@@ -133,6 +155,7 @@ class Writer:
                     outcomes.append((future, change(tx)))
                 except IsthmusError as error:
                     outcomes.append((future, error))
+            tx.flush()
         return outcomes, tx.events
 
     def _tell(self, outcomes: list[_Outcome], events: list[tuple[str, JobEvent]]) -> None:
