@@ -5,7 +5,7 @@ at once as `--at-once`; some are cancelled before their first token or after a f
 not exist first, and some have their prompt computed by the decode worker. At the end:
 
 * pages: once idle, every page of both workers must be free or cached;
-* memory: resident memory at the end against that after the first tenth of the time, and its peak, of each worker;
+* memory: resident memory at the end against that after the first third of the time, and its peak, of each worker;
 * tokens: some of the finished requests are run again one by one, and must give the same tokens.
 
 The command fails where pages are leaked or a token differs.
@@ -16,13 +16,16 @@ import os
 import random
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Annotated, Any
 
 import grpc.aio
 import typer
+import yaml
 from asking import ask, decode_request
 from processes import Running, ready, running_worker
 from report import conditions, write_json
@@ -37,6 +40,8 @@ from isthmus.proto.worker_pb2 import GetReportRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import WorkerStub
 
 RERUNS = 8
+# Small, so that what the workers keep on purpose is full soon and what grows on is a leak.
+POOL_TOKENS, HOST_CACHE_GIB = 8_192, 0.1
 NOBODY = "127.0.0.1:9"  # the discard port: nothing listens there
 CODECS = ("tq-k4v4", "tq-k4v4", "raw", "")
 
@@ -128,14 +133,14 @@ async def leaked_pages(address: str, within_s: float = 10) -> int:
 
 
 async def load_for(soak: Soak, seconds: float, at_once: int, workers: dict[str, Running]) -> dict[str, int]:
-    """Keeps the load up; resident MB of each worker after the first tenth."""
+    """Keeps the load up; resident MB of each worker after the first third."""
     until, early = time.monotonic() + seconds, {}
     senders = [asyncio.create_task(soak.keep_sending(until)) for _ in range(at_once)]
     columns = (TextColumn("{task.fields[requests]} requests"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("soak", total=seconds, requests=0)
         while (left := until - time.monotonic()) > 0:
-            if not early and left < 0.9 * seconds:
+            if not early and left < seconds * 2 / 3:
                 early = {role: worker.rss_mb() for role, worker in workers.items()}
             progress.update(task, completed=seconds - left, requests=soak.counts["requests"])
             await asyncio.sleep(min(left, 0.25))
@@ -143,9 +148,23 @@ async def load_for(soak: Soak, seconds: float, at_once: int, workers: dict[str, 
     return early
 
 
+@contextmanager
+def settings(**values: float) -> Iterator[str]:
+    """A file of a worker's settings."""
+    with NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(values, file)
+        file.flush()
+        yield file.name
+
+
 async def run(model: str, dtype: str, minutes: float, at_once: int, longest: int, seed: int) -> dict[str, Any]:
     """Starts the workers, loads them, looks what is left."""
-    with running_worker("prefill", model, dtype, 1) as prefill, running_worker("decode", model, dtype, 1) as decode:
+    with (
+        settings(pool_tokens=POOL_TOKENS, host_cache_gib=HOST_CACHE_GIB) as of_prefill,
+        settings(pool_tokens=POOL_TOKENS) as of_decode,
+        running_worker("prefill", model, dtype, 1, "--config", of_prefill) as prefill,
+        running_worker("decode", model, dtype, 1, "--config", of_decode) as decode,
+    ):
         workers = {"prefill": prefill, "decode": decode}
         _, report = await ready([prefill.address, decode.address])
         async with open_channel(decode.address) as channel:

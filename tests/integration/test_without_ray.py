@@ -141,7 +141,7 @@ def test_models_and_status(channel: grpc.Channel) -> None:
     assert model.default_codec == "tq-k4v4"
     assert [m.name for m in stub.ListModels(ListModelsRequest()).models] == [model.name]
     workers = ClusterStub(channel).GetStatus(GetStatusRequest()).workers
-    assert all(worker.pages.free == worker.pages.total for worker in workers)
+    assert all(worker.pages.in_use == 0 for worker in workers)
 
 
 def test_health_and_reflection_answer_unprepared_tools(channel: grpc.Channel) -> None:
