@@ -62,10 +62,11 @@ def fits_half(weight: Tensor) -> bool:
     """Whether fp16 holds the values of an fp32 weight."""
     if weight.dtype != torch.float32 or not has_half_kernels():
         return False
-    rounded = weight.half()
-    if not bool(rounded.isfinite().all()):
+    weight = weight.detach()
+    least, greatest = weight.aminmax()
+    if not max(-float(least), float(greatest)) <= torch.finfo(torch.float16).max:  # NaN is not
         return False
-    return bool((rounded.float() - weight).norm() <= _NEGLIGIBLE * weight.norm())
+    return bool((weight.half().float() - weight).norm() <= _NEGLIGIBLE * weight.norm())
 
 
 def has_half_kernels() -> bool:
