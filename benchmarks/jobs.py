@@ -1,10 +1,11 @@
 """Generation jobs: nothing lost when the gateway is killed, submissions and watch events per second, TTFT beside batch.
 
-    python benchmarks/jobs.py --json jobs.json                    # about 5 minutes; no model: benchmarks/fake_worker.py
-    python benchmarks/jobs.py --real 1000 --json jobs-real.json   # a file of prompts on SmolLM2, interrupted twice
+    python benchmarks/jobs.py --json jobs.json               # about 5 minutes; no model: benchmarks/fake_worker.py
+    python benchmarks/jobs.py --real --json jobs-real.json   # SmolLM2: crashes, and a file of prompts interrupted twice
 
 Results are JSON with the fields `submitted, succeeded, identical, duplicated_tokens, lost` of the crash part,
-`submits_per_s`, `watch_events_per_s` and `ttft_p99_ms: {alone, beside_batch, ratio}`.
+`submits_per_s`, `watch_events_per_s` and `ttft_p99_ms: {alone, beside_batch, ratio}`; with --real those of the crash
+part and `file`.
 """
 
 import argparse
@@ -38,6 +39,14 @@ from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE
 FAKE = Path(__file__).with_name("fake_worker.py")
 MODEL = "smollm2-135m"
 WAIT_S = 120.0
+
+
+@asynccontextmanager
+async def real_workers() -> AsyncIterator[str]:
+    """A prefill and a decode worker of SmolLM2, one thread each, once they are ready; their addresses."""
+    with worker("prefill", MODEL, "auto", 1) as prefill, worker("decode", MODEL, "auto", 1) as decode:
+        await ready([prefill, decode], within_s=600)
+        yield f"{prefill},{decode}"
 
 
 @contextmanager
@@ -88,49 +97,49 @@ async def gateway(workers: str) -> AsyncIterator[GatewayProcess]:
 
 
 def request(prompt: str, max_tokens: int, seed: int) -> GenerateRequest:
-    """One request with a seed."""
-    return build_request(prompt=prompt, sampling={"max_tokens": max_tokens, "seed": seed})
+    """One request; greedy where the seed is even."""
+    return build_request(prompt=prompt, sampling={"max_tokens": max_tokens, "seed": seed, "temperature": seed % 2})
 
 
-async def crashes(jobs: int, kills: int, progress: Progress) -> dict[str, Any]:
-    """Jobs come in while the gateway is killed; their texts against those of an undisturbed run."""
-    draw, tokens = random.Random(11), 60
+async def crashes(workers: str, jobs: int, tokens: int, kills: int, progress: Progress) -> dict[str, Any]:
+    """Jobs come in while the gateway is killed; their tokens against those of an undisturbed run."""
+    draw = random.Random(11)
     requests = [request(f"Tell me about the number {number}.", tokens, number) for number in range(jobs)]
     lasts_s = 3.0 * kills
     bar = progress.add_task(f"{jobs} jobs, {kills} kills", total=2 * jobs)
-    with fake_workers(5, 50, 64) as workers:
-        async with gateway(workers) as running, JobsClient(running.address, patience_s=WAIT_S) as client:
-            whole = await client.submit(SubmitJobRequest(requests=requests))
-            async for event in client.watch(whole.job_id):
-                progress.advance(bar, event.output.finish_reason > 0)
-            undisturbed = [result.text async for result in client.results(whole.job_id)]
+    async with gateway(workers) as running, JobsClient(running.address, patience_s=WAIT_S) as client:
+        whole = await client.submit(SubmitJobRequest(requests=requests))
+        async for event in client.watch(whole.job_id):
+            progress.advance(bar, event.output.finish_reason > 0)
+        undisturbed = [result.token_ids async for result in client.results(whole.job_id)]
 
-            async def one(asked: GenerateRequest) -> tuple[str, list[int], int]:
-                await asyncio.sleep(draw.uniform(0, lasts_s))
-                job = await client.submit(SubmitJobRequest(requests=[asked]))
-                seen, repeated = list[int](), 0
-                async for event in client.watch(job.job_id):
-                    repeated += len(event.output.token_ids) if event.output.index < len(seen) else 0
-                    seen += event.output.token_ids
-                progress.advance(bar)
-                return job.job_id, seen, repeated
+        async def one(asked: GenerateRequest) -> tuple[str, list[int], int]:
+            await asyncio.sleep(draw.uniform(0, lasts_s))
+            job = await client.submit(SubmitJobRequest(requests=[asked]))
+            seen, repeated = list[int](), 0
+            async for event in client.watch(job.job_id):
+                repeated += len(event.output.token_ids) if event.output.index < len(seen) else 0
+                seen += event.output.token_ids
+            progress.advance(bar)
+            return job.job_id, seen, repeated
 
-            watching = asyncio.gather(*map(one, requests))
-            for _ in range(kills):
-                await asyncio.sleep(draw.uniform(0.5, 3.0))
-                await running.end(signal.SIGKILL)
-                running.start()
-                await client.job(whole.job_id)
-            watched = await watching
-            found = [await client.job(job_id) for job_id, _, _ in watched]
-            results = [result for job_id, _, _ in watched async for result in client.results(job_id)]
-    pairs = zip(results, undisturbed, strict=True)
+        watching = asyncio.gather(*map(one, requests))
+        for _ in range(kills):
+            await asyncio.sleep(draw.uniform(0.5, 3.0))
+            await running.end(signal.SIGKILL)
+            running.start()
+            await client.job(whole.job_id)
+        watched = await watching
+        found = [await client.job(job_id) for job_id, _, _ in watched]
+        results = [result for job_id, _, _ in watched async for result in client.results(job_id)]
+    recorded = [result.token_ids for result in results]
+    pairs = [(seen, repeated, own) for (_, seen, repeated), own in zip(watched, recorded, strict=True)]
     return {
         "submitted": len(watched),
         "succeeded": sum(job.state == JOB_STATE_SUCCEEDED for job in found),
-        "identical": sum(result.text == text for result, text in pairs),
-        "duplicated_tokens": sum(repeated + max(0, len(seen) - tokens) for _, seen, repeated in watched),
-        "lost": sum(len(seen) < tokens for _, seen, _ in watched),
+        "identical": sum(own == expected for own, expected in zip(recorded, undisturbed, strict=True)),
+        "duplicated_tokens": sum(repeated + max(0, len(seen) - len(own)) for seen, repeated, own in pairs),
+        "lost": sum(len(seen) < len(own) or not own for seen, _, own in pairs),
         "kills": kills,
         "resumes": sum(job.resumes for job in found),
     }
@@ -216,42 +225,69 @@ async def interactive(requests: int, batch: int, progress: Progress) -> dict[str
     }
 
 
-async def real_file(prompts: int, progress: Progress) -> dict[str, Any]:
-    """`isthmus batch run` of a file on real workers, interrupted at a third and at two thirds."""
-    bar = progress.add_task("prompts on SmolLM2", total=prompts)
-    async with AsyncExitStack() as stack:
-        name = stack.enter_context(tempfile.TemporaryDirectory())
-        folder, begun_s = Path(name), time.perf_counter()
-        source, output = folder / "in.jsonl", folder / "out.jsonl"
+async def file(workers: str, prompts: int, progress: Progress) -> dict[str, Any]:
+    """`isthmus batch run` of a file, interrupted at a third and at two thirds."""
+    bar = progress.add_task("a file of prompts", total=prompts)
+    begun_s, computed = time.perf_counter(), await output_tokens(workers)
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = Path(folder, "in.jsonl"), Path(folder, "out.jsonl")
         lines = [{"prompt": f"Write about the number {n}:", "max_tokens": 16, "seed": n} for n in range(prompts)]
         source.write_text("\n".join(map(json.dumps, lines)))
-        addresses = [stack.enter_context(worker(role, MODEL, "auto", 1)) for role in ("prefill", "decode")]
-        await ready(addresses, within_s=600)
-        running = await stack.enter_async_context(gateway(",".join(addresses)))
-        arguments = ("batch", "run", str(source), "-o", str(output), "--server", running.address)
-        for stop_at in (prompts // 3, 2 * prompts // 3, prompts + 1):
-            process = subprocess.Popen([ISTHMUS, *arguments], stderr=subprocess.DEVNULL)
-            while process.poll() is None:
-                await asyncio.sleep(0.5)
-                done = len(output.read_text().splitlines()) if output.exists() else 0
-                progress.update(bar, completed=done)
-                if done >= stop_at:
-                    process.send_signal(signal.SIGINT)
-                    await asyncio.to_thread(process.wait)
-        answers = output.read_text().splitlines()
-        answered = [json.loads(line)["line"] for line in answers]
-        reports = await ready(addresses)
-        decoded = sum(report.counters["output_tokens"] for report in reports if report.role == WORKER_ROLE_DECODE)
-        return {
-            "prompts": prompts,
-            "answered": len(answered),
-            "lost": prompts - len(set(answered)),
-            "twice": len(answered) - len(set(answered)),
-            "in_order": answered == sorted(answered),
-            "tokens_computed": decoded,  # with those of the warm-up and the gateway's canaries
-            "tokens_answered": sum(json.loads(line)["usage"]["completion_tokens"] for line in answers),
-            "minutes": round((time.perf_counter() - begun_s) / 60, 2),
-        }
+        async with gateway(workers) as running:
+            command = (ISTHMUS, "batch", "run", str(source), "-o", str(output), "--server", running.address)
+            for stop_at in (prompts // 3, 2 * prompts // 3, prompts + 1):
+                process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+                while process.poll() is None:
+                    await asyncio.sleep(0.5)
+                    done = len(output.read_text().splitlines()) if output.exists() else 0
+                    progress.update(bar, completed=done)
+                    if done >= stop_at:
+                        process.send_signal(signal.SIGINT)
+                        await asyncio.to_thread(process.wait)
+        answers = [json.loads(line) for line in output.read_text().splitlines()]
+    answered = [answer["line"] for answer in answers]
+    return {
+        "prompts": prompts,
+        "answered": len(answered),
+        "lost": prompts - len(set(answered)),
+        "twice": len(answered) - len(set(answered)),
+        "in_order": answered == sorted(answered),
+        "tokens_computed": await output_tokens(workers) - computed,  # with those of the warm-up and of canaries
+        "tokens_answered": sum(answer["usage"]["completion_tokens"] for answer in answers),
+        "minutes": round((time.perf_counter() - begun_s) / 60, 2),
+    }
+
+
+async def output_tokens(workers: str) -> int:
+    """Tokens that the decode workers have computed so far."""
+    reports = await ready(workers.split(","))
+    return int(sum(report.counters["output_tokens"] for report in reports if report.role == WORKER_ROLE_DECODE))
+
+
+async def without_model(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """The parts in which workers without a model answer at a set pace."""
+    result, only = dict[str, Any](), options.only
+    if only in (None, "crash"):
+        with fake_workers(5, 50, 64) as workers:
+            result |= await crashes(workers, options.jobs, 60, options.kills, progress)
+    if only in (None, "submit"):
+        result["submits_per_s"] = round(await submissions(options.submissions, progress), 1)
+    if only in (None, "watch"):
+        result["watch_events_per_s"] = round(await watching(options.watched, progress), 1)
+    if only in (None, "ttft"):
+        result["ttft_p99_ms"] = await interactive(options.interactive, 5000, progress)
+    return result
+
+
+async def with_model(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """The parts that SmolLM2 answers."""
+    result = dict[str, Any]()
+    async with real_workers() as workers:
+        if options.only in (None, "crash"):
+            result |= await crashes(workers, options.jobs, 32, options.kills, progress)
+        if options.only in (None, "file"):
+            result["file"] = await file(workers, options.prompts, progress)
+    return result
 
 
 async def main() -> None:
@@ -261,23 +297,15 @@ async def main() -> None:
     parser.add_argument("--submissions", type=int, default=5000)
     parser.add_argument("--watched", type=int, default=64, help="jobs watched at once")
     parser.add_argument("--interactive", type=int, default=300, help="requests for each TTFT figure")
-    parser.add_argument("--only", choices=("crash", "submit", "watch", "ttft"), help="one part")
-    parser.add_argument("--real", type=int, metavar="PROMPTS", help="instead: a file of prompts on SmolLM2")
+    parser.add_argument("--only", choices=("crash", "submit", "watch", "ttft", "file"), help="one part")
+    parser.add_argument("--real", action="store_true", help="instead: the parts crash and file on SmolLM2")
+    parser.add_argument("--prompts", type=int, default=1000, help="lines of the file")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    result: dict[str, Any] = {}
+    if options.only and options.real != (options.only == "file") and options.only != "crash":
+        parser.error(f"--only {options.only} {'needs no' if options.real else 'needs'} --real")
     with Progress() as progress:
-        if options.real:
-            result["file"] = await real_file(options.real, progress)
-        else:
-            if options.only in (None, "crash"):
-                result |= await crashes(options.jobs, options.kills, progress)
-            if options.only in (None, "submit"):
-                result["submits_per_s"] = round(await submissions(options.submissions, progress), 1)
-            if options.only in (None, "watch"):
-                result["watch_events_per_s"] = round(await watching(options.watched, progress), 1)
-            if options.only in (None, "ttft"):
-                result["ttft_p99_ms"] = await interactive(options.interactive, 5000, progress)
+        result = await (with_model if options.real else without_model)(options, progress)
     result["conditions"] = {"date": str(date.today()), "cpus": os.cpu_count(), "machine": platform.processor()}
     text = json.dumps(result, indent=2)
     print(text)

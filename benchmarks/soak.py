@@ -30,7 +30,7 @@ from asking import ask, decode_request
 from processes import Running, ready, running_worker
 from report import conditions, write_json
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
 
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeStub
@@ -39,7 +39,6 @@ from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import GetReportRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import WorkerStub
 
-RERUNS = 8
 # Small, so that what the workers keep on purpose is full soon and what grows on is a leak.
 POOL_TOKENS, HOST_CACHE_GIB = 8_192, 0.1
 NOBODY = "127.0.0.1:9"  # the discard port: nothing listens there
@@ -55,6 +54,7 @@ class Soak:
     report: WorkerReport
     rng: random.Random
     longest: int  # prompt tokens
+    reruns: int  # size of the sample that is run again
     counts: Counter[str] = field(default_factory=Counter)
     finished: list[tuple[DecodeRequest, list[int]]] = field(default_factory=list)
 
@@ -100,9 +100,9 @@ class Soak:
 
     def _keep(self, request: DecodeRequest, token_ids: list[int]) -> None:
         """A sample of all that finished, each as likely (reservoir sampling, Vitter 1985, algorithm R)."""
-        if len(self.finished) < RERUNS:
+        if len(self.finished) < self.reruns:
             self.finished.append((request, token_ids))
-        elif (place := self.rng.randrange(self.counts["finished"])) < RERUNS:
+        elif (place := self.rng.randrange(self.counts["finished"])) < self.reruns:
             self.finished[place] = request, token_ids
 
     async def keep_sending(self, until_s: float) -> None:
@@ -113,7 +113,7 @@ class Soak:
     async def differing(self) -> int:
         """How many of the sample give other tokens alone."""
         wrong = 0
-        for request, token_ids in self.finished:
+        for request, token_ids in track(self.finished, "run again one by one"):
             wrong += (await ask(self.stub, request)).token_ids != token_ids
         return wrong
 
@@ -157,7 +157,9 @@ def settings(**values: float) -> Iterator[str]:
         yield file.name
 
 
-async def run(model: str, dtype: str, minutes: float, at_once: int, longest: int, seed: int) -> dict[str, Any]:
+async def run(
+    model: str, dtype: str, minutes: float, at_once: int, longest: int, reruns: int, seed: int
+) -> dict[str, Any]:
     """Starts the workers, loads them, looks what is left."""
     with (
         settings(pool_tokens=POOL_TOKENS, host_cache_gib=HOST_CACHE_GIB) as of_prefill,
@@ -168,7 +170,7 @@ async def run(model: str, dtype: str, minutes: float, at_once: int, longest: int
         workers = {"prefill": prefill, "decode": decode}
         _, report = await ready([prefill.address, decode.address])
         async with open_channel(decode.address) as channel:
-            soak = Soak(DecodeStub(channel), prefill.address, report, random.Random(seed), longest)
+            soak = Soak(DecodeStub(channel), prefill.address, report, random.Random(seed), longest, reruns)
             early = await load_for(soak, 60 * minutes, at_once, workers)
             leaked = {role: await leaked_pages(worker.address) for role, worker in workers.items()}
             end = {role: worker.rss_mb() for role, worker in workers.items()}
@@ -191,12 +193,13 @@ def main(
     minutes: Annotated[float, typer.Option(min=0.05, help="How long the load lasts.")] = 30,
     at_once: Annotated[int, typer.Option(min=1, help="Requests at any time.")] = 12,
     longest: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 1024,
+    reruns: Annotated[int, typer.Option(min=0, help="Finished requests that are run again one by one.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the load.")] = 1,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
     """Loads two workers at random and looks for leaks and wrong tokens."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    result = asyncio.run(run(model, dtype, minutes, at_once, longest, seed))
+    result = asyncio.run(run(model, dtype, minutes, at_once, longest, reruns, seed))
     result["conditions"] = conditions(model=model, dtype=dtype, at_once=at_once, longest=longest, seed=seed)
     write_json(json, result)
     Console().print_json(data=result)
