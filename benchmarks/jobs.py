@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -21,11 +20,11 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from processes import ISTHMUS, free_port, ready, worker
+from report import conditions, write_json
 from rich.progress import Progress
 
 from isthmus.cluster.client import Client, build_request
@@ -306,11 +305,9 @@ async def main() -> None:
         parser.error(f"--only {options.only} {'needs no' if options.real else 'needs'} --real")
     with Progress() as progress:
         result = await (with_model if options.real else without_model)(options, progress)
-    result["conditions"] = {"date": str(date.today()), "cpus": os.cpu_count(), "machine": platform.processor()}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    result["conditions"] = conditions()
+    print(json.dumps(result, indent=2))
+    write_json(options.json, result)
 
 
 if __name__ == "__main__":
