@@ -138,7 +138,8 @@ def step(
                 cache.unpacked_keys[layer][cache.length : end] = cache.keys[layer][cache.length : end]
                 if seen is not None:
                     seen.add(layer, q[new], cache.unpacked_keys[layer][:end], cache.keys[layer][:end])
-            span = Span(row=0, new=len(one), past=cache.length, stretches=((0, end),))
+            stretches = ((0, end),)
+            span = Span(row=0, new=len(one), past=cache.length, stretches=stretches, output=len(one) == 1)
             window = model.layers[layer].window
             outs.append(ragged_attention(q[new], cache.keys[layer], cache.values[layer], [span], scale, window))
         return torch.cat(outs)

@@ -151,7 +151,7 @@ class DenseStore:
         for advance in work:
             runs, start, end = self._runs[advance.sequence.id], advance.start, advance.end
             stretches = tuple(pool.slots(runs, 0, end))
-            spans.append(Span(len(slots), end - start, start, stretches))
+            spans.append(Span(len(slots), end - start, start, stretches, output=not advance.in_prompt))
             slot, tokens = stretches[-1]
             if end - start <= tokens:
                 slots += range(slot + tokens - (end - start), slot + tokens)

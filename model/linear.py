@@ -1,11 +1,13 @@
-"""Linear layers on a CPU: the weight also lies in a layout that small batches read faster.
+"""Linear layers on a CPU: the weight lies in a layout that small batches read faster.
 
 Two layouts, by what the weight allows:
 
 * half: where every weight fits into fp16 (weights that were bf16 do), it is kept so and multiplied in fp32 (FBGEMM).
-  A small batch is bound by reading weights, and this halves the bytes and rounds nothing. Large batches are bound by
-  arithmetic and use the plain weight.
-* blocked: oneDNN's own layout, of fp32 on any CPU and of bf16 on those that multiply bf16.
+  A small batch is bound by reading weights, and this halves the bytes and rounds nothing. Each row's sum has one order
+  however many rows there are, so that a token's numbers do not depend on what else is in the batch; one that is
+  computed again, alone or on another worker, comes out the same to the bit.
+* blocked: oneDNN's own layout, of fp32 on any CPU and of bf16 on those that multiply bf16. Its last bits do depend on
+  the number of rows.
 """
 
 import warnings
@@ -18,8 +20,8 @@ from torch import Tensor, nn
 _TYPICAL_ROWS = 8
 # Up to so many rows of fp32 the plain layout is as fast as oneDNN's or faster.
 _PLAIN_ROWS = 3
-# Up to so many rows the half layout is as fast as the plain one or faster.
-_HALF_ROWS = 160
+# Rows of one product with half weights: more at once are slower, for they leave the cache.
+_HALF_ROWS = 128
 # What fp16 may change of a weight, in the norm: no more than fp32 itself rounds. A bf16 number fits into fp16 exactly
 # but for those below 2^-17, of which a part of 2^-25 is lost.
 _NEGLIGIBLE = 2.0**-24
@@ -42,20 +44,24 @@ class BlockedLinear(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """A linear layer of fp32 whose weight also lies in FBGEMM's packed fp16; `fits_half` says whether it may."""
+    """A linear layer of fp32 whose weight is FBGEMM's packed fp16 and nothing else; `fits_half` says whether it may."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self._half_values = _HALF_ROWS * linear.in_features
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self._packed = torch.fbgemm_pack_gemm_matrix_fp16(linear.weight.detach().contiguous())
-        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
-        self._half_bias = bias  # FBGEMM always adds one
+        zeros = linear.weight.new_zeros(linear.out_features)  # FBGEMM always adds one
+        self._bias = zeros if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > self._half_values:
-            return F.linear(x, self.weight, self.bias)
-        return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self._packed, self._half_bias)
+        x_TI = x.reshape(-1, self.in_features)
+        out_TO = x.new_empty(len(x_TI), self.out_features)
+        for first in range(0, len(x_TI), _HALF_ROWS):
+            rows = slice(first, first + _HALF_ROWS)
+            torch.ops.aten.fbgemm_linear_fp16_weight_fp32_activation.out(
+                x_TI[rows], self._packed, self._bias, out_TO[rows]
+            )
+        return out_TO.view(*x.shape[:-1], self.out_features)
 
 
 def fits_half(weight: Tensor) -> bool:
@@ -73,7 +79,8 @@ def has_half_kernels() -> bool:
     """Whether this torch multiplies fp32 activations with fp16 weights on this CPU (FBGEMM: x86 with AVX2)."""
     if "fbgemm" not in torch.backends.quantized.supported_engines or not torch.cpu._is_avx2_supported():
         return False
-    return hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation")
+    name = "fbgemm_linear_fp16_weight_fp32_activation"
+    return hasattr(torch.ops.aten, name) and "out" in getattr(torch.ops.aten, name).overloads()
 
 
 def pack_linear_layers(net: nn.Module) -> None:

@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def make_spans(rng: random.Random) -> list[Span]:
         cut = rng.choice([0, rng.randint(0, past + new)])
         lengths = [tokens for tokens in (cut, past + new - cut) if tokens]
         stretches = tuple((rng.randint(0, SLOTS - tokens), tokens) for tokens in lengths)
-        spans.append(Span(row, new, past, stretches))
+        spans.append(Span(row, new, past, stretches, output=rng.random() < 0.5))
         row += new
     return spans
 
@@ -58,10 +59,41 @@ def test_agrees_with_the_definition(window, kv_heads, groups, dim, dtype):
 def test_a_sequence_sees_nothing_of_another():
     torch.manual_seed(1)
     keys, values = torch.randn(2, 128, 2, 16)
-    spans = [Span(0, 1, 39, ((0, 40),)), Span(1, 3, 10, ((64, 13),))]
+    spans = [Span(0, 1, 39, ((0, 40),), output=True), Span(1, 3, 10, ((64, 13),))]
     q = torch.randn(4, 4, 16)
     before = ragged_attention(q, keys, values, spans, 0.25, None)
     keys[64:], values[64:] = 7.0, 7.0
     after = ragged_attention(q, keys, values, spans, 0.25, None)
     assert torch.equal(before[:1], after[:1])
     assert not torch.allclose(before[1:], after[1:])
+
+
+@pytest.mark.parametrize("window", [None, 100, 512])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_where_a_prompt_is_cut_and_lies_changes_no_bit(window, groups):
+    rng = random.Random(groups)
+    torch.manual_seed(groups)
+    keys, values = torch.randn(2, 1600, 2, 64)
+    q = torch.randn(1600, 2 * groups, 64)
+    whole = ragged_attention(q[:1500], keys, values, [Span(0, 1500, 0, ((0, 1500),))], 0.125, window)
+    elsewhere = [torch.cat([x[:64], x[64:].roll(640, 0)]) for x in (keys, values)]  # slots from 64 on lie later
+    for _ in range(8):
+        total = rng.randint(1, 1500 - 640)
+        cuts = sorted({0, total, *(rng.randrange(total // 64 + 1) * 64 for _ in range(3)), total - 1})
+        for past, end in pairwise(cuts):
+            stretches = ((0, min(end, 64)), (704, end - 64)) if end > 64 else ((0, end),)
+            spans = [Span(0, end - past, past, stretches), Span(end - past, 2, 20, ((64, 22),))]
+            out = ragged_attention(torch.cat([q[past:end], q[:2]]), *elsewhere, spans, 0.125, window)
+            assert torch.equal(out[: end - past], whole[past:end])
+
+
+def test_output_that_is_replayed_in_one_span_has_the_same_bits():
+    torch.manual_seed(1)
+    keys, values, q = torch.randn(300, 2, 64), torch.randn(300, 2, 64), torch.randn(40, 6, 64)
+    one_by_one = [
+        ragged_attention(q[i : i + 1], keys, values, [Span(0, 1, 200 + i, ((9, 201 + i),), output=True)], 0.125, 128)
+        for i in range(40)
+    ]
+    stretches = ((9, 64), (73, 176))
+    spans = [Span(0, 40, 200, stretches, output=True)]
+    assert torch.equal(ragged_attention(q, keys, values, spans, 0.125, 128), torch.cat(one_by_one))

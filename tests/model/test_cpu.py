@@ -83,6 +83,19 @@ def test_a_packed_layer_computes_the_same(kind: type[nn.Module], rows: int, bias
         torch.testing.assert_close(packed(x), layer(x), atol=1e-5, rtol=1e-5)
 
 
+@needs_half_kernels
+def test_a_row_of_a_half_layer_does_not_depend_on_the_others() -> None:
+    layer = nn.Linear(576, 96)
+    layer.weight.data = layer.weight.data.bfloat16().float()
+    packed = packed_linear(layer)
+    assert isinstance(packed, HalfLinear)
+    x = torch.randn(600, 576)
+    with torch.inference_mode():
+        whole = packed(x)
+        for first, end in ((0, 1), (3, 9), (100, 129), (7, 300), (599, 600)):
+            assert torch.equal(packed(x[first:end]), whole[first:end])
+
+
 @pytest.mark.parametrize("rows", [1, 7])
 def test_bf16_is_packed_too(rows: int) -> None:
     layer = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)
