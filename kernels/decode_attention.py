@@ -7,7 +7,6 @@ Letters of tensor shapes: B sequences, S slots of the pool, H heads (query heads
 dimension, N stretches.
 """
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ import torch
 from numba import njit
 from numba.extending import overload
 from torch import Tensor
+
+from .exponential import exp_fp32
 
 _WORK_PER_THREAD = 1 << 19  # products of q and k that outweigh waking a thread
 
@@ -95,22 +96,6 @@ def _number_overload(x):
     return lambda x: x
 
 
-@njit(nogil=True, fastmath=True, cache=True)
-def _exp(x: Any) -> Any:
-    """exp of a number that is at most 0, in fp32 (Cephes, expf.c): vector instructions, unlike the library's."""
-    x = max(x, np.float32(-87.0))
-    n = np.float32(math.floor(x * np.float32(1.44269504088896341) + np.float32(0.5)))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * r * r + r + np.float32(1.0)
-    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
 @njit(nogil=True, fastmath=True, cache=True, error_model="numpy")
 def _attend(
     q: Any,
@@ -146,7 +131,7 @@ def _attend(
                     greatest = max(greatest, scores[g, t])
                 total = np.float32(0)
                 for t in range(place):
-                    weight = _exp(scores[g, t] - greatest)
+                    weight = exp_fp32(scores[g, t] - greatest)
                     scores[g, t] = weight
                     total += weight
                 inverse = np.float32(1) / total

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..kernels.decode_attention import compile_decode_attention
+from ..kernels.row_ops import compile_row_ops
 from .fusion import fuse
 from .linear import pack_linear_layers
 
@@ -22,6 +23,8 @@ def speed_up(net: PreTrainedModel) -> None:
 
     Weights of linear layers then lie in memory twice, the second time in half the bytes where fp16 holds them.
     """
+    if net.dtype == torch.float32:
+        compile_row_ops()
     with torch.inference_mode():
         fuse(net)
         pack_linear_layers(net)

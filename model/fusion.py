@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..kernels.row_ops import compiles, gated_silu, rms_norm, rotate_heads, rotate_reference
 from .attention import attending
 
 Make = Callable[[nn.Module], nn.Module | None]
@@ -110,6 +111,8 @@ class FusedNorm(nn.Module):
         self.eps, self._shape = eps, tuple(weight.shape)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if compiles(hidden_states):
+            return rms_norm(hidden_states, self.weight, self.eps)
         return F.rms_norm(hidden_states, self._shape, self.weight, self.eps)
 
 
@@ -141,9 +144,14 @@ class GatedMlp(nn.Module):
         super().__init__()
         self.gate_up_proj = _joined(gate, up)
         self.down_proj, self.act_fn = down, act
+        probe = torch.linspace(-9, 9, 64, dtype=gate.weight.dtype, device=gate.weight.device)
+        self._is_silu = torch.equal(act(probe), F.silu(probe))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate_up = self.gate_up_proj(x)
+        if self._is_silu and compiles(gate_up):
+            return self.down_proj(gated_silu(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down_proj(self.act_fn(gate) * up)
 
 
@@ -187,13 +195,17 @@ class _Rope:
         self._cos: Tensor | None = None
         self._prepared: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, x_THD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:
+    def __call__(self, x_THD: Tensor, heads: int, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:
+        """The first `heads` heads, rotated; `x_THD` may be overwritten."""
         if self._prepared is None or self._cos is not cos_1TD:
             half = sin_1TD.shape[-1] // 2
             signed = torch.cat((-sin_1TD[..., :half], sin_1TD[..., half:]), dim=-1)
-            self._cos, self._prepared = cos_1TD, (cos_1TD[0].unsqueeze(1), signed[0].unsqueeze(1))
-        cos_T1D, sin_T1D = self._prepared
-        return torch.addcmul(x_THD * cos_T1D, x_THD.roll(x_THD.shape[-1] // 2, -1), sin_T1D)
+            self._cos, self._prepared = cos_1TD, (cos_1TD[0].contiguous(), signed[0])
+        cos_TD, sin_TD = self._prepared
+        if compiles(x_THD) and compiles(cos_TD) and cos_TD.shape[-1] == x_THD.shape[-1]:
+            rotate_heads(x_THD, heads, cos_TD, sin_TD)
+            return x_THD[:, :heads]
+        return rotate_reference(x_THD[:, :heads], cos_TD, sin_TD)
 
 
 class FusedAttention(nn.Module):
@@ -223,10 +235,10 @@ class FusedAttention(nn.Module):
             raise ValueError("the KV cache is the caller's here")
         rotated, queries = self.query_heads + self.kv_heads, self.query_heads
         qkv_THD = self.qkv_proj(hidden_states).view(hidden_states.shape[1], -1, self.head_dim)
-        qk_THD, v_THD = qkv_THD[:, :rotated], qkv_THD[:, rotated:]
+        qk_THD, v_THD = qkv_THD, qkv_THD[:, rotated:]
         if self.q_norm is not None and self.k_norm is not None:
-            qk_THD = torch.cat((self.q_norm(qk_THD[:, :queries]), self.k_norm(qk_THD[:, queries:])), dim=1)
-        qk_THD = self._rope(qk_THD, *position_embeddings)
+            qk_THD = torch.cat((self.q_norm(qkv_THD[:, :queries]), self.k_norm(qkv_THD[:, queries:rotated])), dim=1)
+        qk_THD = self._rope(qk_THD, rotated, *position_embeddings)
         q_1HTD, k_1HTD, v_1HTD = (
             x_THD.transpose(0, 1)[None] for x_THD in (qk_THD[:, :queries], qk_THD[:, queries:], v_THD)
         )
