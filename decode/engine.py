@@ -11,7 +11,7 @@ from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..model.engine import EngineThread
 from ..model.model import Model
 from ..model.rates import Rates
-from ..model.sampling import SampleRow, sample
+from ..model.sampling import sample
 from ..proto.errors import IsthmusError, Unavailable
 from .admission import Admission
 from .config import DecodeConfig
@@ -210,7 +210,7 @@ class DecodeEngine:
         for sequence, error in self._store.end_step([a for a in work if a.sequence.id in self._sequences]):
             self._end(sequence, error)
         batch = [advance.sequence for advance in work if advance.samples]
-        drawn = sample(logits_RV, [SampleRow(s.sampling, s.prompt, s.output, eos) for s in batch]) if batch else []
+        drawn = sample(logits_RV, [sequence.sample_row(eos) for sequence in batch]) if batch else []
         tokens = []
         for sequence, token in zip(batch, drawn, strict=True):
             if sequence.id not in self._sequences:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from ..kvtransfer.codecs import PageCodec
 from ..kvtransfer.page_addresses import PageAddresses
+from ..model.penalties import SeenTokens, penalises
+from ..model.sampling import SampleRow
 from ..proto.common_pb2 import FinishReason, TokenLogprobs
 from ..proto.decode_pb2 import DecodeEvent
 from ..proto.errors import InvalidRequest, IsthmusError
@@ -92,6 +94,7 @@ class DecodeSequence:
     held: int = 0  # tokens of the prompt, whole pages, that were in the pool when it was admitted
     computed: int = 0  # tokens whose KV is in the pool
     local: LocalPrompt | None = None  # where this worker computes the prompt, until that is done
+    seen: SeenTokens | None = None  # where its options penalise tokens, from its first step here
     timing: LocalTiming = field(default_factory=LocalTiming)
     arrived_s: float = field(default_factory=time.monotonic)
     released: bool = False
@@ -111,6 +114,12 @@ class DecodeSequence:
         if start >= prompt:
             return self.output[start - prompt : end - prompt]
         return self.prompt[start:end] + self.output[: max(0, end - prompt)]
+
+    def sample_row(self, eos_token_ids: frozenset[int]) -> SampleRow:
+        """What its next token is drawn by."""
+        if self.seen is None and penalises(self.sampling):
+            self.seen = SeenTokens(self.sampling, self.prompt)
+        return SampleRow(self.sampling, self.prompt, self.output, eos_token_ids, self.seen)
 
     def page_addresses(self, pages: int, page_tokens: int) -> list[bytes]:
         """Of the first pages, which hold known tokens; none where it shares none."""

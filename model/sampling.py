@@ -28,6 +28,7 @@ from torch import Tensor
 from ..proto.common_pb2 import TokenLogprobs, TopLogprob
 from ..proto.sampling import Sampling
 from .noise import gumbel, place_key
+from .penalties import PenalisedRow, SeenTokens, penalise, penalises
 
 _BEST = 1024  # limits are looked for among so many most likely tokens before the whole vocabulary is sorted
 
@@ -40,15 +41,11 @@ class SampleRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     eos_token_ids: frozenset[int]
+    seen: SeenTokens | None = None  # kept by the caller from step to step, so that a step counts its own token only
 
     @property
     def greedy(self) -> bool:
         return self.sampling.temperature == 0
-
-    @property
-    def penalised(self) -> bool:
-        s = self.sampling
-        return s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
 
     @property
     def limited(self) -> bool:
@@ -112,13 +109,13 @@ def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
 
 def _adjust(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Steps 1 and 2; the same tensor where there is nothing to do."""
-    penalised = [index for index, row in enumerate(rows) if row.penalised]
+    penalised = [_penalised(index, row) for index, row in enumerate(rows) if penalises(row.sampling)]
     ruled_out = [(index, token) for index, row in enumerate(rows) for token in sorted(row.ruled_out)]
     if not penalised and not ruled_out:
         return logits_RV
-    adjusted_RV = logits_RV.clone()
+    adjusted_RV = logits_RV.clone(memory_format=torch.contiguous_format)
     if penalised:
-        _penalise(adjusted_RV, rows, penalised)
+        penalise(adjusted_RV, penalised)
     vocabulary = logits_RV.shape[1]
     pairs = [(index, token) for index, token in ruled_out if token < vocabulary]
     if pairs:
@@ -127,19 +124,9 @@ def _adjust(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     return adjusted_RV
 
 
-def _penalise(logits_RV: Tensor, rows: Sequence[SampleRow], which: Sequence[int]) -> None:
-    """Step 1, in place, for some of the rows."""
-    for logits_V, row in ((logits_RV[index], rows[index]) for index in which):
-        s = row.sampling
-        if s.repetition_penalty != 1:
-            seen = torch.tensor([*row.prompt_token_ids, *row.output_token_ids]).unique()
-            seen_N = seen.to(logits_V.device)
-            value_N = logits_V[seen_N]
-            logits_V[seen_N] = torch.where(value_N > 0, value_N / s.repetition_penalty, value_N * s.repetition_penalty)
-        if row.output_token_ids and (s.presence_penalty or s.frequency_penalty):
-            seen, count = torch.tensor(row.output_token_ids).unique(return_counts=True)
-            penalty_N = s.presence_penalty + s.frequency_penalty * count
-            logits_V[seen.to(logits_V.device)] -= penalty_N.to(logits_V.device, logits_V.dtype)
+def _penalised(index: int, row: SampleRow) -> PenalisedRow:
+    seen = SeenTokens(row.sampling, row.prompt_token_ids) if row.seen is None else row.seen
+    return PenalisedRow(index, row.sampling, seen, row.output_token_ids)
 
 
 def _draw(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:

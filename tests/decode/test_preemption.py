@@ -109,6 +109,8 @@ def make_kind(rng: random.Random) -> tuple[list[int], Sampling]:
         top_k=rng.choice([0, 20]),
         top_p=rng.choice([1.0, 0.9]),
         repetition_penalty=rng.choice([1.0, 1.1]),
+        presence_penalty=rng.choice([0.0, 0.0, 0.8]),
+        frequency_penalty=rng.choice([0.0, 0.0, 0.3]),
         max_tokens=rng.randint(1, 40),
         ignore_eos=rng.random() < 0.8,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from isthmus.model.noise import gumbel, place_key
+from isthmus.model.penalties import SeenTokens
 from isthmus.model.sampling import SampleRow, sample
 from isthmus.proto.sampling import Sampling
 
@@ -136,6 +137,45 @@ def test_penalties_change_the_logits_as_defined() -> None:
     negative = torch.tensor([[-1.0, -1.1]])
     row = make_row([0], [], temperature=0, repetition_penalty=1.2)
     assert sample(negative, [row])[0].token_id == 1  # -1.0 * 1.2 < -1.1
+
+
+def adjusted(logits: list[float], row: SampleRow) -> list[float]:
+    """Penalties by their definition, token by token."""
+    s, out = row.sampling, list(row.output_token_ids)
+    changed = []
+    for token, value in enumerate(logits):
+        if token in row.prompt_token_ids or token in out:
+            value = value / s.repetition_penalty if value > 0 else value * s.repetition_penalty
+        changed.append(value - (token in out) * s.presence_penalty - out.count(token) * s.frequency_penalty)
+    return changed
+
+
+def test_penalties_of_a_mixed_batch_are_counted_as_it_goes() -> None:
+    rng, vocabulary, longest = random.Random(8), 200, 0
+    kinds: list[dict[str, float]] = [{}, {"repetition_penalty": 1.5}, {"presence_penalty": 0.7}]
+    kinds += [{"frequency_penalty": 0.4, "repetition_penalty": 0.8}, {"frequency_penalty": -0.3}]
+    running: list[tuple[SampleRow, list[int]]] = []
+    for step in range(120):
+        if len(running) < 6 and step % 2:  # requests join with output of a lost worker, and leave
+            sampling = Sampling(temperature=0, **kinds[step // 2 % len(kinds)])
+            prompt = [rng.randrange(vocabulary) for _ in range(rng.randrange(1, 9))]
+            output = [rng.randrange(vocabulary) for _ in range(rng.randrange(4))]
+            running.append((SampleRow(sampling, prompt, output, EOS, SeenTokens(sampling, prompt)), output))
+        running = [one for one in running if rng.random() > 0.005]
+        rng.shuffle(running)
+        if not running:
+            continue
+        logits = torch.randn(len(running), vocabulary, generator=torch.Generator().manual_seed(step))
+        rows = [row for row, _ in running]
+        together = [token.token_id for token in sample(logits, rows)]
+        wanted = [adjusted(logits_V, row) for logits_V, row in zip(logits.tolist(), rows, strict=True)]
+        assert together == [max(range(vocabulary), key=values.__getitem__) for values in wanted]
+        anew = [SampleRow(row.sampling, row.prompt_token_ids, row.output_token_ids, EOS) for row in rows]
+        assert together == [sample(logits[n : n + 1], [row])[0].token_id for n, row in enumerate(anew)]
+        for (_, output), token in zip(running, together, strict=True):
+            output.append(token)
+        longest = max(longest, *(len(set(output)) for _, output in running))
+    assert longest > 64, "more than what is first made room for"
 
 
 def test_nothing_ends_the_output_before_min_tokens() -> None:
