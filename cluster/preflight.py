@@ -19,7 +19,7 @@ import grpc.aio
 
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..kvtransfer.hashing import page_hashes, page_salt
-from ..proto.common_pb2 import PRIORITY_INTERACTIVE, SamplingParams, TokenLogprobs, TransferStats
+from ..proto.common_pb2 import PRIORITY_STANDARD, SamplingParams, TokenLogprobs, TransferStats
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeStub
 from ..proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerReport
@@ -180,7 +180,7 @@ class Preflight:
             page_hashes=page_hashes(prompt, decode.page_tokens, salt),
             sampling=SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=TOP, seed=0),
             prefill_addresses=prefill,
-            priority=PRIORITY_INTERACTIVE,
+            priority=PRIORITY_STANDARD,
             tenant=tenant,
         )
         told = _Told()

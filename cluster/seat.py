@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..model.starting import gently
 from ..proto.errors import InvalidRequest
 from ..proto.hosting import Drained, WorkerServer
 from ..proto.worker_pb2 import WorkerRole
@@ -148,7 +149,7 @@ class WorkerSeat:
             self._end_process()
 
     async def _seat(self, role: Role, changes: Mapping[str, Any], model: "Model | None") -> None:
-        worker = make_worker(role, {**self._settings[role], **changes})
+        worker = await gently(make_worker, role, {**self._settings[role], **changes})
         worker.server.end_process = self._end_process
         worker.server.orders = self
         self._worker = worker

@@ -32,6 +32,7 @@ from ..model.cache import cache_root
 from ..model.load import load_model
 from ..model.model import Model
 from ..model.reporting import report_model
+from ..model.starting import gently
 from ..model.tokens import Tokenizer
 from ..proto import prefill_pb2
 from ..proto.errors import Exhausted, InvalidRequest
@@ -82,9 +83,9 @@ class PrefillWorker(PrefillServicer):
         bound."""
         config = self.config
         if model is None:
-            model = await asyncio.to_thread(load_model, config.model, dtype=config.dtype, device=config.device)
+            model = await gently(load_model, config.model, dtype=config.dtype, device=config.device)
         self._model = model
-        balance = await asyncio.to_thread(
+        balance = await gently(
             ensure_balance,
             balance_path(cache_root(), model.fingerprint, config.page_tokens),
             model.fingerprint,

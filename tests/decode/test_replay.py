@@ -11,6 +11,8 @@ import pytest
 from harness import Answer, Pair, worker_pair
 from models import model_path
 
+from isthmus.model.cpu import computes_bf16
+from isthmus.model.linear import has_half_kernels
 from isthmus.proto.common_pb2 import FinishReason
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.sampling import Sampling
@@ -66,6 +68,27 @@ async def test_a_replay_goes_on_where_the_lost_worker_stopped(codec: str, pool: 
         # Chunks round otherwise than single tokens do: where that turns a code of a packed page, a near tie may turn.
         assert same.count(False) <= (codec != "raw"), same
         assert pair.decode.server.report().counters["replayed_tokens"] > 2 * (64 + 130)
+
+
+@pytest.mark.skipif(computes_bf16() or not has_half_kernels(), reason="this CPU multiplies otherwise")
+async def test_a_replay_is_the_same_to_the_last_bit() -> None:
+    """Tokens of a lost worker are attended to one by one: not even what a codec could make more of is different."""
+    sampling = Sampling(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=1)
+    settings = {"dtype": "bf16", "default_codec": "tq-k4v4", "pool": "dense", "prefix_cache": 0}
+    worker = {key: settings[key] for key in ("dtype", "default_codec")}
+    async with worker_pair(model_path("tiny-llama"), prefill=worker, decode=settings) as pair:
+
+        async def told(emitted: list[int]) -> tuple[list[int], list[float]]:
+            request = pair.request(PROMPT, sampling, "tq-k4v4")
+            request.emitted_token_ids.extend(emitted)
+            events = [event async for event in pair.call(request)]
+            tokens = [token for event in events for token in event.token_ids]
+            return tokens, [logprob.logprob for event in events for logprob in event.logprobs]
+
+        tokens, logprobs = await told([])
+        for emitted in (2, 57, 60, 100):  # a page is packed after 56
+            rest = await told(tokens[:emitted])
+            assert rest == (tokens[emitted:], logprobs[emitted:])
 
 
 @pytest.mark.parametrize(("codec", "pool"), POOLS)
