@@ -24,7 +24,12 @@ QUIET = {
     # Spare Python processes started ahead cost more of a small machine than they save.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
+    # Where Ray's head dies, its other processes end themselves after a minute, and this one (gateway and requests)
+    # with them. No request needs the head: they stay until the supervisor has them end.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": str(365 * 24 * 3600),
 }
+HEAD_LOOK_S = 1.0  # between two looks at whether Ray's head is there
+HEAD_MISSES = 3  # in a row, of a head that is gone
 
 
 class RayWorker:
@@ -83,6 +88,7 @@ class RayCluster:
         self._config = config
         self.threads = config.threads or 1
         self._gpus = 0.0
+        self._head = ""
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -93,6 +99,25 @@ class RayCluster:
     async def launch(self, role: Role, name: str) -> RayWorker:
         """Asks for one worker; it is there when its `address` returns."""
         return await asyncio.to_thread(self._launch, role, name)
+
+    async def lost(self) -> None:
+        """Returns once the head of the Ray that was started here is gone: no worker can be started any more.
+
+        Never for one that was joined: whoever runs it brings its head back.
+        """
+        if self._config.address is not None:
+            await asyncio.Event().wait()
+        host, _, port = self._head.rpartition(":")
+        missed = 0
+        while missed < HEAD_MISSES:
+            await asyncio.sleep(HEAD_LOOK_S)
+            try:
+                async with asyncio.timeout(HEAD_LOOK_S):
+                    _, writer = await asyncio.open_connection(host, int(port))
+                writer.close()
+                missed = 0
+            except (OSError, TimeoutError):
+                missed += 1
 
     async def close(self) -> None:
         """Ends all workers, and the Ray that was started."""
@@ -120,6 +145,7 @@ class RayCluster:
             hint = " (where that Ray asks for a token, set RAY_AUTH_TOKEN to its own)" if joins else ""
             raise Unavailable(f"cannot {what}: {_last_line(error)}{hint}") from None
         _silence_raylet()
+        self._head = ray.get_runtime_context().gcs_address
         if joins and self._config.threads is None:
             cores = ray.cluster_resources().get("CPU", 1)
             self.threads = max(1, int(cores) // self._config.workers)

@@ -2,14 +2,16 @@
 
 Start: the launcher (Ray) and the gateway's tokenizer side by side, then all workers side by side. After
 that one task for each worker follows it: when its process dies and comes back elsewhere, the gateway is
-told the new address. Stop: no new requests, the running ones end, then the workers, then the launcher.
+told the new address. Where the launcher itself is lost (Ray's head died), the workers go on; once one of
+them is lost too, and cannot be started again, everything but the gateway is started anew. Stop: no new
+requests, the running ones end, then the workers, then the launcher.
 """
 
 import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +35,10 @@ from .steps import Step
 log = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = 0.5
+REBUILD_DRAIN_S = (
+    5.0  # for requests on the workers that are left, when all are started anew; then they are placed again
+)
+REBUILD_PAUSE_S = 5.0  # before another try
 START_S = 120.0  # for a worker that is started to scale up
 GONE_S = 10.0  # for a drain's answer beyond its own time
 UNUSABLE = (WORKER_HEALTH_INCOMPATIBLE, WORKER_HEALTH_UNFIT)
@@ -55,6 +61,7 @@ class Launcher(Protocol):
 
     async def start(self) -> None: ...
     async def launch(self, role: Role, name: str) -> RunningWorker: ...
+    async def lost(self) -> None: ...  # returns once it can start and restart nothing any more
     async def close(self) -> None: ...
 
 
@@ -66,6 +73,7 @@ class _Kept:
     role: Role  # that it shall have, after a restart too
     address: str = ""
     follower: asyncio.Task[None] | None = None
+    down: bool = False  # it died and is not back
 
 
 class Supervisor:
@@ -76,6 +84,9 @@ class Supervisor:
         self._launcher = launcher
         self._step = step
         self._kept: list[_Kept] = []
+        self._headless = False  # the launcher is lost
+        self._died = asyncio.Event()  # a worker, since then
+        self._guard: asyncio.Task[None] | None = None
         self.gateway: Gateway | None = None
 
     async def start(self) -> Gateway:
@@ -93,19 +104,23 @@ class Supervisor:
                 group.create_task(self._start_worker(role, name))
         await self._all_usable(self.gateway)
         self.gateway.operations.keeper = self
+        self._guard = asyncio.create_task(self._guard_launcher(), name="guard the launcher")
         return self.gateway
 
     async def stop(self, drain_s: float) -> None:
         """Drains for at most `drain_s`, then ends everything."""
+        if self._guard is not None:
+            self._guard.cancel()
+            await asyncio.wait({self._guard})
         for kept in self._kept:
             if kept.follower is not None:
                 kept.follower.cancel()
         if self.gateway is not None:
             await self.gateway.drain(drain_s)
             await self.gateway.stop()
-        drains = [asyncio.create_task(worker.drain(drain_s)) for worker in [kept.worker for kept in self._kept]]
-        if drains:
-            await asyncio.wait(drains, timeout=min(drain_s, 5.0))  # nothing runs there any more
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(drain_s, 5.0)):  # nothing runs there any more
+                await asyncio.gather(*(kept.worker.drain(drain_s) for kept in self._kept), return_exceptions=True)
         await self._launcher.close()
 
     async def _start_gateway(self) -> Gateway:
@@ -147,6 +162,8 @@ class Supervisor:
 
     async def scale(self, prefill: int | None, decode: int | None, timeout_s: float) -> ScaleResponse:
         """Starts the workers that are missing, then drains the newest of those that are too many."""
+        if self._headless:
+            raise Unavailable("Ray's head is gone: no worker can be started; restart `isthmus up` to scale")
         started: list[tuple[Role, str]] = []
         surplus: list[_Kept] = []
         names = {kept.worker.name for kept in self._kept}
@@ -209,9 +226,12 @@ class Supervisor:
             await kept.worker.wait_closed()
             fields = {"worker": kept.worker.name, "address": kept.address}
             log.warning("a worker died", extra={"fields": fields})
+            kept.down = True
+            self._died.set()
             fresh = await self._back(kept)
             if fresh is None:
                 return
+            kept.down = False
             if fresh != kept.address:
                 self.gateway.fleet.add(fresh)
                 await self.gateway.fleet.remove(kept.address)
@@ -232,6 +252,47 @@ class Supervisor:
             except (IsthmusError, OSError) as error:
                 log.error("a worker is lost", extra={"fields": {"worker": worker.name, "why": str(error)}})
                 return None
+
+    async def _guard_launcher(self) -> None:
+        """Builds everything but the gateway anew where the launcher is lost and then a worker; until cancelled."""
+        while True:
+            await self._launcher.lost()
+            self._headless = True
+            log.error("Ray's head is gone: the workers go on; once one of them dies too, all are started anew")
+            while not any(kept.down for kept in self._kept):
+                self._died.clear()
+                await self._died.wait()
+            wanted: list[tuple[Role, str]] = [(kept.role, kept.worker.name) for kept in self._kept]
+            while not await self._rebuild(wanted):
+                await asyncio.sleep(REBUILD_PAUSE_S)
+            self._headless = False
+            log.warning("all workers were started anew")
+
+    async def _rebuild(self, wanted: Sequence[tuple[Role, str]]) -> bool:
+        """Starts the launcher and these workers anew; whether that went well.
+
+        Requests wait for them in the gateway, those too that the workers still have after REBUILD_DRAIN_S.
+        """
+        assert self.gateway is not None
+        fleet, operations = self.gateway.fleet, self.gateway.operations
+        for kept in self._kept:
+            if kept.follower is not None:
+                kept.follower.cancel()
+        drains = (operations.drain_at(kept.address, REBUILD_DRAIN_S) for kept in self._kept)
+        await asyncio.gather(*drains, return_exceptions=True)
+        for kept in self._kept:
+            await fleet.remove(kept.address)
+        self._kept.clear()
+        try:
+            await self._launcher.close()
+            await self._launcher.start()
+            async with _first_error(), asyncio.TaskGroup() as group:
+                for role, name in wanted:
+                    group.create_task(self._launch(role, name))
+        except (IsthmusError, OSError) as error:
+            log.error("the workers could not be started anew", extra={"fields": {"why": str(error)}})
+            return False
+        return True
 
     async def _all_usable(self, gateway: Gateway) -> None:
         """Waits for the first report of every worker; Unavailable where some cannot be paired."""

@@ -70,9 +70,16 @@ class FakeLauncher:
     workers: list[FakeWorker] = field(default_factory=list)
     failing: str = ""
     closed: bool = False
+    starts: int = 0
+    head_died: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self) -> None:
-        pass
+        self.starts += 1
+        self.closed = False
+        self.head_died.clear()
+
+    async def lost(self) -> None:
+        await self.head_died.wait()
 
     async def launch(self, role: Role, name: str) -> FakeWorker:
         kind = WORKER_ROLE_PREFILL if role == "prefill" else WORKER_ROLE_DECODE
@@ -132,6 +139,29 @@ async def test_a_worker_that_died_is_found_at_its_new_address() -> None:
     assert len(gateway.fleet.statuses()) == 2
     async with Client(gateway.address) as client:
         assert (await client.answer(build_request(prompt="x"))).text == "hello"
+    await supervisor.stop(0)
+
+
+async def test_without_its_head_the_cluster_goes_on_and_is_built_anew_once_a_worker_is_lost() -> None:
+    launcher = FakeLauncher()
+    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    gateway = await supervisor.start()
+    first = list(launcher.workers)
+    launcher.head_died.set()
+    async with Client(gateway.address) as client:
+        assert (await client.answer(build_request(prompt="x"))).text == "hello"
+        with pytest.raises(Unavailable, match="head is gone"):
+            await gateway.operations.scale(2, None, 5)
+        assert (launcher.starts, launcher.workers) == (1, first)
+        first[1].restarts = 0
+        await first[1].die()
+        asked = asyncio.create_task(client.answer(build_request(prompt="x"), timeout_s=30))
+        async with asyncio.timeout(20):
+            assert (await asked).text == "hello", "it waited for the new workers"
+    assert launcher.starts == 2
+    assert [worker.name for worker in launcher.workers[2:]] == ["prefill-0", "decode-0"]
+    assert names(supervisor) == ["prefill-0", "decode-0"]
+    assert len((await gateway.operations.scale(2, None, 5)).started) == 1
     await supervisor.stop(0)
 
 
