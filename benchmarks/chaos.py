@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ from report import conditions, write_json
 
 from isthmus.model.describe import describe_model
 from isthmus.proto.generation_pb2 import GenerateRequest
+from isthmus.proto.serving import open_channel
+from isthmus.proto.worker_pb2 import FlipWorkerRequest, WorkerRole
+from isthmus.proto.worker_pb2_grpc import ClusterStub
 
-PARTS = ("kill", "stop", "gateway", "cut", "delayed", "throttled", "storm", "frames")
+PARTS = ("flip", "kill", "stop", "gateway", "cut", "delayed", "throttled", "storm", "frames")
 LINKS = ("cut", "delayed", "throttled")
 BASELINE_S = 5.0
 
@@ -33,9 +37,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--parts", default=",".join(PARTS), help="of: " + ", ".join(PARTS))
     parser.add_argument("--requests", type=int, default=200, help="of the part `kill`; the others have a quarter")
-    parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--at-once", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=48, help="of the longest answer; the shortest has half")
-    parser.add_argument("--prompt", type=int, default=400, help="tokens of the longest prompt")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of the longest prompt")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two faults, about")
     parser.add_argument("--codecs", default="raw,tq-k4v4")
     parser.add_argument("--frames", type=int, default=10_000, help="lies about pages")
@@ -57,6 +61,8 @@ def requests_of(options: argparse.Namespace, count: int) -> list[GenerateRequest
 
 async def run_part(cluster: ChaosCluster, part: str, options: argparse.Namespace) -> dict[str, Any]:
     """One part on a running cluster."""
+    if part == "flip":
+        return await flips(cluster)
     faults, common = Faults(), {"every_s": options.every, "seed": options.seed}
     requests = requests_of(options, options.requests if part == "kill" else max(8, options.requests // 4))
     if part == "storm":
@@ -81,6 +87,17 @@ async def control(cluster: ChaosCluster, requests: Sequence[GenerateRequest], at
     many = await answer_all(cluster.gateway.address, requests, at_once=at_once)
     few = await answer_all(cluster.gateway.address, requests, at_once=max(1, at_once // 2))
     return sum(one.token_ids != other.token_ids for one, other in zip(many, few, strict=True))
+
+
+async def flips(cluster: ChaosCluster) -> dict[str, Any]:
+    """Seconds that an idle worker takes to the other role and back: from the order until it has passed its canary."""
+    taken = []
+    async with open_channel(cluster.gateway.address) as channel:
+        for role in (WorkerRole.WORKER_ROLE_PREFILL, WorkerRole.WORKER_ROLE_DECODE) * 3:
+            begun_s = time.monotonic()
+            await ClusterStub(channel).FlipWorker(FlipWorkerRequest(worker="decode-1", role=role, timeout_s=10))
+            taken.append(round(time.monotonic() - begun_s, 2))
+    return {"flip_s": max(taken), "flips_s": taken, "leaked_pages": await leaked(cluster)}
 
 
 async def leaked(cluster: ChaosCluster) -> int:
@@ -119,6 +136,7 @@ def totals(results: dict[str, Any]) -> dict[str, Any]:
         "answered": total("answered"),
         "identical": total("identical"),
         "leaked_pages": total("leaked_pages"),
+        "flip_s": results.get("flip", {}).get("flip_s"),
         "pause_p99_s": results.get("kill", {}).get("pause_p99_s"),
         "refused_frames": lies.get("refused_frames"),
         "wrong_tokens": lies.get("wrong_tokens"),

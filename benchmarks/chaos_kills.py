@@ -25,6 +25,7 @@ class Faults:
     """What was done to whom."""
 
     done: list[str] = field(default_factory=list)
+    spared: int = 0  # turns in which every role had one ready worker only
 
 
 async def hurt_workers(
@@ -42,6 +43,7 @@ async def hurt_workers(
             and node.name in ready
             and any(other.name in ready for other in cluster.of(node.role) if other is not node)
         ]
+        faults.spared += not spare
         if spare:
             node = rng.choice(spare)
             faults.done.append(f"{how} {node.name}")
@@ -111,13 +113,36 @@ async def compare_runs(
     detection_s = max((DETECTION_S.get(kind, 0.0) for kind in kinds), default=0.0)
     return {
         **summary(calm, rough, detection_s),
+        "differing": differing(requests, calm, rough),
         "faults": len(faults.done),
+        "spared": faults.spared,
         "hurt": sorted(faults.done),
         "leaked_pages": await cluster.leaked_pages(),
         "calm_s": round(rough_s - calm_s, 1),
         "disturbed_s": round(end_s - rough_s, 1),
         "restarts": sum(node.starts - 1 for node in cluster.nodes),
     }
+
+
+def differing(
+    requests: Sequence[GenerateRequest], calm: Sequence[Outcome], rough: Sequence[Outcome]
+) -> list[dict[str, Any]]:
+    """The answers that are not those of the undisturbed run, and from which token on."""
+    return [
+        {
+            "request": request.request_id,
+            "codec": request.codec,
+            "sampling": "seeded" if request.sampling.temperature else "greedy",
+            "prompt": len(request.tokens.ids),
+            "replays": late.replays,
+            "from": next(
+                (at for at, (a, b) in enumerate(zip(early.token_ids, late.token_ids, strict=False)) if a != b),
+                min(len(early.token_ids), len(late.token_ids)),
+            ),
+        }
+        for request, early, late in zip(requests, calm, rough, strict=True)
+        if early.token_ids != late.token_ids
+    ]
 
 
 def summary(calm: Sequence[Outcome], rough: Sequence[Outcome], detection_s: float) -> dict[str, Any]:

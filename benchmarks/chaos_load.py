@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,8 +51,12 @@ def make_requests(
 async def answer_all(
     address: str, requests: Sequence[GenerateRequest], *, at_once: int, timeout_s: float = 300.0
 ) -> list[Outcome]:
-    """Sends the requests, `at_once` at a time; each client asks again where the gateway was lost."""
-    outcomes = [Outcome() for _ in requests]
+    """Sends the requests, `at_once` at a time; each client asks again where the gateway was lost.
+
+    Tenants are new ones each time: no page of an earlier run is found again, and everything is computed anew.
+    """
+    outcomes, run = [Outcome() for _ in requests], secrets.token_hex(4)
+    requests = [_for_tenant(request, f"{request.tenant}-{run}") for request in requests]
     waiting = list(reversed(range(len(requests))))
 
     async def client() -> None:
@@ -62,6 +67,13 @@ async def answer_all(
 
     await asyncio.gather(*(client() for _ in range(at_once)))
     return outcomes
+
+
+def _for_tenant(request: GenerateRequest, tenant: str) -> GenerateRequest:
+    changed = GenerateRequest()
+    changed.CopyFrom(request)
+    changed.tenant = tenant
+    return changed
 
 
 async def _answer(channel: grpc.aio.Channel, request: GenerateRequest, outcome: Outcome, timeout_s: float) -> None:

@@ -49,9 +49,9 @@ class HalfLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = torch.fbgemm_pack_gemm_matrix_fp16(linear.weight.detach().contiguous())
+        self._packed = torch.fbgemm_pack_gemm_matrix_fp16(linear.weight.detach().contiguous())
         zeros = linear.weight.new_zeros(linear.out_features)  # FBGEMM always adds one
-        self.bias = zeros if linear.bias is None else linear.bias.detach()
+        self._bias = zeros if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         x_TI = x.reshape(-1, self.in_features)
@@ -59,7 +59,7 @@ class HalfLinear(nn.Module):
         for first in range(0, len(x_TI), _HALF_ROWS):
             rows = slice(first, first + _HALF_ROWS)
             torch.ops.aten.fbgemm_linear_fp16_weight_fp32_activation.out(
-                x_TI[rows], self.packed, self.bias, out_TO[rows]
+                x_TI[rows], self._packed, self._bias, out_TO[rows]
             )
         return out_TO.view(*x.shape[:-1], self.out_features)
 
@@ -97,7 +97,6 @@ def packed_linear(linear: nn.Linear) -> nn.Module | None:
         with warnings.catch_warnings():  # deprecated, with no replacement that is as fast; each warns once
             warnings.simplefilter("ignore", UserWarning)
             half = HalfLinear(linear)
-            # This form warns as others do; the one that HalfLinear calls would write to stderr.
-            torch.fbgemm_linear_fp16_weight_fp32_activation(linear.weight[:1].detach(), half.packed, half.bias)
+            half(linear.weight[:1])
         return half
     return BlockedLinear(linear) if torch.backends.mkldnn.is_available() else None

@@ -1,16 +1,21 @@
 """Real processes killed, stopped and cut off under load: every answer is whole and what it would have been."""
 
+import signal
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 import pytest_asyncio
 from chaos_cluster import ChaosCluster, chaos_cluster
 from chaos_kills import Faults, compare_runs, hurt_gateway, hurt_links, hurt_workers
-from chaos_load import cancel_storm, make_requests
+from chaos_load import answer_all, cancel_storm, make_requests
 from models import model_path
 
 from isthmus.proto.generation_pb2 import GenerateRequest
+from isthmus.proto.generation_pb2_grpc import GenerationStub
+from isthmus.proto.serving import open_channel
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 # The last bits of a sum depend on who shares a batch. With a lossy codec they can become a step of a code, and a drawn
@@ -46,6 +51,45 @@ async def test_workers_that_stop_and_go_on(cluster: ChaosCluster) -> None:
     faults = Faults()
     stopping = hurt_workers(cluster, faults, every_s=1.0, seed=4, how="stop", roles=("decode",))
     check(await compare_runs(cluster, requests(12), stopping, faults, at_once=6))
+
+
+async def test_a_prefill_worker_that_stops(cluster: ChaosCluster) -> None:
+    """Its silence ends the transfers that it has, and the next candidate is asked: the same tokens, some s later."""
+    wanted = requests(8)
+    calm = await answer_all(cluster.gateway.address, wanted, at_once=8)
+    before, stopped = await failed_transfers(cluster), cluster.of("prefill")[0]
+    stopped.send(signal.SIGSTOP)  # for long; the gateway still counts it in, for the first second
+    try:
+        rough = await answer_all(cluster.gateway.address, wanted, at_once=8)
+    finally:
+        stopped.send(signal.SIGCONT)
+    assert [(late.finished, late.token_ids) for late in rough] == [(True, early.token_ids) for early in calm]
+    await cluster.wait_ready()
+    assert await failed_transfers(cluster) > before, "a transfer must have waited for it"
+    assert await cluster.leaked_pages() == 0
+
+
+async def failed_transfers(cluster: ChaosCluster) -> int:
+    reports = await cluster.reports()
+    return sum(reports[node.name].counters["transfers_failed"] for node in cluster.of("decode"))
+
+
+async def test_a_gateway_that_is_gone(cluster: ChaosCluster) -> None:
+    """Its clients get UNAVAILABLE; what it had begun is given up by the workers, with no gateway to tell them."""
+    cluster.restarts = False
+    async with open_channel(cluster.gateway.address) as channel:
+        calls = [GenerationStub(channel).Generate(request) for request in requests(6)]
+        for call in calls:
+            assert (await call.read()).token_ids
+        cluster.gateway.send(signal.SIGKILL)
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                while await call.read():
+                    continue
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert await cluster.leaked_pages(within_s=5.0) == 0
+    cluster.restarts = True
+    await cluster.wait_ready()
 
 
 async def test_a_gateway_that_is_killed(cluster: ChaosCluster) -> None:
