@@ -3,7 +3,8 @@
 Starts a local cluster of one prefill and one decode worker with `isthmus up`, and sends one request after the other
 over the public API. Handover is the time from the prefill worker's sampling of the first token to its arrival at this
 client, by the clock of this host. The first and second tokens' gap holds the tail of the pages, their decoding and
-one step of the decode worker.
+one step of the decode worker. Of prompts of 1,024 tokens and more, what share of the bytes left before the prefill
+ended is told apart: short prompts have one chunk, and most of their pages leave with its end.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from rich.progress import track
 from isthmus.cluster.client import Answer, Client, build_request
 
 PROMPT_TOKENS = (64, 256, 1024)
+LONG_TOKENS = 1024  # prompts that long compute in several chunks, beside which their pages leave
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
@@ -37,11 +39,11 @@ async def first_answer(client: Client, within_s: float) -> None:
     raise TimeoutError(f"the cluster did not answer within {within_s:.0f} s")
 
 
-async def measure(client: Client, requests: int, codec: str) -> list[Answer]:
-    """Runs the requests one after the other, cycling through the prompt lengths."""
+async def measure(client: Client, numbers: range, codec: str) -> list[Answer]:
+    """Runs the requests of those numbers one after the other, cycling through the prompt lengths; none start alike."""
     vocab = (await client.model()).vocab_size
     answers = []
-    for number in track(range(requests), "requests"):
+    for number in track(numbers, "requests"):
         length = PROMPT_TOKENS[number % len(PROMPT_TOKENS)]
         token_ids = [(number * 7919 + position * 104729) % vocab for position in range(length)]
         request = build_request(token_ids=token_ids, sampling=GREEDY | {"max_tokens": 8}, codec=codec)
@@ -49,8 +51,17 @@ async def measure(client: Client, requests: int, codec: str) -> list[Answer]:
     return answers
 
 
+def early(answers: list[Answer]) -> float:
+    """Which share of their bytes was sent before the last chunk of the prompt was computed."""
+    transfers = [answer.timings.transfer for answer in answers]
+    sent = sum(transfer.kv_bytes_before_prefill_end for transfer in transfers)
+    return round(sent / sum(transfer.kv_bytes_wire for transfer in transfers), 4)
+
+
 def summarize(answers: list[Answer], start_to_first_token_s: float) -> dict[str, Any]:
-    """The figures of the JSON."""
+    """The figures of the JSON; `answers` cycle through the prompt lengths."""
+    by_length = {tokens: answers[at :: len(PROMPT_TOKENS)] for at, tokens in enumerate(PROMPT_TOKENS)}
+    long = [answer for tokens, some in by_length.items() if tokens >= LONG_TOKENS for answer in some]
     transfers = [answer.timings.transfer for answer in answers]
     wire = sum(transfer.kv_bytes_wire for transfer in transfers)
     steps = [gap for answer in answers for gap in answer.itl_ms[1:]]
@@ -60,7 +71,15 @@ def summarize(answers: list[Answer], start_to_first_token_s: float) -> dict[str,
         "handover_ms": percentiles([answer.handover_ms or 0 for answer in answers]),
         "gap_1_2_ms": percentiles([answer.itl_ms[0] for answer in answers]),
         "step_ms": percentiles(steps),
-        "bytes_sent_before_prefill_end": round(sum(t.kv_bytes_before_prefill_end for t in transfers) / wire, 4),
+        "bytes_sent_before_prefill_end": early(answers),
+        "bytes_sent_before_prefill_end_long": early(long),
+        "by_prompt_tokens": {
+            tokens: {
+                "handover_ms": percentiles([answer.handover_ms or 0 for answer in some]),
+                "bytes_sent_before_prefill_end": early(some),
+            }
+            for tokens, some in by_length.items()
+        },
         "kv_ratio_to_bf16": round(sum(t.kv_bytes_bf16 for t in transfers) / wire, 3),
     }
 
@@ -73,14 +92,15 @@ async def run(model: str, requests: int, codec: str, dtype: str) -> dict[str, An
         async with Client(f"127.0.0.1:{port}") as client:
             await first_answer(client, 180)
             took = time.monotonic() - begun
-            await measure(client, len(PROMPT_TOKENS), codec)  # warm up
-            answers = await measure(client, requests, codec)
+            lengths = len(PROMPT_TOKENS)
+            await measure(client, range(lengths), codec)  # warm up
+            answers = await measure(client, range(lengths, lengths + requests), codec)
     return summarize(answers, took)
 
 
 def main(
     model: Annotated[str, typer.Option(help="What the workers serve.")] = "smollm2-135m",
-    requests: Annotated[int, typer.Option(min=1, help="How many to send.")] = 60,
+    requests: Annotated[int, typer.Option(min=len(PROMPT_TOKENS), help="How many to send.")] = 60,
     codec: Annotated[str, typer.Option(help="Of the KV transfer.")] = "tq-k4v4",
     dtype: Annotated[str, typer.Option(help="Of weights and KV.")] = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..kernels.attention import Span, ragged_attention
 from ..kvtransfer.allocator import Run
+from ..kvtransfer.codec_checks import check_finite
 from ..kvtransfer.page import Section
 from ..kvtransfer.page_table import PageTable, runs_of
 from ..kvtransfer.pool import DensePool
@@ -15,6 +16,7 @@ from ..model.model import Model
 from ..proto.errors import IsthmusError
 from ..proto.worker_pb2 import PageCounts
 from .pages import final_pages, page_to_pack
+from .raw_pages import RawPages
 from .saved import SavedPages
 from .scheduler import SequenceId
 from .sequence import Advance, DecodeSequence
@@ -30,6 +32,8 @@ class DenseStore:
         self._model = model
         self._pool = DensePool(model.layers, pages, page_tokens, dtype=model.dtype, device=model.device)
         self._shared = PageTable(self._pool.allocator, cached_pages)
+        self._raw = RawPages(self._pool, self._shared)
+        self._failed: dict[SequenceId, tuple[DecodeSequence, IsthmusError]] = {}  # in the step that runs
         self._pages: dict[SequenceId, list[int]] = {}
         self._runs: dict[SequenceId, tuple[Run, ...]] = {}  # the same pages
 
@@ -56,15 +60,25 @@ class DenseStore:
         return PageCounts(total=self.total_pages, free=shared.empty, cached=shared.cached, in_use=shared.in_use)
 
     def admit(self, sequence: DecodeSequence, tokens: int, wished_tokens: int) -> bool:
-        held = self._shared.share_first(sequence.holdable_addresses(self._pool.page_tokens))
+        page_tokens = self._pool.page_tokens
+        held = self._shared.share_first(sequence.holdable_addresses(page_tokens))
         pages, wished = (self.pages_for(some) - len(held) for some in (tokens, wished_tokens))
-        rest = self._shared.take(max(pages, min(wished, self._shared.empty)), after=held[-1] if held else None)
-        if rest is None:
+        after = held[-1] if held else None
+        raw = self._raw.hold(sequence.raw_address(page_tokens, len(held)))
+        rest = self._shared.take(max(pages, min(wished, self._shared.empty)), after)
+        if rest is None and raw is not None:  # the copy may be the very page that is missing
+            self._raw.give_back(raw)
+            raw, rest = None, self._shared.take(pages, after)
+        if rest is not None:
+            sequence.held = (len(held) + (raw is not None)) * page_tokens
+            self._set(sequence, held + rest)
+            if raw is not None:
+                self._raw.fill(raw, self._runs[sequence.id], len(held))
+        else:
             self._shared.release(held)
-            return False
-        sequence.held = len(held) * self._pool.page_tokens
-        self._set(sequence, held + rest)
-        return True
+        if raw is not None:
+            self._raw.give_back(raw)
+        return rest is not None
 
     def grow(self, sequence: DecodeSequence, tokens: int) -> bool:
         pages = self._pages[sequence.id]
@@ -125,7 +139,7 @@ class DenseStore:
     def seal(self, sequence: DecodeSequence) -> None:
         newest, page_tokens = sequence.computed // self._pool.page_tokens - 1, self._pool.page_tokens
         if sequence.codec.packs and newest > 0:
-            self._round_trip(sequence, newest * page_tokens)
+            self._pack(sequence, newest)
         for page, address in zip(
             self._pages[sequence.id], sequence.page_addresses(newest + 1, page_tokens), strict=False
         ):
@@ -145,11 +159,15 @@ class DenseStore:
             keys_THD, values_THD = sequence.codec.decode(layer, packed, self._model.dtype)
         self._pool.write(layer, self._runs[sequence.id], section.start, keys_THD, values_THD)
 
+    rounds_endings = True
+
     def begin_step(self, work: Sequence[Advance]) -> Attend:
         pool, windows = self._pool, [layer.window for layer in self._model.layers]
-        spans, slots = [], []
+        spans, slots, rounded = [], [], []
         for advance in work:
             runs, start, end = self._runs[advance.sequence.id], advance.start, advance.end
+            if self._rounds(advance):
+                rounded.append((advance.sequence, slice(len(slots), len(slots) + end - start)))
             stretches = tuple(pool.slots(runs, 0, end))
             spans.append(Span(len(slots), end - start, start, stretches, output=not advance.in_prompt))
             slot, tokens = stretches[-1]
@@ -163,28 +181,53 @@ class DenseStore:
             keys, values = pool.keys[layer], pool.values[layer]
             keys.index_copy_(0, slots_B, k_THD)
             values.index_copy_(0, slots_B, v_THD)
-            return ragged_attention(q_THD, keys, values, spans_B, scale, windows[layer])
+            out_THD = ragged_attention(q_THD, keys, values, spans_B, scale, windows[layer])
+            for sequence, rows in rounded:
+                self._round(sequence, layer, slots_B[rows], k_THD[rows], v_THD[rows])
+            return out_THD
 
         return attend
 
+    def _rounds(self, advance: Advance) -> bool:
+        """Whether it is the whole ending of a prompt, as computed: no token after it looks at it as it is now."""
+        packs = advance.sequence.codec.packs and self._model.dtype != torch.bfloat16
+        return packs and advance.in_prompt and advance.sequence.local is None
+
+    def _round(self, sequence: DecodeSequence, layer: int, slots_N: Tensor, k_NHD: Tensor, v_NHD: Tensor) -> None:
+        """Leaves in the pool what a transfer would leave."""
+        try:
+            check_finite(layer, k_NHD, v_NHD)
+        except IsthmusError as error:
+            self._failed.setdefault(sequence.id, (sequence, error))
+        for rows, x_NHD in ((self._pool.keys[layer], k_NHD), (self._pool.values[layer], v_NHD)):
+            rows.index_copy_(0, slots_N, x_NHD.to(torch.bfloat16).to(rows.dtype))
+
     def end_step(self, work: Sequence[Advance]) -> list[tuple[DecodeSequence, IsthmusError]]:
-        failed, page_tokens = [], self._pool.page_tokens
+        failed, page_tokens = list(self._failed.values()), self._pool.page_tokens
         for advance in work:
             sequence = advance.sequence
+            if sequence.id in self._failed:
+                continue
             page = page_to_pack(advance.end, len(sequence.prompt), page_tokens, sequence.codec.packs)
             try:
                 if page is not None:
-                    self._round_trip(advance.sequence, page * page_tokens)
+                    self._pack(advance.sequence, page)
             except IsthmusError as error:
                 failed.append((advance.sequence, error))
                 continue
             if advance.completes_page(page_tokens):
                 self.publish(advance.sequence, advance.end)
+        self._failed = {}
         return failed
 
-    def _round_trip(self, sequence: DecodeSequence, start: int) -> None:
-        runs, codec = self._runs[sequence.id], sequence.codec
+    def _pack(self, sequence: DecodeSequence, page: int) -> None:
+        """Has a page's numbers go through the codec; those of the newest page of a prompt or an answer stay raw too."""
+        runs, codec, page_tokens = self._runs[sequence.id], sequence.codec, self._pool.page_tokens
+        addresses = sequence.page_addresses(page + 1, page_tokens)
+        if addresses and page + 1 in (len(sequence.prompt) // page_tokens, sequence.computed // page_tokens):
+            self._raw.keep(runs, page, addresses[page])
+        start = page * page_tokens
         for layer in range(len(self._model.layers)):
-            keys, values = self._pool.read(layer, runs, start, start + self._pool.page_tokens)
+            keys, values = self._pool.read(layer, runs, start, start + page_tokens)
             packed = codec.encode(layer, keys, values)
             self._pool.write(layer, runs, start, *codec.decode(layer, packed, self._model.dtype))

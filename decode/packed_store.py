@@ -232,6 +232,8 @@ class PackedStore:
             for pool, new in ((self._raw_keys, keys_THD[rows]), (self._raw_values, values_THD[rows])):
                 pool[layer][slot, : len(new)] = new.to(self._model.device)
 
+    rounds_endings = False  # raw pages are bf16
+
     def begin_step(self, work: Sequence[Advance]) -> Attend:
         """Each token is a sequence of its own for the kernel, so that one call serves steps and chunks alike."""
         device, windows = self._model.device, [layer.window for layer in self._model.layers]

@@ -15,9 +15,11 @@ def page_to_pack(stored: int, prompt_tokens: int, page_tokens: int, packs: bool)
 
 
 def holdable_tokens(prompt_tokens: int, page_tokens: int, packs: bool) -> int:
-    """How many tokens of a prompt may come from shared pages: whole ones, and one token at least is computed."""
-    pages = prompt_tokens // page_tokens - 1 if packs else (prompt_tokens - 1) // page_tokens
-    return max(0, pages) * page_tokens
+    """How many tokens of a prompt may come from final pages: whole ones, and one token at least is computed."""
+    pages = (prompt_tokens - 1) // page_tokens
+    if packs:  # the last full page is to be raw, as only the first one is where it is final
+        pages = min(pages, max(1, prompt_tokens // page_tokens - 1))
+    return pages * page_tokens
 
 
 def final_pages(stored: int, page_tokens: int, packs: bool) -> int:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from ..kvtransfer.page import packed_range
 from ..model.model import Model
 from .local_prompt import LocalPrompt, needs_raw
 from .sequence import Advance, DecodeSequence
@@ -31,13 +32,16 @@ class StepPlanner:
 
     def open_prompts(self, work: Sequence[Advance]) -> None:
         """Prepares what the first chunk of a prompt needs."""
-        for sequence in (advance.sequence for advance in work if advance.in_prompt):
-            if not sequence.timing.began_s:
-                sequence.timing.began_s = time.monotonic()
-                self._open(sequence)
+        for advance in work:
+            if advance.in_prompt and not advance.sequence.timing.began_s:
+                advance.sequence.timing.began_s = time.monotonic()
+                self._open(advance.sequence, advance.end)
 
-    def _open(self, sequence: DecodeSequence) -> None:
+    def _open(self, sequence: DecodeSequence, end: int) -> None:
         model, tokens = self._model, len(sequence.prompt)
+        packed_end = packed_range(tokens, self._page_tokens, sequence.codec.packs)[1]
+        if self._store.rounds_endings and end == tokens and sequence.computed >= packed_end:
+            return
         if needs_raw(sequence.codec, model.dtype, sequence.computed, tokens, self._page_tokens):
             sequence.local = LocalPrompt(
                 *(model.layers, sequence.codec, tokens, self._page_tokens, model.dtype, model.device)

@@ -136,6 +136,16 @@ class DecodeSequence:
         tokens = holdable_tokens(len(self.prompt), page_tokens, self.codec.packs)
         return self.page_addresses(tokens // page_tokens, page_tokens)
 
+    def raw_address(self, page_tokens: int, held_pages: int) -> bytes | None:
+        """Of the last full page of its prompt, where a raw copy of that would follow the pages that it holds.
+
+        None where it may take none: no token would be left to compute, the codec packs nothing, or it is a replay.
+        """
+        page, rest = divmod(len(self.prompt), page_tokens)
+        if held_pages != page - 1 or not held_pages or not rest or not self.codec.packs or self.output:
+            return None
+        return self.page_addresses(page, page_tokens)[-1]
+
     def check_emitted(self, eos_token_ids: frozenset[int], context_length: int) -> None:
         """InvalidRequest where the output so far is complete already, so that nothing can come after it."""
         for count, token in enumerate(self.output, start=1):

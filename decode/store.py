@@ -7,7 +7,8 @@ pool keeps what unpacking it gives, so that a step reads plain rows.
 A page is *final* once no later token changes it: full, and first, or packed, or of a codec that packs nothing. Final
 pages get their address and are shared: a later request whose prompt starts with the same tokens holds them too, and
 they stay after their last holder until their room is needed. The last full page of a prompt is never taken from there
-where the codec packs: a transfer would bring it raw, and the final page of the same tokens is packed.
+where the codec packs: a transfer would bring it raw, and the final page of the same tokens is packed. The dense pool
+keeps a raw copy of it beside (`raw_pages.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -118,6 +119,14 @@ class KvStore(Protocol):
         """Stores a section of a prompt that was computed here, in the form that it has in the pool.
 
         InvalidRequest where a page cannot be packed (a NaN, say).
+        """
+        ...
+
+    @property
+    def rounds_endings(self) -> bool:
+        """Whether the end of a prompt, behind all its packed pages, may be computed in it, in one step.
+
+        It then holds the numbers as computed while they are attended to, and those of a transfer afterwards.
         """
         ...
 
