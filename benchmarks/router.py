@@ -2,8 +2,9 @@
 
     python benchmarks/router.py --json router.json --trace conversation_trace.jsonl.gz --trace conv.csv.gz
 
-Decisions are made on one core, for prompts whose beginnings workers have seen; placements are decisions that are also
-counted on the board, with reports in between. Goals, in decisions: 20,000/s with 16 workers, 2,000/s with 1,024.
+Decisions are made on one core, for prompts of which two thirds begin with what some or all workers have, while every
+worker reports ten times a second; placements are decisions that are also counted on the board, until the next report.
+Goals, in decisions: 20,000/s with 16 workers, 2,000/s with 1,024.
 
 A trace is a file of Mooncake (JSON lines with `timestamp`, `input_length`, `output_length`, `hash_ids`) or of Azure's
 LLM inference traces (CSV with `TIMESTAMP`, `ContextTokens`, `GeneratedTokens`), plain or gzipped. It is replayed in
@@ -29,11 +30,12 @@ import numpy as np
 from queue_model import PREFILL, STEP, Arrival, Simulation, compute_ms
 from report import conditions, write_json
 
-from isthmus.cluster.board import WorkerLoad, board_of
+from isthmus.cluster.board import Board, Pool, WorkerLoad
 from isthmus.cluster.costs import Demand
 from isthmus.cluster.gateway_config import LocalPrefill, Policy
 from isthmus.cluster.router import route
 
+REPORTS_S = 10  # of each worker; as often as they may, were they never idle
 BLOCK = 512  # tokens of a hash id in Mooncake's traces
 POLICIES: dict[str, tuple[Policy, LocalPrefill]] = {
     "cost": ("cost", "when_cheaper"),
@@ -49,21 +51,67 @@ POLICIES: dict[str, tuple[Policy, LocalPrefill]] = {
 def speeds(workers: int, seconds: float) -> tuple[float, float]:
     """Decisions per second with so many workers, half of each role; and placements, which are counted on the board.
 
-    Every prompt's beginning was seen before by some worker of each role, and reports come in between placements.
+    Every worker reports REPORTS_S times a second of the time that is measured, something else each time.
     """
-    draw = random.Random(workers)
+    draw, board = random.Random(workers), Board()
+    half = workers // 2
+    names = [(pool, f"{role}{number}") for number in range(half) for pool, role in _roles(board)]
 
-    def load(name: str, **changes: Any) -> WorkerLoad:
+    def report(pool: Pool, name: str) -> None:
+        busy = {"queued_tokens": draw.randrange(8000)} if pool is board.prefill else {"requests": draw.randrange(32)}
         pages = {"page_tokens": 64, "pages_total": 20_000, "pages_free": draw.randrange(10_000, 20_000)}
         codecs = {"raw": "r", "tq-k4v4": "t"}
-        return WorkerLoad(address=name, codecs=codecs, prefill=PREFILL, step=STEP, **pages, **changes)
+        pool.put(WorkerLoad(address=name, codecs=codecs, prefill=PREFILL, step=STEP, **pages, **busy))
 
-    board = board_of(
-        [load(f"p{number}", queued_tokens=draw.randrange(8000)) for number in range(workers // 2)],
-        [load(f"d{number}", requests=draw.randrange(32)) for number in range(workers // 2)],
-    )
-    prompts = [tuple((64 * (page + 1), draw.randbytes(16)) for page in range(draw.randrange(1, 16))) for _ in range(64)]
-    demands = [
+    for pool, name in names:
+        report(pool, name)
+    demands = _demands(draw, board)
+
+    def decide(demand: Demand) -> None:
+        route(demand, board, local_prefill="when_cheaper")
+
+    def place(demand: Demand) -> None:
+        placement = route(demand, board, local_prefill="when_cheaper")
+        row = board.decode.row[placement.decode]
+        board.decode.count(row, tokens=0, pages=len(demand.steps), steps=demand.steps)
+        for first in placement.prefill[:1]:
+            missing = demand.prompt_tokens - placement.cached_tokens
+            board.prefill.count(board.prefill.row[first], tokens=missing, pages=0, steps=demand.steps)
+
+    in_turn = cycle(names)
+
+    def rate(call: Callable[[Demand], None]) -> float:
+        calls, reports, begun, endless = 0, 0, time.process_time(), cycle(demands)
+        while (took := time.process_time() - begun) < seconds:
+            for pool, name in islice(in_turn, int(took * REPORTS_S * workers) - reports):
+                report(pool, name)
+                reports += 1
+            for demand in islice(endless, 20):
+                call(demand)
+            calls += 20
+        return calls / took
+
+    return rate(decide), rate(place)
+
+
+def _roles(board: Board) -> tuple[tuple[Pool, str], ...]:
+    return (board.prefill, "p"), (board.decode, "d")
+
+
+def _demands(draw: random.Random, board: Board) -> list[Demand]:
+    """Prompts of 1 to 16 pages: some of them new; others go on with what a few workers of each role have; and some of
+    these begin with a system prompt that all workers have."""
+    shared = [tuple((64 * page, draw.randbytes(16)) for page in (1, 2)) for _ in range(4)]
+    prompts = [tuple((64 * (page + 1), draw.randbytes(16)) for page in range(draw.randrange(1, 16))) for _ in range(96)]
+    prompts[64:] = [draw.choice(shared) + prompt[2:] for prompt in prompts[64:]]
+    for pool, _ in _roles(board):
+        for row in pool.row.values():
+            for prompt in shared:
+                pool.prefixes.remember(row, prompt)
+        for prompt in prompts[32:]:
+            for row in draw.sample(sorted(pool.row.values()), draw.randrange(1, 4)):
+                pool.prefixes.remember(row, prompt[: draw.randrange(1, len(prompt) + 1)])
+    return [
         Demand(
             prompt_tokens=len(steps) * 64 + draw.randrange(1, 64),
             max_tokens=256,
@@ -73,30 +121,6 @@ def speeds(workers: int, seconds: float) -> tuple[float, float]:
         )
         for steps in (draw.choice(prompts) for _ in range(1000))
     ]
-    reports = cycle([(pool, report) for pool in (board.prefill, board.decode) for report in pool])
-
-    def place(demand: Demand) -> None:
-        placement = route(demand, board, local_prefill="when_cheaper")
-        row = board.decode.row[placement.decode]
-        board.decode.count(row, tokens=0, pages=len(demand.steps), steps=demand.steps)
-        for first in placement.prefill[:1]:
-            missing = demand.prompt_tokens - placement.cached_tokens
-            board.prefill.count(board.prefill.row[first], tokens=missing, pages=0, steps=demand.steps)
-        if draw.random() < 0.1:
-            pool, report = next(reports)
-            pool.put(report)
-
-    placements = _per_s(place, demands, seconds)
-    return _per_s(lambda demand: route(demand, board, local_prefill="when_cheaper"), demands, seconds), placements
-
-
-def _per_s(call: Callable[[Demand], object], demands: list[Demand], seconds: float) -> float:
-    calls, begun, endless = 0, time.process_time(), cycle(demands)
-    while time.process_time() < begun + seconds:
-        for demand in islice(endless, 100):
-            call(demand)
-        calls += 100
-    return calls / (time.process_time() - begun)
 
 
 def arrivals(path: Path) -> Iterator[Arrival]:

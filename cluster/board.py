@@ -18,6 +18,9 @@ from .prefixes import Prefixes, Steps
 Floats = NDArray[np.float64]
 
 
+Three = tuple[float, float, float]
+
+
 class PrefillTime(NamedTuple):
     """Milliseconds of a chunk: ms + tokens * (ms_token + ms_ktoken * context / 1000)."""
 
@@ -67,31 +70,39 @@ class WorkerLoad:
 
 
 class Term(IntEnum):
-    """What costs are linear in: rows of `Pool.terms`. A cost is a weighted sum of them, for all workers at once."""
+    """What costs are linear in: rows of `Pool.terms`. A cost is a weighted sum of them, for all workers at once.
 
-    PENALTY = 0  # 0, SUSPECT, or NOBODY for a row that is free
-    CHUNK = 1  # ms of a prefill chunk
-    TOKEN = 2  # ms of a token of it
-    KTOKEN = 3  # ms that 1,000 tokens of context add to a token
-    QUEUED_TOKEN = 4  # the same for all queued tokens
-    QUEUED_KTOKEN = 5
-    STEP = 6  # ms of a decode step now
-    SEQUENCE = 7  # ms that one more request adds to it
-    KV = 8  # ms that one more token of KV adds to it
-    ALL_CHUNK = 9  # CHUNK, TOKEN, ... times the requests that are there: what all of them lose by it
-    ALL_TOKEN = 10
-    ALL_KTOKEN = 11
-    ALL_SEQUENCE = 12
+    In an order that has the terms of each cost next to each other: LOCAL, REMOTE, OWN.
+    """
+
+    ALL_CHUNK = 0  # CHUNK, TOKEN, KTOKEN times the requests that are there: what all of them lose by it
+    ALL_TOKEN = 1
+    ALL_KTOKEN = 2
+    CHUNK = 3  # ms of a prefill chunk
+    TOKEN = 4  # ms of a token of it
+    KTOKEN = 5  # ms that 1,000 tokens of context add to a token
+    QUEUED_TOKEN = 6  # the same for all queued tokens
+    QUEUED_KTOKEN = 7
+    PENALTY = 8  # 0, SUSPECT, or NOBODY for a row that is free
+    STEP = 9  # ms of a decode step now
+    SEQUENCE = 10  # ms that one more request adds to it
+    KV = 11  # ms that one more token of KV adds to it
+    ALL_SEQUENCE = 12  # for all requests together
     ALL_KV = 13
 
 
+COMPUTE = slice(Term.CHUNK, Term.KTOKEN + 1)
+QUEUE = slice(Term.QUEUED_TOKEN, Term.PENALTY + 1)
+LOCAL = slice(Term.ALL_CHUNK, Term.KTOKEN + 1)  # a decode worker computes a prompt: damage to others, compute
+REMOTE = slice(Term.CHUNK, Term.PENALTY + 1)  # a prefill worker does: compute, queue
+OWN = slice(Term.PENALTY, Term.ALL_KV + 1)  # steps of a decode worker
 SUSPECT, NOBODY = 1e9, 1e15  # penalties; finite, so that they may be weighted with zero
 
 
 class Pool:
     """The workers of one role, in rows. A worker keeps its row as long as it is here."""
 
-    _COLUMNS = ("pages_free", "queued", "requests", "room", "capacity", "page_tokens", "pages_total", "link", "trust")
+    _COLUMNS = ("pages_free", "queued", "requests", "room", "capacity", "page_tokens", "pages_total", "link", "slow")
     capacity: Floats  # tokens of the largest request
     page_tokens: Floats
     pages_total: Floats
@@ -100,8 +111,11 @@ class Pool:
     requests: Floats
     room: Floats  # tokens that are free and that nobody waits for
     link: Floats  # bytes per ms from a prefill worker, on average
-    trust: Floats  # share of the pages believed to be cached that were
+    slow: Floats  # bytes per ms from the one with the slowest link
     terms: Floats  # [Term, rows]
+    local: Floats  # the terms of LOCAL, REMOTE and OWN
+    remote: Floats
+    own: Floats
 
     def __init__(self, peers: "Pool | None" = None) -> None:
         """Where nobody here has computed a prompt yet, `peers` tell how long that takes."""
@@ -110,7 +124,9 @@ class Pool:
         self.loads: dict[str, WorkerLoad] = {}
         self.row: dict[str, int] = {}
         self.prefixes = Prefixes()
-        self.seeds = np.zeros(0, dtype=np.uint64)  # by row: what tells equals apart
+        self.seeds: list[int] = []  # by row: what tells equals apart, 64 bits
+        self.trust: list[float] = []  # by row: share of the pages believed to be cached that were
+        self.compute: list[PrefillTime] = []  # by row
         self.members = 0  # changes with the set of workers, and with what they can be paired with
         self.slowest_link = PRIOR_LINK
         self._live: dict[int, _Live] = {}
@@ -136,9 +152,10 @@ class Pool:
         row = self.row[load.address]
         self._table[4:7, row] = (load.capacity_tokens, load.page_tokens, load.pages_total)
         self.link[row] = _mean_link(load.links)
-        self.slowest_link = float(self.link.min())
-        prefill, step = self._rates(load)
-        self._live[row] = live = _Live(load, SUSPECT if load.suspect else 0.0, prefill, step)
+        self.slow[row] = min(load.links.values(), default=PRIOR_LINK)
+        self.slowest_link = self.slow.item(self.slow.argmin())
+        self.compute[row], step = self._rates(load)
+        self._live[row] = live = _Live(load, SUSPECT if load.suspect else 0.0, self.compute[row], step)
         self._write(row, live)
 
     def remove(self, address: str) -> None:
@@ -148,7 +165,7 @@ class Pool:
             del self.loads[address], self._live[row]
             self.addresses[row] = ""
             self.terms[Term.PENALTY, row], self.room[row] = NOBODY, np.inf
-            self.link[row] = PRIOR_LINK
+            self.link[row] = self.slow[row] = PRIOR_LINK
             self.prefixes.forget(row)
             self.members += 1
 
@@ -182,9 +199,9 @@ class Pool:
     def _rates(self, load: WorkerLoad) -> tuple[PrefillTime, StepTime]:
         """What was measured, or what is typical of those that did measure."""
         if load.prefill is not None:
-            self._prefill = PrefillTime(*_towards(self._prefill, load.prefill))
+            self._prefill = PrefillTime(*_towards(self._prefill or load.prefill, load.prefill))
         if load.step is not None:
-            self._step = StepTime(*_towards(self._step, load.step))
+            self._step = StepTime(*_towards(self._step or load.step, load.step))
         return load.prefill or self.typical_prefill, load.step or self._step or PRIOR_STEP
 
     def _add(self, address: str) -> None:
@@ -197,8 +214,10 @@ class Pool:
 
     def _resize(self, rows: int) -> None:
         before = len(self.addresses)
+        more = rows - before
         table, terms = np.ones((len(self._COLUMNS), rows)), np.zeros((len(Term), rows))
-        table[self._COLUMNS.index("link")] = PRIOR_LINK
+        for name in ("link", "slow"):
+            table[self._COLUMNS.index(name)] = PRIOR_LINK
         table[self._COLUMNS.index("room")] = np.inf
         terms[Term.PENALTY] = NOBODY
         if before:
@@ -206,8 +225,11 @@ class Pool:
         self._table, self.terms = table, terms
         for index, name in enumerate(self._COLUMNS):
             setattr(self, name, table[index])
-        self.seeds = np.concatenate([self.seeds, np.zeros(rows - before, dtype=np.uint64)])
-        self.addresses += [""] * (rows - before)
+        self.local, self.remote, self.own = terms[LOCAL], terms[REMOTE], terms[OWN]
+        self.addresses += [""] * more
+        self.seeds += [0] * more
+        self.trust += [1.0] * more
+        self.compute += [PRIOR_PREFILL] * more
 
 
 class _Live:
@@ -227,9 +249,9 @@ class _Live:
         base, sequence, _ = self._step
         queued, requests, kv = self.queued, self.requests, self._kv
         return (
-            *(self._penalty, chunk, token, ktoken, queued * token, queued * ktoken),
-            *(base + requests * sequence + used * kv, sequence, kv),
-            *(requests * chunk, requests * token, requests * ktoken, requests * sequence, requests * kv),
+            *(requests * chunk, requests * token, requests * ktoken, chunk, token, ktoken),
+            *(queued * token, queued * ktoken, self._penalty),
+            *(base + requests * sequence + used * kv, sequence, kv, requests * sequence, requests * kv),
         )
 
 
@@ -336,10 +358,10 @@ class Board:
             self._codecs, self._members = None, members
 
 
-def _towards(average: tuple[float, ...] | None, newest: tuple[float, ...]) -> tuple[float, ...]:
-    if average is None:
-        return newest
-    return tuple(old + RECENT * (new - old) for old, new in zip(average, newest, strict=True))
+def _towards(average: Three, newest: Three) -> Three:
+    a, b, c = average
+    x, y, z = newest
+    return a + RECENT * (x - a), b + RECENT * (y - b), c + RECENT * (z - c)
 
 
 def _mean_link(links: Mapping[str, float]) -> float:

@@ -8,15 +8,14 @@
 tokens that an answer has on average. A millisecond of ITL is worth ITL_WEIGHT milliseconds of TTFT.
 """
 
-import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
-from .board import Board, Floats, Pool, Term
-from .prefixes import Steps
+from .board import COMPUTE, Board, Floats, Pool, Term
+from .prefixes import FEW, Steps
 
 ITL_WEIGHT = 0.05
 LOCAL_MARGIN = 1.5  # the decode worker's time is dearer: requests that come next will want it
@@ -24,7 +23,9 @@ CHUNK_TOKENS = 512  # of a prefill chunk, for its fixed cost
 # What the damage to others counts: somebody who waits may take more from those who do not.
 DAMAGE_OF: dict[int, float] = {PRIORITY_INTERACTIVE: 0.5, PRIORITY_BATCH: 2.0}
 
-Weights = list[float]  # of each Term
+Weights = tuple[float, ...]  # of terms that stand next to each other
+Cached = dict[int, float]  # tokens of a prompt that are believed to be cached, by row; only rows that have any
+Real = TypeVar("Real", float, Floats)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,47 +51,76 @@ class Demand:
         return DAMAGE_OF.get(self.priority, 1.0)
 
 
-def queue_weights(demand: Demand) -> Weights:
-    """The tokens ahead, at the context length of this prompt, and the penalty of those that are suspect."""
-    return _weights(PENALTY=1, QUEUED_TOKEN=1, QUEUED_KTOKEN=demand.prompt_tokens / 2e3)
-
-
 def compute_weights(demand: Demand) -> Weights:
-    """All tokens of the prompt."""
+    """All tokens of the prompt: of CHUNK, TOKEN, KTOKEN."""
     tokens = demand.prompt_tokens
-    return _weights(CHUNK=math.ceil(tokens / CHUNK_TOKENS), TOKEN=tokens, KTOKEN=tokens * tokens / 2e3)
+    return -(-tokens // CHUNK_TOKENS), tokens, tokens * tokens / 2e3
 
 
-def damage_weights(demand: Demand) -> Weights:
-    """What computing the whole prompt on a decode worker takes from the requests there."""
-    _, chunk, token, ktoken, *_ = compute_weights(demand)
-    weight = ITL_WEIGHT * demand.damage
-    return _weights(ALL_CHUNK=weight * chunk, ALL_TOKEN=weight * token, ALL_KTOKEN=weight * ktoken)
+def queue_weights(demand: Demand) -> Weights:
+    """The tokens ahead, at the context length of this prompt: of QUEUED_TOKEN, QUEUED_KTOKEN; and PENALTY."""
+    return 1.0, demand.prompt_tokens / 2e3, 1.0
 
 
 def step_weights(demand: Demand, output_tokens: float) -> Weights:
-    """The request's own steps, and what they add to those of the others (for half an answer on average)."""
-    own = ITL_WEIGHT * min(demand.max_tokens, output_tokens)
+    """The request's own steps, and what they add to those of the others (for half an answer on average): of OWN."""
+    most, kv = demand.max_tokens, demand.tokens
+    own = ITL_WEIGHT * (most if most < output_tokens else output_tokens)
     others = 0.5 * own * demand.damage
-    kv = demand.tokens
-    return _weights(PENALTY=1, STEP=own, SEQUENCE=own, KV=own * kv, ALL_SEQUENCE=others, ALL_KV=others * kv)
+    return 1.0, own, own, own * kv, others, others * kv
 
 
-def cached_tokens(pool: Pool, demand: Demand) -> Floats | None:
-    """Tokens of the prompt that each worker is believed to have, None where nobody has any.
-
-    The last token is always computed.
-    """
-    matched = pool.prefixes.match(demand.steps, len(pool.addresses)) if demand.steps else None
-    return None if matched is None else np.minimum(matched * pool.trust, demand.prompt_tokens - 1)
+def own_ms(demand: Demand, pool: Pool, output_tokens: float) -> Floats:
+    """What the request's steps cost on each decode worker, [rows]."""
+    return np.array(step_weights(demand, output_tokens)).dot(pool.own)
 
 
-def saved_ms(pool: Pool, demand: Demand, cached: Floats) -> Floats:
-    """What computing the prompt costs less where its beginning is cached."""
-    _, chunk, token, ktoken = pool.terms[: Term.KTOKEN + 1]
-    whole = math.ceil(demand.prompt_tokens / CHUNK_TOKENS)
-    chunks = whole - np.ceil((demand.prompt_tokens - cached) / CHUNK_TOKENS)
+def remote_ms(demand: Demand, pool: Pool, cached: Cached) -> Floats:
+    """What the prompt costs on each prefill worker: the queue, and the tokens that are not cached, [rows]."""
+    costs = np.array((*compute_weights(demand), *queue_weights(demand))).dot(pool.remote)
+    save(costs, demand, pool, cached)
+    return costs
+
+
+def local_ms(demand: Demand, pool: Pool, held: Cached) -> Floats:
+    """What it costs on each decode worker if that computes the prompt itself, and what others lose by it, [rows]."""
+    chunk, token, ktoken = compute_weights(demand)
+    once, each = LOCAL_MARGIN, ITL_WEIGHT * demand.damage
+    weights = each * chunk, each * token, each * ktoken, once * chunk, once * token, once * ktoken
+    costs = np.array(weights).dot(pool.local)
+    save(costs, demand, pool, held, once, each)
+    return costs
+
+
+def cached_tokens(pool: Pool, demand: Demand) -> Cached:
+    """Tokens of the prompt that each worker is believed to have. The last token is always computed."""
+    cached: Cached = pool.prefixes.match(demand.steps)
+    most, trust = demand.prompt_tokens - 1, pool.trust
+    for row, tokens in cached.items():
+        believed = tokens * trust[row]
+        if believed != tokens or believed > most:
+            cached[row] = believed if believed < most else most
+    return cached
+
+
+def saved_ms(prompt_tokens: int, cached: Real, chunk: Real, token: Real, ktoken: Real) -> Real:
+    """What computing a prompt costs less where so much of it is cached; for one worker or for several."""
+    chunks = -(-prompt_tokens // CHUNK_TOKENS) + (cached - prompt_tokens) // CHUNK_TOKENS
     return chunks * chunk + cached * token + cached * cached / 2e3 * ktoken
+
+
+def save(costs: Floats, demand: Demand, pool: Pool, cached: Cached, once: float = 1.0, each: float = 0.0) -> None:
+    """Takes what is saved from the costs of all rows: `once`, and `each` times for every request there."""
+    tokens = demand.prompt_tokens
+    if len(cached) <= FEW:
+        for row, there in cached.items():
+            chunk, token, ktoken = pool.compute[row]
+            saved = saved_ms(tokens, there, chunk, token, ktoken)
+            costs[row] -= (once + each * pool.requests.item(row)) * saved
+        return
+    rows, there = np.fromiter(cached, dtype=np.int64), np.fromiter(cached.values(), dtype=np.float64)
+    saved = saved_ms(tokens, there, *pool.terms[COMPUTE, rows])
+    costs[rows] -= (once + each * pool.requests[rows]) * saved
 
 
 def wait_ms(board: Board, demand: Demand) -> Floats | None:
@@ -99,7 +129,7 @@ def wait_ms(board: Board, demand: Demand) -> Floats | None:
     Pages come back as the running requests end: all of them about once in an answer's time.
     """
     pool = board.decode
-    if pool.room.min() >= demand.tokens:
+    if pool.room.item(pool.room.argmin()) >= demand.tokens:
         return None
     used = (pool.pages_total - pool.pages_free) * pool.page_tokens
     missing = np.maximum(0.0, demand.tokens - pool.room) / np.maximum(used, 1.0)
@@ -118,24 +148,8 @@ def always_hidden(demand: Demand, board: Board, hidden_ms: float) -> bool:
     return demand.prompt_tokens * board.wire_bytes(demand.codec) <= hidden_ms * board.decode.slowest_link
 
 
-def ties(seeds: NDArray[np.uint64], affinity: int) -> NDArray[np.uint64]:
-    """A number for each worker that orders equals, another for each affinity.
-
-    Rendezvous hashing (Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998): the order of
-    the others stays when a worker goes. Mixed as in SplitMix64 (Steele, Lea and Flood, 2014).
-    """
-    mixed = seeds ^ np.uint64(affinity)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
-def _weights(**of: float) -> Weights:
-    weights = list(_NOTHING)
-    for name, weight in of.items():
-        weights[_INDEX[name]] = weight
-    return weights
-
-
-_NOTHING = (0.0,) * len(Term)
-_INDEX = {term.name: int(term) for term in Term}
+def column(cached: Cached, rows: int) -> Floats:
+    """What is cached in each of so many rows, [rows]."""
+    tokens = np.zeros(rows)
+    tokens[list(cached)] = list(cached.values())
+    return tokens

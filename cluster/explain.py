@@ -5,17 +5,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .board import NOBODY, Board
+from .board import COMPUTE, NOBODY, QUEUE, Board
 from .costs import (
+    ITL_WEIGHT,
     LOCAL_MARGIN,
     Demand,
     cached_tokens,
     compute_weights,
-    damage_weights,
     exposed_ms,
+    own_ms,
     queue_weights,
+    save,
     saved_ms,
-    step_weights,
     wait_ms,
 )
 from .gateway_config import LocalPrefill
@@ -46,7 +47,7 @@ def explain(demand: Demand, board: Board, placement: Placement, *, local_prefill
     allowed = allowed_workers(demand, board, local_prefill=local_prefill)
     pool = board.decode
     wait = wait_ms(board, demand)
-    own = np.dot(step_weights(demand, board.output_tokens), pool.terms) + (0.0 if wait is None else wait)
+    own = own_ms(demand, pool, board.output_tokens) + (0.0 if wait is None else wait)
     if allowed.decode is not None:
         own = own + allowed.decode
     rows = [int(row) for row in np.argsort(own, kind="stable")[:DECODES] if own[row] < NOBODY]
@@ -64,16 +65,15 @@ def _lines(
 ) -> Iterator[Price]:
     """One decode worker with each prefill worker, and alone."""
     held = cached_tokens(board.decode, demand)
-    held_here = 0.0 if held is None else float(held[row])
+    held_here = held.get(row, 0.0)
     shared = {"decode": board.decode.addresses[row], "wait_ms": wait, "steps_ms": own_ms - wait}
     shared |= {"held_tokens": round(held_here), "chosen": False}
     if local_prefill != "always":
         pool, kinds = board.prefill, board.offer(demand.codec)
         cached = cached_tokens(pool, demand)
-        queue = np.dot(queue_weights(demand), pool.terms)
-        compute = np.dot(compute_weights(demand), pool.terms)
-        if cached is not None:
-            compute = compute - saved_ms(pool, demand, cached)
+        queue = np.dot(queue_weights(demand), pool.terms[QUEUE])
+        compute = np.dot(compute_weights(demand), pool.terms[COMPUTE])
+        save(compute, demand, pool, cached)
         sent = exposed_ms(demand, board, held_here, board.links(row), queue + compute) if len(pool) else compute
         total = own_ms + queue + compute + sent
         fits = (kinds.prefill == kinds.decode[row]) & (pool.capacity >= demand.prompt_tokens) & (total < NOBODY)
@@ -86,17 +86,13 @@ def _lines(
                 transfer_ms=float(sent[prefill]),
                 damage_ms=0.0,
                 total_ms=float(total[prefill]),
-                cached_tokens=0 if cached is None else round(float(cached[prefill])),
+                cached_tokens=round(cached.get(prefill, 0.0)),
             )
     if local_prefill != "never":
-        terms = board.decode.terms[:, row]
-        compute_here, damage = (
-            float(np.dot(compute_weights(demand), terms)),
-            float(np.dot(damage_weights(demand), terms)),
-        )
-        if held is not None:
-            saved = float(saved_ms(board.decode, demand, held)[row])
-            damage, compute_here = damage * (1 - saved / compute_here), compute_here - saved
+        rates, requests = board.decode.compute[row], float(board.decode.requests[row])
+        compute_here = sum(weight * ms for weight, ms in zip(compute_weights(demand), rates, strict=True))
+        compute_here -= saved_ms(demand.prompt_tokens, held_here, *rates)
+        damage = ITL_WEIGHT * demand.damage * requests * compute_here
         yield Price(
             **shared,
             prefill="",

@@ -5,14 +5,15 @@ holds that prefix. Prompts are looked at in steps (`steps_of`): every page near 
 """
 
 from collections import OrderedDict
+from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..kvtransfer.hashing import HASH_BYTES
 
 DENSE_PAGES, STRIDE = 8, 8
 STEPS_PER_WORKER = 16_384  # a step is 1 to 8 pages: about 8 million tokens of long prompts
+FEW = 8  # rows: so many are handled one by one, more as vectors
 
 Steps = tuple[tuple[int, bytes], ...]  # (tokens up to there, address of the page that ends there), ascending
 
@@ -48,23 +49,36 @@ class Prefixes:
         for address in self._given.pop(row, ()):
             self._drop(address, 1 << row)
 
-    def match(self, steps: Steps, rows: int) -> NDArray[np.float64] | None:
-        """Tokens of the longest prefix that each of `rows` workers was given, [rows]; None where nobody was."""
-        alive, levels = -1, []
-        for tokens, address in steps:
-            holders = self._rows.get(address, 0) & alive
-            if not holders:
-                break
-            if levels and holders == alive:
-                levels.pop()
-            levels.append((tokens, holders))
-            alive = holders
-        if not levels:
-            return None
-        matched = np.zeros(rows)
-        for tokens, holders in levels:
-            matched[_bits(holders, rows)] = tokens
-        return matched
+    def match(self, steps: Steps) -> dict[int, float]:
+        """The tokens of the longest prefix that each row was given, for the rows that were given any.
+
+        Whoever was given a step was given all before it and forgets it before these, so that along a prompt the rows
+        become fewer: where they do is found by bisection, however long the prompt is.
+        """
+        holders, matched = self._rows, dict[int, float]()
+        if not steps or steps[0][1] not in holders:
+            return matched
+        everybody, seen, low, high = holders[steps[0][1]], 0, 1, len(steps)
+        while low < high:  # how many steps somebody was given
+            middle = (low + high + 1) >> 1
+            if steps[middle - 1][1] in holders:
+                low = middle
+            else:
+                high = middle - 1
+        while True:
+            tokens, address = steps[low - 1]
+            mask = holders[address]
+            matched.update(dict.fromkeys(_rows_of(mask ^ seen), tokens))
+            seen = mask
+            if mask == everybody:
+                return matched
+            low, high = 1, low - 1
+            while low < high:  # how many steps more rows were given
+                middle = (low + high + 1) >> 1
+                if holders[steps[middle - 1][1]] == mask:
+                    high = middle - 1
+                else:
+                    low = middle
 
     def _drop(self, address: bytes, bit: int) -> None:
         left = self._rows[address] & ~bit
@@ -74,6 +88,8 @@ class Prefixes:
             del self._rows[address]
 
 
-def _bits(mask: int, rows: int) -> NDArray[np.bool_]:
-    raw = np.frombuffer(mask.to_bytes((rows + 7) // 8, "little"), dtype=np.uint8)
-    return np.unpackbits(raw, count=rows, bitorder="little").view(np.bool_)
+@lru_cache(1024)
+def _rows_of(mask: int) -> tuple[int, ...]:
+    """The bits that are set. Many prompts begin with what the same workers were given, hence the cache."""
+    raw = np.frombuffer(mask.to_bytes((mask.bit_length() + 7) // 8, "little"), dtype=np.uint8)
+    return tuple(np.unpackbits(raw, bitorder="little").nonzero()[0].tolist())

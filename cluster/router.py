@@ -6,40 +6,36 @@ requests that begin alike meet in one worker's cache, and several gateways that 
 choose the same worker.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..proto.errors import InvalidRequest, Unavailable
 from .board import NOBODY, Board, Floats, Limit, Offer, Term
 from .costs import (
-    ITL_WEIGHT,
     LOCAL_MARGIN,
+    Cached,
     Demand,
-    Weights,
     always_hidden,
     cached_tokens,
-    compute_weights,
-    damage_weights,
+    column,
     exposed_ms,
-    queue_weights,
-    saved_ms,
-    step_weights,
-    ties,
+    local_ms,
+    own_ms,
+    remote_ms,
     wait_ms,
 )
 from .gateway_config import LocalPrefill, Policy
 from .policies import SIMPLE
+from .ties import preferred
 
 CANDIDATES = 8  # prefill workers that a decode worker is told of
+MANY = 64  # rows past which a vector is faster than a list
 NEAR_MS, NEAR = 1.0, 0.05  # costs that differ by less than this, and by this share of the least, are equal
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """One decode worker, and prefill workers in the order to try them; with none it computes the prompt itself."""
 
     decode: str
@@ -92,36 +88,41 @@ def route(
     allowed = allowed_workers(demand, board, avoid=avoid, local_prefill=local_prefill)
     if policy != "cost":
         return _simple(demand, board, allowed, policy, local_prefill)
-    compute = compute_weights(demand)
-    cached, held = cached_tokens(board.prefill, demand), cached_tokens(board.decode, demand)
-    remote = _sum(queue_weights(demand), compute) @ board.prefill.terms
-    if cached is not None:
-        remote -= saved_ms(board.prefill, demand, cached)
-    if allowed.prefill is not None:
-        remote += allowed.prefill
-    own = np.dot(step_weights(demand, board.output_tokens), board.decode.terms)
-    wait = wait_ms(board, demand)
+    prefill, decode = board.prefill, board.decode
+    cached, held = cached_tokens(prefill, demand), cached_tokens(decode, demand)
+    own, wait = own_ms(demand, decode, board.output_tokens), wait_ms(board, demand)
     if wait is not None:
         own += wait
     if allowed.decode is not None:
         own += allowed.decode
-    alone = _alone(demand, board, compute, held) if local_prefill != "never" else None
-    best = int(remote.argmin()) if len(remote) and local_prefill != "always" else -1
-    total = own
-    if best >= 0 and remote[best] < NOBODY:
-        hidden_ms = remote[best]
-        sent = 0.0
-        if not always_hidden(demand, board, hidden_ms):
-            sent = exposed_ms(demand, board, 0.0 if held is None else held, board.decode.link, hidden_ms)
-        total = own + (remote[best] + sent if alone is None else np.minimum(remote[best] + sent, alone))
-    elif alone is not None:
-        total = own + alone
-    chosen = _least(total, board.decode.seeds, demand.affinity, near_ms=max(NEAR_MS, NEAR * float(own.min())))
-    return _Choice(demand, board, allowed, chosen, cached, held).placement(
-        remote if best >= 0 else None,
-        wait_ms=0.0 if wait is None else float(wait[chosen]),
-        alone_ms=np.inf if alone is None else float(alone[chosen]),
-    )
+    alone = local_ms(demand, decode, held) if local_prefill != "never" else None
+    remote, least_ms = None, NOBODY
+    if local_prefill != "always" and prefill.row:
+        remote = remote_ms(demand, prefill, cached)
+        if allowed.prefill is not None:
+            remote += allowed.prefill
+        least_ms = remote.item(remote.argmin())
+    hidden = always_hidden(demand, board, least_ms)
+    if least_ms < NOBODY:
+        paired: float | Floats = least_ms
+        if not hidden:
+            there = column(held, len(decode.addresses))
+            paired = least_ms + exposed_ms(demand, board, there, decode.link, least_ms)
+        total = own + (paired if alone is None else np.minimum(paired, alone))
+    else:
+        total = own if alone is None else own + alone
+    near_ms = max(NEAR_MS, NEAR * own.item(own.argmin()))
+    row = _least(total, decode.seeds, demand.affinity, near_ms)
+    wait_here = 0.0 if wait is None else wait.item(row)
+    alone_ms = np.inf if alone is None else alone.item(row)
+    choice = _Choice(board, allowed.kinds, row, demand.affinity, cached, held.get(row, 0.0))
+    if remote is not None:
+        if not hidden:
+            remote = remote + exposed_ms(demand, board, choice.held_tokens, board.links(row), remote)
+        order = choice.partners(remote)
+        if order and (prompt_ms := remote.item(order[0])) <= alone_ms:
+            return choice.made(order, wait_here + prompt_ms, prompt_ms)
+    return choice.made([], wait_here + alone_ms / LOCAL_MARGIN, 0.0)
 
 
 def allowed_workers(
@@ -154,72 +155,61 @@ def _refusal(demand: Demand, board: Board, local_prefill: LocalPrefill) -> Excep
     )
 
 
-def _alone(demand: Demand, board: Board, compute: Weights, held: Floats | None) -> Floats:
-    """What it costs that a decode worker computes the prompt itself."""
-    pool = board.decode
-    weights = [LOCAL_MARGIN * own + others for own, others in zip(compute, damage_weights(demand), strict=True)]
-    alone = np.dot(weights, pool.terms)
-    if held is not None:
-        alone -= (LOCAL_MARGIN + ITL_WEIGHT * demand.damage * pool.requests) * saved_ms(pool, demand, held)
-    return alone
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
+class _Choice(NamedTuple):
     """A decode worker is chosen; its partners are not yet."""
 
-    demand: Demand
     board: Board
-    allowed: Allowed
+    kinds: Offer
     row: int
-    cached: Floats | None
-    held: Floats | None
-
-    def placement(self, remote: Floats | None, *, wait_ms: float, alone_ms: float) -> Placement:
-        """With the prefill candidates, the cheapest first, or alone; `remote` is what each prefill worker costs."""
-        demand, board = self.demand, self.board
-        if remote is not None:
-            held = 0.0 if self.held is None else float(self.held[self.row])
-            if not always_hidden(demand, board, float(remote.min())):
-                remote = remote + exposed_ms(demand, board, held, board.links(self.row), remote)
-            order = self.partners(remote)
-            if order and (remote[order[0]] <= alone_ms):
-                return self.made(order, wait_ms, float(remote[order[0]]))
-        return self.made([], wait_ms, alone_ms / LOCAL_MARGIN)
+    affinity: int
+    cached: Cached
+    held_tokens: float
 
     def partners(self, costs: Floats, near_ms: float | None = None) -> list[int]:
-        """Rows of the prefill workers that may serve the chosen decode worker, the cheapest first."""
-        kinds = self.allowed.kinds
+        """Rows of the prefill workers that may serve the chosen decode worker, the cheapest first.
+
+        The first of nearly equal ones is the one that the affinity prefers.
+        """
+        kinds = self.kinds
         if not kinds.fits:
             costs = np.where(kinds.prefill == kinds.decode[self.row], costs, np.inf)
-        return _order(costs, self.board.prefill.seeds, self.demand.affinity, near_ms)
+        if not len(costs):
+            return []
+        first = _least(costs, self.board.prefill.seeds, self.affinity, near_ms)
+        if len(costs) > MANY:
+            cheap = np.argpartition(costs, CANDIDATES)[: CANDIDATES + 1]
+            rows = cheap[costs[cheap].argsort(kind="stable")].tolist()
+        else:
+            rows = costs.argsort(kind="stable")[: CANDIDATES + 1].tolist()
+        if first != rows[0]:
+            rows = [first, *[row for row in rows if row != first]]
+        return [row for row in rows[:CANDIDATES] if costs.item(row) < NOBODY]
 
-    def made(self, order: list[int], wait_ms: float, prompt_ms: float) -> Placement:
+    def made(self, order: list[int], ttft_ms: float, prefill_ms: float) -> Placement:
         """The placement with prefill candidates in this order."""
-        kinds, addresses = self.allowed.kinds, self.board.prefill.addresses
+        kinds, addresses = self.kinds, self.board.prefill.addresses
         page_tokens, codec_hash = kinds.kinds[kinds.decode[self.row]]
         return Placement(
             decode=self.board.decode.addresses[self.row],
             prefill=tuple([addresses[row] for row in order]),
             page_tokens=page_tokens,
             codec_hash=codec_hash,
-            ttft_ms=wait_ms + prompt_ms,
-            prefill_ms=prompt_ms if order else 0.0,
-            cached_tokens=float(self.cached[order[0]]) if order and self.cached is not None else 0.0,
-            held_tokens=float(self.held[self.row]) if self.held is not None else 0.0,
+            ttft_ms=ttft_ms,
+            prefill_ms=prefill_ms,
+            cached_tokens=self.cached.get(order[0], 0.0) if order else 0.0,
+            held_tokens=self.held_tokens,
         )
 
 
 def _simple(demand: Demand, board: Board, allowed: Allowed, policy: Policy, local_prefill: LocalPrefill) -> Placement:
     """A placement by scores that know nothing of time."""
-    scores = SIMPLE[policy]
+    scores, affinity = SIMPLE[policy], demand.affinity
     cached, held = cached_tokens(board.prefill, demand), cached_tokens(board.decode, demand)
     on_decode = scores(demand, board.decode, held) + board.decode.terms[Term.PENALTY]
     if allowed.decode is not None:
         on_decode = on_decode + allowed.decode
-    choice = _Choice(
-        demand, board, allowed, _least(on_decode, board.decode.seeds, demand.affinity, near_ms=0.0), cached, held
-    )
+    row = _least(on_decode, board.decode.seeds, affinity, near_ms=0.0)
+    choice = _Choice(board, allowed.kinds, row, affinity, cached, held.get(row, 0.0))
     order: list[int] = []
     if local_prefill != "always":
         on_prefill = scores(demand, board.prefill, cached) + board.prefill.terms[Term.PENALTY]
@@ -229,26 +219,12 @@ def _simple(demand: Demand, board: Board, allowed: Allowed, policy: Policy, loca
     return choice.made(order, 0.0, 0.0)
 
 
-def _least(costs: Floats, seeds: NDArray[np.uint64], affinity: int, near_ms: float | None = None) -> int:
+def _least(costs: Floats, seeds: Sequence[int], affinity: int, near_ms: float | None = None) -> int:
     """The row of the least cost; of nearly equal ones the one that the affinity prefers."""
-    least = costs.min()
-    equal = (costs <= least + (max(NEAR_MS, NEAR * least) if near_ms is None else near_ms)).nonzero()[0]
-    return int(equal[0] if len(equal) == 1 else equal[ties(seeds[equal], affinity).argmin()])
-
-
-def _order(costs: Floats, seeds: NDArray[np.uint64], affinity: int, near_ms: float | None) -> list[int]:
-    """Rows of finite cost, the cheapest first; the first of nearly equal ones is the one that the affinity prefers."""
-    if not len(costs):
-        return []
-    first = _least(costs, seeds, affinity, near_ms)
-    if len(costs) > CANDIDATES:
-        rest = np.argpartition(costs, CANDIDATES)[: CANDIDATES + 1]
-        rest = rest[costs[rest].argsort(kind="stable")]
+    least = costs.item(costs.argmin())
+    bound = least + (max(NEAR_MS, NEAR * least) if near_ms is None else near_ms)
+    if len(costs) > MANY:
+        near = (costs <= bound).nonzero()[0].tolist()
     else:
-        rest = costs.argsort(kind="stable")
-    finite = costs < NOBODY
-    return [row for row in (first, *(row for row in rest.tolist() if row != first)) if finite[row]][:CANDIDATES]
-
-
-def _sum(one: Weights, other: Weights) -> Floats:
-    return np.array([a + b for a, b in zip(one, other, strict=True)])
+        near = [row for row, cost in enumerate(costs.tolist()) if cost <= bound]
+    return near[0] if len(near) == 1 else preferred(near, seeds, affinity)

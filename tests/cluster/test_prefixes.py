@@ -1,5 +1,7 @@
 """Which workers are believed to hold a prompt's beginning."""
 
+import random
+
 import pytest
 
 from isthmus.cluster import prefixes
@@ -21,15 +23,11 @@ def test_the_longest_prefix_of_each_worker() -> None:
     known.remember(0, steps(1, 2, 3))
     known.remember(2, steps(1, 2, 9))
     known.remember(70, steps(1))
-    matched = known.match(steps(1, 2, 3, 4), 71)
-    assert matched is not None
-    assert {row: int(count) for row, count in enumerate(matched) if count} == {0: 24, 2: 16, 70: 8}
-    assert known.match(steps(5), 71) is None
+    assert known.match(steps(1, 2, 3, 4)) == {0: 24, 2: 16, 70: 8}
+    assert known.match(steps(5)) == {}
+    assert known.match(()) == {}
     known.forget(0)
-    matched = known.match(steps(1, 2, 3, 4), 71)
-    assert matched is not None
-    assert matched[0] == 0
-    assert matched[2] == 16
+    assert known.match(steps(1, 2, 3, 4)) == {2: 16, 70: 8}
 
 
 def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,10 +35,26 @@ def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     known = Prefixes()
     known.remember(0, steps(1, 2, 3))
     known.remember(0, steps(7, 8))
-    matched = known.match(steps(1, 2, 3), 1)
-    assert matched is not None
-    assert matched.tolist() == [16]  # the end of a prompt is forgotten before its beginning
+    assert known.match(steps(1, 2, 3)) == {0: 16}  # the end of a prompt is forgotten before its beginning
     for first in range(20):
         known.remember(0, steps(first))
-    assert known.match(steps(1, 2, 3), 1) is None
+    assert known.match(steps(1, 2, 3)) == {}
     assert len(known._rows) == 4
+
+
+def test_random_prompts_match_as_one_step_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bisection finds what a walk along the prompt finds, whatever was given, forgotten or pushed out."""
+    monkeypatch.setattr(prefixes, "STEPS_PER_WORKER", 60)
+    draw, known = random.Random(0), Prefixes()
+    for _ in range(600):
+        prompt = steps(*(draw.randrange(3) for _ in range(draw.randrange(12))), pages=draw.choice((1, 3)))
+        expected: dict[int, int] = {}
+        for tokens, address in prompt:
+            holders = [row for row, given in known._given.items() if address in given]
+            assert set(holders) <= set(expected) or tokens == prompt[0][0]
+            expected |= dict.fromkeys(holders, tokens)
+        assert known.match(prompt) == expected
+        if draw.random() < 0.03:
+            known.forget(draw.randrange(40))
+        else:
+            known.remember(draw.randrange(40), prompt)

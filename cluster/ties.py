@@ -1,0 +1,31 @@
+"""Which of several workers that cost the same is chosen: the same one for prompts that begin alike, at every gateway.
+
+Rendezvous hashing (Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998): the order of the
+others stays when a worker goes. Mixed as in SplitMix64 (Steele, Lea and Flood, 2014).
+"""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .prefixes import FEW
+
+BITS_64 = 0xFFFFFFFFFFFFFFFF
+Seed = TypeVar("Seed", int, NDArray[np.uint64])
+
+
+def preferred(rows: Sequence[int], seeds: Sequence[int], affinity: int) -> int:
+    """The one of these rows that an affinity (64 bits) prefers; `seeds` are those of all rows."""
+    if len(rows) <= FEW:
+        return min(rows, key=lambda row: mixed(seeds[row] ^ affinity))
+    known = np.array([seeds[row] for row in rows], dtype=np.uint64)
+    return rows[int(mixed(known ^ np.uint64(affinity)).argmin())]
+
+
+def mixed(seed: Seed) -> Seed:
+    """A number of 64 bits that looks like any other; of one seed, or of several."""
+    seed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9 & BITS_64
+    seed = (seed ^ (seed >> 27)) * 0x94D049BB133111EB & BITS_64
+    return seed ^ (seed >> 31)
