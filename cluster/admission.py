@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 from ..proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
 from ..proto.errors import Exhausted, Expired
+from .expected import Expected
 
+CLEARLY = 2.0  # times that the earliest end may lie beyond the deadline: part of an answer is of use, too
 RANKS = (PRIORITY_INTERACTIVE, PRIORITY_STANDARD, PRIORITY_BATCH)  # in the order they start
 
 
@@ -53,19 +55,17 @@ class Admission:
         """Requests that wait, of all classes."""
         return sum(len(queue) for queue in self._waiting.values())
 
-    def ask(self, wanted: Wanted, capacity: int, time_left_s: float | None) -> Ticket:
+    def ask(self, wanted: Wanted, capacity: int, time_left_s: float | None, expected: Expected | None = None) -> Ticket:
         """A place in the queue, which may have its turn at once.
 
-        Exhausted where its class's queue is full, Expired where it would wait longer than it has time.
+        Exhausted where its class's queue is full; Expired where what waits ahead, and then the first token as far as
+        that is `expected`, take longer than it has time, or where what it insists on is far out of reach.
         """
         queue = self._waiting[wanted.priority]
         if len(queue) >= self._max_waiting:
             raise Exhausted(f"{len(queue)} requests of this priority wait already; try again later")
-        wait_s = self.wait_s(wanted, capacity)
-        if time_left_s is not None and wait_s > time_left_s:
-            raise Expired(
-                f"about {wait_s:.1f} s of requests wait ahead, and the deadline is in {time_left_s:.1f} s: not begun"
-            )
+        if time_left_s is not None:
+            _check_deadline(self.wait_s(wanted, capacity), time_left_s, expected or Expected())
         start = max(self._turn, self._last.get(wanted.tenant, 0.0))
         self._last[wanted.tenant] = start + wanted.tokens / self._weights.get(wanted.tenant, 1.0)
         if len(self._last) > 10_000:  # tenants whose turn is past are as good as new ones
@@ -112,3 +112,18 @@ class Admission:
         )
         excess = self.running_tokens + ahead + wanted.tokens - capacity
         return max(0.0, excess / self._tokens_per_s) if self._tokens_per_s and self.running_tokens else 0.0
+
+
+def _check_deadline(wait_s: float, left_s: float, expected: Expected) -> None:
+    """Expired where a deadline cannot be met; with a hint when to try again, unless that would change nothing."""
+    begin_s, deadline = wait_s + expected.ttft_s, f"the deadline is in {left_s:.1f} s: not begun"
+    if expected.idle_ttft_s > left_s:
+        raise Expired(f"the first token takes about {expected.idle_ttft_s:.1f} s with nothing ahead, and {deadline}")
+    if expected.finish_s > CLEARLY * left_s:
+        raise Expired(f"the answer takes about {expected.finish_s:.1f} s at least, and {deadline}")
+    if begin_s > left_s:
+        queue = f"about {wait_s:.1f} s of requests wait ahead"
+        first = f", the first token then takes about {expected.ttft_s:.1f} s" if expected.ttft_s else ""
+        error = Expired(f"{queue}{first}, and {deadline}")
+        error.retry_after_s = begin_s - left_s
+        raise error

@@ -192,6 +192,11 @@ class Pool:
             self.trust[row] = max(LEAST_TRUST, self.trust[row] + 0.2 * (min(1.0, found / given) - self.trust[row]))
 
     @property
+    def measured(self) -> tuple[bool, bool]:
+        """Whether a worker here has measured how long prompts take, and decode steps."""
+        return self._prefill is not None, self._step is not None
+
+    @property
     def typical_prefill(self) -> PrefillTime:
         """Of the workers that measured it, here or among the peers."""
         return self._prefill or (self._peers.typical_prefill if self._peers else PRIOR_PREFILL)
@@ -281,6 +286,12 @@ class Board:
         self._codecs: tuple[str, ...] | None = None
         self._members = (0, 0)
         self._links: dict[tuple[str, int], tuple[Mapping[str, float], Floats]] = {}
+
+    @property
+    def measured(self) -> bool:
+        """Whether times go by what workers measured, and not by what one might think."""
+        prompts, steps = self.decode.measured
+        return steps and (prompts or self.prefill.measured[0])
 
     def wire_bytes(self, codec: str) -> float:
         """Bytes of KV on the wire for each token."""

@@ -28,7 +28,7 @@ from ..proto.serving import open_channel
 from ..proto.worker_pb2 import ClusterStatus, Explanation, GetStatusRequest
 from ..proto.worker_pb2_grpc import ClusterStub
 
-RETRY_KEY = "retry-after-ms"  # trailing metadata beside RESOURCE_EXHAUSTED: when to try again
+RETRY_KEY = "retry-after-ms"  # trailing metadata beside RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: when to try again
 
 
 def build_request(

@@ -25,6 +25,7 @@ from ..proto.errors import STATUS_OF, Corrupt, Exhausted, Expired, Incompatible,
 from ..proto.generation_pb2 import GenerateEvent
 from ..proto.serving import BUG, TraceContext
 from .costs import Demand
+from .expected import Expected, expected
 from .explain import explain
 from .gateway_config import GatewayConfig
 from .prefixes import steps_of
@@ -54,6 +55,14 @@ class Hashed:
     hashes: bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A request as it is placed: its pages hashed once, and what the router needs to know of it."""
+
+    hashed: Hashed
+    demand: Demand
+
+
 class Dispatcher:
     """Runs requests on the workers of a fleet."""
 
@@ -63,16 +72,39 @@ class Dispatcher:
         self._config = config
         self._numbers = count()
 
-    async def run(self, session: Session, pass_on: PassOn, *, time_left: TimeLeft, trace: TraceContext = ()) -> None:
+    def prepare(self, request: Admitted) -> Prepared:
+        """Hashes a request's pages as most workers that could serve it want them."""
+        hashed = self.hash_pages(request)
+        return Prepared(hashed=hashed, demand=self.demand_of(request, hashed))
+
+    def expect(self, request: Admitted, prepared: Prepared) -> Expected | None:
+        """What a request has to expect now, as far as that is known."""
+        sampling = request.sampling
+        endless = sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids
+        insists = sampling.max_tokens if endless else sampling.min_tokens
+        return expected(
+            prepared.demand, self._fleet.snapshot(), insists=insists, local_prefill=self._config.local_prefill
+        )
+
+    async def run(
+        self,
+        session: Session,
+        prepared: Prepared,
+        pass_on: PassOn,
+        *,
+        time_left: TimeLeft,
+        trace: TraceContext = (),
+    ) -> None:
         """Brings a session to its end; `pass_on` gets every event for the client, and no token twice.
+
+        `prepared` is its request, as of when it came.
 
         A decode worker that is lost, full or of no use costs nothing but time: the request goes on on another one,
         or on the same one once that is back. Raises the IsthmusError that ended the request; the inner call is
         cancelled in every case.
         """
         failures = Failures(limit=self._config.replays, wait_s=self._config.restart_wait_s)
-        hashed = self.hash_pages(session.request)
-        demand = self.demand_of(session.request, hashed)
+        hashed, demand = prepared.hashed, prepared.demand
         while True:
             if (end := session.missing_end()) is not None:
                 return await pass_on(session.push(end, time.monotonic()))
@@ -91,7 +123,7 @@ class Dispatcher:
 
     def explain(self, request: Admitted) -> tuple[Candidate, ...]:
         """What a request would cost where; raises what `route` raises."""
-        demand = self.demand_of(request, self.hash_pages(request))
+        demand = self.prepare(request).demand
         config = self._config
         placement = route(demand, self._fleet.snapshot(), policy=config.policy, local_prefill=config.local_prefill)
         return self._candidates(demand, placement)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 from ..proto.errors import Expired, InvalidRequest
 from .admission import Admission, Ticket, Wanted
+from .expected import Expected
 from .gateway_config import GatewayConfig
 from .request import Admitted
 from .watch import Fleet
@@ -23,8 +24,10 @@ class Door:
         self._turns: dict[int, asyncio.Event] = {}  # by number of a ticket that waits
 
     @contextlib.asynccontextmanager
-    async def inside(self, request: Admitted, time_left: Callable[[], float | None]) -> AsyncIterator[None]:
-        """Around a request: waits for its turn.
+    async def inside(
+        self, request: Admitted, time_left: Callable[[], float | None], expect: Callable[[], Expected | None]
+    ) -> AsyncIterator[None]:
+        """Around a request: waits for its turn. `expect` is asked where the request has a deadline.
 
         Exhausted where too many wait, Expired where its deadline cannot be met, InvalidRequest where it asks for more
         than a request may have.
@@ -35,7 +38,8 @@ class Door:
             tenant=request.tenant,
             tokens=len(request.prompt_token_ids) + request.sampling.max_tokens,
         )
-        ticket = self._admission.ask(wanted, self._capacity(), time_left())
+        left = time_left()
+        ticket = self._admission.ask(wanted, self._capacity(), left, expect() if left is not None else None)
         try:
             await self._wait(ticket, time_left)
             yield

@@ -15,7 +15,7 @@ import grpc.aio
 
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
-from ..proto.errors import Exhausted, Unavailable
+from ..proto.errors import Exhausted, Expired, Unavailable
 from ..proto.serving import MIB, Server, start_server, trace_context
 from .client import RETRY_KEY
 from .cluster_service import ClusterService
@@ -101,9 +101,17 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                     trace=trace_context(context),
                     arrived_s=arrived_s,
                 )
-            except Exhausted:
-                context.set_trailing_metadata(((RETRY_KEY, str(self._load.retry_after_ms())),))
+            except (Exhausted, Expired) as error:
+                hint_ms = self._retry_after_ms(error)
+                if hint_ms is not None:
+                    context.set_trailing_metadata(((RETRY_KEY, str(hint_ms)),))
                 raise
+
+    def _retry_after_ms(self, error: Exhausted | Expired) -> int | None:
+        """When to try again; None where that would change nothing."""
+        if error.retry_after_s is not None:
+            return round(max(0.1, error.retry_after_s) * 1e3)
+        return self._load.retry_after_ms() if isinstance(error, Exhausted) else None
 
     async def GetModel(self, request: generation_pb2.GetModelRequest, context: object) -> generation_pb2.Model:
         self._model.check_name(request.name)
@@ -209,7 +217,8 @@ class Gateway:
         if self._jobs is not None:
             await self._jobs.drain()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.load.wait_idle(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for can swallow a cancellation
+                await self.load.wait_idle()
         return not self.load.active
 
     async def stop(self) -> None:

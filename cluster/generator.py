@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -78,8 +79,9 @@ class Generator:
         status = "UNKNOWN"
         try:
             left = self._bounded(time_left, arrived_s)
-            async with self._door.inside(request, left):
-                await self._dispatcher.run(session, pass_on, time_left=left, trace=trace)
+            prepared = functools.cache(lambda: self._dispatcher.prepare(request))
+            async with self._door.inside(request, left, lambda: self._dispatcher.expect(request, prepared())):
+                await self._dispatcher.run(session, prepared(), pass_on, time_left=left, trace=trace)
             status = "OK"
         except IsthmusError as error:
             status = f"{status_of(error).name}: {error}"

@@ -205,7 +205,8 @@ class Supervisor:
             kept.follower.cancel()
         self._kept.remove(kept)
         try:
-            return await asyncio.wait_for(kept.worker.drain(timeout_s), timeout_s + GONE_S)
+            async with asyncio.timeout(timeout_s + GONE_S):  # wait_for can swallow a cancellation
+                return await kept.worker.drain(timeout_s)
         except (IsthmusError, TimeoutError) as error:
             log.warning("a worker was not drained", extra={"fields": {"worker": kept.worker.name, "why": str(error)}})
             return Drained(0, 0)

@@ -22,6 +22,8 @@ import grpc
 class IsthmusError(Exception):
     """The root of all errors that are meant for a caller."""
 
+    retry_after_s: float | None = None  # where the same request may succeed, after so long
+
 
 class InvalidRequest(IsthmusError):
     """The request can never succeed as it is."""

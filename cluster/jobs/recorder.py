@@ -68,7 +68,8 @@ class Recorder:
         while True:
             await self._some.wait()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._urgent.wait(), BATCH_PERIOD_S)
+                async with asyncio.timeout(BATCH_PERIOD_S):  # wait_for can swallow a cancellation
+                    await self._urgent.wait()
             made, self._made = list(self._made.values()), {}
             self._some.clear()
             self._urgent.clear()

@@ -1,8 +1,10 @@
 """Who starts, who waits, who is refused."""
 
 import pytest
+from boards import board, demand
 
 from isthmus.cluster.admission import Admission, Ticket, Wanted
+from isthmus.cluster.expected import Expected, expected
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
 from isthmus.proto.errors import Exhausted, Expired
 
@@ -91,6 +93,49 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
         admission.ask(wanted(), 100, 1.5)
     assert admission.waiting == 1
     admission.ask(wanted(), 100, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("expects", "message", "retry_s"),
+    [
+        (Expected(ttft_s=1.4, idle_ttft_s=1.4), None, None),
+        (Expected(ttft_s=2.5, idle_ttft_s=0.5), "first token then takes about 2.5 s", 1.0),
+        (Expected(ttft_s=2.5, idle_ttft_s=1.6), "about 1.6 s with nothing ahead", None),
+        (Expected(ttft_s=0.1, idle_ttft_s=0.1, finish_s=2.9), None, None),
+        (Expected(ttft_s=0.1, idle_ttft_s=0.1, finish_s=3.1), "about 3.1 s at least", None),
+    ],
+)
+def test_a_first_token_that_comes_late_is_refused_at_once(
+    expects: Expected, message: str | None, retry_s: float | None
+) -> None:
+    admission = Admission(max_waiting=10, weights={})
+    if message is None:
+        admission.ask(wanted(), 100, 1.5, expects)
+        assert admission.waiting == 1
+        return
+    with pytest.raises(Expired, match=message) as raised:
+        admission.ask(wanted(), 100, 1.5, expects)
+    assert raised.value.retry_after_s == (None if retry_s is None else pytest.approx(retry_s))
+    assert admission.waiting == 0
+    admission.ask(wanted(), 100, None, expects)
+
+
+def test_what_is_expected_goes_by_what_was_measured() -> None:
+    busy = board(1, 1, p0={"queued_tokens": 2000}, d0={"requests": 10})
+    found = expected(demand(prompt_tokens=1000), busy, insists=0, local_prefill="never")
+    assert found is not None
+    assert found.ttft_s == pytest.approx((2 * 5 + 3000 * 0.5 + 1000 * 3 * 0.5 * 0.01 - 0) / 1e3, rel=0.01)
+    assert found.idle_ttft_s == found.finish_s == pytest.approx((2 * 5 + 1000 * 0.505) / 1e3)
+    insisting = expected(demand(prompt_tokens=1000), busy, insists=101, local_prefill="never")
+    assert insisting is not None
+    assert insisting.finish_s == pytest.approx(found.idle_ttft_s + 100 * 5 / 1e3)
+    for unknown in (
+        board(1, 1, p0={"prefill": None}, d0={"prefill": None}),
+        board(1, 1, d0={"step": None}),
+        board(1, 1, p0={"suspect": True}),
+        board(0, 1),
+    ):
+        assert expected(demand(), unknown, insists=0, local_prefill="never") is None
 
 
 def test_one_that_waits_no_more_holds_nothing() -> None:

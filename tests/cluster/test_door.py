@@ -5,7 +5,7 @@ import asyncio
 import grpc
 import grpc.aio
 import pytest
-from scripted import Script, scripted_cluster
+from scripted import Script, says, scripted_cluster
 
 from isthmus.cluster.client import RETRY_KEY, Client, build_request
 from isthmus.proto.common_pb2 import (
@@ -17,6 +17,7 @@ from isthmus.proto.common_pb2 import (
 )
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.generation_pb2 import GenerateRequest
+from isthmus.proto.worker_pb2 import PrefillRate, StepRate
 
 ONE = {"overcommit": 0.05, "local_prefill": "never"}  # of 6,400 tokens: room for one request of 257 and no other
 
@@ -76,6 +77,30 @@ async def test_one_that_is_cancelled_while_it_waits_holds_nothing() -> None:
         await running
         assert (await client.answer(request_of(PRIORITY_STANDARD))).text == "A"
         assert len(cluster.decodes[0].requests) == 2
+
+
+async def test_a_deadline_before_the_first_token_is_refused_at_once() -> None:
+    async with (
+        scripted_cluster(says("hi"), local_prefill="never") as cluster,
+        Client(cluster.gateway.address) as client,
+    ):
+        cluster.prefill.report.prefill_rate.CopyFrom(PrefillRate(ms=0, ms_per_token=10, ms_per_token_ktoken=0))
+        cluster.decodes[0].report.step_rate.CopyFrom(StepRate(ms=1, ms_per_sequence=0, ms_per_page=0))
+        cluster.prefill.report.waiting_tokens = 1000  # 10 s
+        board = cluster.gateway.fleet.snapshot()
+        async with asyncio.timeout(5):
+            while not board.measured or not board.prefill.queued.max() >= 1000:
+                await asyncio.sleep(0.01)
+        for prompt, helps in (("x" * 100, True), ("x" * 600, False)):
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await client.answer(build_request(prompt=prompt), timeout_s=5.0)
+            assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "not begun" in (raised.value.details() or "")
+            hints = [int(value) for key, value in raised.value.trailing_metadata() or () if key == RETRY_KEY]
+            assert [5000 < hint < 6500 for hint in hints] == [True] * helps  # 11 s of which there are 5
+        assert not cluster.decodes[0].requests
+        assert (await client.answer(build_request(prompt="x" * 100), timeout_s=60.0)).text == "hi"
+        assert (await client.answer(build_request(prompt="x" * 600))).text == "hi"
 
 
 async def test_budgets_of_a_request() -> None:
