@@ -12,7 +12,17 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from . import cli_batch, cli_calibrate, cli_cluster, cli_explain, cli_generate, cli_jobs, cli_operate, cli_status
+from . import (
+    cli_batch,
+    cli_calibrate,
+    cli_cluster,
+    cli_explain,
+    cli_gateway,
+    cli_generate,
+    cli_jobs,
+    cli_operate,
+    cli_status,
+)
 
 INTERRUPTED = 130
 
@@ -39,7 +49,7 @@ app.command("demo")(cli_cluster.demo)
 app.add_typer(cli_jobs.jobs_app, name="jobs")
 app.add_typer(cli_batch.batch_app, name="batch")
 app.add_typer(cli_cluster.worker_app, name="worker")
-app.command("gateway")(cli_cluster.gateway)
+app.command("gateway")(cli_gateway.gateway)
 
 
 def _show_version(asked: bool) -> None:

@@ -1,7 +1,6 @@
-"""`isthmus up`, `demo`, `worker prefill|decode` and `gateway`."""
+"""`isthmus up`, `demo` and `worker prefill|decode`."""
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import cli_options as opt
+from .cli_gateway import takes_gateway_flags
 
 if TYPE_CHECKING:
     from .config import ClusterConfig, Role
@@ -19,6 +19,7 @@ worker_app = typer.Typer(
 )
 
 
+@takes_gateway_flags
 def up(
     prefill: Annotated[int | None, typer.Option(min=1, help="Prefill workers.", show_default="1")] = None,
     decode: Annotated[int | None, typer.Option(min=1, help="Decode workers.", show_default="1")] = None,
@@ -35,6 +36,8 @@ def up(
     jobs_db: opt.JobsDb = None,
     config: opt.ConfigFile = None,
     log_level: opt.LogLevel = "warning",
+    *,
+    routing: dict[str, Any],
 ) -> None:
     """Start a cluster and run it until Ctrl-C, which drains and stops everything.
 
@@ -46,10 +49,12 @@ def up(
 
       isthmus up --config cluster.yaml --port 7000
 
+      isthmus up --prefill 2 --decode 2 --local-prefill never --tenant-weights research=3,web=1
+
       isthmus up --address auto    # on the Ray that runs here already
     """
     begun_s = time.monotonic()
-    _configure_logs(log_level)
+    opt.configure_logs(log_level)
     from .config import load_config
 
     flags = {
@@ -66,7 +71,7 @@ def up(
         "store_dir": store_dir,
         "store_gib": store_gib,
     }
-    settings = load_config(config, flags).with_jobs(jobs_db)
+    settings = load_config(config, flags, routing).with_jobs(jobs_db)
     raise typer.Exit(_serve_cluster(settings, begun_s))
 
 
@@ -84,7 +89,7 @@ def demo(
 
       isthmus demo --codec raw
     """
-    _configure_logs("warning")
+    opt.configure_logs("warning")
     from .config import load_config
     from .demo import run_demo
 
@@ -150,47 +155,6 @@ def worker_decode(
     _run_worker("decode", flags, config, drain_s, log_level)
 
 
-def gateway(
-    workers: Annotated[list[str], typer.Option(help="host:port of workers, with commas or repeated.")],
-    listen: Annotated[str, typer.Option(help="host:port; port 0 picks a free one.")] = opt.DEFAULT_SERVER,
-    model: opt.ModelSource = None,
-    drain_s: Annotated[float, typer.Option(min=0, help="For running requests when it stops.")] = 30.0,
-    jobs_db: opt.JobsDb = None,
-    log_level: opt.LogLevel = "warning",
-) -> None:
-    """Run the gateway for a list of workers until Ctrl-C, without Ray.
-
-    [bold]Examples[/]
-
-      isthmus gateway --workers 127.0.0.1:7001,127.0.0.1:7002
-
-      isthmus gateway --listen 0.0.0.0:50051 --workers 10.0.0.7:7001 --workers 10.0.0.8:7002
-    """
-    _configure_logs(log_level)
-    from .config import DEFAULT_MODEL
-    from .gateway import Gateway
-    from .gateway_config import GatewayConfig
-    from .jobs.settings import chosen_url
-    from .served import load_served_model
-    from .service import run_service
-
-    addresses = [address.strip() for group in workers for address in group.split(",") if address.strip()]
-    for address in [listen, *addresses]:
-        _check_address(address)
-    served = load_served_model(model or DEFAULT_MODEL)
-    running = Gateway(listen, served, addresses, GatewayConfig(jobs_db=chosen_url(jobs_db)))
-
-    async def start() -> None:
-        await running.start()
-        _say(f"gateway for {served.name} on {running.address}, {len(addresses)} workers")
-
-    async def stop(drain: float) -> None:
-        await running.drain(drain)
-        await running.stop()
-
-    raise typer.Exit(run_service(start, stop, drain_s))
-
-
 def _serve_cluster(settings: "ClusterConfig", begun_s: float) -> int:
     from .ray_cluster import RayCluster
     from .service import run_service
@@ -207,7 +171,7 @@ def _serve_cluster(settings: "ClusterConfig", begun_s: float) -> int:
 
     async def stop(drain_s: float) -> None:
         if drain_s:
-            _say("stopping: running requests may end; Ctrl-C again stops at once")
+            opt.say("stopping: running requests may end; Ctrl-C again stops at once")
         await supervisor.stop(drain_s)
 
     return run_service(start, stop, settings.drain_s)
@@ -215,9 +179,9 @@ def _serve_cluster(settings: "ClusterConfig", begun_s: float) -> int:
 
 def _welcome(settings: "ClusterConfig", running: "Gateway", took_s: float) -> None:
     workers = f"{settings.prefill} prefill and {settings.decode} decode"
-    _say(f"ready on {running.address}: {settings.model}, {workers}, codec {settings.codec} ({took_s:.1f} s)")
+    opt.say(f"ready on {running.address}: {settings.model}, {workers}, codec {settings.codec} ({took_s:.1f} s)")
     server = "" if running.address == opt.DEFAULT_SERVER else f" --server {running.address}"
-    _say(f'try: isthmus generate --chat{server} "Why is the sky blue?"')
+    opt.say(f'try: isthmus generate --chat{server} "Why is the sky blue?"')
 
 
 def _worker_flags(*values: Any) -> dict[str, Any]:
@@ -226,13 +190,13 @@ def _worker_flags(*values: Any) -> dict[str, Any]:
 
 
 def _run_worker(role: "Role", flags: dict[str, Any], config: Path | None, drain_s: float, log_level: str) -> None:
-    _configure_logs(log_level)
+    opt.configure_logs(log_level)
     from .config import load_worker_settings
     from .host import end_process, thread_settings, usable_cores
     from .seat import WorkerSeat, settings_of_both
 
     settings = load_worker_settings(role, config, flags, default_threads=usable_cores())
-    _check_address(settings["listen"])
+    opt.check_address(settings["listen"])
     os.environ.update(thread_settings(settings["threads"]))  # before torch is imported
     from .service import run_service
 
@@ -240,31 +204,10 @@ def _run_worker(role: "Role", flags: dict[str, Any], config: Path | None, drain_
 
     async def start() -> None:
         await seat.start()
-        _say(f"{role} worker for {settings['model']} on {seat.address}")
+        opt.say(f"{role} worker for {settings['model']} on {seat.address}")
 
     async def stop(timeout_s: float) -> None:
         await seat.drain(timeout_s)
         await seat.stop()
 
     raise typer.Exit(run_service(start, stop, drain_s, seat.emptied))
-
-
-def _check_address(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise typer.BadParameter(f"{address!r} is not host:port")
-
-
-def _configure_logs(level: str) -> None:
-    """Before anything imports gRPC, whose own lines on stderr (forks, ports) repeat what we say or help nobody."""
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from .logs import LEVELS, configure_logs
-
-    if level not in LEVELS:
-        raise typer.BadParameter(f"log level {level!r}; allowed: {', '.join(LEVELS)}")
-    configure_logs(level)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,5 +1,7 @@
 """Options that several commands share, and what they do with them."""
 
+import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -132,3 +134,27 @@ async def told_where(server: str) -> AsyncIterator[None]:
             hint = "start one with `isthmus up`, or name another with --server"
             raise Unavailable(f"no gateway answers at {server}; {hint}") from None
         raise
+
+
+def check_address(address: str) -> None:
+    """A mistake of the user where it is not host:port."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise typer.BadParameter(f"{address!r} is not host:port")
+
+
+def configure_logs(level: str) -> None:
+    """Before anything imports gRPC, whose own lines on stderr (forks, ports) repeat what we say or help nobody."""
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from .logs import LEVELS
+    from .logs import configure_logs as configure
+
+    if level not in LEVELS:
+        raise typer.BadParameter(f"log level {level!r}; allowed: {', '.join(LEVELS)}")
+    configure(level)
+
+
+def say(line: str) -> None:
+    """A line for the person who started the command."""
+    print(line, file=sys.stderr, flush=True)

@@ -87,12 +87,17 @@ class ClusterConfig(BaseModel):
             raise InvalidRequest(f"{role}_worker: {explain(error, CONFIG_OF[role])}") from None
 
 
-def load_config(path: Path | None, flags: Mapping[str, Any]) -> ClusterConfig:
-    """The settings of a file, if any, with the flags that are not None on top. InvalidRequest for bad
-    ones."""
+def load_config(
+    path: Path | None, flags: Mapping[str, Any], gateway_flags: Mapping[str, Any] | None = None
+) -> ClusterConfig:
+    """The settings of a file, if any, with the flags that are not None on top, and those of the gateway on those that
+    the file has for it. InvalidRequest for bad ones."""
     from_file = _read(path) if path is not None else {}
     where = f"{path}: " if path is not None else ""
     chosen = {key: value for key, value in flags.items() if value is not None}
+    known = from_file.get("gateway", {})
+    if gateway_flags and isinstance(known, dict):  # else its own mistake is told
+        chosen["gateway"] = {**known, **gateway_flags}
     try:
         config = ClusterConfig(**{**from_file, **chosen})
     except ValidationError as error:
@@ -100,6 +105,14 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> ClusterConfig:
     for role in CONFIG_OF:
         config.worker_settings(role, "check", "127.0.0.1:0", config.threads or 1)
     return config
+
+
+def gateway_config(settings: Mapping[str, Any]) -> GatewayConfig:
+    """The settings of a gateway; InvalidRequest for bad ones."""
+    try:
+        return GatewayConfig(**settings)
+    except ValidationError as error:
+        raise InvalidRequest(explain(error, GatewayConfig)) from None
 
 
 def load_worker_settings(

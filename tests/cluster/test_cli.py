@@ -13,6 +13,10 @@ import pytest
 from scripted import says, scripted_cluster
 
 from isthmus.cluster.cli import run
+from isthmus.cluster.cli_gateway import FLAGS
+from isthmus.cluster.config import ClusterConfig
+from isthmus.cluster.gateway_config import GatewayConfig
+from isthmus.proto.errors import Unavailable
 
 COMMANDS = (
     *("up", "generate", "chat", "status", "models", "calibrate", "demo", "worker", "gateway"),
@@ -117,6 +121,10 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
         (["up", "--log-level", "loud"], 2, "error: "),
         (["gateway", "--workers", "nowhere"], 2, "error: "),
         (["gateway", "--workers", "h:1", "--model", "/no/model"], 1, "error: NOT_FOUND: "),
+        (["gateway", "--workers", "h:1", "--policy", "x"], 1, "error: INVALID_ARGUMENT: policy is 'x': "),
+        (["gateway", "--workers", "h:1", "--tenant-weights", "a"], 2, "error: "),
+        (["gateway", "--workers", "h:1", "--tenant-weights", "a=-1"], 1, "error: INVALID_ARGUMENT: tenant_weights: "),
+        (["up", "--overcommit", "0"], 1, "error: INVALID_ARGUMENT: gateway.overcommit is 0.0: "),
         (["worker", "prefill", "--listen", "nowhere"], 2, "error: "),
         (["drain", "nobody"], 1, "error: NOT_FOUND: no worker 'nobody'; there are: prefill-0, decode-0"),
         (["flip", "decode-0", "prefill"], 1, "error: FAILED_PRECONDITION: decode-0 is the only worker of its role"),
@@ -169,6 +177,41 @@ def test_every_command_has_help_with_examples(command: str, capsys: pytest.Captu
 def command(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     program = [sys.executable, "-m", "isthmus.cluster", *arguments]
     return subprocess.run(program, input=stdin, capture_output=True, check=False, timeout=60, cwd="/")
+
+
+@pytest.mark.parametrize("name", ["up", "gateway"])
+def test_settings_of_the_gateway_are_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = outcome(capsys, name, "--help")
+    settings = set(GatewayConfig.model_fields) - {"jobs", "jobs_db"}
+    assert set(FLAGS) == settings
+    for setting in settings:
+        assert f"--{setting.replace('_', '-')}"[:13] in out  # narrow terminals cut names
+
+
+def test_flags_of_the_gateway_reach_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[GatewayConfig] = []
+
+    def serves(settings: ClusterConfig, begun_s: float) -> int:
+        given.append(settings.gateway)
+        return 0
+
+    def gateway(listen: str, model: object, workers: list[str], config: GatewayConfig) -> None:
+        given.append(config)
+        raise Unavailable("not started")
+
+    monkeypatch.setattr("isthmus.cluster.cli_cluster._serve_cluster", serves)
+    monkeypatch.setattr("isthmus.cluster.gateway.Gateway", gateway)
+    monkeypatch.setattr("isthmus.cluster.served.load_served_model", lambda name: name)
+    (tmp_path / "c.yaml").write_text("gateway:\n  replays: 3\n  overcommit: 4\n")
+    flags = ["--policy", "least-requests", "--local-prefill", "never", "--replays", "2", "--max-request-s", "1.5"]
+    flags += ["--tenant-weights", "a=2,b=0.5", "--tenant-weights", "c=1", "--no-preflight"]
+    assert run(["up", "--config", str(tmp_path / "c.yaml"), *flags]) == 0
+    assert run(["gateway", "--workers", "h:1", *flags]) == 1
+    for config in given:
+        assert (config.policy, config.local_prefill, config.replays) == ("least-requests", "never", 2)
+        assert config.tenant_weights == {"a": 2, "b": 0.5, "c": 1}
+        assert (config.max_request_s, config.preflight, config.max_waiting) == (1.5, False, 256)
+    assert [config.overcommit for config in given] == [4, 2]
 
 
 def test_help_imports_nothing_heavy() -> None:
