@@ -1,6 +1,6 @@
 """The router: decisions per second, and its policies compared on recorded traffic.
 
-    python benchmarks/router.py --json router.json --trace conversation_trace.jsonl.gz --trace conv.csv.gz
+    python benchmarks/router.py --json router.json --idle 64 --trace conversation_trace.jsonl.gz --trace conv.csv.gz
 
 Decisions are made on one core, for prompts of which two thirds begin with what some or all workers have, while every
 worker reports ten times a second; placements are decisions that are also counted on the board, until the next report.
@@ -10,7 +10,9 @@ A trace is a file of Mooncake (JSON lines with `timestamp`, `input_length`, `out
 LLM inference traces (CSV with `TIMESTAMP`, `ContextTokens`, `GeneratedTokens`), plain or gzipped. It is replayed in
 the queue model of queue_model.py with 16 prefill and 16 decode workers, sped up so that computing every prompt in full
 would take `--load` of all prefill workers. Goal: p95 TTFT of the cost model at most 0.8 of least-requests, and no worse
-than with local prefill always or never.
+than with local prefill always or never. `ideal` is what no policy can get below: no prompt waits.
+
+With `--idle 64` a real gateway process watches so many idle workers; goal: under 5 % of a core.
 """
 
 import argparse
@@ -22,11 +24,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from idle import idle_share
 from queue_model import PREFILL, STEP, Arrival, Simulation, compute_ms
 from report import conditions, write_json
 
@@ -36,6 +39,8 @@ from isthmus.cluster.gateway_config import LocalPrefill, Policy
 from isthmus.cluster.router import route
 
 REPORTS_S = 10  # of each worker; as often as they may, were they never idle
+IDLE_S = 20.0
+LOADS = (0.7, 0.9)
 BLOCK = 512  # tokens of a hash id in Mooncake's traces
 POLICIES: dict[str, tuple[Policy, LocalPrefill]] = {
     "cost": ("cost", "when_cheaper"),
@@ -154,24 +159,38 @@ def at_load(trace: list[Arrival], load: float, prefill: int) -> list[Arrival]:
     return [replace(arrival, at_s=arrival.at_s * factor) for arrival in trace]
 
 
-def replayed(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All policies on one trace."""
-    trace = at_load(list(arrivals(path))[: args.requests], args.load, args.workers // 2)
-    rows = []
+def replayed(path: Path, load: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All policies on one trace at one load, and `ideal`: no prompt waits, and all that was ever computed is cached."""
+    trace = at_load(list(arrivals(path))[: args.requests], load, args.workers // 2)
+    rows = [_row(path, load, "ideal", ideal_ms(trace))]
     for name, (policy, local) in POLICIES.items():
         half = args.workers // 2
         ttft, itl = Simulation(policy, local, prefill=half, decode=args.workers - half).run(trace)
-        rows.append(
-            {
-                "trace": path.name,
-                "policy": name,
-                "ttft_p50_ms": round(float(np.percentile(ttft, 50)), 1),
-                "ttft_p95_ms": round(float(np.percentile(ttft, 95)), 1),
-                "itl_p99_ms": round(_weighted(itl, 0.99), 2),
-            }
-        )
-        print(rows[-1], flush=True)
+        rows.append(_row(path, load, name, ttft) | {"itl_p99_ms": round(_weighted(itl, 0.99), 2)})
     return rows
+
+
+def ideal_ms(trace: list[Arrival]) -> list[float]:
+    """The least that each TTFT can be: its prompt's own compute, with every block cached that any request had before.
+
+    No policy can do better in the queue model, where a worker computes a prompt alone.
+    """
+    seen, times = set[bytes](), []
+    for arrival in trace:
+        cached = 0
+        for tokens, block in arrival.blocks:
+            if block not in seen:
+                break
+            cached = tokens
+        seen.update(block for _, block in arrival.blocks)
+        times.append(compute_ms(arrival.prompt_tokens, cached))
+    return times
+
+
+def _row(path: Path, load: float, policy: str, ttft_ms: list[float]) -> dict[str, Any]:
+    p50, p95 = np.percentile(ttft_ms, (50, 95))
+    row = {"trace": path.name, "load": load, "policy": policy}
+    return row | {"ttft_p50_ms": round(float(p50), 1), "ttft_p95_ms": round(float(p95), 1)}
 
 
 def _weighted(values: list[tuple[float, float]], share: float) -> float:
@@ -187,19 +206,29 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, action="append", default=[])
     parser.add_argument("--seconds", type=float, default=3.0, help="for each number of workers")
     parser.add_argument("--workers", type=int, default=32, help="of the replay")
-    parser.add_argument("--load", type=float, default=0.9, help="of the prefill workers, were nothing cached")
+    parser.add_argument(
+        "--load", type=float, action="append", help="of the prefill workers, were nothing cached; 0.7 and 0.9"
+    )
+    parser.add_argument("--idle", type=int, default=0, help="idle workers whose watching is measured; 0: not")
     parser.add_argument("--requests", type=int, default=None, help="of each trace; all where not given")
     args = parser.parse_args()
     measured = {str(workers): speeds(workers, args.seconds) for workers in (16, 1024)}
     decisions, placements = ({count: round(pair[i]) for count, pair in measured.items()} for i in (0, 1))
     print("decisions per second", decisions, "placements per second", placements, flush=True)
-    replay = [row for path in args.trace for row in replayed(path, args)]
     result = {
-        "conditions": conditions(workers=args.workers, load=args.load),
+        "conditions": conditions(seconds=args.seconds, replay_workers=args.workers, replay_requests=args.requests),
         "decisions_per_s": decisions,
         "placements_per_s": placements,
-        "replay": replay,
     }
+    if args.idle:
+        result["idle_workers"] = args.idle
+        result["idle_workers_cpu_share"] = round(idle_share(args.idle, IDLE_S), 4)
+        print(f"{args.idle} idle workers take {result['idle_workers_cpu_share']:.2%} of a core", flush=True)
+    result["replay"] = []
+    for path, load in product(args.trace, args.load or LOADS):
+        for row in replayed(path, load, args):
+            result["replay"].append(row)
+            print(row, flush=True)
     write_json(args.json, result)
 
 
