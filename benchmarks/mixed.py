@@ -2,14 +2,15 @@
 
 Disaggregated: one prefill and one decode worker. Colocated: two decode workers that each compute the prompts of their
 requests themselves, in chunks between steps; requests go to them in turn. Both get the same requests at the same times,
-whether or not they keep up: chats at an even pace, and a long prompt every few seconds.
+whether or not they keep up: chats at an even pace, and long prompts as often as the one prefill worker can bear, which
+is measured first with one that it computes alone.
 """
 
 import asyncio
 import random
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class Load:
     chat_every_s: float = 1.5
     chat_prompt: int = 64
     chat_tokens: int = 48
-    long_every_s: float = 10.0
+    long_busy: float = 0.65  # share of the time of one core that long prompts take; chats need some of the rest
     long_prompt: int = 2000
     long_tokens: int = 16
 
@@ -45,27 +46,26 @@ class _Arrival:
     sampling: Sampling
 
 
-def arrivals(load: Load, vocab: int) -> list[_Arrival]:
-    """The same for every side, in the order of time."""
+def arrivals(load: Load, long_every_s: float, vocab: int) -> list[_Arrival]:
+    """The same for every side, in the order of time; two long prompts at least."""
     rng = random.Random(1)
 
     def one(at_s: float, chat: bool, length: int, tokens: int) -> _Arrival:
         prompt = [rng.randrange(vocab) for _ in range(length)]
         return _Arrival(at_s, chat, prompt, Sampling(temperature=0, max_tokens=tokens, ignore_eos=True))
 
-    chats = int(load.seconds / load.chat_every_s)
-    longs = int(load.seconds / load.long_every_s)
+    longs = max(2, int(load.seconds / long_every_s))
+    chats = int(max(load.seconds, longs * long_every_s) / load.chat_every_s)
     some = [one(n * load.chat_every_s, True, load.chat_prompt, load.chat_tokens) for n in range(chats)]
-    some += [one((n + 0.25) * load.long_every_s, False, load.long_prompt, load.long_tokens) for n in range(longs)]
+    some += [one((n + 0.25) * long_every_s, False, load.long_prompt, load.long_tokens) for n in range(longs)]
     return sorted(some, key=lambda arrival: arrival.at_s)
 
 
 async def _send(
-    stubs: Sequence[DecodeStub], prefill: Sequence[str], report: WorkerReport, load: Load, name: str
+    stubs: Sequence[DecodeStub], prefill: Sequence[str], report: WorkerReport, plan: Sequence[_Arrival], name: str
 ) -> dict[str, Any]:
     """Figures of one side."""
     begun = time.perf_counter()
-    plan = arrivals(load, report.model.vocab_size)
     tasks: list[tuple[_Arrival, asyncio.Task[Answer]]] = []
     sent = {True: 0, False: 0}
     for arrival in track(plan, name):
@@ -74,7 +74,7 @@ async def _send(
         sent[arrival.chat] += 1
         request = decode_request(report, arrival.prompt, arrival.sampling, prefill)
         tasks.append((arrival, asyncio.create_task(ask(stub, request))))
-    answers = [(arrival, await task) for arrival, task in tasks]
+    answers = [(arrival, await task) for arrival, task in track(tasks, f"{name}, answers")]
     seconds = max(answer.arrivals_s[-1] for _, answer in answers) - begun
     chats = [answer for arrival, answer in answers if arrival.chat]
     return {
@@ -86,28 +86,40 @@ async def _send(
     }
 
 
-async def _side(roles: Sequence[str], model: str, dtype: str, threads: int, load: Load, name: str) -> dict[str, Any]:
+@asynccontextmanager
+async def _side(
+    roles: Sequence[str], model: str, dtype: str, threads: int
+) -> AsyncIterator[tuple[list[DecodeStub], list[str], WorkerReport]]:
+    """Workers that are warmed up: stubs of those that decode, addresses of those that only prefill, and a report."""
     async with AsyncExitStack() as stack:
         addresses = [stack.enter_context(worker(role, model, dtype, threads)) for role in roles]
         reports = await ready(addresses)
         decode = [address for address, role in zip(addresses, roles, strict=True) if role == "decode"]
         prefill = [address for address, role in zip(addresses, roles, strict=True) if role == "prefill"]
         stubs = [DecodeStub(await stack.enter_async_context(open_channel(address))) for address in decode]
-        for stub in stubs:  # warm up
+        for stub in stubs:
             request = decode_request(reports[-1], [1, 2, 3], Sampling(max_tokens=4, ignore_eos=True), prefill)
             await ask(stub, request)
-        return await _send(stubs, prefill, reports[-1], load, name)
+        yield stubs, prefill, reports[-1]
 
 
 async def mixed_load(model: str, dtype: str, threads: int, load: Load) -> dict[str, Any]:
     """Both sides, one after the other: `mixed` of serving.json."""
-    sides = {
-        "disaggregated": await _side(("prefill", "decode"), model, dtype, threads, load, "disaggregated"),
-        "colocated": await _side(("decode", "decode"), model, dtype, threads, load, "colocated"),
-    }
+    sides: dict[str, dict[str, Any]] = {}
+    async with _side(("prefill", "decode"), model, dtype, threads) as (stubs, prefill, report):
+        vocab = report.model.vocab_size
+        rng = random.Random(2)
+        alone = [rng.randrange(vocab) for _ in range(load.long_prompt)]
+        request = decode_request(report, alone, Sampling(max_tokens=2, ignore_eos=True), prefill)
+        long_s = (await ask(stubs[0], request)).ttft_ms / 1e3
+        plan = arrivals(load, long_s / load.long_busy, vocab)
+        sides["disaggregated"] = await _send(stubs, prefill, report, plan, "disaggregated")
+    async with _side(("decode", "decode"), model, dtype, threads) as (stubs, prefill, report):
+        sides["colocated"] = await _send(stubs, prefill, report, plan, "colocated")
+    chats = sum(arrival.chat for arrival in plan)
     return {
         "chat_itl_p99_ms": {name: side["chat_itl_ms"]["p99"] for name, side in sides.items()},
         "throughput_tokens_per_s": {name: side["tokens_per_s"] for name, side in sides.items()},
         "details": sides,
-        "load": vars(load),
+        "load": vars(load) | {"chats": chats, "longs": len(plan) - chats, "long_alone_s": round(long_s, 2)},
     }

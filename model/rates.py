@@ -16,6 +16,8 @@ ENOUGH = 3  # measurements before anything is told
 RIDGE = 1e-4  # of the diagonal: keeps factors apart that were only seen together
 LINK_BYTES = 64 << 10  # a shorter burst says more of latency than of throughput
 MAX_LINKS = 1024
+GUESSED_TOKENS_PER_S = 1000.0  # of prompts, until some were computed
+_NEWEST = 0.2  # weight of the newest measurement in a running mean
 
 
 class LinearTime:
@@ -57,6 +59,12 @@ class Rates:
         self._lock = threading.Lock()
         self._prefill, self._step = LinearTime(3), LinearTime(3)
         self._links: dict[str, float] = {}  # bytes per ms by address
+        self._tokens_per_s = GUESSED_TOKENS_PER_S
+
+    @property
+    def tokens_per_s(self) -> float:
+        """How fast prompts were computed lately, whatever their lengths and steps."""
+        return self._tokens_per_s
 
     def computed(self, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
         """Prompt tokens [start, end) of some requests were computed in one go."""
@@ -64,6 +72,7 @@ class Rates:
         pairs = sum((end - start) * (start + end) / 2 for start, end in chunks)
         with self._lock:
             self._prefill.observe((1.0, tokens, pairs / 1e3), seconds * 1e3)
+            self._tokens_per_s += _NEWEST * (tokens / seconds - self._tokens_per_s)
 
     def stepped(self, sequences: int, pages: int, seconds: float) -> None:
         """A batch made one step with that many pages in use."""
@@ -77,7 +86,7 @@ class Rates:
         rate = count / (seconds * 1e3)
         with self._lock:
             before = self._links.pop(address, rate)
-            self._links[address] = before + 0.2 * (rate - before)
+            self._links[address] = before + _NEWEST * (rate - before)
             if len(self._links) > MAX_LINKS:
                 del self._links[next(iter(self._links))]  # the one not heard of for longest
 

@@ -18,9 +18,6 @@ from .prefix import PrefixCache
 from .runner import PrefillRunner
 from .scheduler import Chunk, JobId, PrefillScheduler
 
-_GUESSED_TOKENS_PER_S = 1000.0  # until some were computed
-_RATE_WEIGHT = 0.2  # of the newest step in the measured rate
-
 
 class PrefillEngine:
     """Owns the model, the pool and the jobs; its thread alone touches them. `submit` and `drop` are for others.
@@ -41,7 +38,6 @@ class PrefillEngine:
         self._on_failure = on_failure
         self._runner = PrefillRunner(model, pool)
         self._jobs: dict[JobId, PrefillJob] = {}
-        self.tokens_per_s = _GUESSED_TOKENS_PER_S
         self.counters: Counter[str] = Counter()
         self.rates = Rates()
         self.failure: str | None = None
@@ -92,19 +88,16 @@ class PrefillEngine:
         now_s = time.monotonic()
         for job in self._scheduler.expired(now_s):
             self._end(self._jobs[job], Expired("the deadline passed before the prompt was computed"))
-        chunks = self._scheduler.plan(now_s, self.tokens_per_s, self._admit)
+        chunks = self._scheduler.plan(now_s, self.rates.tokens_per_s, self._admit)
         work = [(self._jobs[chunk.job], chunk) for chunk in chunks]
         if not work:
             return False
         started_s = time.monotonic()
         logits_RV = self._runner.run(work)
-        tokens = sum(chunk.end - chunk.start for chunk in chunks)
-        self.counters["prompt_tokens"] += tokens
+        self.counters["prompt_tokens"] += sum(chunk.end - chunk.start for chunk in chunks)
         self._finish_chunks(work)
         self._finish_prompts([job for job, chunk in work if chunk.last], logits_RV)
-        took_s = time.monotonic() - started_s
-        self.tokens_per_s += _RATE_WEIGHT * (tokens / took_s - self.tokens_per_s)
-        self.rates.computed([(chunk.start, chunk.end) for chunk in chunks], took_s)
+        self.rates.computed([(chunk.start, chunk.end) for chunk in chunks], time.monotonic() - started_s)
         return True
 
     def _admit(self, job_id: JobId) -> int | None:

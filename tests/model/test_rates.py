@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from isthmus.model.rates import LINK_BYTES, LinearTime, Rates
+from isthmus.model.rates import GUESSED_TOKENS_PER_S, LINK_BYTES, LinearTime, Rates
 from isthmus.proto.worker_pb2 import WorkerReport
 
 
@@ -29,6 +29,14 @@ def test_recent_measurements_count_most() -> None:
     for ms in [10.0] * 500 + [20.0] * 500:
         time.observe([1.0], ms)
     assert time.factors() == (pytest.approx(20, rel=0.01),)
+
+
+def test_how_fast_prompts_were_computed_lately() -> None:
+    rates = Rates()
+    assert rates.tokens_per_s == GUESSED_TOKENS_PER_S
+    for seconds in [1.0] * 50 + [4.0] * 3:
+        rates.computed([(0, 300), (64, 164)], seconds)
+    assert rates.tokens_per_s == pytest.approx(100 + 300 * 0.8**3, rel=0.01)
 
 
 def test_nothing_saves_time() -> None:

@@ -1,51 +1,22 @@
-"""`isthmus` as processes of their own, the way a user starts it."""
+"""`isthmus` as processes of their own, the way a user starts it; `processes.py` of the benchmarks starts them."""
 
-import os
-import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import grpc
+from processes import ISTHMUS, free_port, isthmus
 
 from isthmus.proto.worker_pb2 import GetStatusRequest, WorkerHealth, WorkerRole
 from isthmus.proto.worker_pb2_grpc import ClusterStub
 
-ISTHMUS = str(Path(sys.executable).with_name("isthmus"))
 START_S = 180
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run(*arguments: str, stdin: bytes = b"", timeout_s: float = 120) -> subprocess.CompletedProcess[bytes]:
     """One `isthmus` command, to its end."""
     return subprocess.run([ISTHMUS, *arguments], input=stdin, capture_output=True, timeout=timeout_s)
-
-
-@contextmanager
-def isthmus(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A running `isthmus` command; killed at the end where it has not ended by then."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([ISTHMUS, *arguments], stdout=subprocess.DEVNULL, env=environment)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 def wait_ready(server: str, workers: int, within_s: float = START_S) -> None:
