@@ -5,15 +5,14 @@ others stays when a worker goes. Mixed as in SplitMix64 (Steele, Lea and Flood, 
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .prefixes import FEW
 
+MIX = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 BITS_64 = 0xFFFFFFFFFFFFFFFF
-Seed = TypeVar("Seed", int, NDArray[np.uint64])
 
 
 def preferred(rows: Sequence[int], seeds: Sequence[int], affinity: int) -> int:
@@ -21,11 +20,18 @@ def preferred(rows: Sequence[int], seeds: Sequence[int], affinity: int) -> int:
     if len(rows) <= FEW:
         return min(rows, key=lambda row: mixed(seeds[row] ^ affinity))
     known = np.array([seeds[row] for row in rows], dtype=np.uint64)
-    return rows[int(mixed(known ^ np.uint64(affinity)).argmin())]
+    return rows[int(_mixed_all(known ^ np.uint64(affinity)).argmin())]
 
 
-def mixed(seed: Seed) -> Seed:
-    """A number of 64 bits that looks like any other; of one seed, or of several."""
-    seed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9 & BITS_64
-    seed = (seed ^ (seed >> 27)) * 0x94D049BB133111EB & BITS_64
+def mixed(seed: int) -> int:
+    """A number of 64 bits that looks like any other."""
+    seed = (seed ^ (seed >> 30)) * MIX[0] & BITS_64
+    seed = (seed ^ (seed >> 27)) * MIX[1] & BITS_64
     return seed ^ (seed >> 31)
+
+
+def _mixed_all(seeds: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The same for several; 64 bits wrap around by themselves."""
+    seeds = (seeds ^ (seeds >> np.uint64(30))) * np.uint64(MIX[0])
+    seeds = (seeds ^ (seeds >> np.uint64(27))) * np.uint64(MIX[1])
+    return seeds ^ (seeds >> np.uint64(31))
