@@ -42,7 +42,7 @@ async def test_while_queued_for_pages() -> None:
             await until(lambda: pair.decode.server.report().waiting_requests == 1)
             assert pair.pages_in_use()[1] == in_use, "a queued request holds nothing"
             await cancelled(queued)
-            await until(lambda: pair.decode.server.report().waiting_requests == 0, 5)
+            await until(lambda: pair.decode.server.report().waiting_requests == 0)
             await cancelled(holder)
             await pair.baseline()
 
