@@ -10,6 +10,7 @@ Codes ascend: code 0 is the most negative centroid.
 """
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,6 +35,17 @@ def unit(bits: int) -> float:
     """One standard deviation of a normal variable, in centroid units, where the quantizer's error is
     least."""
     return {2: 64.2110, 3: 54.3470, 4: 39.1247}[bits]
+
+
+@cache
+def magnitude_steps(bits: int) -> tuple[int, ...]:
+    """Seven midpoints between the magnitudes of neighbouring centroids, ascending, the least magnitude, and seven
+    steps from a magnitude to the next one; for less than 4 bits the last midpoints are 127 and the last steps 0."""
+    magnitudes = MAGNITUDES[bits]
+    pairs = list(pairwise(magnitudes))
+    missing = 7 - len(pairs)
+    middle = [(a + b) // 2 for a, b in pairs] + [127] * missing
+    return (*middle, magnitudes[0], *(b - a for a, b in pairs), *([0] * missing))
 
 
 @cache

@@ -8,20 +8,17 @@ dimension, N stretches.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
-from numba.extending import overload
 from torch import Tensor
 
 from .exponential import exp_fp32
-
-_WORK_PER_THREAD = 1 << 19  # products of q and k that outweigh waking a thread
+from .numbers import np_view, number
+from .threads import in_parts
 
 
 @dataclass(frozen=True)
@@ -52,18 +49,12 @@ def decode_attention(q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, stretc
     q = np_view(q_BHD.float().contiguous())
     out = np.empty_like(q)
     keys, values = np_view(keys_SHD), np_view(values_SHD)
-    rows = len(q)
 
     def run(first: int, end: int) -> None:
         scores = np.empty((q.shape[1] // keys.shape[1], stretches.most), dtype=np.float32)
         _attend(q, keys, values, stretches.of, stretches.slots, stretches.tokens, out, scores, scale, first, end)
 
-    parts = min(torch.get_num_threads(), rows, 1 + stretches.total * q.shape[1] * q.shape[2] // _WORK_PER_THREAD)
-    if parts == 1:
-        run(0, rows)
-    else:
-        bounds = [rows * part // parts for part in range(parts + 1)]
-        list(_threads().map(run, bounds[:-1], bounds[1:]))
+    in_parts(run, len(q), stretches.total * q.shape[1] * q.shape[2])
     return torch.from_numpy(out).to(q_BHD.dtype)
 
 
@@ -72,28 +63,6 @@ def compile_decode_attention(dtype: torch.dtype) -> None:
     if dtype in (torch.float32, torch.bfloat16):
         x = torch.zeros(1, 1, 16, dtype=dtype)
         decode_attention(x, x, x, Stretches.gather([((0, 1),)]), 1.0)
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), "decode-attention")
-
-
-def np_view(x: Tensor) -> np.ndarray:
-    """The same memory for Numba; bf16 as the 16 bits that it is."""
-    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
-
-
-def _number(x):
-    """A stored number as fp32."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_number, inline="always")
-def _number_overload(x):
-    if str(x) == "uint16":
-        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
-    return lambda x: x
 
 
 @njit(nogil=True, fastmath=True, cache=True, error_model="numpy")
@@ -122,7 +91,7 @@ def _attend(
                     for g in range(groups):
                         total = np.float32(0)
                         for d in range(dim):
-                            total += q[row, head * groups + g, d] * _number(keys[slot, head, d])
+                            total += q[row, head * groups + g, d] * number(keys[slot, head, d])
                         scores[g, place] = total * factor
                     place += 1
             for g in range(groups):
@@ -145,5 +114,5 @@ def _attend(
                     for g in range(groups):
                         weight = scores[g, place]
                         for d in range(dim):
-                            out[row, head * groups + g, d] += weight * _number(values[slot, head, d])
+                            out[row, head * groups + g, d] += weight * number(values[slot, head, d])
                     place += 1

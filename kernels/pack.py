@@ -30,7 +30,7 @@ from .scratch import scratch, space
 BF16_MAX = 3.3895313892515355e38
 _CHUNK_VALUES = 1 << 17  # of keys, and as many of values
 _NO_NORM = 1e-30  # shorter vectors count as zero
-_SAFE_MAX, _SAFE_MIN = 2.0**48, 2.0**-48  # outside of this, squares and sums of fp32 could overflow or lose bits
+SAFE_MAX, SAFE_MIN = 2.0**48, 2.0**-48  # outside of this, squares and sums of fp32 could overflow or lose bits
 
 
 class NotFinite(ArithmeticError):
@@ -41,26 +41,27 @@ class NotFinite(ArithmeticError):
 class Rotations:
     """Constants of one layer, float32 and contiguous, on the device of the pages."""
 
-    key_HDD: Tensor  # W_k of each head: y = W x
-    key_inverse_HDD: Tensor  # diag(key_gain) Hᵀ
-    value_DD: Tensor  # W_v, the same for all heads
-    value_inverse_DD: Tensor
+    key_inverse_HDD: Tensor  # the inverse of W_k of each head: diag(key_gain) Hᵀ
+    value_inverse_DD: Tensor  # of W_v, which is the same for all heads
     key_gain_HD: Tensor  # signs · balance / sqrt(d)
     value_gain_D: Tensor  # signs / sqrt(d)
+    key_weight_HD: Tensor  # signs / balance
+    value_weight_D: Tensor  # signs
 
     @cached_property
     def paired_HDD(self) -> Tensor:
-        """[H + 1, D in, D out] of the keys of all heads and the values, to multiply rows with. Outputs c and c + D/2
-        are neighbours: the two bytes that become one byte of codes make one 16-bit word."""
-        both = torch.cat([self.key_HDD, self.value_DD[None]])
+        """sqrt(d) W, [H + 1, D in, D out] of the keys of all heads and the values, to multiply rows with. Outputs c and
+        c + D/2 are neighbours: the two bytes that become one byte of codes make one 16-bit word."""
+        weights = torch.cat([self.key_weight_HD, self.value_weight_D[None]])
+        both = hadamard(weights.shape[1]).to(weights.device) * weights[:, None]
         paired = both.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
         return paired.transpose(1, 2).contiguous()
 
     @cached_property
     def value_signed_DD(self) -> Tensor:
         """int8 H diag(signs) of the values."""
-        matrix = hadamard(self.value_DD.shape[0]).to(self.value_gain_D.device)
-        return (matrix * self.value_gain_D.sign()).to(torch.int8)
+        matrix = hadamard(self.value_weight_D.shape[0]).to(self.value_weight_D.device)
+        return (matrix * self.value_weight_D).to(torch.int8)
 
 
 class _Space:
@@ -81,8 +82,8 @@ class _Space:
         self.norm = make("norm", 2 * rows)
         self.gain = make("gain", 2 * rows)
         self.gain_rows, self.gain_kinds = self.gain[:, None], self.gain.view(2, rows)
-        units = [unit(bits) * dim**0.5 for bits in (layout.key_bits, layout.value_bits)]
-        self.units = torch.tensor(units, device=device)[:, None]
+        self.root = dim**0.5
+        self.units = torch.tensor([[unit(layout.key_bits)], [unit(layout.value_bits)]], device=device)
         self.grid = make("grid", 2 * rows, dim, dtype=torch.int8)
         self.words = self.grid.view(torch.uint16).view(-1)
         self.index = make("index", 2 * rows * half, dtype=torch.int32)
@@ -126,7 +127,7 @@ def _pack_chunk(
     mean_HPD = _rotate(inputs, None, rotations, one)
     exponent = None
     least, most = one.norm.aminmax()
-    if not (least.item() >= _SAFE_MIN and most.item() <= _SAFE_MAX):
+    if not (least.item() >= SAFE_MIN and most.item() <= SAFE_MAX):
         exponent = _exponents(inputs, layout.page_tokens)
         if exponent is not None:
             each = exponent.repeat_interleave(layout.page_tokens, 1)[..., None]
@@ -145,19 +146,20 @@ def _float32(x_THD: Tensor, buffer: Tensor) -> Tensor:
 
 
 def _rotate(inputs: list[Tensor], exponent_PH: Tensor | None, rotations: Rotations, one: _Space) -> Tensor:
-    """Fills y with the rotated keys, less their page's mean, and values, in pairs; and norm with its rows' norms.
-    Returns the means as they are stored, bf16 [H, pages, D], in pairs."""
+    """Fills y with the rotated keys, less their page's mean, and values, in pairs, all times sqrt(d), because sums of
+    whole numbers then are exact; and norm with its rows' norms, without that factor. Returns the means as they are
+    stored, bf16 [H, pages, D], in pairs."""
     torch.bmm(inputs[0].transpose(0, 1), rotations.paired_HDD[:-1], out=one.y_keys)
     torch.mm(inputs[1].reshape(one.y_values.shape), rotations.paired_HDD[-1], out=one.y_values)
-    stored, mean = _stored_mean(one.y_pages.mean(2), exponent_PH)
+    stored, mean = _stored_mean(one.y_pages.mean(2).div_(one.root), exponent_PH)
     # What is subtracted is the mean as it is stored, so that its rounding costs nothing.
-    one.y_pages.sub_(mean[:, :, None])
-    torch.linalg.vector_norm(one.y, dim=-1, out=one.norm)
+    one.y_pages.sub_(mean.mul_(one.root)[:, :, None])
+    torch.linalg.vector_norm(one.y, dim=-1, out=one.norm).div_(one.root)
     return stored
 
 
 def _stored_mean(mean_HPD: Tensor, exponent_PH: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean in bf16 as it is stored, and as float32 with the powers of two taken out again."""
+    """The mean in bf16 as it is stored, and as a new float32 tensor with the powers of two taken out again."""
     if exponent_PH is None:
         stored = mean_HPD.to(torch.bfloat16)
         return stored, stored.float()
@@ -171,7 +173,7 @@ def _exponents(inputs: list[Tensor], page: int) -> Tensor | None:
     largest = torch.stack([x.unflatten(0, (-1, page)).abs().amax((1, 3)) for x in inputs])
     if not bool(largest.isfinite().all()):
         raise NotFinite("a page holds NaN or infinity")
-    if bool((((largest <= _SAFE_MAX) & (largest >= _SAFE_MIN)) | (largest == 0)).all()):
+    if bool((((largest <= SAFE_MAX) & (largest >= SAFE_MIN)) | (largest == 0)).all()):
         return None
     return torch.frexp(largest).exponent.double()  # double: ldexp forms the power in its dtype
 

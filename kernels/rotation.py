@@ -66,6 +66,12 @@ def hadamard(head_dim: int) -> Tensor:
     return torch.kron(sylvester(power), _paley(order)).contiguous()
 
 
+@cache
+def paley_factor(head_dim: int) -> Tensor:
+    """[m, m] of ±1, the second factor of `hadamard(head_dim)`."""
+    return _paley(_split(head_dim)[1])
+
+
 def signs(seed: int, head_dim: int) -> Tensor:
     """[d] of ±1: entry i is negative where the top bit of splitmix64's i-th output for this seed is set."""
     mask = (1 << 64) - 1

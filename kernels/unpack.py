@@ -20,7 +20,7 @@ from .rotation import hadamard
 from .scale16 import from_scale16
 from .scratch import scratch, space
 
-_LARGE = 1e30  # scales and means over this may overflow fp32 on the way: float64
+LARGE = 1e30  # scales and means over this may overflow fp32 on the way: float64
 
 
 class _Space:
@@ -53,7 +53,7 @@ def unpack_reference(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values [T, H, D] of packed pages uint8 [pages, H * head_bytes]."""
     pages = packed_PB.shape[0]
-    heads, dim, page = rotations.key_HDD.shape[0], layout.head_dim, layout.page_tokens
+    heads, dim, page = rotations.key_gain_HD.shape[0], layout.head_dim, layout.page_tokens
     k_PTHD = torch.empty(pages, page, heads, dim, dtype=dtype, device=packed_PB.device)
     v_PTHD = torch.empty_like(k_PTHD)
     if pages == 0:
@@ -66,11 +66,11 @@ def unpack_reference(
     mean = _section(packed_PHB, layout.mean_key, 2 * dim).view(torch.bfloat16).float()
     largest = max(x.abs().item() for x in (scales.amax(), *mean.aminmax()))
     gain, matrix = rotations.key_gain_HD[:, None], hadamard(dim).to(mean.device)
-    if largest > _LARGE:
+    if largest > LARGE:
         scale_key, scale_value, mean, gain, matrix = (x.double() for x in (scale_key, scale_value, mean, gain, matrix))
     mean = (mean @ matrix)[:, :, None]
     limit = torch.finfo(dtype).max
-    limit = limit if largest > min(_LARGE, limit / 4096 / dim) else None
+    limit = limit if largest > min(LARGE, limit / 4096 / dim) else None
     for start, end in chunks(pages * page, page, heads * dim):
         rows = slice(start // page, end // page)
         one = space(_Space, rows.stop - rows.start, heads, layout, packed_PB.device)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ..kernels.layout import PageLayout
 from ..kernels.pack import NotFinite, Rotations, pack_reference
+from ..kernels.pack_cpu import pack_cpu
 from ..kernels.rotation import hadamard, head_dims, signs
 from ..kernels.shapes import LayerShape
 from ..kernels.unpack import unpack_reference
+from ..kernels.unpack_cpu import unpack_cpu
 from ..proto.errors import Corrupt, InvalidRequest
 from .codec_checks import check_finite, check_packed, check_pages
 from .codec_names import TQ_BITS
@@ -85,31 +87,32 @@ class TqCodec:
     def encode(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> Tensor:
         check_pages(self._shapes[layer], self._page_tokens, k_THD, v_THD)
         try:
-            return pack_reference(k_THD, v_THD, self.rotations(layer, k_THD.device), self._layouts[layer])
+            pack = pack_cpu if k_THD.device.type == "cpu" else pack_reference
+            return pack(k_THD, v_THD, self.rotations(layer, k_THD.device), self._layouts[layer])
         except NotFinite:
             check_finite(layer, k_THD, v_THD)  # raises, and says where
             raise
 
     def decode(self, layer: int, packed_PB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         check_packed(packed_PB, self.page_bytes(layer))
-        k_THD, v_THD = unpack_reference(packed_PB, self.rotations(layer, packed_PB.device), self._layouts[layer], dtype)
-        return k_THD, v_THD
+        unpack = unpack_cpu if packed_PB.device.type == "cpu" else unpack_reference
+        return unpack(packed_PB, self.rotations(layer, packed_PB.device), self._layouts[layer], dtype)
 
 
 def build_rotations(balance_HD: Tensor, device: torch.device) -> Rotations:
-    """W_k = H diag(signs / balance) / sqrt(d) for each head, W_v = H diag(signs) / sqrt(d), their inverses, and the
-    diagonals of these."""
+    """The inverses and the diagonals of W_k = H diag(signs / balance) / sqrt(d) of each head and
+    W_v = H diag(signs) / sqrt(d)."""
     dim = balance_HD.shape[1]
     orthonormal = hadamard(dim).double() / dim**0.5
     key_signs, value_signs = signs(SEED_KEYS, dim).double(), signs(SEED_VALUES, dim).double()
     balance = balance_HD.double()
     parts = (
-        orthonormal * (key_signs / balance)[:, None, :],
         orthonormal.T * (key_signs * balance)[:, :, None],
-        orthonormal * value_signs,
         orthonormal.T * value_signs[:, None],
         key_signs * balance / dim**0.5,
         value_signs / dim**0.5,
+        key_signs / balance,
+        value_signs,
     )
     return Rotations(*(part.float().contiguous().to(device) for part in parts))
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..kernels.decode_attention import compile_decode_attention
 from ..kernels.row_ops import compile_row_ops
+from ..kernels.unpack_cpu import compile_pages
 from .fusion import fuse
 from .linear import pack_linear_layers
 
@@ -29,6 +30,7 @@ def speed_up(net: PreTrainedModel) -> None:
         fuse(net)
         pack_linear_layers(net)
     compile_decode_attention(net.dtype)
+    compile_pages(net.dtype)
     keep_freed_memory()
 
 
