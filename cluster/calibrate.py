@@ -7,11 +7,17 @@ from ..proto.errors import InvalidRequest
 
 
 def calibrate_model(
-    source: str, text_file: Path | None, tokens: int, page_tokens: int, progress: Callable[[int, int], None]
+    source: str,
+    text_file: Path | None,
+    tokens: int,
+    page_tokens: int,
+    out: Path | None,
+    progress: Callable[[int, int], None],
 ) -> Path:
     """Calibrates a model and returns the file with its balance, which replaces the one that was there.
 
-    `text_file`: UTF-8; None: the text that the project ships. `tokens`: at most so many of it. `progress(done, of)`.
+    `text_file`: UTF-8; None: the text that the project ships. `tokens`: at most so many of it. `out`: where to write;
+    None: where workers look. `progress(done, of)`.
     InvalidRequest for a file that cannot be read or a text that is too short, NotFound for no such model.
     """
     from ..kvtransfer.calibration import balance_path, calibrate, save_balance
@@ -26,7 +32,7 @@ def calibrate_model(
     model = load_model(source)
     ids = Tokenizer(model.path).encode(text)[:tokens]
     balance = calibrate(model.forward, ids, model.layers, page_tokens, progress)
-    path = balance_path(cache_root(), model.fingerprint, page_tokens)
+    path = out or balance_path(cache_root(), model.fingerprint, page_tokens)
     path.unlink(missing_ok=True)
     save_balance(path, model.fingerprint, balance)
     return path

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 
 from ..proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerReport
 
+_CALIBRATED_APART = (
+    "calibrated apart: write one file with `isthmus calibrate MODEL --out FILE`, set `balance: FILE` for all workers, "
+    "and restart them"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
@@ -57,7 +62,7 @@ def _why_no_codec(report: WorkerReport, others: list[WorkerReport]) -> str:
     name = common[0]
     hashes = sorted({_short(other.codecs[name]) for other in others})
     ours, theirs = _short(report.codecs[name]), ", ".join(hashes)
-    hint = " (calibrated apart: give all workers one balance file, see docs/codec.md)" if name.startswith("tq-") else ""
+    hint = f" ({_CALIBRATED_APART})" if name.startswith("tq-") else ""
     return f"codec {name} has parameters {ours}, the {role} workers have {theirs}{hint}"
 
 

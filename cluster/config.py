@@ -35,6 +35,7 @@ class ClusterConfig(BaseModel):
     model: str = DEFAULT_MODEL  # a local folder, a GGUF file, a hub id, or a name that `isthmus models` lists
     codec: str = DEFAULT_CODEC  # of the KV transfer where a request names none
     codecs: tuple[str, ...] = ()  # that requests may ask for; empty: all
+    balance: str | None = None  # a file of `isthmus calibrate --out` on every host; default: each host makes its own
     host: str = "127.0.0.1"  # that the gateway listens on
     port: int = Field(DEFAULT_PORT, ge=0, le=65535)  # 0 picks a free one
     dtype: str = "auto"  # of weights and KV: float32, bfloat16, float16, or what the device is fast at
@@ -75,6 +76,7 @@ class ClusterConfig(BaseModel):
             "device": self.device,
             "default_codec": self.codec,
             "codecs": self.codecs,
+            "balance": self.balance,
             "name": name,
             "listen": listen,
             "threads": threads,

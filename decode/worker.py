@@ -90,6 +90,7 @@ class DecodeWorker(DecodeServicer):
             lambda text: Tokenizer(model.path).encode(text),
             model.layers,
             config.page_tokens,
+            config.balance,
         )
         packed = keeps_packed(config, model.device.type)
         names = (config.default_codec,) if packed else config.codecs

@@ -4,6 +4,8 @@ Sums run in another order than in `pack.py`, so that a number within rounding of
 the other one; sums of whole numbers are exact in both. A page's bytes never depend on the pages that come with it.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,18 +32,19 @@ def pack_cpu(k_THD: Tensor, v_THD: Tensor, rotations: Rotations, layout: PageLay
     out_PB = make(pages, heads * layout.head_bytes, dtype=torch.uint8)
     out, unsafe = out_PB.view(-1).numpy(), np.zeros(pages, dtype=np.uint8)
     paley = paley_factor(dim).numpy()
-    kinds: list[tuple[Any, ...]] = []
+    kinds: list[Callable[..., None]] = []
     for keys, x, bits in ((True, k_THD, layout.key_bits), (False, v_THD, layout.value_bits)):
         x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
         weight = rotations.key_weight_HD if keys else rotations.value_weight_D.expand(heads, dim).contiguous()
         steps = np.array(magnitude_steps(bits), dtype=np.int8)
         codes, scale = (0, layout.scale_key) if keys else (layout.codes_value, layout.scale_value)
         places = (layout.head_bytes, codes, scale, layout.mean_key)
-        kinds.append((np_view(x.contiguous().view(-1)), weight.numpy(), keys, bits, steps, unit(bits), places))
+        flat = np_view(x.contiguous().view(-1))
+        kinds.append(partial(_pack, flat, weight.numpy(), keys, bits, steps, unit(bits), places))
 
     def run(first: int, end: int) -> None:
         for kind in kinds:
-            _pack(*(*kind, paley, page, out, unsafe, first, end))
+            kind(paley, page, out, unsafe, first, end)
 
     in_parts(run, pages, 2 * k_THD.numel())
     if unsafe.any():

@@ -1,5 +1,7 @@
 """Unpacking on a CPU, compiled: `unpack.py`'s arithmetic, a head of a page at a time, in the memory of a cache."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,17 +33,18 @@ def unpack_cpu(
     dense = [torch.empty(pages * page, heads, dim, dtype=dtype) for _ in range(2)]
     packed, unsafe = packed_PB.contiguous().view(-1).numpy(), np.zeros(pages, dtype=np.uint8)
     paley = paley_factor(dim).T.contiguous().numpy()
-    kinds: list[tuple[Any, ...]] = []
+    kinds: list[Callable[[Any, int, int], None]] = []
     for keys, x, bits in ((True, dense[0], layout.key_bits), (False, dense[1], layout.value_bits)):
         gain = rotations.key_gain_HD if keys else rotations.value_gain_D.expand(heads, dim).contiguous()
         steps = np.array(magnitude_steps(bits), dtype=np.int8)
         codes, scale = (0, layout.scale_key) if keys else (layout.codes_value, layout.scale_value)
         places = (layout.head_bytes, codes, scale, layout.mean_key)
-        kinds.append((gain.numpy(), keys, bits, steps, places, paley, page, np_view(x.view(-1))))
+        out = np_view(x.view(-1))
+        kinds.append(partial(_unpack, packed, gain.numpy(), keys, bits, steps, places, paley, page, out))
 
     def run(first: int, end: int) -> None:
         for kind in kinds:
-            _unpack(*(packed, *kind, unsafe, first, end))
+            kind(unsafe, first, end)
 
     in_parts(run, pages, 2 * dense[0].numel())
     if unsafe.any():

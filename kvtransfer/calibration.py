@@ -19,14 +19,16 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from ..kernels.attention import Span, ragged_attention
 from ..kernels.shapes import LayerShape
 from ..proto.errors import Corrupt, InvalidRequest
+from .calibration_progress import told
 from .calibration_text import TEXT
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 WINDOW_TOKENS = 1024  # of one forward
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -162,13 +164,27 @@ def ensure_balance(
     encode: Callable[[str], list[int]],
     layers: Sequence[LayerShape],
     page_tokens: int,
-    progress: Callable[[int, int], None] | None = None,
+    given: str | None = None,
 ) -> list[Tensor]:
-    """The balance in the file, or else one made from the text that the project ships, and kept there.
+    """The balance in the file `given`, if any, or else at `path`, or else one that is made from the text that the
+    project ships, and kept there. Standard error tells how far that is.
 
-    Several workers may find the file missing at once: each makes a balance, and all use the one that was written first.
+    Of several workers that find the file missing one makes it, and the others wait. InvalidRequest where the file
+    `given` is missing, Corrupt where it is of another model.
     """
+    if given is not None:
+        found = load_balance(Path(given), fingerprint)
+        if found is None:
+            raise InvalidRequest(f"there is no balance file {given}; `isthmus calibrate MODEL --out {given}` writes it")
+        return found
     found = load_balance(path, fingerprint)
     if found is not None:
         return found
-    return save_balance(path, fingerprint, calibrate(forward, encode(TEXT), layers, page_tokens, progress))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        found = load_balance(path, fingerprint)
+        if found is not None:
+            return found
+        with told("calibrating the tq- codecs for this model, once") as progress:
+            balance = calibrate(forward, encode(TEXT), layers, page_tokens, progress)
+        return save_balance(path, fingerprint, balance)

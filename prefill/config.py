@@ -19,6 +19,7 @@ class PrefillConfig(BaseModel):
     threads: int = Field(1, ge=1)  # of torch; set before it is imported
     codecs: tuple[str, ...] = ()  # that requests may ask for; empty: all
     default_codec: str = DEFAULT_CODEC
+    balance: str | None = None  # a file of `isthmus calibrate --out`; none: made at first load and kept (docs/codec.md)
     page_tokens: int = Field(64, ge=8, le=1024, multiple_of=8)
     pool_gib: float = Field(2.0, gt=0)  # memory for the KV of prompts in work
     pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens; wins over pool_gib

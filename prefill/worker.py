@@ -93,6 +93,7 @@ class PrefillWorker(PrefillServicer):
             lambda text: Tokenizer(model.path).encode(text),
             model.layers,
             config.page_tokens,
+            config.balance,
         )
         self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens, balance)
         pages = pages_in(model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens)

@@ -37,6 +37,11 @@ def test_equal_workers_pair() -> None:
         ({"page_tokens": 32}, "has pages of 32 tokens, the prefill workers have 64"),
         ({"codecs": {"fp8": "x"}}, "has codecs fp8; the prefill workers have raw, tq-k4v4"),
         ({"codecs": {"raw": "r1"}}, "codec raw has parameters r1, the prefill workers have r0"),
+        (
+            {"codecs": {"tq-k4v4": "t1"}},
+            "codec tq-k4v4 has parameters t1, the prefill workers have t0 (calibrated apart: write one file with "
+            "`isthmus calibrate MODEL --out FILE`, set `balance: FILE` for all workers, and restart them)",
+        ),
     ],
 )
 def test_each_difference_has_its_reason(changes: dict[str, Any], reason: str) -> None:

@@ -1,3 +1,5 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,14 +89,35 @@ def test_text_is_long_enough():
     assert len(TEXT.split()) > 1300
 
 
-def test_made_once(tmp_path: Path):
-    path, texts = balance_path(tmp_path, "abc", 8), []
+def test_made_once_by_workers_that_start_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path, texts = balance_path(tmp_path / "deep", "abc", 8), []
 
     def encode(text: str) -> list[int]:
         texts.append(text)
+        time.sleep(0.2)
         return [i * 7 % 50 for i in range(100)]
 
-    first = ensure_balance(path, "abc", forward, encode, LAYERS, 8)
-    second = ensure_balance(path, "abc", forward, encode, LAYERS, 8)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    def start(_: int) -> list[Tensor]:
+        return ensure_balance(path, "abc", forward, encode, LAYERS, 8)
+
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(start, range(3))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     assert texts == [TEXT]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rsplit(": ")[-1] for line in lines[1:]] == ["50 %", "100 %"]
+
+
+def test_a_file_that_is_given_is_used(tmp_path: Path):
+    def encode(text: str) -> list[int]:
+        raise AssertionError("calibrated")
+
+    given, missing = tmp_path / "given.safetensors", str(tmp_path / "missing")
+    saved = save_balance(given, "abc", [torch.full((2, 16), 2.0), torch.full((1, 32), 0.5)])
+    found = ensure_balance(tmp_path / "own", "abc", forward, encode, LAYERS, 8, str(given))
+    assert all(torch.equal(a, b) for a, b in zip(saved, found, strict=True))
+    with pytest.raises(InvalidRequest, match=r"no balance file .*missing; `isthmus calibrate MODEL --out"):
+        ensure_balance(tmp_path / "own", "abc", forward, encode, LAYERS, 8, missing)
+    with pytest.raises(Corrupt, match="not a balance of this model"):
+        ensure_balance(tmp_path / "own", "other", forward, encode, LAYERS, 8, str(given))
