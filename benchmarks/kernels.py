@@ -5,7 +5,7 @@
 On a GPU: pack and unpack in GB/s of bf16, and decode attention for the shapes of Llama 3.1 8B (32 query
 heads, 8 KV heads, d 128) against bf16 `scaled_dot_product_attention` and what is installed of
 FlashAttention and FlashInfer, as a ratio and as share of the copy bandwidth of the same run. On a CPU: the
-PyTorch paths on --threads threads. --check compares the Triton kernels with their references first. Times
+compiled paths on --threads threads. --check compares the Triton kernels with their references first. Times
 are medians.
 """
 
