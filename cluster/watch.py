@@ -309,7 +309,7 @@ class Fleet:
                     self._begin(worker)
                 if changed:
                     self._refresh()
-                else:
+                elif worker.news:  # an idle worker says the same twice a second
                     self._show(worker)
         finally:
             call.cancel()

@@ -34,6 +34,7 @@ class Watched:
     calls: set[Callable[[], None]] = field(default_factory=set)  # that give up what runs there
     verified: str | None = None  # the instance that has passed its preflight
     unfit: tuple[str, str] | None = None  # an instance that has failed it, and why
+    news: bool = True  # whether the last report, with what was placed since, says other than the one before
     _placed: deque[_Placed] = field(default_factory=deque)
 
     @property
@@ -51,6 +52,9 @@ class Watched:
         before = None if self.problem else self.report
         restarted = self.report is not None and report.instance != self.report.instance
         self.incarnation += before is None or restarted
+        if before is not None:
+            before.uptime_ms = report.uptime_ms  # which is no news
+        self.news = bool(self._placed) or report != before
         self.report, self.problem, self.heard_s = report, "", now_s
         while self._placed and (restarted or self._placed[0].at_s < now_s - REPORT_LAG_S):
             self._placed.popleft()
