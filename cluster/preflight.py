@@ -150,11 +150,14 @@ class Preflight:
 
     async def _canary(self, prefill: WorkerReport, decode: WorkerReport) -> None:
         codecs = [name for name, params in decode.codecs.items() if prefill.codecs.get(name) == params]
-        wanted = [name for name in dict.fromkeys(("raw", decode.default_codec)) if name in codecs] or codecs[:1]
+        # A process that was seen to compute well shows only that its new role moves pages: a flip is done the sooner.
+        flipped = self._fleet.is_flipped(prefill) or self._fleet.is_flipped(decode)
+        asked = (decode.default_codec,) if flipped else ("raw", decode.default_codec)
+        wanted = [name for name in dict.fromkeys(asked) if name in codecs] or codecs[:1]
         prompt = self._prompt(prefill, decode)
         moves = [self._ask(decode, codec, prompt, TENANTS[0], (prefill.address,)) for codec in wanted]
         here = self._ask(decode, wanted[0], prompt, TENANTS[1], ())
-        # Side by side: the prefill worker computes while the decode worker does, and a flip is done the sooner.
+        # Side by side: the prefill worker computes while the decode worker does.
         local, *moved = [_result(told) for told in await asyncio.gather(here, *moves, return_exceptions=True)]
         for codec, told in zip(wanted, moved, strict=True):
             if not told.transfer.kv_bytes_wire or told.transfer.local_tokens:

@@ -6,7 +6,9 @@ are read once for the life of the process. No Ray in here.
 
 import asyncio
 import gc
+import itertools
 import logging
+import secrets
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -83,6 +85,7 @@ class WorkerSeat:
         self._end_process = end_process
         self._worker: Worker | None = None
         self._flipping: asyncio.Task[None] | None = None
+        self._process, self._roles = secrets.token_hex(8), itertools.count(1)
 
     @property
     def address(self) -> str:
@@ -152,5 +155,6 @@ class WorkerSeat:
         worker = await gently(make_worker, role, {**self._settings[role], **changes})
         worker.server.end_process = self._end_process
         worker.server.orders = self
+        worker.server.instance = f"{self._process}.{next(self._roles)}"
         self._worker = worker
         await worker.start(model)

@@ -137,6 +137,11 @@ class Fleet:
                 (verified if self._is_fit(worker) else fresh).append(report)
         return fresh, verified
 
+    def is_flipped(self, report: WorkerReport) -> bool:
+        """Whether the worker's process has passed a preflight in another role."""
+        worker = self._workers.get(report.address)
+        return worker is not None and worker.is_flipped
+
     def judge(self, report: WorkerReport, unfit: str | None) -> None:
         """The outcome of a preflight, for the instance in `report`: None where it passed, else why not.
 

@@ -47,6 +47,13 @@ class Watched:
         """Whether it has passed its preflight since it was started."""
         return self.report is not None and self.verified == self.report.instance
 
+    @property
+    def is_flipped(self) -> bool:
+        """Whether its process has passed a preflight in another role."""
+        if self.report is None or self.verified is None or self.is_verified:
+            return False
+        return self.verified.partition(".")[0] == self.report.instance.partition(".")[0]
+
     def take(self, report: WorkerReport, now_s: float) -> bool:
         """A report came; whether it changes what the worker may be used for."""
         before = None if self.problem else self.report

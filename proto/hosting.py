@@ -30,7 +30,7 @@ class WorkerServer:
         self._reports = OrderServicer(self.report, self.drain)
         self._fill: Callable[[WorkerReport], None] = lambda report: None
         self._started_s = time.monotonic()
-        self._instance = secrets.token_hex(8)
+        self.instance = secrets.token_hex(8)  # PROCESS.ROLE_NUMBER where the process may flip
         self._draining = False
         self._running: set[asyncio.Task[None]] = set()  # handlers of requests
         self._handed_over: set[asyncio.Task[None]] = set()  # of those, the ones that a drain has ended
@@ -114,7 +114,7 @@ class WorkerServer:
             version=version("isthmus"),
             threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
             uptime_ms=int((time.monotonic() - self._started_s) * 1e3),
-            instance=self._instance,
+            instance=self.instance,
         )
         self._fill(report)
         return report

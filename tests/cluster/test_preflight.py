@@ -11,9 +11,12 @@ from scripted import Scripted, says, scripted_cluster
 
 from isthmus.cluster.client import Client, build_request
 from isthmus.cluster.gateway import Gateway
+from isthmus.cluster.preflight import Preflight
+from isthmus.cluster.seat import WorkerSeat, settings_of_both
 from isthmus.cluster.served import load_served_model
 from isthmus.decode.config import DecodeConfig
 from isthmus.decode.worker import DecodeWorker
+from isthmus.kvtransfer.codec_names import DEFAULT_CODEC
 from isthmus.kvtransfer.receiver import KvReceiver
 from isthmus.prefill.config import PrefillConfig
 from isthmus.prefill.worker import PrefillWorker
@@ -23,6 +26,8 @@ from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_HEALTH_UNFIT,
     WORKER_HEALTH_UNREACHABLE,
+    WORKER_ROLE_DECODE,
+    WORKER_ROLE_PREFILL,
     WorkerReport,
 )
 
@@ -74,6 +79,31 @@ async def test_the_first_pair_verifies_each_other_and_then_serves() -> None:
             for name in ("prefill", "decode"):
                 assert not (await status_of(gateway, name, WORKER_HEALTH_READY)).reason
             assert len((await client.answer(REQUEST)).token_ids) == 5
+
+
+async def test_a_flipped_worker_has_only_to_move_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, asked = Preflight._ask, list[tuple[str, bool]]()
+
+    async def noted(self: Preflight, decode: WorkerReport, codec: str, prompt: Any, tenant: str, prefill: Any) -> Any:
+        asked.append((codec, bool(prefill)))
+        return await ask(self, decode, codec, prompt, tenant, prefill)
+
+    monkeypatch.setattr(Preflight, "_ask", noted)
+    seat = WorkerSeat(
+        "decode", settings_of_both("decode", {"model": model_path(MODEL), "dtype": "fp32", "name": "second"})
+    )
+    async with AsyncExitStack() as stack:
+        addresses = [await worker(stack, PrefillWorker), await worker(stack, DecodeWorker)]
+        stack.push_async_callback(seat.stop)
+        await seat.start()
+        async with gateway_of(stack, *addresses, seat.address) as gateway:
+            await status_of(gateway, "second", WORKER_HEALTH_READY)
+            assert ("raw", True) in asked
+            for role in (WORKER_ROLE_PREFILL, WORKER_ROLE_DECODE):
+                asked.clear()
+                flipped = await gateway.operations.flip("second", role, 10)
+                assert (flipped.role, flipped.health) == (role, WORKER_HEALTH_READY)
+                assert sorted(asked) == [(DEFAULT_CODEC, False), (DEFAULT_CODEC, True)]
 
 
 async def test_pages_that_decode_to_something_else_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
