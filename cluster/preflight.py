@@ -168,7 +168,7 @@ class Preflight:
         """Random tokens, so that no page of them lies in any cache."""
         page = decode.page_tokens
         room = min(self._model.context_length, decode.pages.total * page) - TOKENS
-        length = min(PAGES * page + page // 2, room, prefill.pages.total * page)
+        length = min(PAGES * page + max(1, page // 8), room, prefill.pages.total * page)
         return random.choices(range(self._model.vocab_size), k=max(1, length))
 
     async def _ask(
