@@ -174,8 +174,10 @@ def _forge(frame: KvFrame, forgery: Forgery, rng: random.Random) -> KvFrame:
 
 
 def _swap(events: Events, frames: list[int], rng: random.Random) -> None:
-    at = rng.randrange(len(frames) - 1)
-    one, other = frames[at], frames[at + 1]
+    """Two frames; where all pages left in one, that and the commit."""
+    places = [*frames, len(events) - 1]
+    at = rng.randrange(max(1, len(frames) - 1))
+    one, other = places[at], places[at + 1]
     events[one], events[other] = events[other], events[one]
 
 
