@@ -97,7 +97,8 @@ async def test_a_flipped_worker_has_only_to_move_pages(monkeypatch: pytest.Monke
         stack.push_async_callback(seat.stop)
         await seat.start()
         async with gateway_of(stack, *addresses, seat.address) as gateway:
-            await status_of(gateway, "second", WORKER_HEALTH_READY)
+            for name in ("prefill", "decode", "second"):
+                await status_of(gateway, name, WORKER_HEALTH_READY)
             assert ("raw", True) in asked
             for role in (WORKER_ROLE_PREFILL, WORKER_ROLE_DECODE):
                 asked.clear()
