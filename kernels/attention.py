@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunk_attention import chunk_attention
+from .chunk_attention import causal_band, chunk_attention
 from .decode_attention import Stretches, decode_attention
 
 
@@ -78,7 +78,7 @@ def _on_gpu(q_THD: Tensor, keys: Tensor, values: Tensor, span: Span, scale: floa
     total = span.past + span.new
     if span.past or (window is not None and total > window):
         start = 0 if window is None else max(0, span.past - window + 1)
-        mask = _band(span.past, total, start, window, q_THD)
+        mask = causal_band(span.past - start, span.new, total - start, window, q_THD.dtype, q_THD.device)
         out = F.scaled_dot_product_attention(q_HGTD, k[:, :, start:], v[:, :, start:], attn_mask=mask, scale=scale)
     else:
         out = F.scaled_dot_product_attention(q_HGTD, k, v, is_causal=True, scale=scale)
@@ -124,14 +124,6 @@ def _visible(span: Span, new: int, window: int | None) -> tuple[tuple[int, int],
             visible.append((slot + first - place, last - first))
         place += tokens
     return tuple(visible)
-
-
-def _band(past: int, total: int, start: int, window: int | None, like: Tensor) -> Tensor:
-    """The additive mask [total - past, total - start] of a causal band of width `window`."""
-    query_at = torch.arange(past, total, device=like.device).unsqueeze(1)
-    key_at = torch.arange(start, total, device=like.device).unsqueeze(0)
-    hidden = (key_at > query_at) | (key_at <= query_at - (window or total))
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
 
 
 def contiguous(rows: Tensor, stretches: Sequence[tuple[int, int]]) -> Tensor:

@@ -49,7 +49,8 @@ def chunk_attention(
         k_HGND, v_HGND = (x[:, None, start : block + _BLOCK].expand(-1, groups, -1, -1) for x in (k_HND, v_HND))
         rows = slice(first - past, end - past)
         q_HGTD = _filled(q_THD[rows]).view(-1, kv_heads, groups, dim).permute(1, 2, 0, 3)
-        mask = _mask(first - start, q_HGTD.shape[2], block + _BLOCK - start, window, q_THD.dtype)
+        rows_keys = q_HGTD.shape[2], block + _BLOCK - start
+        mask = _remembered_band(first - start, *rows_keys, window, q_THD.dtype, q_THD.device)
         # The public function may choose another kernel.
         out_HGTD, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_HGTD, k_HGND, v_HGND, 0.0, False, attn_mask=mask, scale=scale
@@ -78,10 +79,14 @@ def _gathered(name: str, rows_SHD: Tensor, stretches: Sequence[tuple[int, int]],
     return out_HND
 
 
-@lru_cache(maxsize=8)  # all layers of a step ask for the same
-def _mask(first: int, rows: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[rows, keys]: 0 where the query at the place first + row sees the key, else -inf."""
-    query_at = torch.arange(first, first + rows).unsqueeze(1)
-    key_at = torch.arange(keys).unsqueeze(0)
+def causal_band(
+    first: int, rows: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The additive mask [rows, keys]: 0 where the query at the place first + row sees the key, else -inf."""
+    query_at = torch.arange(first, first + rows, device=device).unsqueeze(1)
+    key_at = torch.arange(keys, device=device).unsqueeze(0)
     hidden = (key_at > query_at) | (key_at <= query_at - (window or first + rows))
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+_remembered_band = lru_cache(maxsize=8)(causal_band)  # all layers of a step ask for the same

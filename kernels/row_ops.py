@@ -7,9 +7,6 @@ Letters of tensor shapes: T tokens, H heads, D head dimension, N and I widths of
 """
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,8 +16,9 @@ from numba import njit
 from torch import Tensor
 
 from .exponential import exp_fp32
+from .threads import in_parts
 
-_WORK_PER_THREAD = 1 << 16  # numbers that outweigh waking a thread
+_WORK = 8  # products that one number, read and written, counts as (`threads.in_parts`)
 
 
 def compiles(x: Tensor) -> bool:
@@ -33,7 +31,7 @@ def gated_silu(x_T2I: Tensor) -> Tensor:
     rows = x_T2I.view(-1, x_T2I.shape[-1]).numpy()
     out = torch.empty(*x_T2I.shape[:-1], x_T2I.shape[-1] // 2)
     out_rows = out.view(-1, out.shape[-1]).numpy()
-    _in_parts(lambda first, end: _gated_silu(rows, out_rows, first, end), len(rows), rows.size)
+    in_parts(lambda first, end: _gated_silu(rows, out_rows, first, end), len(rows), _WORK * rows.size)
     return out
 
 
@@ -48,14 +46,14 @@ def rms_norm(x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:
     rows, weight = x_TN.view(-1, x_TN.shape[-1]).numpy(), weight_N.numpy()
     out = torch.empty_like(x_TN)
     out_rows = out.view(rows.shape).numpy()
-    _in_parts(lambda first, end: _rms_norm(rows, weight, eps, out_rows, first, end), len(rows), rows.size)
+    in_parts(lambda first, end: _rms_norm(rows, weight, eps, out_rows, first, end), len(rows), _WORK * rows.size)
     return out
 
 
 def rotate_heads(x_THD: Tensor, heads: int, cos_TD: Tensor, sin_TD: Tensor) -> None:
     """Rotary embedding of the first `heads` heads, in place; the sine of the first half of D has its sign changed."""
     x, cos, sin = x_THD.numpy(), cos_TD.numpy(), sin_TD.numpy()
-    _in_parts(lambda first, end: _rotate(x, heads, cos, sin, first, end), len(x), x.size)
+    in_parts(lambda first, end: _rotate(x, heads, cos, sin, first, end), len(x), _WORK * x.size)
 
 
 def rotate_reference(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
@@ -70,21 +68,6 @@ def compile_row_ops() -> None:
     gated_silu(x)
     rms_norm(x, torch.ones(4), 1e-6)
     rotate_heads(x, 1, x[:, 0], x[:, 0])
-
-
-def _in_parts(run: Callable[[int, int], None], rows: int, numbers: int) -> None:
-    """`run(first, end)` over all rows, by several threads where there is work for them."""
-    parts = min(torch.get_num_threads(), rows, 1 + numbers // _WORK_PER_THREAD)
-    if parts <= 1:
-        run(0, rows)
-        return
-    bounds = [rows * part // parts for part in range(parts + 1)]
-    list(_threads().map(run, bounds[:-1], bounds[1:]))
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), "row-ops")
 
 
 @njit(nogil=True, fastmath=True, cache=True, error_model="numpy")
