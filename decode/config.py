@@ -33,6 +33,9 @@ class DecodeConfig(BaseModel):
     )  # host memory for pages of preempted requests; 0: pages for all output at once
     max_batch: int = Field(64, ge=1)  # requests that hold pages at once
     max_waiting: int = Field(1024, ge=1)  # requests that wait for pages; more are refused
+    cuda_graphs: Literal["auto", "never"] = (
+        "auto"  # of decode steps, recorded at the start; auto: on a GPU, packed pool
+    )
     chunk_tokens: int = Field(128, ge=8)  # of prompts and replays in a step beside running requests; a page at least
     inbox_mib: int = Field(64, ge=1)  # received frames not yet decoded; above it the transfer pauses
     decode_mib_per_step: int = Field(4, ge=1)  # of received frames decoded between two steps of a running batch

@@ -15,6 +15,7 @@ from ..model.sampling import sample
 from ..proto.errors import IsthmusError, Unavailable
 from .admission import Admission
 from .config import DecodeConfig
+from .padded_steps import PaddedSteps
 from .planner import StepPlanner
 from .runner import DecodeRunner
 from .scheduler import DecodeScheduler, SequenceId, State
@@ -60,10 +61,11 @@ class DecodeEngine:
         scheduler: DecodeScheduler,
         *,
         config: DecodeConfig,
+        padded: PaddedSteps | None,
         on_failure: Callable[[str], None],
     ) -> None:
         self._model, self._store, self._scheduler = model, store, scheduler
-        self._runner = DecodeRunner(model, store)
+        self._runner = DecodeRunner(model, store, padded)
         self._sequences: dict[SequenceId, DecodeSequence] = {}
         self._arrivals: deque[_Arrived | _Start] = deque()
         self._on_failure = on_failure
@@ -224,6 +226,7 @@ class DecodeEngine:
             tokens.append((sequence.stream, Token(token.token_id, token.logprobs_pb(), finish)))
         self._loop.call_soon_threadsafe(_hand_out, tokens)
         self.counters["steps"] += 1
+        self.counters["graph_steps"] = self._runner.graph_steps
         self.counters["output_tokens"] += len(tokens)
         self._measure(work, pages, time.monotonic() - started_s)
 

@@ -17,6 +17,7 @@ from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..model.model import Model
 from ..proto.errors import InvalidRequest, IsthmusError
 from ..proto.worker_pb2 import PageCounts
+from .page_places import PagePlaces, TokenPlace
 from .pages import final_pages, page_to_pack
 from .saved import SavedPages
 from .scheduler import SequenceId
@@ -52,10 +53,10 @@ class PackedStore:
         self._packed_pages = PageTable(PageAllocator(pages), cached_pages)
         first_pages = max_batch if cached_pages else 0  # that are kept: without its first page no prefix is found
         self._raw_pages = PageTable(PageAllocator(RAW_PAGES * max_batch + first_pages), first_pages)
-        self._total, raw_total = pages, RAW_PAGES * max_batch + first_pages
+        self._total, self._scratch = pages, RAW_PAGES * max_batch + first_pages  # a raw page that is never given out
         self._tables: dict[SequenceId, _Table] = {}
         device = model.device
-        raw = [(raw_total, page_tokens, s.kv_heads, s.head_dim) for s in model.layers]
+        raw = [(self._scratch + 1, page_tokens, s.kv_heads, s.head_dim) for s in model.layers]
         self._raw_keys = [torch.zeros(shape, dtype=model.dtype, device=device) for shape in raw]
         self._raw_values = [torch.zeros(shape, dtype=model.dtype, device=device) for shape in raw]
         self._packed = [
@@ -235,23 +236,30 @@ class PackedStore:
     rounds_endings = False  # raw pages are bf16
 
     def begin_step(self, work: Sequence[Advance]) -> Attend:
-        """Each token is a sequence of its own for the kernel, so that one call serves steps and chunks alike."""
-        device, windows = self._model.device, [layer.window for layer in self._model.layers]
-        tables, rows, lengths = [], [], []
+        return self.attend(PagePlaces.of(self.place(work), self._model.device))
+
+    @property
+    def scratch(self) -> TokenPlace:
+        """The place of a token that belongs to no request."""
+        return TokenPlace(self._scratch * self._page_tokens, 0, 0, 1, [self._scratch])
+
+    def place(self, work: Sequence[Advance]) -> list[TokenPlace]:
+        """Where each token of a step goes; takes a page for one that begins it."""
+        places = []
         for advance in work:
             table = self._tables[advance.sequence.id]
             for position in range(advance.start, advance.end):
                 page, offset = divmod(position, self._page_tokens)
                 if page == len(table.slots):
                     table.slots.append(table.spare_raw.pop())
-                rows.append(table.slots[page] * self._page_tokens + offset)
-                tables.append(table)
-                lengths.append(position + 1)
-        rows_B = torch.tensor(rows, device=device)
-        most = max(len(table.slots) for table in tables)
-        table_BN = _int32([table.slots + [0] * (most - len(table.slots)) for table in tables], device)
-        from_B, to_B = (_int32([table.packed[end] for table in tables], device) for end in (0, 1))
-        lengths_B = _int32(lengths, device)
+                row = table.slots[page] * self._page_tokens + offset
+                places.append(TokenPlace(row, *table.packed, position + 1, table.slots[: page + 1]))
+        return places
+
+    def attend(self, places: PagePlaces) -> Attend:
+        """The attention callback for tokens at these places. It reads them on the device alone, at each call anew."""
+        windows = [layer.window for layer in self._model.layers]
+        rows_B = places.rows_B.long()
 
         def attend(layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float) -> Tensor:
             raw_keys, raw_values = self._raw_keys[layer], self._raw_values[layer]
@@ -261,10 +269,10 @@ class PackedStore:
                 raw_k_RPHD=raw_keys,
                 raw_v_RPHD=raw_values,
                 packed_SB=self._packed[layer],
-                table_BN=table_BN,
-                packed_from_B=from_B,
-                packed_to_B=to_B,
-                lengths_B=lengths_B,
+                table_BN=places.table_BN,
+                packed_from_B=places.packed_from_B,
+                packed_to_B=places.packed_to_B,
+                lengths_B=places.lengths_B,
                 layout=self._codec.layout(layer),
             )
             return self._attention(q_THD, kv, layer, scale, windows[layer])
@@ -336,7 +344,3 @@ class PackedStore:
 def uses_triton(device: torch.device) -> bool:
     """Whether the kernels run; elsewhere their PyTorch references do."""
     return device.type == "cuda"
-
-
-def _int32(values: list, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..kvtransfer.page import Section
 from ..model.model import Model
+from .padded_steps import PaddedSteps
 from .sequence import Advance
 from .store import Attend, KvStore
 
@@ -14,11 +15,19 @@ from .store import Attend, KvStore
 class DecodeRunner:
     """One forward pass over a ragged batch. The engine thread alone uses it."""
 
-    def __init__(self, model: Model, store: KvStore) -> None:
-        self._model, self._store = model, store
+    def __init__(self, model: Model, store: KvStore, padded: PaddedSteps | None = None) -> None:
+        self._model, self._store, self._padded = model, store, padded
+        self.graph_steps = 0  # that were recorded ones
 
     def run(self, work: Sequence[Advance]) -> Tensor:
-        """Stores the KV of the tokens; returns the logits [R, vocabulary] of the R that sample, in order."""
+        """Stores the KV of the tokens; returns the logits [R, vocabulary] of the R that sample, in order.
+
+        They are good until the next step.
+        """
+        shape = self._padded.shape_of(work) if self._padded else None
+        if self._padded and shape:
+            self.graph_steps += 1
+            return self._padded.run(work, shape)
         device = self._model.device
         # Those with a prompt of their own stand last: the pool attends to one block of rows.
         order = sorted(work, key=lambda advance: advance.in_prompt and advance.sequence.local is not None)

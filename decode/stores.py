@@ -1,4 +1,6 @@
-"""Which pool a decode worker gets, and how large."""
+"""Which pool a decode worker gets, how large, and whether its steps are recorded."""
+
+import logging
 
 from ..kvtransfer.codec_tq import TqCodec
 from ..kvtransfer.codecs import PageCodec
@@ -7,8 +9,12 @@ from ..model.model import Model
 from ..proto.errors import InvalidRequest
 from .config import DecodeConfig
 from .dense_store import DenseStore
+from .graphs import recorder
 from .packed_store import PackedStore
+from .padded_steps import PaddedSteps
 from .store import KvStore
+
+log = logging.getLogger(__name__)
 
 
 def keeps_packed(config: DecodeConfig, device: str) -> bool:
@@ -35,3 +41,17 @@ def make_store(config: DecodeConfig, model: Model, codec: PageCodec, *, packed: 
         pages = max(1, int(config.pool_gib * (1 << 30)) // page_bytes)
     cached = int(config.prefix_cache * pages)
     return PackedStore(model, codec, pages, config.page_tokens, config.max_batch, cached_pages=cached)
+
+
+def record_steps(config: DecodeConfig, model: Model, store: KvStore) -> PaddedSteps | None:
+    """Decode steps of that model and pool as CUDA graphs; None where there are none: they run as they are then."""
+    record = recorder(model.device)
+    if record is None or config.cuda_graphs == "never" or not isinstance(store, PackedStore):
+        return None
+    steps = PaddedSteps(model, store, most_tokens=config.max_batch)
+    try:
+        steps.record(record)
+    except RuntimeError as error:  # some mixtures of experts ask the GPU on the way
+        log.warning("decode steps run without CUDA graphs, more slowly: %s", error)
+        return None
+    return steps

@@ -44,7 +44,7 @@ from .config import DecodeConfig
 from .engine import DecodeEngine
 from .scheduler import DecodeScheduler, SequenceId
 from .sequence import DecodeSequence, Token, TokenStream
-from .stores import keeps_packed, make_store
+from .stores import keeps_packed, make_store, record_steps
 from .transfer import PrefillPeers, Transfer, finish_local
 
 SERVICE = decode_pb2.DESCRIPTOR.services_by_name["Decode"]
@@ -96,6 +96,7 @@ class DecodeWorker(DecodeServicer):
         names = (config.default_codec,) if packed else config.codecs
         self._codecs = CodecSet(names, config.default_codec, model.layers, config.page_tokens, balance)
         self._store = make_store(config, model, self._codecs.get(config.default_codec), packed=packed)
+        padded = await gently(record_steps, config, model, self._store)
         self._scheduler = DecodeScheduler(
             total_pages=self._store.total_pages,
             page_tokens=config.page_tokens,
@@ -107,6 +108,7 @@ class DecodeWorker(DecodeServicer):
         self._engine = DecodeEngine(
             *(model, self._store, self._scheduler),
             config=config,
+            padded=padded,
             on_failure=self.server.on_engine_failure(),
         )
         self._engine.thread.start()

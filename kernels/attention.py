@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunk_attention import causal_band, chunk_attention
+from .chunk_attention import chunk_attention, remembered_band
 from .decode_attention import Stretches, decode_attention
 
 
@@ -40,7 +40,7 @@ def ragged_attention(
     """
     if q_THD.device.type == "cpu":
         return _on_cpu(q_THD, keys_SHD, values_SHD, spans, scale, window)
-    outs = [_on_gpu(q_THD, keys_SHD, values_SHD, span, scale, window) for span in spans]
+    outs = [span_attention(q_THD, keys_SHD, values_SHD, span, scale, window) for span in spans]
     return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
@@ -62,26 +62,36 @@ def _on_cpu(
     return out_THD
 
 
-def _on_gpu(q_THD: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float, window: int | None) -> Tensor:
-    """One sequence: [its new tokens, query heads, D]."""
+def span_attention(
+    q_THD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, span: Span, scale: float, window: int | None
+) -> Tensor:
+    """One span's part of `ragged_attention`, as a GPU does it (any device can): [its new tokens, query heads, D].
+
+    Without a window, or within it, FlashAttention (Dao, arXiv 2307.08691) serves a chunk of bf16 or fp16: no tensor of
+    the size of queries times keys is ever made.
+    """
     q_THD = q_THD[span.row : span.row + span.new]
     # Every query head of a group is a query row of its KV head, so that K and V are shared by a stride of zero.
-    q_THGD = q_THD.view(span.new, keys.shape[1], -1, q_THD.shape[2])
+    q_THGD = q_THD.view(span.new, keys_SHD.shape[1], -1, q_THD.shape[2])
+    pools = keys_SHD, values_SHD
     if span.new == 1:  # a decode step reads K and V once
-        k, v = (contiguous(rows, _visible(span, 1, window)).transpose(0, 1).unsqueeze(0) for rows in (keys, values))
+        k, v = (contiguous(rows, _visible(span, 1, window)).transpose(0, 1).unsqueeze(0) for rows in pools)
         return F.scaled_dot_product_attention(q_THGD, k, v, scale=scale).view(q_THD.shape)
     q_HGTD = q_THGD.permute(1, 2, 0, 3)
     k, v = (
         contiguous(rows, span.stretches).transpose(0, 1).unsqueeze(1).expand(-1, q_HGTD.shape[1], -1, -1)
-        for rows in (keys, values)
+        for rows in pools
     )
     total = span.past + span.new
-    if span.past or (window is not None and total > window):
-        start = 0 if window is None else max(0, span.past - window + 1)
-        mask = causal_band(span.past - start, span.new, total - start, window, q_THD.dtype, q_THD.device)
-        out = F.scaled_dot_product_attention(q_HGTD, k[:, :, start:], v[:, :, start:], attn_mask=mask, scale=scale)
-    else:
-        out = F.scaled_dot_product_attention(q_HGTD, k, v, is_causal=True, scale=scale)
+    if window is None or total <= window:
+        from torch.nn.attention.bias import causal_lower_right  # imports the compiler: 3 s, for which a CPU has no use
+
+        mask = causal_lower_right(span.new, total)
+    else:  # PyTorch offers no window of FlashAttention's; no wider than the chunk and the window, one for all layers
+        start = max(0, span.past - window + 1)
+        k, v = k[:, :, start:], v[:, :, start:]
+        mask = remembered_band(span.past - start, span.new, total - start, window, q_THD.dtype, q_THD.device)
+    out = F.scaled_dot_product_attention(q_HGTD, k, v, attn_mask=mask, scale=scale)
     return out.permute(2, 0, 1, 3).reshape(q_THD.shape)
 
 

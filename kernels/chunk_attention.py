@@ -50,7 +50,7 @@ def chunk_attention(
         rows = slice(first - past, end - past)
         q_HGTD = _filled(q_THD[rows]).view(-1, kv_heads, groups, dim).permute(1, 2, 0, 3)
         rows_keys = q_HGTD.shape[2], block + _BLOCK - start
-        mask = _remembered_band(first - start, *rows_keys, window, q_THD.dtype, q_THD.device)
+        mask = remembered_band(first - start, *rows_keys, window, q_THD.dtype, q_THD.device)
         # The public function may choose another kernel.
         out_HGTD, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_HGTD, k_HGND, v_HGND, 0.0, False, attn_mask=mask, scale=scale
@@ -89,4 +89,4 @@ def causal_band(
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
-_remembered_band = lru_cache(maxsize=8)(causal_band)  # all layers of a step ask for the same
+remembered_band = lru_cache(maxsize=8)(causal_band)  # all layers of a step ask for the same

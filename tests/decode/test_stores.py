@@ -71,6 +71,7 @@ async def test_a_gpu_decodes_what_a_cpu_prefilled() -> None:
     own = {"pool": "packed", "device": "cuda"}
     async with worker_pair(model_path("tiny-llama"), prefill={"device": "cpu"}, decode=own) as pair:
         on_gpu = [await pair.generate(prompt, GREEDY, "tq-k4v4") for prompt in prompts(500)]
+        assert pair.decode.server.report().counters["graph_steps"] > 100, "steps are replayed from CUDA graphs"
     async with worker_pair(model_path("tiny-llama"), decode={"pool": "dense", "device": "cpu"}) as pair:
         on_cpu = [await pair.generate(prompt, GREEDY, "tq-k4v4") for prompt in prompts(500)]
     same = sum(a.token_ids[:32] == b.token_ids[:32] for a, b in zip(on_gpu, on_cpu, strict=True))

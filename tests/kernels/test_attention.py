@@ -4,8 +4,9 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from isthmus.kernels.attention import Span, ragged_attention
+from isthmus.kernels.attention import Span, ragged_attention, span_attention
 
 SLOTS = 500
 
@@ -54,6 +55,35 @@ def test_agrees_with_the_definition(window, kv_heads, groups, dim, dtype):
         expected = token_by_token(q, keys, values, spans, dim**-0.5, window)
         tolerance = 1e-5 if dtype is torch.float32 else 2e-2
         torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 8, 64])
+@pytest.mark.parametrize(("kv_heads", "groups", "dim"), [(1, 1, 16), (3, 3, 64), (2, 4, 80)])
+def test_what_a_gpu_computes_agrees_with_the_definition(window, kv_heads, groups, dim):
+    """In fp32 on a CPU, where PyTorch's causal bias becomes a mask: the alignment of queries and keys is the same."""
+    torch.manual_seed(dim)
+    keys, values = torch.randn(2, SLOTS, kv_heads, dim)
+    for new, past, cut in ((5, 0, 0), (40, 0, 7), (1, 30, 8), (5, 7, 0), (40, 64, 50), (40, 100, 0), (2, 6, 0)):
+        stretches = tuple(stretch for stretch in ((200, cut), (9, past + new - cut)) if stretch[1])
+        q = torch.randn(3 + new, kv_heads * groups, dim)
+        out = span_attention(q, keys, values, Span(3, new, past, stretches), dim**-0.5, window)
+        expected = token_by_token(q[3:], keys, values, [Span(0, new, past, stretches)], dim**-0.5, window)
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 200])
+def test_a_chunk_on_a_gpu_attends_through_flash_attention(window):
+    """With every other kernel ruled out, which is an error where it is needed; `window` is never reached."""
+    torch.manual_seed(1)
+    keys, values = torch.randn(2, SLOTS, 2, 64, device="cuda").bfloat16()
+    spans = [Span(0, 64, 128, ((64, 192),)), Span(64, 40, 0, ((300, 40),)), Span(104, 40, 64, ((0, 64), (400, 40)))]
+    q = torch.randn(144, 6, 64, device="cuda").bfloat16()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = ragged_attention(q, keys, values, spans, 0.125, window)
+    expected = token_by_token(q.cpu(), keys.cpu(), values.cpu(), spans, 0.125, window)
+    torch.testing.assert_close(out.cpu().double(), expected, atol=2e-2, rtol=2e-2)
 
 
 def test_a_sequence_sees_nothing_of_another():
