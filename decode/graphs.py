@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-Replay = Callable[[], None]
-Record = Callable[[Callable[[], None]], Replay]
+Call = Callable[[], object]
+Record = Callable[[Call], Call]
 """Runs a call and records it; what it returns does the same again. RuntimeError where it cannot be recorded."""
 
 
@@ -31,7 +31,7 @@ class CudaRecorder:
         with torch.cuda.device(device):
             self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
-    def __call__(self, call: Callable[[], None]) -> Replay:
+    def __call__(self, call: Call) -> Call:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_stream(torch.cuda.default_stream(self._device))
             call()  # compiles kernels and makes constants, neither of which can be done while recording

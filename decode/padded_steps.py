@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..model.model import Model
-from .graphs import Record, Replay
+from .graphs import Call, Record
 from .packed_store import PackedStore
 from .page_places import PagePlaces, TokenPlace
 from .sequence import Advance
@@ -59,7 +59,7 @@ class PaddedSteps:
         self._places, self._ids = self._host_places.to(device, copy=True), self._host_ids.to(device, copy=True)
         self._rows = torch.arange(most_tokens, device=device)
         self._logits = torch.empty(most_tokens, model.vocab_size, dtype=torch.float32, device=device)
-        self._replays: dict[Shape, Replay] = {}
+        self._replays: dict[Shape, Call] = {}
 
     def record(self, record: Record) -> None:
         """Records steps of every shape. RuntimeError where the model's forward cannot be recorded."""

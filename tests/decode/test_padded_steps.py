@@ -10,7 +10,7 @@ from harness import worker_pair
 from models import model_path
 from torch import Tensor
 
-from isthmus.decode.graphs import Record, recorder
+from isthmus.decode.graphs import Call, Record, recorder
 from isthmus.decode.packed_store import PackedStore
 from isthmus.decode.padded_steps import PaddedSteps, page_counts, token_counts
 from isthmus.decode.planner import StepPlanner
@@ -28,7 +28,7 @@ PROMPTS = (1, 15, 47, 16, 17, 31, 63, 64, 100)  # around the borders of pages an
 GREEDY = Sampling(temperature=0, max_tokens=200, ignore_eos=True)
 
 
-def as_it_is(call: Callable[[], None]) -> Callable[[], None]:
+def as_it_is(call: Call) -> Call:
     """What a graph does, without one."""
     return call
 
@@ -159,7 +159,7 @@ async def test_a_worker_records_its_steps_where_it_can(
     padded, some = await answers()
     assert padded == plain and none == 0 and some >= 30
 
-    def refuse(call: Callable[[], None]) -> Callable[[], None]:
+    def refuse(call: Call) -> Call:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr("isthmus.decode.stores.recorder", lambda device: refuse)
@@ -179,3 +179,20 @@ def test_graphs_give_what_unrecorded_steps_give() -> None:
         assert float((a - b).norm() / b.norm()) < 0.05, "bf16 products of other batches round otherwise"
 
     assert in_step(Side(model, None), Side(model, record), [*range(1, 10), *range(8, 0, -1)], 4, near) >= 4 * 17
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_is_an_error_and_harms_nothing() -> None:
+    record = recorder(torch.device("cuda", 0))
+    assert record is not None
+    x = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError):
+        record(lambda: x.add_(len(x.nonzero())))  # waits for the GPU
+    torch.cuda.empty_cache()
+    y = torch.zeros(3, device="cuda")
+    replay = record(lambda: y.add_(x))
+    y.zero_()
+    x.fill_(5)
+    replay()
+    assert y.tolist() == [5, 5, 5]
