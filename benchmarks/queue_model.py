@@ -2,8 +2,9 @@
 
 A prefill worker computes its prompts one after the other and keeps their blocks in an LRU cache. A decode worker steps
 all its requests together; a prompt that it computes itself goes in chunks between the steps, so that either slows the
-other. Workers report to the router every REPORT_S of simulated time, as real ones do; between reports the router counts
-what it placed. What the router is told of rates is what the model uses.
+other. Prompts that ran there stay in its free pages, as those of real ones do (docs/reuse.md): what it holds is neither
+sent to it nor computed by it. Workers report to the router every REPORT_S of simulated time; between reports the router
+counts what it placed, and is told what was cached when a prompt's KV is there. It knows the rates that the model uses.
 """
 
 import heapq
@@ -13,18 +14,20 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-from isthmus.cluster.board import Board, PrefillTime, StepTime, WorkerLoad
+from isthmus.cluster.board import Board
 from isthmus.cluster.costs import Demand
 from isthmus.cluster.gateway_config import LocalPrefill, Policy
+from isthmus.cluster.pool import PrefillTime, StepTime, WorkerLoad
 from isthmus.cluster.prefixes import Steps
-from isthmus.cluster.router import route
+from isthmus.cluster.router import Placement, route
 
 REPORT_S = 0.1
 PAGE, CHUNK = 64, 512
+BLOCK = 512  # tokens of a hash id in Mooncake's traces
 PREFILL = PrefillTime(2.0, 0.2, 0.004)  # 5,000 tokens/s at short contexts
 STEP = StepTime(8.0, 0.1, 0.001)
 PAGES = 20_000  # of a decode worker
-CACHED_BLOCKS = 4_000  # of a prefill worker, 512 tokens each
+CACHED_BLOCKS = 4_000  # of a prefill worker
 BYTES_PER_TOKEN, LINK = 32_000, 1.25e6  # packed KV of an 8B model; 10 Gbit/s in bytes per ms
 
 
@@ -45,30 +48,46 @@ def compute_ms(tokens: int, cached: int) -> float:
     return chunks * PREFILL.ms + left * (PREFILL.ms_token + (tokens + cached) / 2e3 * PREFILL.ms_ktoken)
 
 
+class BlockCache:
+    """Blocks of prompts; those unused for longest go first."""
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[bytes, None] = OrderedDict()
+
+    def find(self, request: Arrival) -> int:
+        """Tokens of the longest prefix that is here."""
+        found = 0
+        for tokens, block in request.blocks:
+            if block not in self._blocks:
+                break
+            found = tokens
+        return found
+
+    def keep(self, request: Arrival, most: int) -> None:
+        """Takes a prompt's blocks; at most so many stay."""
+        for _, block in reversed(request.blocks):
+            self._blocks[block] = None
+            self._blocks.move_to_end(block)
+        while len(self._blocks) > most:
+            self._blocks.popitem(last=False)
+
+
 @dataclass
 class PrefillModel:
     """One prompt after the other; `free_s` is when the last of them is done."""
 
     free_s: float = 0.0
     queue: deque[tuple[float, float, int]] = field(default_factory=deque)  # start, end, tokens to compute
-    cache: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    cache: BlockCache = field(default_factory=BlockCache)
 
-    def take(self, now_s: float, request: Arrival) -> float:
-        """When the request's first token is there."""
-        cached = 0
-        for tokens, block in request.blocks:
-            if block not in self.cache:
-                break
-            cached = tokens
-        for _, block in reversed(request.blocks):
-            self.cache[block] = None
-            self.cache.move_to_end(block)
-        while len(self.cache) > CACHED_BLOCKS:
-            self.cache.popitem(last=False)
+    def take(self, now_s: float, request: Arrival) -> tuple[float, int]:
+        """When the request's first token is there, and how many tokens were cached."""
+        cached = self.cache.find(request)
+        self.cache.keep(request, CACHED_BLOCKS)
         start = max(now_s, self.free_s)
         self.free_s = start + compute_ms(request.prompt_tokens, cached) / 1e3
         self.queue.append((start, self.free_s, max(1, request.prompt_tokens - cached)))
-        return self.free_s
+        return self.free_s, cached
 
     def load(self, now_s: float) -> tuple[float, int]:
         """Tokens that are not computed yet, and requests."""
@@ -90,7 +109,12 @@ class DecodeModel:
     pages: float = 0.0  # reserved, from placement to the end
     coming: int = 0  # requests whose KV is on its way
     version: int = 0
+    cache: BlockCache = field(default_factory=BlockCache)
     itl: list[tuple[float, float]] = field(default_factory=list)  # (ms, tokens)
+
+    def keep(self, request: Arrival) -> None:
+        """A prompt's KV is here: it stays while nobody else needs the pages."""
+        self.cache.keep(request, max(0, PAGES - round(self.pages)) * PAGE // BLOCK)
 
     def cycle_ms(self) -> tuple[float, float]:
         """Time for a token of everybody, and how much of it goes to the prompt that is computed."""
@@ -147,6 +171,7 @@ class Simulation:
         ] = []  # time, order, decode worker, version, request to start
         self._order = 0
         self._ttft: dict[int, float] = {}
+        self._placed: dict[int, tuple[Placement, int, int]] = {}  # what the decode worker holds, and what was cached
         self._trace: Sequence[Arrival] = ()
 
     def run(self, trace: Sequence[Arrival]) -> tuple[list[float], list[tuple[float, float]]]:
@@ -172,25 +197,36 @@ class Simulation:
         placement = route(demand, self._board, policy=self._policy, local_prefill=self._local)
         board, now = self._board, arrival.at_s
         pages = -(-demand.tokens // PAGE)
-        board.decode.count(board.decode.row[placement.decode], tokens=0, pages=pages, steps=())
+        board.decode.count(board.decode.row[placement.decode], tokens=0, pages=pages, steps=arrival.blocks)
         model = self._decode[placement.decode]
         model.advance(now)
         model.pages += pages
+        held = model.cache.find(arrival)
+        self._placed[number] = placement, held, held
         if placement.prefill:
             first = placement.prefill[0]
             missing = arrival.prompt_tokens - placement.cached_tokens
             board.prefill.count(board.prefill.row[first], tokens=missing, pages=0, steps=arrival.blocks)
-            done_s = self._prefill[first].take(now, arrival)
+            done_s, cached = self._prefill[first].take(now, arrival)
+            self._placed[number] = placement, held, max(held, cached)
             self._ttft[number] = (done_s - now) * 1e3
-            sent_s = max(done_s, now + arrival.prompt_tokens * BYTES_PER_TOKEN / LINK / 1e3)
+            sent_s = max(done_s, now + (arrival.prompt_tokens - held) * BYTES_PER_TOKEN / LINK / 1e3)
             self._push(sent_s, placement.decode, -1, number)
             model.coming += 1
             self._reschedule(placement.decode)
             return
-        ms = compute_ms(arrival.prompt_tokens, 0)
-        chunk = ms / max(1, -(-arrival.prompt_tokens // CHUNK))
+        ms = compute_ms(arrival.prompt_tokens, held)
+        chunk = ms / max(1, -(-(arrival.prompt_tokens - held) // CHUNK))
         model.local.append([number, ms, chunk, arrival.output_tokens, pages])
         self._reschedule(placement.decode)
+
+    def _learn(self, number: int) -> None:
+        """A prompt's KV is on its decode worker: that keeps it, and the router learns what was cached."""
+        placement, held, found = self._placed.pop(number)
+        self._decode[placement.decode].keep(self._trace[number])
+        self._board.decode.check_belief(placement.decode, placement.held_tokens, held)
+        for first in placement.prefill[:1]:
+            self._board.prefill.check_belief(first, placement.cached_tokens, found)
 
     def _until(self, now_s: float) -> None:
         """Lets everything happen that happens before a moment."""
@@ -205,8 +241,10 @@ class Simulation:
                 pages = -(-(arrival.prompt_tokens + arrival.output_tokens) // PAGE)
                 model.running[starts] = [arrival.output_tokens, pages]
                 model.coming -= 1
+                self._learn(starts)
             done = model.settle()
             if done is not None:
+                self._learn(done)
                 self._ttft[done] = (at_s - self._trace[done].at_s) * 1e3
             self._reschedule(name)
 

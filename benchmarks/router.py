@@ -30,18 +30,18 @@ from typing import Any
 
 import numpy as np
 from idle import idle_share
-from queue_model import PREFILL, STEP, Arrival, Simulation, compute_ms
+from queue_model import BLOCK, PREFILL, STEP, Arrival, Simulation, compute_ms
 from report import conditions, write_json
 
-from isthmus.cluster.board import Board, Pool, WorkerLoad
+from isthmus.cluster.board import Board
 from isthmus.cluster.costs import Demand
 from isthmus.cluster.gateway_config import LocalPrefill, Policy
+from isthmus.cluster.pool import Pool, WorkerLoad
 from isthmus.cluster.router import route
 
 REPORTS_S = 10  # of each worker; as often as they may, were they never idle
 IDLE_S = 20.0
 LOADS = (0.7, 0.9)
-BLOCK = 512  # tokens of a hash id in Mooncake's traces
 POLICIES: dict[str, tuple[Policy, LocalPrefill]] = {
     "cost": ("cost", "when_cheaper"),
     "round-robin": ("round-robin", "never"),

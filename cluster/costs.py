@@ -9,23 +9,24 @@ tokens that an answer has on average. A millisecond of ITL is worth ITL_WEIGHT m
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
 from ..proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
-from .board import COMPUTE, Board, Floats, Pool, Term
+from .board import Board
+from .pool import COMPUTE, Floats, Pool, Term
 from .prefixes import FEW, Steps
+from .rows import Costs, plain
 
 ITL_WEIGHT = 0.05
 LOCAL_MARGIN = 1.5  # the decode worker's time is dearer: requests that come next will want it
 CHUNK_TOKENS = 512  # of a prefill chunk, for its fixed cost
+OF_LOCAL, OF_REMOTE, OF_OWN = slice(0, 6), slice(6, 12), slice(12, 18)  # of `all_weights`
 # What the damage to others counts: somebody who waits may take more from those who do not.
 DAMAGE_OF: dict[int, float] = {PRIORITY_INTERACTIVE: 0.5, PRIORITY_BATCH: 2.0}
 
 Weights = tuple[float, ...]  # of terms that stand next to each other
 Cached = dict[int, float]  # tokens of a prompt that are believed to be cached, by row; only rows that have any
-Real = TypeVar("Real", float, Floats)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,33 +63,37 @@ def queue_weights(demand: Demand) -> Weights:
     return 1.0, demand.prompt_tokens / 2e3, 1.0
 
 
-def step_weights(demand: Demand, output_tokens: float) -> Weights:
-    """The request's own steps, and what they add to those of the others (for half an answer on average): of OWN."""
-    most, kv = demand.max_tokens, demand.tokens
-    own = ITL_WEIGHT * (most if most < output_tokens else output_tokens)
-    others = 0.5 * own * demand.damage
-    return 1.0, own, own, own * kv, others, others * kv
+def all_weights(demand: Demand, output_tokens: float) -> Floats:
+    """Of LOCAL, REMOTE and OWN, one after the other: a vector for all, as making it takes longer than using it."""
+    chunks, tokens, pairs = compute_weights(demand)
+    once, damage = LOCAL_MARGIN, demand.damage
+    each = ITL_WEIGHT * damage
+    local = each * chunks, each * tokens, each * pairs, once * chunks, once * tokens, once * pairs
+    # The request's own steps, and what they add to those of the others (for half an answer on average).
+    most = demand.max_tokens
+    kv = tokens + most
+    steps = ITL_WEIGHT * (most if most < output_tokens else output_tokens)
+    others = 0.5 * steps * damage
+    own = 1.0, steps, steps, steps * kv, others, others * kv
+    return np.array((*local, chunks, tokens, pairs, *queue_weights(demand), *own))
 
 
-def own_ms(demand: Demand, pool: Pool, output_tokens: float) -> Floats:
-    """What the request's steps cost on each decode worker, [rows]."""
-    return np.array(step_weights(demand, output_tokens)).dot(pool.own)
+def own_ms(weights: Floats, pool: Pool) -> Costs:
+    """What the request's steps cost on each decode worker."""
+    return plain(weights[OF_OWN].dot(pool.own))
 
 
-def remote_ms(demand: Demand, pool: Pool, cached: Cached) -> Floats:
-    """What the prompt costs on each prefill worker: the queue, and the tokens that are not cached, [rows]."""
-    costs = np.array((*compute_weights(demand), *queue_weights(demand))).dot(pool.remote)
+def remote_ms(weights: Floats, demand: Demand, pool: Pool, cached: Cached) -> Costs:
+    """What the prompt costs on each prefill worker: the queue, and the tokens that are not cached."""
+    costs = plain(weights[OF_REMOTE].dot(pool.remote))
     save(costs, demand, pool, cached)
     return costs
 
 
-def local_ms(demand: Demand, pool: Pool, held: Cached) -> Floats:
-    """What it costs on each decode worker if that computes the prompt itself, and what others lose by it, [rows]."""
-    chunk, token, ktoken = compute_weights(demand)
-    once, each = LOCAL_MARGIN, ITL_WEIGHT * demand.damage
-    weights = each * chunk, each * token, each * ktoken, once * chunk, once * token, once * ktoken
-    costs = np.array(weights).dot(pool.local)
-    save(costs, demand, pool, held, once, each)
+def local_ms(weights: Floats, demand: Demand, pool: Pool, held: Cached) -> Costs:
+    """What it costs on each decode worker if that computes the prompt itself, and what others lose by it."""
+    costs = plain(weights[OF_LOCAL].dot(pool.local))
+    save(costs, demand, pool, held, LOCAL_MARGIN, ITL_WEIGHT * demand.damage)
     return costs
 
 
@@ -103,23 +108,20 @@ def cached_tokens(pool: Pool, demand: Demand) -> Cached:
     return cached
 
 
-def saved_ms(prompt_tokens: int, cached: Real, chunk: Real, token: Real, ktoken: Real) -> Real:
-    """What computing a prompt costs less where so much of it is cached; for one worker or for several."""
-    chunks = -(-prompt_tokens // CHUNK_TOKENS) + (cached - prompt_tokens) // CHUNK_TOKENS
-    return chunks * chunk + cached * token + cached * cached / 2e3 * ktoken
-
-
-def save(costs: Floats, demand: Demand, pool: Pool, cached: Cached, once: float = 1.0, each: float = 0.0) -> None:
-    """Takes what is saved from the costs of all rows: `once`, and `each` times for every request there."""
+def save(costs: Costs, demand: Demand, pool: Pool, cached: Cached, once: float = 1.0, each: float = 0.0) -> None:
+    """Takes what need not be computed from the costs of all rows: `once`, and `each` times for every request there."""
     tokens = demand.prompt_tokens
-    if len(cached) <= FEW:
+    chunks = -(-tokens // CHUNK_TOKENS)
+    if isinstance(costs, list) or len(cached) <= FEW:
+        compute, requests = pool.compute, pool.requests
         for row, there in cached.items():
-            chunk, token, ktoken = pool.compute[row]
-            saved = saved_ms(tokens, there, chunk, token, ktoken)
-            costs[row] -= (once + each * pool.requests.item(row)) * saved
+            chunk, token, ktoken = compute[row]
+            saved = (chunks + (there - tokens) // CHUNK_TOKENS) * chunk + there * (token + there / 2e3 * ktoken)
+            costs[row] -= (once + each * requests.item(row)) * saved
         return
     rows, there = np.fromiter(cached, dtype=np.int64), np.fromiter(cached.values(), dtype=np.float64)
-    saved = saved_ms(tokens, there, *pool.terms[COMPUTE, rows])
+    chunk, token, ktoken = pool.terms[COMPUTE, rows]
+    saved = (chunks + (there - tokens) // CHUNK_TOKENS) * chunk + there * (token + there / 2e3 * ktoken)
     costs[rows] -= (once + each * pool.requests[rows]) * saved
 
 

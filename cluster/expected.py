@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..proto.errors import InvalidRequest, Unavailable
-from .board import COMPUTE, SUSPECT, Board, Pool, Term
+from .board import Board
 from .costs import Demand, cached_tokens, compute_weights, save
 from .gateway_config import LocalPrefill
+from .pool import COMPUTE, SUSPECT, Pool, Term
 from .router import route
 
 

@@ -5,21 +5,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .board import COMPUTE, NOBODY, QUEUE, Board
+from .board import Board
 from .costs import (
     ITL_WEIGHT,
     LOCAL_MARGIN,
+    Cached,
     Demand,
+    all_weights,
     cached_tokens,
     compute_weights,
     exposed_ms,
     own_ms,
     queue_weights,
     save,
-    saved_ms,
     wait_ms,
 )
 from .gateway_config import LocalPrefill
+from .pool import COMPUTE, NOBODY, QUEUE, Floats, Pool
 from .router import Placement, allowed_workers
 
 DECODES, PREFILLS = 4, 8  # that the table shows, the cheapest of each
@@ -44,12 +46,12 @@ class Price(NamedTuple):
 
 def explain(demand: Demand, board: Board, placement: Placement, *, local_prefill: LocalPrefill) -> list[Price]:
     """The prices of the cheapest pairs, the chosen one among them, and of local prefill where it is allowed."""
-    allowed = allowed_workers(demand, board, local_prefill=local_prefill)
+    _, may_decode, _ = allowed_workers(demand, board, local_prefill=local_prefill)
     pool = board.decode
     wait = wait_ms(board, demand)
-    own = own_ms(demand, pool, board.output_tokens) + (0.0 if wait is None else wait)
-    if allowed.decode is not None:
-        own = own + allowed.decode
+    own = np.array(own_ms(all_weights(demand, board.output_tokens), pool)) + (0.0 if wait is None else wait)
+    if may_decode is not None:
+        own += may_decode
     rows = [int(row) for row in np.argsort(own, kind="stable")[:DECODES] if own[row] < NOBODY]
     chosen = pool.row[placement.decode]
     lines = []
@@ -72,8 +74,7 @@ def _lines(
         pool, kinds = board.prefill, board.offer(demand.codec)
         cached = cached_tokens(pool, demand)
         queue = np.dot(queue_weights(demand), pool.terms[QUEUE])
-        compute = np.dot(compute_weights(demand), pool.terms[COMPUTE])
-        save(compute, demand, pool, cached)
+        compute = _compute_ms(demand, pool, cached)
         sent = exposed_ms(demand, board, held_here, board.links(row), queue + compute) if len(pool) else compute
         total = own_ms + queue + compute + sent
         fits = (kinds.prefill == kinds.decode[row]) & (pool.capacity >= demand.prompt_tokens) & (total < NOBODY)
@@ -89,9 +90,8 @@ def _lines(
                 cached_tokens=round(cached.get(prefill, 0.0)),
             )
     if local_prefill != "never":
-        rates, requests = board.decode.compute[row], float(board.decode.requests[row])
-        compute_here = sum(weight * ms for weight, ms in zip(compute_weights(demand), rates, strict=True))
-        compute_here -= saved_ms(demand.prompt_tokens, held_here, *rates)
+        compute_here = float(_compute_ms(demand, board.decode, held)[row])
+        requests = float(board.decode.requests[row])
         damage = ITL_WEIGHT * demand.damage * requests * compute_here
         yield Price(
             **shared,
@@ -103,3 +103,10 @@ def _lines(
             total_ms=own_ms + LOCAL_MARGIN * compute_here + damage,
             cached_tokens=round(held_here),
         )
+
+
+def _compute_ms(demand: Demand, pool: Pool, cached: Cached) -> Floats:
+    """What is not cached, on each worker."""
+    costs = np.dot(compute_weights(demand), pool.terms[COMPUTE])
+    save(costs, demand, pool, cached)
+    return costs

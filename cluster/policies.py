@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from .board import NOBODY, Floats, Pool, Term
 from .costs import Cached, Demand, column
+from .pool import NOBODY, Floats, Pool, Term
 
 UNLIKE, UNLIKE_RATIO = 8, 1.5  # requests that one worker may have more than another, in number and ratio
 

@@ -68,7 +68,8 @@ class Prefixes:
         while True:
             tokens, address = steps[low - 1]
             mask = holders[address]
-            matched.update(dict.fromkeys(_rows_of(mask ^ seen), tokens))
+            for row in _rows_of(mask ^ seen):
+                matched[row] = tokens
             seen = mask
             if mask == everybody:
                 return matched

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..proto.errors import InvalidRequest, Unavailable
-from .board import NOBODY, Board, Floats, Limit, Offer, Term
+from .board import Board, Limit, Offer
 from .costs import (
+    ITL_WEIGHT,
     LOCAL_MARGIN,
     Cached,
     Demand,
+    all_weights,
     always_hidden,
     cached_tokens,
     column,
@@ -28,10 +30,11 @@ from .costs import (
 )
 from .gateway_config import LocalPrefill, Policy
 from .policies import SIMPLE
+from .pool import NOBODY, Floats, Term
+from .rows import Costs, cheapest, least, plain, plus_lesser, up_to
 from .ties import preferred
 
 CANDIDATES = 8  # prefill workers that a decode worker is told of
-MANY = 64  # rows past which a vector is faster than a list
 NEAR_MS, NEAR = 1.0, 0.05  # costs that differ by less than this, and by this share of the least, are equal
 
 
@@ -48,12 +51,9 @@ class Placement(NamedTuple):
     held_tokens: float = 0.0  # and on the decode worker
 
 
-class Allowed(NamedTuple):
-    """Which workers may take a request: infinity where one may not, None where all may."""
-
-    kinds: Offer
-    decode: Floats | None
-    prefill: Floats | None
+# The kinds of workers; which decode workers and which prefill workers may take a request: infinity where one may not,
+# None where all may.
+Allowed = tuple[Offer, Floats | None, Floats | None]
 
 
 def offered_codecs(board: Board, local_prefill: LocalPrefill = "never") -> tuple[str, ...]:
@@ -85,44 +85,43 @@ def route(
 
     Unavailable where nothing that could serve it is there, InvalidRequest where nothing could ever hold it.
     """
-    allowed = allowed_workers(demand, board, avoid=avoid, local_prefill=local_prefill)
+    kinds, may_decode, may_prefill = allowed_workers(demand, board, avoid=avoid, local_prefill=local_prefill)
     if policy != "cost":
-        return _simple(demand, board, allowed, policy, local_prefill)
+        return _simple(demand, board, (kinds, may_decode, may_prefill), policy, local_prefill)
     prefill, decode = board.prefill, board.decode
     cached, held = cached_tokens(prefill, demand), cached_tokens(decode, demand)
-    own, wait = own_ms(demand, decode, board.output_tokens), wait_ms(board, demand)
+    weights = all_weights(demand, board.output_tokens)
+    own, wait = own_ms(weights, decode), wait_ms(board, demand)
     if wait is not None:
-        own += wait
-    if allowed.decode is not None:
-        own += allowed.decode
-    alone = local_ms(demand, decode, held) if local_prefill != "never" else None
-    remote, least_ms = None, NOBODY
+        own = plain(own + wait)
+    if may_decode is not None:
+        own = plain(own + may_decode)
+    alone = local_ms(weights, demand, decode, held) if local_prefill != "never" else None
+    remote: Costs = []
+    least_ms = NOBODY
     if local_prefill != "always" and prefill.row:
-        remote = remote_ms(demand, prefill, cached)
-        if allowed.prefill is not None:
-            remote += allowed.prefill
-        least_ms = remote.item(remote.argmin())
+        remote = remote_ms(weights, demand, prefill, cached)
+        if may_prefill is not None:
+            remote = plain(remote + may_prefill)
+        least_ms = least(remote)
+    paired: Costs | float = least_ms
     hidden = always_hidden(demand, board, least_ms)
-    if least_ms < NOBODY:
-        paired: float | Floats = least_ms
-        if not hidden:
-            there = column(held, len(decode.addresses))
-            paired = least_ms + exposed_ms(demand, board, there, decode.link, least_ms)
-        total = own + (paired if alone is None else np.minimum(paired, alone))
-    else:
-        total = own if alone is None else own + alone
-    near_ms = max(NEAR_MS, NEAR * own.item(own.argmin()))
-    row = _least(total, decode.seeds, demand.affinity, near_ms)
+    if not hidden:
+        paired = plain(least_ms + exposed_ms(demand, board, column(held, len(own)), decode.link, least_ms))
+    total = plus_lesser(own, paired, NOBODY if alone is None else alone)
+    row = _least(total, decode.seeds, demand.affinity, max(NEAR_MS, NEAR * least(own)))
     wait_here = 0.0 if wait is None else wait.item(row)
-    alone_ms = np.inf if alone is None else alone.item(row)
-    choice = _Choice(board, allowed.kinds, row, demand.affinity, cached, held.get(row, 0.0))
-    if remote is not None:
+    alone_ms = NOBODY if alone is None else alone[row]
+    if least_ms <= alone_ms:
         if not hidden:
-            remote = remote + exposed_ms(demand, board, choice.held_tokens, board.links(row), remote)
-        order = choice.partners(remote)
-        if order and (prompt_ms := remote.item(order[0])) <= alone_ms:
-            return choice.made(order, wait_here + prompt_ms, prompt_ms)
-    return choice.made([], wait_here + alone_ms / LOCAL_MARGIN, 0.0)
+            before = np.array(remote)
+            remote = plain(before + exposed_ms(demand, board, held.get(row, 0.0), board.links(row), before))
+        order = _partners(remote, board, kinds, row, demand.affinity)
+        if order and (prompt_ms := remote[order[0]]) <= alone_ms:
+            first = cached.get(order[0], 0.0)
+            return _placement(board, kinds, row, order, wait_here + prompt_ms, prompt_ms, first, held)
+    compute_ms = alone_ms / (LOCAL_MARGIN + ITL_WEIGHT * demand.damage * decode.requests.item(row))
+    return _placement(board, kinds, row, [], wait_here + compute_ms, 0.0, 0.0, held)
 
 
 def allowed_workers(
@@ -130,9 +129,9 @@ def allowed_workers(
 ) -> Allowed:
     """Who may take the request; raises what `route` raises."""
     kinds = board.offer(demand.codec)
-    avoided = [board.decode.row[address] for address in avoid if address in board.decode.row]
+    avoided = [board.decode.row[address] for address in avoid if address in board.decode.row] if avoid else []
     if demand.tokens <= kinds.fits and not avoided and (local_prefill != "never" or len(board.prefill)):
-        return Allowed(kinds, None, None)
+        return kinds, None, None
     may_prefill = (kinds.prefill >= 0) & (board.prefill.capacity >= demand.prompt_tokens)
     may_decode = (kinds.decode >= 0) & (board.decode.capacity >= demand.tokens)
     if local_prefill == "never":
@@ -142,7 +141,7 @@ def allowed_workers(
     may_decode[avoided] = False
     if not may_decode.any():
         raise Unavailable("every decode worker that could hold the request failed")
-    return Allowed(kinds, np.where(may_decode, 0.0, np.inf), np.where(may_prefill, 0.0, np.inf))
+    return kinds, np.where(may_decode, 0.0, np.inf), np.where(may_prefill, 0.0, np.inf)
 
 
 def _refusal(demand: Demand, board: Board, local_prefill: LocalPrefill) -> Exception:
@@ -155,76 +154,68 @@ def _refusal(demand: Demand, board: Board, local_prefill: LocalPrefill) -> Excep
     )
 
 
-class _Choice(NamedTuple):
-    """A decode worker is chosen; its partners are not yet."""
+def _partners(
+    costs: Costs, board: Board, kinds: Offer, row: int, affinity: int, near_ms: float | None = None
+) -> list[int]:
+    """Rows of the prefill workers that may serve the decode worker of a row, the cheapest first.
 
-    board: Board
-    kinds: Offer
-    row: int
-    affinity: int
-    cached: Cached
-    held_tokens: float
+    The first of nearly equal ones is the one that the affinity prefers.
+    """
+    if not kinds.fits:
+        costs = plain(np.where(kinds.prefill == kinds.decode[row], costs, np.inf))
+    if not len(costs):
+        return []
+    rows = cheapest(costs, CANDIDATES + 1)
+    bound = _nearly(costs[rows[0]], near_ms)
+    if len(rows) > 1 and costs[rows[1]] <= bound:
+        first = preferred(up_to(costs, bound), board.prefill.seeds, affinity)
+        rows = [first, *[row for row in rows if row != first]]
+    return [row for row in rows[:CANDIDATES] if costs[row] < NOBODY]
 
-    def partners(self, costs: Floats, near_ms: float | None = None) -> list[int]:
-        """Rows of the prefill workers that may serve the chosen decode worker, the cheapest first.
 
-        The first of nearly equal ones is the one that the affinity prefers.
-        """
-        kinds = self.kinds
-        if not kinds.fits:
-            costs = np.where(kinds.prefill == kinds.decode[self.row], costs, np.inf)
-        if not len(costs):
-            return []
-        first = _least(costs, self.board.prefill.seeds, self.affinity, near_ms)
-        if len(costs) > MANY:
-            cheap = np.argpartition(costs, CANDIDATES)[: CANDIDATES + 1]
-            rows = cheap[costs[cheap].argsort(kind="stable")].tolist()
-        else:
-            rows = costs.argsort(kind="stable")[: CANDIDATES + 1].tolist()
-        if first != rows[0]:
-            rows = [first, *[row for row in rows if row != first]]
-        return [row for row in rows[:CANDIDATES] if costs.item(row) < NOBODY]
-
-    def made(self, order: list[int], ttft_ms: float, prefill_ms: float) -> Placement:
-        """The placement with prefill candidates in this order."""
-        kinds, addresses = self.kinds, self.board.prefill.addresses
-        page_tokens, codec_hash = kinds.kinds[kinds.decode[self.row]]
-        return Placement(
-            decode=self.board.decode.addresses[self.row],
-            prefill=tuple([addresses[row] for row in order]),
-            page_tokens=page_tokens,
-            codec_hash=codec_hash,
-            ttft_ms=ttft_ms,
-            prefill_ms=prefill_ms,
-            cached_tokens=self.cached.get(order[0], 0.0) if order else 0.0,
-            held_tokens=self.held_tokens,
-        )
+def _placement(
+    board: Board,
+    kinds: Offer,
+    row: int,
+    order: list[int],
+    ttft_ms: float,
+    prefill_ms: float,
+    cached: float,
+    held: Cached,
+) -> Placement:
+    """On the decode worker of a row, with prefill candidates in this order."""
+    addresses = board.prefill.addresses
+    page_tokens, codec_hash = kinds.kinds[kinds.decode.item(row)]
+    partners = tuple([addresses[partner] for partner in order])
+    decode, there = board.decode.addresses[row], held.get(row, 0.0)
+    return Placement(decode, partners, page_tokens, codec_hash, ttft_ms, prefill_ms, cached, there)
 
 
 def _simple(demand: Demand, board: Board, allowed: Allowed, policy: Policy, local_prefill: LocalPrefill) -> Placement:
     """A placement by scores that know nothing of time."""
+    kinds, may_decode, may_prefill = allowed
     scores, affinity = SIMPLE[policy], demand.affinity
     cached, held = cached_tokens(board.prefill, demand), cached_tokens(board.decode, demand)
     on_decode = scores(demand, board.decode, held) + board.decode.terms[Term.PENALTY]
-    if allowed.decode is not None:
-        on_decode = on_decode + allowed.decode
-    row = _least(on_decode, board.decode.seeds, affinity, near_ms=0.0)
-    choice = _Choice(board, allowed.kinds, row, affinity, cached, held.get(row, 0.0))
+    if may_decode is not None:
+        on_decode = on_decode + may_decode
+    row = _least(plain(on_decode), board.decode.seeds, affinity, near_ms=0.0)
     order: list[int] = []
     if local_prefill != "always":
         on_prefill = scores(demand, board.prefill, cached) + board.prefill.terms[Term.PENALTY]
-        if allowed.prefill is not None:
-            on_prefill = on_prefill + allowed.prefill
-        order = choice.partners(on_prefill, 0.0)
-    return choice.made(order, 0.0, 0.0)
+        if may_prefill is not None:
+            on_prefill = on_prefill + may_prefill
+        order = _partners(plain(on_prefill), board, kinds, row, affinity, 0.0)
+    first = cached.get(order[0], 0.0) if order else 0.0
+    return _placement(board, kinds, row, order, 0.0, 0.0, first, held)
 
 
-def _least(costs: Floats, seeds: Sequence[int], affinity: int, near_ms: float | None = None) -> int:
+def _least(costs: Costs, seeds: Sequence[int], affinity: int, near_ms: float | None = None) -> int:
     """The row of the least cost; of nearly equal ones the one that the affinity prefers."""
-    least = costs.item(costs.argmin())
-    bound = least + (max(NEAR_MS, NEAR * least) if near_ms is None else near_ms)
-    if len(costs) > MANY:
-        near = (costs <= bound).nonzero()[0].tolist()
-    else:
-        near = [row for row, cost in enumerate(costs.tolist()) if cost <= bound]
+    near = up_to(costs, _nearly(least(costs), near_ms))
     return near[0] if len(near) == 1 else preferred(near, seeds, affinity)
+
+
+def _nearly(least_ms: float, near_ms: float | None) -> float:
+    """Up to here costs are nearly equal to the least."""
+    return least_ms + (max(NEAR_MS, NEAR * least_ms) if near_ms is None else near_ms)

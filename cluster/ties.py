@@ -18,7 +18,7 @@ BITS_64 = 0xFFFFFFFFFFFFFFFF
 def preferred(rows: Sequence[int], seeds: Sequence[int], affinity: int) -> int:
     """The one of these rows that an affinity (64 bits) prefers; `seeds` are those of all rows."""
     if len(rows) <= FEW:
-        return min(rows, key=lambda row: mixed(seeds[row] ^ affinity))
+        return min([(mixed(seeds[row] ^ affinity), row) for row in rows])[1]
     known = np.array([seeds[row] for row in rows], dtype=np.uint64)
     return rows[int(_mixed_all(known ^ np.uint64(affinity)).argmin())]
 

@@ -21,10 +21,11 @@ from ..proto.worker_pb2 import (
     WorkerReport,
 )
 from ..proto.worker_pb2_grpc import WorkerStub
-from .board import Board, Pool
+from .board import Board
 from .compat import Expected, incompatible
 from .costs import Demand
 from .outliers import Outliers
+from .pool import Pool
 from .router import Placement
 from .watched import OUT_S, SUSPECT_S, Watched
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_ROLE_DECODE, WorkerReport
-from .board import PrefillTime, StepTime, WorkerLoad
+from .pool import PrefillTime, StepTime, WorkerLoad
 
 SUSPECT_S = 1.0  # without a report: no new work where another worker can take it
 OUT_S = 3.0  # no work at all, and what runs there is given up

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 from boards import demand, load
 
-from isthmus.cluster.board import NOBODY, SUSPECT, Board, PrefillTime, StepTime, WorkerLoad, board_of
+from isthmus.cluster.board import Board, board_of
 from isthmus.cluster.costs import Demand
+from isthmus.cluster.pool import NOBODY, SUSPECT, PrefillTime, StepTime, WorkerLoad
 from isthmus.cluster.prefixes import Steps
 from isthmus.cluster.router import route
 from isthmus.cluster.ties import mixed
@@ -115,7 +116,7 @@ def expected(model: Model, board: Board, local: str) -> tuple[str, str, float]:
         first = preferred(pairs, max(1.0, 0.05 * min(pairs.values())), board, affinity)
         if pairs[first] <= alone:
             return chosen, first, model.wait(decode) + pairs[first]
-    return chosen, "", model.wait(decode) + alone / 1.5
+    return chosen, "", model.wait(decode) + model.compute(decode)
 
 
 def random_load(draw: random.Random, name: str, peers: list[str]) -> WorkerLoad:
@@ -133,7 +134,7 @@ def random_load(draw: random.Random, name: str, peers: list[str]) -> WorkerLoad:
 
 
 def random_case(draw: random.Random) -> tuple[Model, Board]:
-    most = draw.choice((4, 4, 12, 12, 40))
+    most = draw.choice((4, 4, 12, 12, 40, 150))
     names = [f"p{number}" for number in range(draw.randrange(1, most))]
     prefill = [random_load(draw, name, []) for name in names]
     decode = [random_load(draw, f"d{number}", names) for number in range(draw.randrange(1, most))]

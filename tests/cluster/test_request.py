@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from scripted import CODECS, ByteText, served
 
-from isthmus.cluster.board import Board, WorkerLoad, board_of
+from isthmus.cluster.board import Board, board_of
 from isthmus.cluster.client import build_request
+from isthmus.cluster.pool import WorkerLoad
 from isthmus.cluster.request import Admitted, admit
 from isthmus.cluster.served import ServedModel
 from isthmus.kvtransfer.codec_names import codec_names

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from boards import STEPS, board, demand, load
 
-from isthmus.cluster.board import Board, PrefillTime, StepTime, board_of
+from isthmus.cluster.board import Board, board_of
 from isthmus.cluster.gateway_config import Policy
+from isthmus.cluster.pool import PrefillTime, StepTime
 from isthmus.cluster.router import offered_codecs, route, token_limit
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE
 from isthmus.proto.errors import InvalidRequest, Unavailable
