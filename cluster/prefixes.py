@@ -55,31 +55,33 @@ class Prefixes:
         Whoever was given a step was given all before it and forgets it before these, so that along a prompt the rows
         become fewer: where they do is found by bisection, however long the prompt is.
         """
-        holders, matched = self._rows, dict[int, float]()
-        if not steps or steps[0][1] not in holders:
-            return matched
-        everybody, seen, low, high = holders[steps[0][1]], 0, 1, len(steps)
+        holders = self._rows
+        everybody = holders.get(steps[0][1]) if steps else None
+        if everybody is None:
+            return {}
+        low, high = 1, len(steps)
         while low < high:  # how many steps somebody was given
             middle = (low + high + 1) >> 1
             if steps[middle - 1][1] in holders:
                 low = middle
             else:
                 high = middle - 1
-        while True:
+        tokens, address = steps[low - 1]
+        mask = holders[address]
+        matched: dict[int, float] = dict.fromkeys(_rows_of(mask), tokens)
+        while mask != everybody:
+            seen, low, high = mask, 1, low - 1
+            while low < high:  # how many steps more rows were given
+                middle = (low + high + 1) >> 1
+                if holders[steps[middle - 1][1]] == seen:
+                    high = middle - 1
+                else:
+                    low = middle
             tokens, address = steps[low - 1]
             mask = holders[address]
             for row in _rows_of(mask ^ seen):
                 matched[row] = tokens
-            seen = mask
-            if mask == everybody:
-                return matched
-            low, high = 1, low - 1
-            while low < high:  # how many steps more rows were given
-                middle = (low + high + 1) >> 1
-                if holders[steps[middle - 1][1]] == mask:
-                    high = middle - 1
-                else:
-                    low = middle
+        return matched
 
     def _drop(self, address: bytes, bit: int) -> None:
         left = self._rows[address] & ~bit

@@ -29,6 +29,18 @@ def test_the_parts_add_up_and_the_cheapest_is_chosen() -> None:
         assert line.cached_tokens == (256 if line.prefill == "p0" else 0)
 
 
+def test_a_local_prompt_is_expected_after_its_own_compute() -> None:
+    """What the requests there lose by it is part of its price, but nothing that it waits for."""
+    workers = board(1, 1, p0={"queued_tokens": 9000}, d0={"requests": 6, "pages_free": 10})
+    workers.decode.prefixes.remember(0, STEPS)
+    asked = demand(prompt_tokens=300, steps=STEPS)
+    placement = route(asked, workers, local_prefill="when_cheaper")
+    (line,) = [line for line in explain(asked, workers, placement, local_prefill="when_cheaper") if line.chosen]
+    assert (line.prefill, line.held_tokens) == ("", 256)
+    assert line.damage_ms > 0
+    assert placement.ttft_ms == pytest.approx(line.wait_ms + line.compute_ms)
+
+
 async def test_over_the_wire() -> None:
     async with (
         scripted_cluster(says("a"), says("a"), local_prefill="never") as cluster,
