@@ -9,6 +9,7 @@ tokens that an answer has on average. A millisecond of ITL is worth ITL_WEIGHT m
 """
 
 from dataclasses import dataclass
+from struct import Struct
 
 import numpy as np
 
@@ -22,6 +23,7 @@ ITL_WEIGHT = 0.05
 LOCAL_MARGIN = 1.5  # the decode worker's time is dearer: requests that come next will want it
 CHUNK_TOKENS = 512  # of a prefill chunk, for its fixed cost
 OF_LOCAL, OF_REMOTE, OF_OWN = slice(0, 6), slice(6, 12), slice(12, 18)  # of `all_weights`
+PACKED = Struct("18d").pack  # twice as fast as making a vector of a tuple
 # What the damage to others counts: somebody who waits may take more from those who do not.
 DAMAGE_OF: dict[int, float] = {PRIORITY_INTERACTIVE: 0.5, PRIORITY_BATCH: 2.0}
 
@@ -75,7 +77,7 @@ def all_weights(demand: Demand, output_tokens: float) -> Floats:
     steps = ITL_WEIGHT * (most if most < output_tokens else output_tokens)
     others = 0.5 * steps * damage
     own = 1.0, steps, steps, steps * kv, others, others * kv
-    return np.array((*local, chunks, tokens, pairs, *queue_weights(demand), *own))
+    return np.frombuffer(PACKED(*local, chunks, tokens, pairs, *queue_weights(demand), *own))
 
 
 def own_ms(weights: Floats, pool: Pool) -> Costs:

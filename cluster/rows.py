@@ -30,7 +30,7 @@ def plus_lesser(costs: Costs, one: Costs | float, other: Costs | float) -> Costs
 
 
 def _each(costs: Costs | float) -> Iterable[float]:
-    return repeat(costs) if isinstance(costs, float | int) else costs
+    return repeat(costs) if isinstance(costs, (float, int)) else costs
 
 
 def up_to(costs: Costs, bound: float) -> list[int]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .prefixes import FEW
 
-MIX = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 BITS_64 = 0xFFFFFFFFFFFFFFFF
 
 
@@ -25,13 +25,13 @@ def preferred(rows: Sequence[int], seeds: Sequence[int], affinity: int) -> int:
 
 def mixed(seed: int) -> int:
     """A number of 64 bits that looks like any other."""
-    seed = (seed ^ (seed >> 30)) * MIX[0] & BITS_64
-    seed = (seed ^ (seed >> 27)) * MIX[1] & BITS_64
+    seed = (seed ^ (seed >> 30)) * MIX_1 & BITS_64
+    seed = (seed ^ (seed >> 27)) * MIX_2 & BITS_64
     return seed ^ (seed >> 31)
 
 
 def _mixed_all(seeds: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The same for several; 64 bits wrap around by themselves."""
-    seeds = (seeds ^ (seeds >> np.uint64(30))) * np.uint64(MIX[0])
-    seeds = (seeds ^ (seeds >> np.uint64(27))) * np.uint64(MIX[1])
+    seeds = (seeds ^ (seeds >> np.uint64(30))) * np.uint64(MIX_1)
+    seeds = (seeds ^ (seeds >> np.uint64(27))) * np.uint64(MIX_2)
     return seeds ^ (seeds >> np.uint64(31))
