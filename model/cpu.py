@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..kernels.decode_attention import compile_decode_attention
+from ..kernels.half_gemm import compile_half_gemm
 from ..kernels.row_ops import compile_row_ops
 from ..kernels.unpack_cpu import compile_pages
 from .fusion import fuse
@@ -26,6 +27,7 @@ def speed_up(net: PreTrainedModel) -> None:
     """
     if net.dtype == torch.float32:
         compile_row_ops()
+        compile_half_gemm()
     with torch.inference_mode():
         fuse(net)
         pack_linear_layers(net)

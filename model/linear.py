@@ -2,26 +2,24 @@
 
 Two layouts, by what the weight allows:
 
-* half: where every weight fits into fp16 (weights that were bf16 do), it is kept so and multiplied in fp32 (FBGEMM).
-  A small batch is bound by reading weights, and this halves the bytes and rounds nothing. Each row's sum has one order
-  however many rows there are, so that a token's numbers do not depend on what else is in the batch; one that is
-  computed again, alone or on another worker, comes out the same to the bit.
+* half: where every weight fits into fp16 (weights that were bf16 do), it is kept so and multiplied in fp32
+  (`kernels/half_gemm.py`). A small batch is bound by reading weights, and this halves the bytes and rounds nothing.
+  Each row's sum has one order however many rows there are, so that a token's numbers do not depend on what else is in
+  the batch; one that is computed again, alone or on another worker, comes out the same to the bit.
 * blocked: oneDNN's own layout, of fp32 on any CPU and of bf16 on those that multiply bf16. Its last bits do depend on
   the number of rows.
 """
-
-import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.half_gemm import half_matmul, has_half_tiles, pack_half
+
 # Rows that oneDNN lays weights out for; other numbers of rows run on the same layout.
 _TYPICAL_ROWS = 8
 # Up to so many rows of fp32 the plain layout is as fast as oneDNN's or faster.
 _PLAIN_ROWS = 3
-# Rows of one product with half weights: more at once are slower, for they leave the cache.
-_HALF_ROWS = 128
 # What fp16 may change of a weight, in the norm: no more than fp32 itself rounds. A bf16 number fits into fp16 exactly
 # but for those below 2^-17, of which a part of 2^-25 is lost.
 _NEGLIGIBLE = 2.0**-24
@@ -44,43 +42,30 @@ class BlockedLinear(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """A linear layer of fp32 whose weight is FBGEMM's packed fp16 and nothing else; `fits_half` says whether it may."""
+    """A linear layer of fp32 whose weight is kept in fp16 and nowhere else; `fits_half` says whether it may."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._packed = torch.fbgemm_pack_gemm_matrix_fp16(linear.weight.detach().contiguous())
-        zeros = linear.weight.new_zeros(linear.out_features)  # FBGEMM always adds one
-        self._bias = zeros if linear.bias is None else linear.bias.detach()
+        self._packed = pack_half(linear.weight.detach())
+        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        x_TI = x.reshape(-1, self.in_features)
-        out_TO = x.new_empty(len(x_TI), self.out_features)
-        for first in range(0, len(x_TI), _HALF_ROWS):
-            rows = slice(first, first + _HALF_ROWS)
-            torch.ops.aten.fbgemm_linear_fp16_weight_fp32_activation.out(
-                x_TI[rows], self._packed, self._bias, out_TO[rows]
-            )
+        out_TO = half_matmul(x.reshape(-1, self.in_features), self._packed, self.out_features)
+        if self.bias is not None:
+            out_TO += self.bias
         return out_TO.view(*x.shape[:-1], self.out_features)
 
 
 def fits_half(weight: Tensor) -> bool:
     """Whether fp16 holds the values of an fp32 weight."""
-    if weight.dtype != torch.float32 or not has_half_kernels():
+    if weight.dtype != torch.float32 or not has_half_tiles():
         return False
     weight = weight.detach()
     least, greatest = weight.aminmax()
     if not max(-float(least), float(greatest)) <= torch.finfo(torch.float16).max:  # NaN is not
         return False
     return bool((weight.half().float() - weight).norm() <= _NEGLIGIBLE * weight.norm())
-
-
-def has_half_kernels() -> bool:
-    """Whether this torch multiplies fp32 activations with fp16 weights on this CPU (FBGEMM: x86 with AVX2)."""
-    if "fbgemm" not in torch.backends.quantized.supported_engines or not torch.cpu._is_avx2_supported():
-        return False
-    name = "fbgemm_linear_fp16_weight_fp32_activation"
-    return hasattr(torch.ops.aten, name) and "out" in getattr(torch.ops.aten, name).overloads()
 
 
 def pack_linear_layers(net: nn.Module) -> None:
@@ -94,9 +79,5 @@ def pack_linear_layers(net: nn.Module) -> None:
 def packed_linear(linear: nn.Linear) -> nn.Module | None:
     """The packed form of a layer; None where there is none."""
     if fits_half(linear.weight):
-        with warnings.catch_warnings():  # deprecated, with no replacement that is as fast; each warns once
-            warnings.simplefilter("ignore", UserWarning)
-            half = HalfLinear(linear)
-            half(linear.weight[:1])
-        return half
+        return HalfLinear(linear)
     return BlockedLinear(linear) if torch.backends.mkldnn.is_available() else None

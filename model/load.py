@@ -9,12 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from ..kernels.half_gemm import has_half_tiles
 from ..kernels.shapes import LayerShape
 from ..proto.errors import InvalidRequest
 from . import attention
 from .cpu import computes_bf16, speed_up
 from .describe import describe_model
-from .linear import has_half_kernels
 from .model import Model
 from .probe import probe_layers
 
@@ -147,7 +147,7 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     """Of the weights."""
     if name == "auto":
-        fast = device.type == "cuda" or computes_bf16() or has_half_kernels()
+        fast = device.type == "cuda" or computes_bf16() or has_half_tiles()
         return torch.bfloat16 if fast else torch.float32
     if name not in _DTYPES:
         raise InvalidRequest(f"dtype is {name!r}; allowed: auto, bf16, fp32")

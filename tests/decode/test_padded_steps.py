@@ -17,8 +17,8 @@ from isthmus.decode.planner import StepPlanner
 from isthmus.decode.runner import DecodeRunner
 from isthmus.decode.scheduler import SequenceId
 from isthmus.decode.sequence import DecodeSequence, TokenStream
+from isthmus.kernels.half_gemm import has_half_tiles
 from isthmus.kvtransfer.codec_tq import TqCodec
-from isthmus.model.linear import has_half_kernels
 from isthmus.model.load import load_model
 from isthmus.model.model import Model
 from isthmus.proto.sampling import Sampling
@@ -101,7 +101,7 @@ def step(plain: Side, padded: Side, check: Callable[[Tensor, Tensor], None]) -> 
 
 def equal(a: Tensor, b: Tensor) -> None:
     """To the bit where sums do not depend on the batch (model/linear.py)."""
-    if has_half_kernels():
+    if has_half_tiles():
         assert torch.equal(a, b)
     else:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

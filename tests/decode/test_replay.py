@@ -11,8 +11,8 @@ import pytest
 from harness import Answer, Pair, worker_pair
 from models import model_path
 
+from isthmus.kernels.half_gemm import has_half_tiles
 from isthmus.model.cpu import computes_bf16
-from isthmus.model.linear import has_half_kernels
 from isthmus.proto.common_pb2 import FinishReason
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.sampling import Sampling
@@ -70,7 +70,7 @@ async def test_a_replay_goes_on_where_the_lost_worker_stopped(codec: str, pool: 
         assert pair.decode.server.report().counters["replayed_tokens"] > 2 * (64 + 130)
 
 
-@pytest.mark.skipif(computes_bf16() or not has_half_kernels(), reason="this CPU multiplies otherwise")
+@pytest.mark.skipif(computes_bf16() or not has_half_tiles(), reason="this CPU multiplies otherwise")
 async def test_a_replay_is_the_same_to_the_last_bit() -> None:
     """Tokens of a lost worker are attended to one by one: not even what a codec could make more of is different."""
     sampling = Sampling(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=1)

@@ -8,13 +8,13 @@ from models import model_path
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from isthmus.model import linear
+from isthmus.kernels.half_gemm import has_half_tiles
 from isthmus.model.cpu import speed_up
 from isthmus.model.fusion import FusedAttention, FusedNorm, GatedMlp
 from isthmus.model.linear import BlockedLinear, HalfLinear, fits_half, packed_linear
 from isthmus.model.load import load_model
 
-needs_half_kernels = pytest.mark.skipif(not linear.has_half_kernels(), reason="FBGEMM has no fp16 kernels here")
+needs_half_kernels = pytest.mark.skipif(not has_half_tiles(), reason="this CPU lacks the instructions")
 
 
 def load(name: str, *, bf16_weights: bool = False) -> Any:

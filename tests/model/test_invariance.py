@@ -8,7 +8,7 @@ from models import model_path
 from torch import Tensor
 
 from isthmus.kernels.attention import Span, ragged_attention
-from isthmus.model.linear import has_half_kernels
+from isthmus.kernels.half_gemm import has_half_tiles
 from isthmus.model.load import load_model
 from isthmus.model.model import Model
 
@@ -43,7 +43,7 @@ class Cache:
         return self._model.forward(torch.tensor(tokens), torch.tensor(places), rows, attend)[0]
 
 
-@pytest.mark.skipif(not has_half_kernels(), reason="FBGEMM has no fp16 kernels here")
+@pytest.mark.skipif(not has_half_tiles(), reason="this CPU lacks the instructions")
 @pytest.mark.parametrize("name", ["tiny-llama", "smollm2-135m"])
 def test_alone_or_not_whole_or_in_parts(name: str) -> None:
     model = load_model(model_path(name), dtype="bf16", device="cpu")

@@ -1,0 +1,103 @@
+"""The inner loop of a product with fp16 weights, written in LLVM's own language.
+
+A tile is a few rows times two vectors of outputs. Its sums must stay in registers from the first term to the last,
+which no loop over arrays gets a compiler to do for 28 vectors; here they are values that were never in memory. Each sum
+is one chain of fused multiply-adds in the order of the terms, whatever tile it is in: a row's numbers are the same to
+the bit however many rows there are.
+"""
+
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_CPU = llvm.get_host_cpu_features()
+_WIDE = bool(_CPU.get("avx512f"))
+LANES = 16 if _WIDE else 8  # numbers of a vector
+COLUMNS = 2 * LANES  # outputs of a tile
+# Of a tile: with its two sums a row they fill the registers (32 or 16), less those for two weights and one input.
+MOST_ROWS = 14 if _WIDE else 6
+
+_INDEX, _FLOAT = ir.IntType(64), ir.FloatType()
+_VECTOR, _HALVES = ir.VectorType(_FLOAT, LANES), ir.VectorType(ir.HalfType(), LANES)
+_ALL_LANES = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+
+
+def has_half_tiles() -> bool:
+    """Whether this CPU has the instructions (x86: AVX2, FMA, F16C)."""
+    return all(_CPU.get(name) for name in ("avx2", "fma", "f16c"))
+
+
+@intrinsic
+def half_tile(typingctx, x, weights, out, rows, terms, out_stride):
+    """out[r, c] = the sum of x[r, k] weights[k, c] over all k, for 1 to MOST_ROWS rows and COLUMNS columns.
+
+    `x`, `weights` and `out` are addresses: fp32 [rows, terms], fp16 [terms, COLUMNS], aligned to a vector, and fp32
+    with `out_stride` numbers from row to row. There is at least one term.
+    """
+    signature = types.void(types.uintp, types.uintp, types.uintp, types.intp, types.intp, types.intp)
+
+    def build(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> Any:
+        x, weights, out, rows, terms, out_stride = args
+        end = builder.append_basic_block("end")
+        cases = builder.switch(rows, end)
+        for count in range(1, MOST_ROWS + 1):
+            block = builder.append_basic_block(f"rows{count}")
+            cases.add_case(ir.Constant(_INDEX, count), block)
+            builder.position_at_end(block)
+            sums = _sums(builder, count, x, weights, terms)
+            for row, pair in enumerate(sums):
+                for half, value in enumerate(pair):
+                    place = _at(builder, out, _times(builder, out_stride, 4 * row), 4 * LANES * half)
+                    builder.store(value, builder.inttoptr(place, _VECTOR.as_pointer()), align=4)
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return signature, build
+
+
+def _sums(builder: ir.IRBuilder, rows: int, x: Any, weights: Any, terms: Any) -> list[list[Any]]:
+    """A loop over the terms with all sums in registers: [rows][2] vectors."""
+    fma = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
+    )
+    rows_of_x = [_at(builder, x, _times(builder, terms, 4 * row)) for row in range(rows)]
+    before, loop = builder.block, builder.append_basic_block("terms")
+    after = builder.append_basic_block("summed")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    k = builder.phi(_INDEX)
+    k.add_incoming(ir.Constant(_INDEX, 0), before)
+    sums = [[builder.phi(_VECTOR) for _ in range(2)] for _ in range(rows)]
+    pair = []
+    for half in range(2):
+        place = _at(builder, weights, _times(builder, k, 2 * COLUMNS), 2 * LANES * half)
+        halves = builder.load(builder.inttoptr(place, _HALVES.as_pointer()), align=2 * LANES)
+        pair.append(builder.fpext(halves, _VECTOR))
+    grown = []
+    for row, start in enumerate(rows_of_x):
+        number = builder.load(builder.inttoptr(_at(builder, start, _times(builder, k, 4)), _FLOAT.as_pointer()))
+        one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+        everywhere = builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _ALL_LANES)
+        grown.append([builder.call(fma, [everywhere, pair[half], sums[row][half]]) for half in range(2)])
+    following = builder.add(k, ir.Constant(_INDEX, 1))
+    k.add_incoming(following, loop)
+    for row in range(rows):
+        for half in range(2):
+            sums[row][half].add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
+            sums[row][half].add_incoming(grown[row][half], loop)
+    builder.cbranch(builder.icmp_signed("<", following, terms), loop, after)
+    builder.position_at_end(after)
+    return grown
+
+
+def _times(builder: ir.IRBuilder, value: Any, factor: int) -> Any:
+    return builder.mul(value, ir.Constant(_INDEX, factor))
+
+
+def _at(builder: ir.IRBuilder, address: Any, offset: Any, constant: int = 0) -> Any:
+    return builder.add(builder.add(address, offset), ir.Constant(_INDEX, constant))
