@@ -31,8 +31,7 @@ def has_half_tiles() -> bool:
     return all(_CPU.get(name) for name in ("avx2", "fma", "f16c"))
 
 
-@intrinsic
-def half_tile(typingctx, x, weights, out, rows, terms, out_stride):
+def _half_tile(typingctx, x, weights, out, rows, terms, out_stride):
     """out[r, c] = the sum of x[r, k] weights[k, c] over all k, for 1 to MOST_ROWS rows and COLUMNS columns.
 
     `x`, `weights` and `out` are addresses: fp32 [rows, terms], fp16 [terms, COLUMNS], aligned to a vector, and fp32
@@ -58,6 +57,9 @@ def half_tile(typingctx, x, weights, out, rows, terms, out_stride):
         return context.get_dummy_value()
 
     return signature, build
+
+
+half_tile: Any = intrinsic(_half_tile)
 
 
 def _sums(builder: ir.IRBuilder, rows: int, x: Any, weights: Any, terms: Any) -> list[list[Any]]:
