@@ -29,7 +29,7 @@ from .watch import Fleet
 log = logging.getLogger(__name__)
 
 PAGES = 3  # full ones of a canary's prompt: with three, one of them is packed; a partial one follows
-TOKENS = 4  # that a canary draws, greedily
+TOKENS, FLIPPED_TOKENS = 4, 2  # that a canary draws, greedily; the second one looks at moved pages
 TIMEOUT_S = 20.0  # of one canary request
 PATIENCE = 2  # canaries without an answer before a worker is called unfit: a machine may be busy
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 15.0
@@ -154,11 +154,12 @@ class Preflight:
         flipped = self._fleet.is_flipped(prefill) or self._fleet.is_flipped(decode)
         asked = (decode.default_codec,) if flipped else ("raw", decode.default_codec)
         wanted = [name for name in dict.fromkeys(asked) if name in codecs] or codecs[:1]
-        prompt = self._prompt(prefill, decode)
-        moves = [self._ask(decode, codec, prompt, TENANTS[0], (prefill.address,)) for codec in wanted]
-        here = self._ask(decode, wanted[0], prompt, TENANTS[1], ())
-        # Side by side: the prefill worker computes while the decode worker does.
-        local, *moved = [_result(told) for told in await asyncio.gather(here, *moves, return_exceptions=True)]
+        prompt, tokens = self._prompt(prefill, decode), FLIPPED_TOKENS if flipped else TOKENS
+        moves = [self._ask(decode, codec, prompt, tokens, TENANTS[0], (prefill.address,)) for codec in wanted]
+        here = self._ask(decode, wanted[0], prompt, tokens, TENANTS[1], ())
+        # Side by side: the prefill worker computes while the decode worker does, which is asked for that last, because
+        # it takes in no request while it computes.
+        *moved, local = [_result(told) for told in await asyncio.gather(*moves, here, return_exceptions=True)]
         for codec, told in zip(wanted, moved, strict=True):
             if not told.transfer.kv_bytes_wire or told.transfer.local_tokens:
                 raise _Failed(f"with codec {codec} no page was moved")
@@ -172,7 +173,13 @@ class Preflight:
         return random.choices(range(self._model.vocab_size), k=max(1, length))
 
     async def _ask(
-        self, decode: WorkerReport, codec: str, prompt: Sequence[int], tenant: str, prefill: Sequence[str]
+        self,
+        decode: WorkerReport,
+        codec: str,
+        prompt: Sequence[int],
+        tokens: int,
+        tenant: str,
+        prefill: Sequence[str],
     ) -> _Told:
         fingerprint = self._model.fingerprint
         salt = page_salt(fingerprint, codec, decode.codecs[codec], tenant)
@@ -183,7 +190,7 @@ class Preflight:
             codec=codec,
             prompt_token_ids=prompt,
             page_hashes=page_hashes(prompt, decode.page_tokens, salt),
-            sampling=SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=TOP, seed=0),
+            sampling=SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=TOP, seed=0),
             prefill_addresses=prefill,
             priority=PRIORITY_STANDARD,
             tenant=tenant,

@@ -32,6 +32,7 @@ from .watched import OUT_S, SUSPECT_S, Watched
 log = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 1.0
+SOON = 10  # tries at the first distance: a worker that changes its role is back in half a second
 LOOK_S = 0.25  # between two looks for workers that are silent
 
 
@@ -291,7 +292,7 @@ class Fleet:
             self._refresh()
 
     async def _watch(self, address: str) -> None:
-        worker, retry_s = self._workers[address], FIRST_RETRY_S
+        worker, tries = self._workers[address], 0
         while True:
             reports = worker.incarnation
             try:
@@ -299,11 +300,9 @@ class Fleet:
                 problem = "ended its report stream"
             except grpc.aio.AioRpcError as error:
                 problem = _one_line(error)
-            if worker.incarnation != reports:
-                retry_s = FIRST_RETRY_S
+            tries = tries + 1 if worker.incarnation == reports else 1
             self._lost(worker, problem)
-            await asyncio.sleep(retry_s)
-            retry_s = min(2 * retry_s, LAST_RETRY_S)
+            await asyncio.sleep(min(FIRST_RETRY_S * 2 ** max(0, tries - SOON), LAST_RETRY_S))
 
     async def _follow(self, worker: Watched) -> None:
         call = WorkerStub(self._channels[worker.address]).Watch(WatchRequest())
