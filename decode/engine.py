@@ -156,7 +156,8 @@ class DecodeEngine:
             self._loop.call_soon_threadsafe(sequence.stream.admit)
         running = self._scheduler.batch()
         took_in = self._take_in(self._decode_bytes if running else IDLE_DECODE_BYTES)
-        work = self._planner.plan([self._sequences[id] for id in running if id in self._sequences])
+        sequences = [self._sequences[id] for id in running if id in self._sequences]
+        work = self._planner.plan(sequences, awaited=self._scheduler.count(State.WAITING, State.RECEIVING) > 0)
         work = self.admission.with_room(work)
         if work:
             self._planner.open_prompts(work)

@@ -10,7 +10,7 @@ from .sequence import Advance, DecodeSequence
 from .steps import Backlog, plan_step
 from .store import KvStore
 
-IDLE_CHUNK_TOKENS = 512  # computed in a step that no running request waits for
+IDLE_CHUNK_TOKENS = 512  # computed in a step that no other request waits for
 
 
 class StepPlanner:
@@ -20,11 +20,11 @@ class StepPlanner:
         self._model, self._store = model, store
         self._page_tokens, self._chunk_tokens = page_tokens, max(page_tokens, chunk_tokens)
 
-    def plan(self, running: Sequence[DecodeSequence]) -> list[Advance]:
-        """The work of a step in which all of these may take part."""
+    def plan(self, running: Sequence[DecodeSequence], *, awaited: bool = False) -> list[Advance]:
+        """The work of a step in which all of these may take part; `awaited`: others will join once it is done."""
         now_s = time.monotonic()
         backlogs = [_backlog(sequence, now_s) for sequence in running]
-        beside = any(not backlog.behind for backlog in backlogs)
+        beside = awaited or any(not backlog.behind for backlog in backlogs)
         budget = self._chunk_tokens if beside else max(self._chunk_tokens, IDLE_CHUNK_TOKENS)
         by_id = {sequence.id: sequence for sequence in running}
         chunks = plan_step(backlogs, page_tokens=self._page_tokens, budget=budget)
