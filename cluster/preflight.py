@@ -142,7 +142,7 @@ class Preflight:
         """Remembers a failure; how many there were."""
         tries = self._tries.setdefault((worker.address, worker.instance), _Tries())
         tries.count += 1
-        tries.next_s = time.monotonic() + min(FIRST_RETRY_S * 2 ** (tries.count - 1), LAST_RETRY_S)
+        tries.next_s = time.monotonic() + min(FIRST_RETRY_S * 2 ** min(tries.count - 1, 8), LAST_RETRY_S)
         if partner.address in tries.asked:
             tries.asked.clear()  # all were asked: from the start
         tries.asked.append(partner.address)

@@ -300,7 +300,7 @@ class Fleet:
                 problem = "ended its report stream"
             except grpc.aio.AioRpcError as error:
                 problem = _one_line(error)
-            tries = tries + 1 if worker.incarnation == reports else 1
+            tries = min(tries + 1, 2 * SOON) if worker.incarnation == reports else 1
             self._lost(worker, problem)
             await asyncio.sleep(min(FIRST_RETRY_S * 2 ** max(0, tries - SOON), LAST_RETRY_S))
 

@@ -154,10 +154,9 @@ class DecodeEngine:
     def _step(self) -> bool:
         for sequence in self.admission.admit():
             self._loop.call_soon_threadsafe(sequence.stream.admit)
-        running = self._scheduler.batch()
-        took_in = self._take_in(self._decode_bytes if running else IDLE_DECODE_BYTES)
-        sequences = [self._sequences[id] for id in running if id in self._sequences]
-        work = self._planner.plan(sequences, awaited=self._scheduler.count(State.WAITING, State.RECEIVING) > 0)
+        took_in = self._take_in(self._decode_bytes if self._scheduler.batch() else IDLE_DECODE_BYTES)
+        sequences = [self._sequences[id] for id in self._scheduler.batch()]
+        work = self._planner.plan(sequences, awaited=self._scheduler.count(State.RECEIVING) > 0)
         work = self.admission.with_room(work)
         if work:
             self._planner.open_prompts(work)

@@ -32,7 +32,7 @@ Shape = tuple[int, int]  # tokens, pages
 
 
 def token_counts(most: int) -> list[int]:
-    """How many tokens padded steps have, ascending: at most a fourth of a large one is for nothing."""
+    """How many tokens padded steps have, ascending: at most a third of a large one is for nothing."""
     counts = (1, 2, 4, *range(8, 64, 8), *range(64, most, 32))
     return [*(count for count in counts if count < most), most]
 

@@ -7,19 +7,14 @@ inputs stay in the cache too.
 Letters of tensor shapes: T rows, I inputs, O outputs, P panels, C columns of a panel.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .half_tile import COLUMNS, MOST_ROWS, half_tile, has_half_tiles
+from .half_tile import COLUMNS, has_half_tiles, multiply_panels
 from .huge_pages import zeros_in_huge_pages
 from .threads import in_parts
-
-_BLOCK_ROWS = 140  # ten full tiles; half as many read the weights too often, more leave the cache
 
 Panels = NDArray[np.uint16]  # bits of fp16, [P, I, C]
 
@@ -39,9 +34,11 @@ def pack_half(weight_OI: Tensor) -> Panels:
 
 def half_matmul(x_TI: Tensor, packed_PIC: Panels, outputs: int) -> Tensor:
     """x times the weight of so many outputs that was packed, fp32 [T, O]; sums are fp32, in the order of the inputs."""
+    panels, inputs, columns = packed_PIC.shape
+    assert x_TI.dtype == torch.float32 and x_TI.shape[1] == inputs and outputs <= panels * columns, "not of this weight"
     x, out_TO = x_TI.contiguous().numpy(), torch.empty(len(x_TI), outputs)
     out = out_TO.numpy()
-    in_parts(lambda first, end: _multiply(x, packed_PIC, out, first, end), len(packed_PIC), out.size * x.shape[1])
+    in_parts(lambda first, end: multiply_panels(x, packed_PIC, out, first, end), panels, out.size * inputs)
     return out_TO
 
 
@@ -49,29 +46,3 @@ def compile_half_gemm() -> None:
     """Compiles it, or reads it from disk, so that no request waits for that."""
     if has_half_tiles():
         half_matmul(torch.ones(1, 1), pack_half(torch.ones(1, 1)), 1)
-
-
-@njit(nogil=True, cache=True)
-def _multiply(x: Any, packed: Any, out: Any, first: int, end: int) -> None:
-    """The outputs of panels [first, end)."""
-    rows, terms = x.shape
-    outputs = out.shape[1]
-    spare = np.empty(MOST_ROWS * COLUMNS, dtype=np.float32)  # where the last panel has more columns than outputs
-    xs, weights, outs = x.ctypes.data, packed.ctypes.data, out.ctypes.data
-    for block in range(0, rows, _BLOCK_ROWS):
-        size = min(_BLOCK_ROWS, rows - block)
-        tiles = (size + MOST_ROWS - 1) // MOST_ROWS
-        for panel in range(first, end):
-            whole = (panel + 1) * COLUMNS <= outputs
-            panel_at = weights + np.uint64(2 * panel * terms * COLUMNS)
-            for tile in range(tiles):
-                row, count = block + size * tile // tiles, size * (tile + 1) // tiles - size * tile // tiles
-                x_at = xs + np.uint64(4 * row * terms)
-                if whole:
-                    place = outs + np.uint64(4 * (row * outputs + panel * COLUMNS))
-                    half_tile(x_at, panel_at, place, count, terms, outputs)
-                    continue
-                half_tile(x_at, panel_at, spare.ctypes.data, count, terms, COLUMNS)
-                for r in range(count):
-                    for column in range(panel * COLUMNS, outputs):
-                        out[row + r, column] = spare[r * COLUMNS + column - panel * COLUMNS]

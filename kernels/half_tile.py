@@ -9,8 +9,9 @@ the bit however many rows there are.
 from typing import Any
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -20,9 +21,14 @@ LANES = 16 if _WIDE else 8  # numbers of a vector
 COLUMNS = 2 * LANES  # outputs of a tile
 # Of a tile: with its two sums a row they fill the registers (32 or 16), less those for two weights and one input.
 MOST_ROWS = 14 if _WIDE else 6
+# How far ahead of the sums weights are asked for. By itself a CPU looks ahead to the end of a page of 4 KB.
+_AHEAD = 4096  # bytes
+
+_BLOCK_ROWS = 140  # ten full tiles; half as many read the weights too often, more leave the cache
 
 _INDEX, _FLOAT = ir.IntType(64), ir.FloatType()
 _VECTOR, _HALVES = ir.VectorType(_FLOAT, LANES), ir.VectorType(ir.HalfType(), LANES)
+_ADDRESS = ir.IntType(8).as_pointer()
 _ALL_LANES = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
 
 
@@ -75,9 +81,10 @@ def _sums(builder: ir.IRBuilder, rows: int, x: Any, weights: Any, terms: Any) ->
     k = builder.phi(_INDEX)
     k.add_incoming(ir.Constant(_INDEX, 0), before)
     sums = [[builder.phi(_VECTOR) for _ in range(2)] for _ in range(rows)]
-    pair = []
+    pair, line = [], _times(builder, k, 2 * COLUMNS)
+    _prefetch(builder, _at(builder, weights, line, _AHEAD))
     for half in range(2):
-        place = _at(builder, weights, _times(builder, k, 2 * COLUMNS), 2 * LANES * half)
+        place = _at(builder, weights, line, 2 * LANES * half)
         halves = builder.load(builder.inttoptr(place, _HALVES.as_pointer()), align=2 * LANES)
         pair.append(builder.fpext(halves, _VECTOR))
     grown = []
@@ -97,9 +104,47 @@ def _sums(builder: ir.IRBuilder, rows: int, x: Any, weights: Any, terms: Any) ->
     return grown
 
 
+def _prefetch(builder: ir.IRBuilder, address: Any) -> None:
+    """Has the line at an address brought to the nearest cache, for reading; what is no memory of ours is let be."""
+    number = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [_ADDRESS, number, number, number])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", (_ADDRESS,), kind)
+    reading, nearest, data = (ir.Constant(number, value) for value in (0, 3, 1))
+    builder.call(prefetch, [builder.inttoptr(address, _ADDRESS), reading, nearest, data])
+
+
 def _times(builder: ir.IRBuilder, value: Any, factor: int) -> Any:
     return builder.mul(value, ir.Constant(_INDEX, factor))
 
 
 def _at(builder: ir.IRBuilder, address: Any, offset: Any, constant: int = 0) -> Any:
     return builder.add(builder.add(address, offset), ir.Constant(_INDEX, constant))
+
+
+@njit(nogil=True, cache=True)
+def multiply_panels(x: Any, packed: Any, out: Any, first: int, end: int) -> None:
+    """out [T, O] = x [T, I] times the panels [first, end) of the weights [P, I, COLUMNS], bits of fp16.
+
+    It stands here because what is compiled is kept on disk for as long as its own file does not change.
+    """
+    rows, terms = x.shape
+    outputs = out.shape[1]
+    spare = np.empty(MOST_ROWS * COLUMNS, dtype=np.float32)  # where the last panel has more columns than outputs
+    xs, weights, outs = x.ctypes.data, packed.ctypes.data, out.ctypes.data
+    for block in range(0, rows, _BLOCK_ROWS):
+        size = min(_BLOCK_ROWS, rows - block)
+        tiles = (size + MOST_ROWS - 1) // MOST_ROWS
+        for panel in range(first, end):
+            whole = (panel + 1) * COLUMNS <= outputs
+            panel_at = weights + np.uint64(2 * panel * terms * COLUMNS)
+            for tile in range(tiles):
+                row, count = block + size * tile // tiles, size * (tile + 1) // tiles - size * tile // tiles
+                x_at = xs + np.uint64(4 * row * terms)
+                if whole:
+                    place = outs + np.uint64(4 * (row * outputs + panel * COLUMNS))
+                    half_tile(x_at, panel_at, place, count, terms, outputs)
+                    continue
+                half_tile(x_at, panel_at, spare.ctypes.data, count, terms, COLUMNS)
+                for r in range(count):
+                    for column in range(panel * COLUMNS, outputs):
+                        out[row + r, column] = spare[r * COLUMNS + column - panel * COLUMNS]

@@ -3,6 +3,7 @@
 Reading weights in pages of 4 KB spends a tenth of the time on finding the pages, more on a virtual machine.
 """
 
+import contextlib
 import mmap
 import threading
 
@@ -41,6 +42,6 @@ def zeros_in_huge_pages(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _mapped(size: int) -> Tensor:
     room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; where it is off, these are pages like any other
+    with contextlib.suppress(AttributeError, OSError):  # Linux; where there are none, these are pages like any other
         room.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(room, dtype=torch.uint8)

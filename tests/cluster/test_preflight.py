@@ -84,9 +84,9 @@ async def test_the_first_pair_verifies_each_other_and_then_serves() -> None:
 async def test_a_flipped_worker_has_only_to_move_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     ask, asked = Preflight._ask, list[tuple[str, bool]]()
 
-    async def noted(self: Preflight, decode: WorkerReport, codec: str, prompt: Any, tenant: str, prefill: Any) -> Any:
-        asked.append((codec, bool(prefill)))
-        return await ask(self, decode, codec, prompt, tenant, prefill)
+    async def noted(self: Preflight, decode: WorkerReport, codec: str, *more: Any) -> Any:
+        asked.append((codec, bool(more[-1])))  # the prefill workers that it names
+        return await ask(self, decode, codec, *more)
 
     monkeypatch.setattr(Preflight, "_ask", noted)
     seat = WorkerSeat(
