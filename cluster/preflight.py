@@ -23,6 +23,7 @@ from ..proto.common_pb2 import PRIORITY_STANDARD, SamplingParams, TokenLogprobs,
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeStub
 from ..proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerReport
+from .backoff import backoff_s
 from .served import ServedModel
 from .watch import Fleet
 
@@ -142,7 +143,7 @@ class Preflight:
         """Remembers a failure; how many there were."""
         tries = self._tries.setdefault((worker.address, worker.instance), _Tries())
         tries.count += 1
-        tries.next_s = time.monotonic() + min(FIRST_RETRY_S * 2 ** min(tries.count - 1, 8), LAST_RETRY_S)
+        tries.next_s = time.monotonic() + backoff_s(tries.count, FIRST_RETRY_S, LAST_RETRY_S)
         if partner.address in tries.asked:
             tries.asked.clear()  # all were asked: from the start
         tries.asked.append(partner.address)

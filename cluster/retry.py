@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..proto.errors import Exhausted, IsthmusError
+from .backoff import backoff_s
 
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 4.0  # before a worker that failed and still lives is asked again
 
@@ -16,7 +17,7 @@ class _Failed:
 
     def is_back(self, now_s: float, incarnation: int) -> bool:
         """Whether it may be asked again: it was started anew, or some time has passed."""
-        pause_s = min(FIRST_PAUSE_S * 2 ** (self.times - 1), LAST_PAUSE_S)
+        pause_s = backoff_s(self.times, FIRST_PAUSE_S, LAST_PAUSE_S)
         return incarnation != self.incarnation or now_s >= self.at_s + pause_s
 
 

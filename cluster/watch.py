@@ -21,6 +21,7 @@ from ..proto.worker_pb2 import (
     WorkerReport,
 )
 from ..proto.worker_pb2_grpc import WorkerStub
+from .backoff import backoff_s
 from .board import Board
 from .compat import Expected, incompatible
 from .costs import Demand
@@ -300,9 +301,9 @@ class Fleet:
                 problem = "ended its report stream"
             except grpc.aio.AioRpcError as error:
                 problem = _one_line(error)
-            tries = min(tries + 1, 2 * SOON) if worker.incarnation == reports else 1
+            tries = tries + 1 if worker.incarnation == reports else 1
             self._lost(worker, problem)
-            await asyncio.sleep(min(FIRST_RETRY_S * 2 ** max(0, tries - SOON), LAST_RETRY_S))
+            await asyncio.sleep(backoff_s(max(1, tries - SOON + 1), FIRST_RETRY_S, LAST_RETRY_S))
 
     async def _follow(self, worker: Watched) -> None:
         call = WorkerStub(self._channels[worker.address]).Watch(WatchRequest())

@@ -154,7 +154,7 @@ class DecodeEngine:
     def _step(self) -> bool:
         for sequence in self.admission.admit():
             self._loop.call_soon_threadsafe(sequence.stream.admit)
-        took_in = self._take_in(self._decode_bytes if self._scheduler.batch() else IDLE_DECODE_BYTES)
+        took_in = self._take_in(self._decode_bytes if self._scheduler.count(State.RUNNING) else IDLE_DECODE_BYTES)
         sequences = [self._sequences[id] for id in self._scheduler.batch()]
         work = self._planner.plan(sequences, awaited=self._scheduler.count(State.RECEIVING) > 0)
         work = self.admission.with_room(work)

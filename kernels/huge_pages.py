@@ -4,6 +4,7 @@ Reading weights in pages of 4 KB spends a tenth of the time on finding the pages
 """
 
 import contextlib
+import math
 import mmap
 import threading
 
@@ -34,10 +35,7 @@ _arena = _Arena()
 
 def zeros_in_huge_pages(*shape: int, dtype: torch.dtype) -> Tensor:
     """Zeros on the CPU, aligned to a line of the cache, that are meant to stay: what lies beside them stays too."""
-    size = dtype.itemsize
-    for extent in shape:
-        size *= extent
-    return _arena.take(size).view(dtype).view(shape)
+    return _arena.take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def _mapped(size: int) -> Tensor:
