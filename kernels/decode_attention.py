@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from .compiled import compiled
 from .exponential import exp_fp32
 from .numbers import np_view, number
 from .threads import in_parts
@@ -65,7 +65,7 @@ def compile_decode_attention(dtype: torch.dtype) -> None:
         decode_attention(x, x, x, Stretches.gather([((0, 1),)]), 1.0)
 
 
-@njit(nogil=True, fastmath=True, cache=True, error_model="numpy")
+@compiled(fastmath=True, error_model="numpy")
 def _attend(
     q: Any,
     keys: Any,

@@ -4,12 +4,13 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from .compiled import compiled
 
 _GREATEST = 87.0  # exp of it and of its negative are normal numbers of fp32
 
 
-@njit(nogil=True, fastmath=True, cache=True)
+@compiled(fastmath=True)
 def exp_fp32(x: Any) -> Any:
     """exp of a number in fp32 (Cephes, expf.c): vector instructions, unlike the library's.
 

@@ -11,9 +11,11 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from .compiled import compiled
 
 _CPU = llvm.get_host_cpu_features()
 _WIDE = bool(_CPU.get("avx512f"))
@@ -24,7 +26,7 @@ MOST_ROWS = 14 if _WIDE else 6
 # How far ahead of the sums weights are asked for. By itself a CPU looks ahead to the end of a page of 4 KB.
 _AHEAD = 4096  # bytes
 
-_BLOCK_ROWS = 140  # ten full tiles; half as many read the weights too often, more leave the cache
+BLOCK_ROWS = 140  # ten full tiles; half as many read the weights too often, more leave the cache
 
 _INDEX, _FLOAT = ir.IntType(64), ir.FloatType()
 _VECTOR, _HALVES = ir.VectorType(_FLOAT, LANES), ir.VectorType(ir.HalfType(), LANES)
@@ -121,18 +123,15 @@ def _at(builder: ir.IRBuilder, address: Any, offset: Any, constant: int = 0) -> 
     return builder.add(builder.add(address, offset), ir.Constant(_INDEX, constant))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def multiply_panels(x: Any, packed: Any, out: Any, first: int, end: int) -> None:
-    """out [T, O] = x [T, I] times the panels [first, end) of the weights [P, I, COLUMNS], bits of fp16.
-
-    It stands here because what is compiled is kept on disk for as long as its own file does not change.
-    """
+    """out [T, O] = x [T, I] times the panels [first, end) of the weights [P, I, COLUMNS], bits of fp16."""
     rows, terms = x.shape
     outputs = out.shape[1]
     spare = np.empty(MOST_ROWS * COLUMNS, dtype=np.float32)  # where the last panel has more columns than outputs
     xs, weights, outs = x.ctypes.data, packed.ctypes.data, out.ctypes.data
-    for block in range(0, rows, _BLOCK_ROWS):
-        size = min(_BLOCK_ROWS, rows - block)
+    for block in range(0, rows, BLOCK_ROWS):
+        size = min(BLOCK_ROWS, rows - block)
         tiles = (size + MOST_ROWS - 1) // MOST_ROWS
         for panel in range(first, end):
             whole = (panel + 1) * COLUMNS <= outputs

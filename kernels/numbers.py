@@ -2,9 +2,10 @@
 
 import numpy as np
 import torch
-from numba import njit
 from numba.extending import overload
 from torch import Tensor
+
+from .compiled import compiled
 
 _HALF_MIN, _HALF_MAX = 2.0**-14, 65504.0
 
@@ -38,14 +39,14 @@ def _stored_overload(x, like):
     return lambda x, like: x
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def bf16_bits(x):
     """The bits of fp32 `x`, not NaN, rounded to the nearest bf16, ties to even."""
     bits = np.float32(x).view(np.uint32)
     return np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def scale16_bits(x):
     """The bits of a finite fp32 `x` >= 0 in the format of `scale16.py`."""
     bits = np.float32(x).view(np.uint32)
@@ -57,7 +58,7 @@ def scale16_bits(x):
     return np.uint16(bf16_bits(x) | np.uint16(0x8000))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def from_scale16_bits(bits):
     """fp32 of bits in the format of `scale16.py`; infinity where they are those of no finite half float."""
     low = np.uint32(bits & np.uint16(0x7FFF))

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .codebook import magnitude_steps, unit
+from .compiled import compiled
 from .layout import PageLayout
 from .numbers import bf16_bits, np_view, number, scale16_bits
 from .pack import SAFE_MAX, SAFE_MIN, Rotations, pack_reference
@@ -54,7 +54,7 @@ def pack_cpu(k_THD: Tensor, v_THD: Tensor, rotations: Rotations, layout: PageLay
     return out_PB
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _pack(
     x: Any,
     weight: Any,
@@ -94,7 +94,7 @@ def _pack(
             _join(codes, U(page), keys, bits, joined, out, one + U(places[1]))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@compiled(error_model="numpy", fastmath=FAST)
 def _load(x: Any, start: Any, stride: Any, weight: Any, head: Any, dense: Any) -> None:
     """dense [T, D] = x · weight, of rows of x that lie `stride` numbers apart."""
     dim = U(weight.shape[1])
@@ -103,7 +103,7 @@ def _load(x: Any, start: Any, stride: Any, weight: Any, head: Any, dense: Any) -
             dense[t * dim + c] = number(x[start + t * stride + c]) * weight[head, c]
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@compiled(error_model="numpy", fastmath=FAST)
 def _center(tile: Any, dim: Any, out: Any, start: Any) -> None:
     """Takes the mean out of each row, as it is stored, in bf16 and without the tile's factor sqrt(d)."""
     tokens, root = U(len(tile)) // dim, np.sqrt(np.float32(dim))
@@ -118,7 +118,7 @@ def _center(tile: Any, dim: Any, out: Any, start: Any) -> None:
         out[start + U(2) * c], out[start + U(2) * c + U(1)] = np.uint8(bits), np.uint8(bits >> np.uint16(8))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@compiled(error_model="numpy", fastmath=FAST)
 def _norms(tile: Any, norm: Any) -> None:
     """Norms of the columns, without the tile's factor sqrt(d)."""
     tokens = U(len(norm))
@@ -131,7 +131,7 @@ def _norms(tile: Any, norm: Any) -> None:
         norm[t] = np.sqrt(norm[t]) / root
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@compiled(error_model="numpy", fastmath=FAST)
 def _floors(tile: Any, norm: Any, unit: Any, grid: Any) -> None:
     """grid = floor(tile · unit / norm of the column), within ±126."""
     tokens = U(len(norm))
@@ -142,7 +142,7 @@ def _floors(tile: Any, norm: Any, unit: Any, grid: Any) -> None:
             grid[start + t] = np.int8(np.int32(max(min(x, np.float32(126)), np.float32(-126))))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _scales(centroids: Any, norm: Any, out: Any, start: Any) -> None:
     """Stores the norms over those of the centroids."""
     tokens = U(len(norm))
@@ -155,7 +155,7 @@ def _scales(centroids: Any, norm: Any, out: Any, start: Any) -> None:
         out[start + U(2) * t], out[start + U(2) * t + U(1)] = np.uint8(bits), np.uint8(bits >> np.uint16(8))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _join(codes: Any, page: Any, keys: bool, bits: int, joined: Any, out: Any, start: Any) -> None:
     """Codes, which are overwritten, into the bytes of their section."""
     size = U(len(codes))
@@ -185,7 +185,7 @@ def _join(codes: Any, page: Any, keys: bool, bits: int, joined: Any, out: Any, s
     _put(joined, size // row * half, page, keys, out, start + size // row * width)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _put(joined: Any, size: Any, page: Any, keys: bool, out: Any, start: Any) -> None:
     if keys:
         transpose(joined, U(0), size // page, page, out, start, size // page)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from torch import Tensor
 
+from .compiled import compiled
 from .exponential import exp_fp32
 from .threads import in_parts
 
@@ -31,7 +31,7 @@ def gated_silu(x_T2I: Tensor) -> Tensor:
     rows = x_T2I.view(-1, x_T2I.shape[-1]).numpy()
     out = torch.empty(*x_T2I.shape[:-1], x_T2I.shape[-1] // 2)
     out_rows = out.view(-1, out.shape[-1]).numpy()
-    in_parts(lambda first, end: _gated_silu(rows, out_rows, first, end), len(rows), _WORK * rows.size)
+    in_parts(lambda first, end: silu_rows(rows, out_rows, first, end), len(rows), _WORK * rows.size)
     return out
 
 
@@ -46,14 +46,14 @@ def rms_norm(x_TN: Tensor, weight_N: Tensor, eps: float) -> Tensor:
     rows, weight = x_TN.view(-1, x_TN.shape[-1]).numpy(), weight_N.numpy()
     out = torch.empty_like(x_TN)
     out_rows = out.view(rows.shape).numpy()
-    in_parts(lambda first, end: _rms_norm(rows, weight, eps, out_rows, first, end), len(rows), _WORK * rows.size)
+    in_parts(lambda first, end: norm_rows(rows, weight, eps, out_rows, first, end), len(rows), _WORK * rows.size)
     return out
 
 
 def rotate_heads(x_THD: Tensor, heads: int, cos_TD: Tensor, sin_TD: Tensor) -> None:
     """Rotary embedding of the first `heads` heads, in place; the sine of the first half of D has its sign changed."""
     x, cos, sin = x_THD.numpy(), cos_TD.numpy(), sin_TD.numpy()
-    in_parts(lambda first, end: _rotate(x, heads, cos, sin, first, end), len(x), _WORK * x.size)
+    in_parts(lambda first, end: rotate_rows(x, heads, cos, sin, first, end), len(x), _WORK * x.size)
 
 
 def rotate_reference(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ def compile_row_ops() -> None:
     rotate_heads(x, 1, x[:, 0], x[:, 0])
 
 
-@njit(nogil=True, fastmath=True, cache=True, error_model="numpy")
-def _gated_silu(x: Any, out: Any, first: int, end: int) -> None:
+@compiled(fastmath=True, error_model="numpy")
+def silu_rows(x: Any, out: Any, first: int, end: int) -> None:
     width = out.shape[1]
     for row in range(first, end):
         for i in range(width):
@@ -79,8 +79,8 @@ def _gated_silu(x: Any, out: Any, first: int, end: int) -> None:
             out[row, i] = gate / (np.float32(1) + exp_fp32(-gate)) * x[row, width + i]
 
 
-@njit(nogil=True, fastmath=True, cache=True, error_model="numpy")
-def _rms_norm(x: Any, weight: Any, eps: float, out: Any, first: int, end: int) -> None:
+@compiled(fastmath=True, error_model="numpy")
+def norm_rows(x: Any, weight: Any, eps: float, out: Any, first: int, end: int) -> None:
     width = x.shape[1]
     for row in range(first, end):
         total = np.float32(0)
@@ -91,8 +91,8 @@ def _rms_norm(x: Any, weight: Any, eps: float, out: Any, first: int, end: int) -
             out[row, i] = x[row, i] * factor * weight[i]
 
 
-@njit(nogil=True, fastmath=True, cache=True)
-def _rotate(x: Any, heads: int, cos: Any, sin: Any, first: int, end: int) -> None:
+@compiled(fastmath=True)
+def rotate_rows(x: Any, heads: int, cos: Any, sin: Any, first: int, end: int) -> None:
     half = x.shape[2] // 2
     for row in range(first, end):
         for head in range(heads):

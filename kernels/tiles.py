@@ -10,14 +10,15 @@ references costs as much as a hundred numbers' sum.
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from .compiled import compiled
 
 U = np.uint64
 # Sums may be reordered and products fused; NaN and infinity stay what they are, because packing looks for them.
 FAST = {"reassoc", "contract", "nsz"}
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@compiled(error_model="numpy", fastmath=FAST)
 def rotate(tile: Any, columns: int, paley: Any, spare: Any) -> None:
     """tile = H tile, in place. `paley` is H's second factor [m, m] (its transpose gives Hᵀ); `spare` is as long as the
     tile."""
@@ -42,7 +43,7 @@ def rotate(tile: Any, columns: int, paley: Any, spare: Any) -> None:
             a[i], b[i] = p, q
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+@compiled(error_model="numpy", fastmath=FAST)
 def _rotate_paley(source: Any, target: Any, paley: Any) -> None:
     """target = paley source, of as many rows as `paley` has."""
     order = U(len(paley))
@@ -59,7 +60,7 @@ def _rotate_paley(source: Any, target: Any, paley: Any) -> None:
                 target[to + i] += (p * source[a + i] + q * source[b + i]) + (r * source[c + i] + s * source[d + i])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def transpose(source: Any, start: Any, rows: Any, columns: Any, out: Any, to: Any, stride: Any) -> None:
     """out[to + stride i + j] = source[start + columns j + i] for all rows j and columns i."""
     for i in range(U(0), columns):
@@ -67,7 +68,7 @@ def transpose(source: Any, start: Any, rows: Any, columns: Any, out: Any, to: An
             out[to + stride * i + j] = source[start + columns * j + i]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def to_codes(grid: Any, steps: Any, half: int, codes: Any) -> None:
     """Codes of floored numbers, int8 within ±126. `steps`: `codebook.magnitude_steps`; `half`: how many magnitudes.
 
@@ -85,7 +86,7 @@ def to_codes(grid: Any, steps: Any, half: int, codes: Any) -> None:
         codes[i] = np.uint8(code ^ (sign & full))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def to_centroids(codes: Any, steps: Any, half: int, out: Any) -> None:
     """The centroids of codes, int8."""
     least = steps[7]

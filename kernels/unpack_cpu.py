@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .codebook import magnitude_steps
+from .compiled import compiled
 from .layout import PageLayout
 from .numbers import from_scale16_bits, np_view, number, stored
 from .pack import Rotations
@@ -67,7 +67,7 @@ def compile_pages(dtype: torch.dtype) -> None:
     unpack_cpu(pack_cpu(x_THD, x_THD, rotations, layout), rotations, layout, dtype)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _unpack(
     packed: Any,
     gain: Any,
@@ -105,7 +105,7 @@ def _unpack(
             transpose(done, U(0), U(dim), U(page), out, U((n * page * heads + head) * dim), U(heads * dim))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _read_means(packed: Any, start: Any, stride: Any, heads: Any, means: Any) -> Any:
     """Fills means [D, heads] from sections that lie `stride` bytes apart; whether fp32 can compute with all."""
     largest = np.float32(0)
@@ -117,7 +117,7 @@ def _read_means(packed: Any, start: Any, stride: Any, heads: Any, means: Any) ->
     return largest <= _LARGE
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _read_scales(packed: Any, start: Any, scale: Any) -> Any:
     """Whether fp32 can compute with all."""
     largest = np.float32(0)
@@ -127,12 +127,12 @@ def _read_scales(packed: Any, start: Any, scale: Any) -> Any:
     return largest <= _LARGE
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _word(packed: Any, at: Any) -> Any:
     return np.uint16(np.uint16(packed[at]) | np.uint16(packed[at + U(1)]) << 8)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+@compiled(error_model="numpy", fastmath={"contract"})
 def _finish(tile: Any, scale: Any, means: Any, gain: Any, head: Any, done: Any) -> None:
     """done = gain · (tile · scale + mean), as it is stored."""
     tokens, heads = U(len(scale)), U(len(gain))
@@ -142,7 +142,7 @@ def _finish(tile: Any, scale: Any, means: Any, gain: Any, head: Any, done: Any) 
             done[c * tokens + t] = stored((tile[c * tokens + t] * scale[t] + mean) * factor, done)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _split(packed: Any, start: Any, page: Any, keys: bool, bits: int, joined: Any, codes: Any) -> None:
     """The codes of a section; the inverse of `pack_cpu._join`."""
     size = U(len(codes))
@@ -170,7 +170,7 @@ def _split(packed: Any, start: Any, page: Any, keys: bool, bits: int, joined: An
             codes[a + i] |= (joined[at + i] >> shift & U(1)) << U(2)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _get(packed: Any, start: Any, size: Any, page: Any, keys: bool, joined: Any) -> None:
     if keys:
         transpose(packed, start, page, size // page, joined, U(0), page)

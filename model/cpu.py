@@ -12,6 +12,7 @@ from ..kernels.decode_attention import compile_decode_attention
 from ..kernels.half_gemm import compile_half_gemm
 from ..kernels.row_ops import compile_row_ops
 from ..kernels.unpack_cpu import compile_pages
+from .fused_layer import fuse_layers
 from .fusion import fuse
 from .linear import pack_linear_layers
 
@@ -31,6 +32,7 @@ def speed_up(net: PreTrainedModel) -> None:
     with torch.inference_mode():
         fuse(net)
         pack_linear_layers(net)
+        fuse_layers(net)
     compile_decode_attention(net.dtype)
     compile_pages(net.dtype)
     keep_freed_memory()

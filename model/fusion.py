@@ -1,13 +1,8 @@
-"""Modules of transformers replaced by ones that do the same in fewer operations.
-
-Nothing is taken on trust: a module is replaced only where it has the parts that are expected, and its replacement
-gives the same on the inputs that a first forward of the model brought it. What does not match stays as it is.
+"""Modules of transformers in fewer operations, on any device.
 
 Letters of tensor shapes: T tokens, H heads, D head dimension.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,89 +12,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.row_ops import compiles, gated_silu, rms_norm, rotate_heads, rotate_reference
-from .attention import attending
-
-Make = Callable[[nn.Module], nn.Module | None]
+from .replacing import Make, close, replace_modules
 
 
 def fuse(net: PreTrainedModel) -> None:
     """Replaces what can be replaced; outputs stay the same within rounding."""
-    for fits, make in ((_is_norm, _fused_norm), (_is_mlp, _fused_mlp), (_is_attention, _make_attention(_Rope()))):
-        for place in _places(net, fits):
-            fused = make(place.module) if place.inputs else None
-            if fused is not None and _same(place.module, fused, *place.inputs):
-                setattr(place.parent, place.name, fused)
-            place.module = place.inputs = None  # one at a time: its weights go before the next one's are joined
-
-
-@dataclass(eq=False)
-class _Place:
-    """A module that may be replaced, and what it was called with."""
-
-    parent: nn.Module
-    name: str
-    module: Any
-    inputs: Any = None  # (args, kwargs)
-
-
-def _places(net: PreTrainedModel, fits: Callable[[nn.Module], bool]) -> list[_Place]:
-    """All modules that fit, with the inputs that one forward of the whole model brings them."""
-    found = [
-        _Place(parent, name, child)
-        for parent in net.modules()
-        for name, child in parent.named_children()
-        if fits(child)
-    ]
-    hooks = [place.module.register_forward_pre_hook(_recorder(place), with_kwargs=True) for place in found]
-    try:
-        if found:
-            with attending(_see_oneself):
-                net(
-                    input_ids=torch.tensor([[1, 2, 3]], device=net.device),
-                    position_ids=torch.tensor([[5, 0, 11]], device=net.device),
-                    use_cache=False,
-                )
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _recorder(place: _Place) -> Callable[..., None]:
-    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        place.inputs = args, kwargs
-
-    return record
-
-
-def _see_oneself(_layer: int, q_THD: Tensor, _k_THD: Tensor, v_THD: Tensor, _scale: float) -> Tensor:
-    return v_THD.repeat_interleave(q_THD.shape[1] // v_THD.shape[1], dim=1)
-
-
-def _same(module: nn.Module, fused: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether both give the same, to the caller and, of an attention layer, to the attention function."""
-    results = []
-    for either in (module, fused):
-        handed: list[Any] = []
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, handed: list[Any] = handed) -> Tensor:
-            handed += [torch.tensor([layer, scale]), q, k, v]
-            return _see_oneself(layer, q, k, v, scale)
-
-        with attending(attend):
-            try:
-                out = either(*args, **kwargs)
-            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-                return False
-        results.append([*handed, out[0] if isinstance(out, tuple) else out])
-    if len(results[0]) != len(results[1]):
-        return False
-    return all(_close(a, b) for a, b in zip(*results, strict=True))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e-5 if a.dtype == torch.float32 else 2e-2
-    return a.shape == b.shape and a.dtype == b.dtype and bool((a - b).abs().max() <= tolerance * a.abs().max())
+    replace_modules(net, _is_norm, _fused_norm)
+    replace_modules(net, _is_mlp, _fused_mlp)
+    replace_modules(net, _is_attention, _make_attention(Rope()))
 
 
 class FusedNorm(nn.Module):
@@ -132,7 +52,7 @@ def _fused_norm(module: Any) -> nn.Module | None:
     probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
     for scale in (weight, 1 + weight):
         fused = FusedNorm(scale, _eps(module))
-        if _close(module(probe), fused(probe)):
+        if close(module(probe), fused(probe)):
             return fused
     return None
 
@@ -145,11 +65,11 @@ class GatedMlp(nn.Module):
         self.gate_up_proj = _joined(gate, up)
         self.down_proj, self.act_fn = down, act
         probe = torch.linspace(-9, 9, 64, dtype=gate.weight.dtype, device=gate.weight.device)
-        self._is_silu = torch.equal(act(probe), F.silu(probe))
+        self.is_silu = torch.equal(act(probe), F.silu(probe))
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up_proj(x)
-        if self._is_silu and compiles(gate_up):
+        if self.is_silu and compiles(gate_up):
             return self.down_proj(gated_silu(gate_up))
         gate, up = gate_up.chunk(2, dim=-1)
         return self.down_proj(self.act_fn(gate) * up)
@@ -184,7 +104,7 @@ def _joined(*layers: nn.Linear) -> nn.Linear:
     return joined
 
 
-class _Rope:
+class Rope:
     """Rotary embeddings of one step (Su et al., arXiv 2104.09864), prepared once for all layers.
 
     The second half of a head turns with the first: x * cos + swapped(x) * sin, where the sine of the first half has
@@ -197,21 +117,25 @@ class _Rope:
 
     def __call__(self, x_THD: Tensor, heads: int, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:
         """The first `heads` heads, rotated; `x_THD` may be overwritten."""
-        if self._prepared is None or self._cos is not cos_1TD:
-            half = sin_1TD.shape[-1] // 2
-            signed = torch.cat((-sin_1TD[..., :half], sin_1TD[..., half:]), dim=-1)
-            self._cos, self._prepared = cos_1TD, (cos_1TD[0].contiguous(), signed[0])
-        cos_TD, sin_TD = self._prepared
+        cos_TD, sin_TD = self.prepared(cos_1TD, sin_1TD)
         if compiles(x_THD) and compiles(cos_TD) and cos_TD.shape[-1] == x_THD.shape[-1]:
             rotate_heads(x_THD, heads, cos_TD, sin_TD)
             return x_THD[:, :heads]
         return rotate_reference(x_THD[:, :heads], cos_TD, sin_TD)
 
+    def prepared(self, cos_1TD: Tensor, sin_1TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as [T, D] in one piece, the sine with its signs."""
+        if self._prepared is None or self._cos is not cos_1TD:
+            half = sin_1TD.shape[-1] // 2
+            signed = torch.cat((-sin_1TD[..., :half], sin_1TD[..., half:]), dim=-1)
+            self._cos, self._prepared = cos_1TD, (cos_1TD[0].contiguous(), signed[0])
+        return self._prepared
+
 
 class FusedAttention(nn.Module):
     """Self-attention with one product for q, k and v, and one rotation for q and k."""
 
-    def __init__(self, module: Any, rope: _Rope) -> None:
+    def __init__(self, module: Any, rope: Rope) -> None:
         super().__init__()
         self.qkv_proj = _joined(module.q_proj, module.k_proj, module.v_proj)
         self.o_proj = module.o_proj
@@ -221,7 +145,7 @@ class FusedAttention(nn.Module):
         self.query_heads, self.kv_heads = (
             layer.out_features // self.head_dim for layer in (module.q_proj, module.k_proj)
         )
-        self._rope = rope
+        self.rope = rope
 
     def forward(
         self,
@@ -238,13 +162,17 @@ class FusedAttention(nn.Module):
         qk_THD, v_THD = qkv_THD, qkv_THD[:, rotated:]
         if self.q_norm is not None and self.k_norm is not None:
             qk_THD = torch.cat((self.q_norm(qkv_THD[:, :queries]), self.k_norm(qkv_THD[:, queries:rotated])), dim=1)
-        qk_THD = self._rope(qk_THD, rotated, *position_embeddings)
-        q_1HTD, k_1HTD, v_1HTD = (
-            x_THD.transpose(0, 1)[None] for x_THD in (qk_THD[:, :queries], qk_THD[:, queries:], v_THD)
-        )
-        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        out_1THD, _ = attend(self, q_1HTD, k_1HTD, v_1HTD, attention_mask, scaling=self.scaling, **options)
+        qk_THD = self.rope(qk_THD, rotated, *position_embeddings)
+        out_1THD = self.attend(qk_THD[:, :queries], qk_THD[:, queries:], v_THD, attention_mask, **options)
         return self.o_proj(out_1THD.reshape(*hidden_states.shape[:-1], -1)), None
+
+    def attend(
+        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> Tensor:
+        """[1, T, query heads, D] of rotated queries and keys, by the attention function of the model."""
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        q_1HTD, k_1HTD, v_1HTD = (x_THD.transpose(0, 1)[None] for x_THD in (q_THD, k_THD, v_THD))
+        return attend(self, q_1HTD, k_1HTD, v_1HTD, attention_mask, scaling=self.scaling, **options)[0]
 
 
 def _is_attention(module: Any) -> bool:
@@ -257,5 +185,5 @@ def _is_attention(module: Any) -> bool:
     return _joins(module.q_proj, module.k_proj, module.v_proj)
 
 
-def _make_attention(rope: _Rope) -> Make:
+def _make_attention(rope: Rope) -> Make:
     return lambda module: FusedAttention(module, rope)

@@ -47,11 +47,11 @@ class HalfLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._packed = pack_half(linear.weight.detach())
+        self.panels = pack_half(linear.weight.detach())
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        out_TO = half_matmul(x.reshape(-1, self.in_features), self._packed, self.out_features)
+        out_TO = half_matmul(x.reshape(-1, self.in_features), self.panels, self.out_features)
         if self.bias is not None:
             out_TO += self.bias
         return out_TO.view(*x.shape[:-1], self.out_features)

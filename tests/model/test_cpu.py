@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from isthmus.kernels.half_gemm import has_half_tiles
 from isthmus.model.cpu import speed_up
+from isthmus.model.fused_layer import FusedLayer
 from isthmus.model.fusion import FusedAttention, FusedNorm, GatedMlp
 from isthmus.model.linear import BlockedLinear, HalfLinear, fits_half, packed_linear
 from isthmus.model.load import load_model
@@ -60,6 +61,40 @@ def test_what_is_fused(name: str, norms: int, mlps: int, attentions: int) -> Non
     kinds = [type(module) for module in net.modules()]
     assert [kinds.count(kind) for kind in (FusedNorm, GatedMlp, FusedAttention)] == [norms, mlps, attentions]
     assert nn.Linear not in kinds
+
+
+@needs_half_kernels
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("tiny-llama", 3), ("tiny-qwen2", 0), ("tiny-qwen3", 0), ("tiny-mixtral", 0), ("tiny-gemma3", 0)],
+)
+def test_layers_of_two_calls(name: str, layers: int) -> None:
+    net = load(name, bf16_weights=True)
+    speed_up(net)
+    assert [type(module) for module in net.modules()].count(FusedLayer) == layers
+
+
+@needs_half_kernels
+def test_a_layer_has_the_same_bits_on_one_thread_and_on_several() -> None:
+    net, before = load("tiny-llama", bf16_weights=True), torch.get_num_threads()
+    speed_up(net)
+    try:
+        torch.set_num_threads(1)
+        alone = logits(net, 150)
+        torch.set_num_threads(2)
+        assert torch.equal(logits(net, 150), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_layer_that_does_more_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = load("tiny-llama", bf16_weights=True)
+    forward = type(net.model.layers[0]).forward
+    monkeypatch.setattr(
+        type(net.model.layers[0]), "forward", lambda self, *args, **kw: forward(self, *args, **kw) * 1.1
+    )
+    speed_up(net)
+    assert not [module for module in net.modules() if isinstance(module, FusedLayer)]
 
 
 def test_a_replacement_that_differs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

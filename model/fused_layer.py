@@ -1,0 +1,68 @@
+"""Whole layers of a Llama model on one CPU thread: two compiled calls, with the attention between them.
+
+Letters of tensor shapes: T tokens, H heads, D head dimension, N width of the model.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..kernels.layer_halves import heads_of_rows, rows_after_attention
+from ..kernels.row_ops import compiles
+from .fusion import FusedAttention, FusedNorm, GatedMlp
+from .linear import HalfLinear
+from .replacing import replace_modules
+
+
+def fuse_layers(net: PreTrainedModel) -> None:
+    """Replaces the layers that fit: fused and packed modules, no biases, no norms of queries and keys."""
+    replace_modules(net, _is_llama_layer, FusedLayer)
+
+
+class FusedLayer(nn.Module):
+    """A layer of fused modules; it runs them one by one where PyTorch may use several threads."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        one_piece = compiles(hidden_states) and torch.get_num_threads() == 1
+        if position_embeddings is None or not one_piece:
+            return self.layer(
+                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **options
+            )
+        attention, mlp, x_TN = self.layer.self_attn, self.layer.mlp, hidden_states[0]
+        rotated, queries = attention.query_heads + attention.kv_heads, attention.query_heads
+        before, after = self.layer.input_layernorm, self.layer.post_attention_layernorm
+        qkv_THD = heads_of_rows(
+            *(x_TN, before.weight, before.eps, attention.qkv_proj.panels),
+            *(rotated + attention.kv_heads, rotated),
+            *attention.rope.prepared(*position_embeddings),
+        )
+        q_THD, k_THD, v_THD = qkv_THD[:, :queries], qkv_THD[:, queries:rotated], qkv_THD[:, rotated:]
+        out_1THD = attention.attend(q_THD, k_THD, v_THD, attention_mask, **options)
+        panels = (layer.panels for layer in (attention.o_proj, mlp.gate_up_proj, mlp.down_proj))
+        return rows_after_attention(x_TN, out_1THD[0], after.weight, after.eps, *panels)[None]
+
+
+def _is_llama_layer(module: Any) -> bool:
+    children = dict(module.named_children())
+    if set(children) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return False
+    attention, mlp, *norms = (
+        children[name] for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+    )
+    fused = isinstance(attention, FusedAttention) and isinstance(mlp, GatedMlp) and mlp.is_silu
+    if not fused or attention.q_norm is not None or not all(isinstance(norm, FusedNorm) for norm in norms):
+        return False
+    linear = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+    return all(isinstance(layer, HalfLinear) and layer.bias is None for layer in linear)
