@@ -315,7 +315,7 @@ class Fleet:
                     self._begin(worker)
                 if changed:
                     self._refresh()
-                elif worker.news:  # an idle worker says the same twice a second
+                elif worker.news:  # an idle worker says the same again and again
                     self._show(worker)
         finally:
             call.cancel()

@@ -61,11 +61,12 @@ class Watched:
         self.incarnation += before is None or restarted
         if before is not None:
             before.uptime_ms = report.uptime_ms  # which is no news
-        self.news = bool(self._placed) or report != before
+        same = report == before
+        self.news = bool(self._placed) or not same
         self.report, self.problem, self.heard_s = report, "", now_s
         while self._placed and (restarted or self._placed[0].at_s < now_s - REPORT_LAG_S):
             self._placed.popleft()
-        return before is None or restarted or _kind(before) != _kind(report)
+        return not same and (before is None or restarted or _kind(before) != _kind(report))
 
     def placed(self, now_s: float, tokens: int, pages: int) -> None:
         """Counts work until a report shows it."""

@@ -3,14 +3,15 @@
 Called one by one, a layer's dozen operations spend a fourth of a small step in Python and in waiting for its lock. Each
 row's numbers are those of the operations that they are made of (`half_gemm.py`, `row_ops.py`), to the bit.
 
-Letters of tensor shapes: T tokens, N width of the model, H heads, D head dimension, I inner width; weights are the
-panels of `half_gemm.pack_half`.
+Letters of tensor shapes: T tokens, N width of the model, H heads, D head dimension; weights of products are the panels
+of `half_gemm.pack_half`.
 """
 
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .compiled import compiled
@@ -18,32 +19,32 @@ from .half_gemm import Panels
 from .half_tile import BLOCK_ROWS, multiply_panels
 from .row_ops import norm_rows, rotate_rows, silu_rows
 
+Numbers = NDArray[np.float32]
+
 
 def heads_of_rows(
-    x_TN: Tensor, norm_N: Tensor, eps: float, qkv: Panels, heads: int, rotated: int, cos_TD: Tensor, sin_TD: Tensor
+    x_TN: Tensor, norm_N: Numbers, eps: float, qkv: Panels, heads: int, rotated: int, cos_TD: Tensor, sin_TD: Tensor
 ) -> Tensor:
     """RMSNorm, the product for q, k and v, and the rotation of the first `rotated` heads: fp32 [T, H, D]."""
-    out_THD = torch.empty(len(x_TN), heads, cos_TD.shape[1])
-    before = (x_TN.numpy(), norm_N.numpy(), eps, qkv, rotated, cos_TD.numpy(), sin_TD.numpy())
-    _heads_of_rows(*before, out_THD.numpy(), out_THD.view(len(x_TN), -1).numpy())
+    out_THD = torch.empty(x_TN.shape[0], heads, cos_TD.shape[1])
+    _heads_of_rows(x_TN.numpy(), norm_N, eps, qkv, rotated, cos_TD.numpy(), sin_TD.numpy(), out_THD.numpy())
     return out_THD
 
 
 def rows_after_attention(
-    x_TN: Tensor, attended_THD: Tensor, norm_N: Tensor, eps: float, out: Panels, gate_up: Panels, down: Panels
+    x_TN: Tensor, attended_THD: Tensor, norm_N: Numbers, eps: float, out: Panels, gate_up: Panels, down: Panels
 ) -> Tensor:
     """x + o(attended), and that + down(silu(gate) * up) of its RMSNorm: fp32 [T, N]."""
     out_TN = torch.empty_like(x_TN)
-    attended = attended_THD.contiguous().view(len(x_TN), -1).numpy()
-    _after_attention(x_TN.numpy(), attended, out, norm_N.numpy(), eps, gate_up, down, out_TN.numpy())
+    attended = attended_THD.contiguous().numpy()
+    _after_attention(x_TN.numpy(), attended, out, norm_N, eps, gate_up, down, out_TN.numpy())
     return out_TN
 
 
 @compiled(error_model="numpy")
-def _heads_of_rows(
-    x: Any, norm: Any, eps: float, qkv: Any, rotated: int, cos: Any, sin: Any, out: Any, out_rows: Any
-) -> None:
+def _heads_of_rows(x: Any, norm: Any, eps: float, qkv: Any, rotated: int, cos: Any, sin: Any, out: Any) -> None:
     rows, width = x.shape
+    out_rows = out.reshape(rows, out.shape[1] * out.shape[2])
     normed = np.empty((min(rows, BLOCK_ROWS), width), dtype=np.float32)
     for first in range(0, rows, BLOCK_ROWS):
         end = min(first + BLOCK_ROWS, rows)
@@ -53,8 +54,9 @@ def _heads_of_rows(
 
 
 @compiled(error_model="numpy")
-def _after_attention(x: Any, attended: Any, o: Any, norm: Any, eps: float, gate_up: Any, down: Any, out: Any) -> None:
+def _after_attention(x: Any, heads: Any, o: Any, norm: Any, eps: float, gate_up: Any, down: Any, out: Any) -> None:
     rows, width = x.shape
+    attended = heads.reshape(rows, heads.shape[1] * heads.shape[2])
     block, inner = min(rows, BLOCK_ROWS), down.shape[1]
     normed = np.empty((block, width), dtype=np.float32)
     both = np.empty((block, 2 * inner), dtype=np.float32)
@@ -63,18 +65,16 @@ def _after_attention(x: Any, attended: Any, o: Any, norm: Any, eps: float, gate_
         end = min(first + BLOCK_ROWS, rows)
         size = end - first
         multiply_panels(attended[first:end], o, out[first:end], 0, len(o))
-        _add(out, x, first, end)
+        _add(out[first:end], x[first:end])
         norm_rows(out[first:end], norm, eps, normed, 0, size)
         multiply_panels(normed[:size], gate_up, both[:size], 0, len(gate_up))
         silu_rows(both, gated, 0, size)
         multiply_panels(gated[:size], down, normed[:size], 0, len(down))
-        for row in range(size):
-            for i in range(width):
-                out[first + row, i] += normed[row, i]
+        _add(out[first:end], normed[:size])
 
 
-@compiled(error_model="numpy")
-def _add(out: Any, x: Any, first: int, end: int) -> None:
-    for row in range(first, end):
-        for i in range(out.shape[1]):
-            out[row, i] = x[row, i] + out[row, i]
+@compiled()
+def _add(x: Any, more: Any) -> None:
+    for row in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            x[row, i] += more[row, i]

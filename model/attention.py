@@ -39,21 +39,30 @@ _HARMLESS = frozenset(
 )
 
 
+SeeMask = Callable[[int, torch.Tensor | None], None]
+"""(layer, the mask that transformers made for it)"""
+
+
 class _Current(threading.local):
     attend: Attend | None = None
+    see_mask: SeeMask | None = None
 
 
 _current = _Current()
 
 
 @contextmanager
-def attending(attend: Attend) -> Iterator[None]:
-    """Layers that run in this thread inside the `with` hand their attention to `attend`."""
-    before, _current.attend = _current.attend, attend
+def attending(attend: Attend, see_mask: SeeMask | None = None) -> Iterator[None]:
+    """Layers that run in this thread inside the `with` hand their attention to `attend`.
+
+    With `see_mask` their masks go there, and else nowhere: without it they must not have any.
+    """
+    before = _current.attend, _current.see_mask
+    _current.attend, _current.see_mask = attend, see_mask
     try:
         yield
     finally:
-        _current.attend = before
+        _current.attend, _current.see_mask = before
 
 
 def hand_over(
@@ -71,13 +80,27 @@ def hand_over(
     InvalidRequest where the layer asks for something that the callback cannot do (soft capping, sinks, a mask).
     """
     refuse_unknown(options, dropout)
-    if attention_mask is not None:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend_rows(module.layer_idx, q_THD, k_THD, v_THD, scale, attention_mask)[None], None  # type: ignore[arg-type]
+
+
+def attend_rows(
+    layer: int,
+    q_THD: torch.Tensor,
+    k_THD: torch.Tensor,
+    v_THD: torch.Tensor,
+    scale: float,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same without transformers' axes, for layers of our own: what `Attend` returns. InvalidRequest for a mask."""
+    if _current.see_mask is not None:
+        _current.see_mask(layer, attention_mask)
+    elif attention_mask is not None:
         raise InvalidRequest("the model makes an attention mask of its own; only causal and sliding-window work")
     attend = _current.attend
     assert attend is not None, "a model runs through Model.forward only"
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(module.layer_idx, q_THD, k_THD, v_THD, scale)[None], None  # type: ignore[arg-type]
+    return attend(layer, q_THD, k_THD, v_THD, scale)
 
 
 def refuse_unknown(options: dict[str, Any], dropout: float) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..kernels.layer_halves import heads_of_rows, rows_after_attention
 from ..kernels.row_ops import compiles
+from .attention import attend_rows, refuse_unknown
 from .fusion import FusedAttention, FusedNorm, GatedMlp
 from .linear import HalfLinear
 from .replacing import replace_modules
@@ -27,6 +28,15 @@ class FusedLayer(nn.Module):
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer = layer
+        attention, mlp = layer.self_attn, layer.mlp
+        self._layer, self._scale, self._rope = attention.layer_idx, attention.scaling, attention.rope
+        self._queries, self._rotated = attention.query_heads, attention.query_heads + attention.kv_heads
+        before, after = layer.input_layernorm, layer.post_attention_layernorm
+        heads = self._rotated + attention.kv_heads
+        # Found again at each step, they would cost as much as a small operation.
+        self._before = before.weight.numpy(), before.eps, attention.qkv_proj.panels, heads, self._rotated
+        panels = (linear.panels for linear in (attention.o_proj, mlp.gate_up_proj, mlp.down_proj))
+        self._after = after.weight.numpy(), after.eps, *panels
 
     def forward(
         self,
@@ -40,18 +50,12 @@ class FusedLayer(nn.Module):
             return self.layer(
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **options
             )
-        attention, mlp, x_TN = self.layer.self_attn, self.layer.mlp, hidden_states[0]
-        rotated, queries = attention.query_heads + attention.kv_heads, attention.query_heads
-        before, after = self.layer.input_layernorm, self.layer.post_attention_layernorm
-        qkv_THD = heads_of_rows(
-            *(x_TN, before.weight, before.eps, attention.qkv_proj.panels),
-            *(rotated + attention.kv_heads, rotated),
-            *attention.rope.prepared(*position_embeddings),
-        )
-        q_THD, k_THD, v_THD = qkv_THD[:, :queries], qkv_THD[:, queries:rotated], qkv_THD[:, rotated:]
-        out_1THD = attention.attend(q_THD, k_THD, v_THD, attention_mask, **options)
-        panels = (layer.panels for layer in (attention.o_proj, mlp.gate_up_proj, mlp.down_proj))
-        return rows_after_attention(x_TN, out_1THD[0], after.weight, after.eps, *panels)[None]
+        refuse_unknown(options, 0.0)
+        x_TN = hidden_states[0]
+        qkv_THD = heads_of_rows(x_TN, *self._before, *self._rope.prepared(*position_embeddings))
+        q_THD, k_THD, v_THD = qkv_THD.tensor_split((self._queries, self._rotated), dim=1)
+        attended_THD = attend_rows(self._layer, q_THD, k_THD, v_THD, self._scale, attention_mask)
+        return rows_after_attention(x_TN, attended_THD, *self._after)[None]
 
 
 def _is_llama_layer(module: Any) -> bool:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.row_ops import compiles, gated_silu, rms_norm, rotate_heads, rotate_reference
+from .attention import attend_rows, refuse_unknown
 from .replacing import Make, close, replace_modules
 
 
@@ -163,16 +163,10 @@ class FusedAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qk_THD = torch.cat((self.q_norm(qkv_THD[:, :queries]), self.k_norm(qkv_THD[:, queries:rotated])), dim=1)
         qk_THD = self.rope(qk_THD, rotated, *position_embeddings)
-        out_1THD = self.attend(qk_THD[:, :queries], qk_THD[:, queries:], v_THD, attention_mask, **options)
-        return self.o_proj(out_1THD.reshape(*hidden_states.shape[:-1], -1)), None
-
-    def attend(
-        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, attention_mask: Tensor | None, **options: Any
-    ) -> Tensor:
-        """[1, T, query heads, D] of rotated queries and keys, by the attention function of the model."""
-        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        q_1HTD, k_1HTD, v_1HTD = (x_THD.transpose(0, 1)[None] for x_THD in (q_THD, k_THD, v_THD))
-        return attend(self, q_1HTD, k_1HTD, v_1HTD, attention_mask, scaling=self.scaling, **options)[0]
+        refuse_unknown(options, 0.0)
+        heads = qk_THD[:, :queries], qk_THD[:, queries:], v_THD
+        out_THD = attend_rows(self.layer_idx, *heads, self.scaling, attention_mask)
+        return self.o_proj(out_THD.reshape(*hidden_states.shape[:-1], -1)), None
 
 
 def _is_attention(module: Any) -> bool:

@@ -36,7 +36,7 @@ def probe_layers(net: PreTrainedModel, layers: int, context_length: int) -> tupl
     with torch.inference_mode():
         net.set_attn_implementation(_PROBE)
         try:
-            seen = _run(net, tokens=(1, 2), positions=(0, 1))
+            seen = _run(net, tokens=(1, 2), positions=(0, 1), masks=True)
         finally:
             net.set_attn_implementation(attention.NAME)
         first = _run(net, tokens=(3, 2), positions=(near, 0))
@@ -76,15 +76,22 @@ class _Recording:
         self.first_row += [q_THD[0].float(), k_THD[0].float()]
         return v_THD.repeat_interleave(q_THD.shape[1] // v_THD.shape[1], dim=1)  # every token sees itself alone
 
+    def see_mask(self, layer: int, mask: torch.Tensor | None) -> None:
+        if mask is None:
+            raise InvalidRequest("the model makes no attention mask by transformers' mask interface")
+        self.mask_of[layer] = int(mask.flatten()[0])
+
 
 _recording: _Recording | None = None  # of the probing name; models are loaded one at a time
 
 
-def _run(net: PreTrainedModel, tokens: tuple[int, int], positions: tuple[int, int]) -> _Recording:
+def _run(
+    net: PreTrainedModel, tokens: tuple[int, int], positions: tuple[int, int], *, masks: bool = False
+) -> _Recording:
     global _recording
     _recording = recording = _Recording()
     try:
-        with attention.attending(recording.attend):
+        with attention.attending(recording.attend, recording.see_mask if masks else None):
             logits = net(
                 input_ids=torch.tensor([tokens], device=net.device),
                 position_ids=torch.tensor([positions], device=net.device),
@@ -96,15 +103,6 @@ def _run(net: PreTrainedModel, tokens: tuple[int, int], positions: tuple[int, in
     return recording
 
 
-def _probe_attention(module: torch.nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any):
-    """The attention function under the probing name: notes the mask of the layer, then hands over as usual."""
-    assert _recording is not None
-    if attention_mask is None:
-        raise InvalidRequest("the model makes no attention mask by transformers' mask interface")
-    _recording.mask_of[int(module.layer_idx)] = int(attention_mask.flatten()[0])  # type: ignore[arg-type]
-    return attention.hand_over(module, query, key, value, None, **options)
-
-
 def _probe_mask(batch_size: int, q_length: int, kv_length: int, mask_function: MaskPredicate, **options: Any):
     """The mask function under the probing name: a "mask" filled with the number of its predicate."""
     assert _recording is not None
@@ -113,7 +111,7 @@ def _probe_mask(batch_size: int, q_length: int, kv_length: int, mask_function: M
     return torch.full((batch_size, 1, q_length, kv_length), number, device=options.get("device"))
 
 
-AttentionInterface.register(_PROBE, _probe_attention)
+AttentionInterface.register(_PROBE, attention.hand_over)
 AttentionMaskInterface.register(_PROBE, _probe_mask)
 
 

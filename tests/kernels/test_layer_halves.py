@@ -23,12 +23,12 @@ GATE_UP, DOWN = drawn(2 * INNER, WIDTH), drawn(WIDTH, INNER)
 
 
 def before(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return heads_of_rows(x, NORM, EPS, pack_half(QKV.half().float()), HEADS, ROTATED, cos, sin)
+    return heads_of_rows(x, NORM.numpy(), EPS, pack_half(QKV.half().float()), HEADS, ROTATED, cos, sin)
 
 
 def after(x: Tensor, attended: Tensor) -> Tensor:
     panels = (pack_half(weight.half().float()) for weight in (OUT, GATE_UP, DOWN))
-    return rows_after_attention(x, attended, NORM, EPS, *panels)
+    return rows_after_attention(x, attended, NORM.numpy(), EPS, *panels)
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
