@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ..proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_ROLE_DECODE, WorkerReport
 from .pool import PrefillTime, StepTime, WorkerLoad
 
-SUSPECT_S = 1.0  # without a report: no new work where another worker can take it
+SUSPECT_S = 1.0  # without a report (they come every HEARTBEAT_S): no new work where another worker can take it
 OUT_S = 3.0  # no work at all, and what runs there is given up
 REPORT_LAG_S = 0.2  # a report may be older than what was placed this long before it came
 

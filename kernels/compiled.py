@@ -1,33 +1,72 @@
 """Functions compiled by Numba and kept on disk for as long as nothing in this folder changes.
 
 Numba itself looks at a function's own file only, and would run what it compiled with other files' functions as those
-were before.
+were before. So what is compiled of other sources, or for another CPU, lies in a folder of its own.
 """
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 from numba import njit
 from numba.core import config
 
-_config: Any = config
+from .cache_folder import cache_folder
+
+log = logging.getLogger(__name__)
+
+_FORGOTTEN_S = 30 * 86_400.0  # a folder that nobody has used for so long is removed
+_config: Any = config  # its attributes come from the environment
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A decorator: machine code that lets go of the interpreter's lock. `options` are those of `numba.njit`."""
-    return njit(nogil=True, cache=True, **options)
+
+    def compile_later(function: Callable[..., Any]) -> Any:
+        folder = _folder()
+        if folder is None:
+            return njit(nogil=True, **options)(function)
+        before, _config.CACHE_DIR = _config.CACHE_DIR, str(folder)  # looked at while the decorator runs, and by all
+        try:
+            return njit(nogil=True, cache=True, **options)(function)
+        finally:
+            _config.CACHE_DIR = before
+
+    return compile_later
 
 
-def _folder() -> Path:
-    """`$ISTHMUS_CACHE/compiled` or `~/.cache/isthmus/compiled`, and in it one for these very sources."""
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    own, shared = os.environ.get("ISTHMUS_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    base = Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "isthmus"
-    return base / "compiled" / hashlib.sha256(sources).hexdigest()[:16]
+@cache
+def _folder() -> Path | None:
+    """Of these very sources and this CPU, in `$NUMBA_CACHE_DIR` or our own; None where nothing can be written."""
+    base = Path(_config.CACHE_DIR) if _config.CACHE_DIR else cache_folder() / "compiled"
+    folder = base / f"isthmus-{_key(sorted(Path(__file__).parent.glob('*.py')))}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK) or folder.stat().st_uid != os.getuid():
+            raise PermissionError(f"{folder} belongs to somebody else")  # it is run, so that it must be ours
+        os.utime(folder)
+        _forget_others(folder)
+    except OSError as error:
+        log.warning("kernels are compiled anew at every start: %s (set ISTHMUS_CACHE to a folder of yours)", error)
+        return None
+    return folder
 
 
-if not _config.CACHE_DIR:  # the user's own choice, NUMBA_CACHE_DIR
-    _config.CACHE_DIR = str(_folder())
+def _key(sources: Iterable[Path]) -> str:
+    key = hashlib.sha256(f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}".encode())
+    for path in sources:
+        key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return key.hexdigest()[:16]
+
+
+def _forget_others(used: Path) -> None:
+    for other in used.parent.glob("isthmus-*"):
+        if time.time() - other.stat().st_mtime > _FORGOTTEN_S:
+            shutil.rmtree(other, ignore_errors=True)

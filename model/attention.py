@@ -4,9 +4,9 @@ A transformers model looks its attention function up by name. The one registered
 each layer to the `Attend` callback of the forward that runs in this thread. Threads do not see each other's callback,
 so that several models of one process can run at once.
 
-No mask is ever made: a name that is not in transformers' `AttentionMaskInterface` gets None for each mask, without
-the look for packed sequences (a device synchronisation per mask) that a registered name costs. What a layer's tokens
-see is found out once, at load (`probe.py`), and belongs to its `LayerShape`.
+While serving no mask is made: a name that is not in transformers' `AttentionMaskInterface` gets None for each mask,
+without the look for packed sequences (a device synchronisation per mask) that a registered name costs. What a layer's
+tokens see is found out once, at load (`probe.py`), and belongs to its `LayerShape`.
 
 Letters of tensor shapes: T tokens of the ragged batch, H heads, D head dimension.
 """

@@ -6,7 +6,6 @@ was made from. It is made in a folder beside it and renamed when complete: what 
 
 import fcntl
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
+
+from ..kernels.cache_folder import cache_folder
 
 _NOTE = "isthmus.json"
 
@@ -38,10 +39,7 @@ class Note:
 
 def cache_root() -> Path:
     """Where converted models are kept."""
-    if own := os.environ.get("ISTHMUS_CACHE"):
-        return Path(own) / "models"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "isthmus" / "models"
+    return cache_folder() / "models"
 
 
 def cached_models() -> list[tuple[Note, Path]]:

@@ -24,7 +24,7 @@ _KEEP_BYTES = 1 << 30
 def speed_up(net: PreTrainedModel) -> None:
     """Prepares a loaded model on a CPU: fused and packed weights, memory that is kept. Outputs stay the same.
 
-    Weights of linear layers then lie in memory twice, the second time in half the bytes where fp16 holds them.
+    Weights of linear layers that fp16 holds are kept in it alone; others then lie in memory twice.
     """
     if net.dtype == torch.float32:
         compile_row_ops()

@@ -19,7 +19,8 @@ from .replacing import replace_modules
 
 def fuse_layers(net: PreTrainedModel) -> None:
     """Replaces the layers that fit: fused and packed modules, no biases, no norms of queries and keys."""
-    replace_modules(net, _is_llama_layer, FusedLayer)
+    if torch.get_num_threads() == 1:  # on several they are not used, and would not be compared with what they replace
+        replace_modules(net, _is_llama_layer, FusedLayer)
 
 
 class FusedLayer(nn.Module):
@@ -66,7 +67,11 @@ def _is_llama_layer(module: Any) -> bool:
         children[name] for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
     )
     fused = isinstance(attention, FusedAttention) and isinstance(mlp, GatedMlp) and mlp.is_silu
-    if not fused or attention.q_norm is not None or not all(isinstance(norm, FusedNorm) for norm in norms):
+    if not fused or attention.q_norm is not None or not all(_is_fp32_norm(norm) for norm in norms):
         return False
     linear = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
     return all(isinstance(layer, HalfLinear) and layer.bias is None for layer in linear)
+
+
+def _is_fp32_norm(module: Any) -> bool:
+    return isinstance(module, FusedNorm) and module.weight.dtype == torch.float32

@@ -87,10 +87,9 @@ def _same(module: nn.Module, fused: nn.Module, args: tuple[Any, ...], kwargs: di
                 out = either(*args, **kwargs)
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 return False
-        results.append([*handed, out[0] if isinstance(out, tuple) else out])
-    if len(results[0]) != len(results[1]):
-        return False
-    return all(close(a, b) for a, b in zip(*results, strict=True))
+        results.append((type(out), [*handed, out[0] if isinstance(out, tuple) else out]))
+    (kind, ours), (other_kind, theirs) = results
+    return kind is other_kind and len(ours) == len(theirs) and all(map(close, ours, theirs))
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -10,7 +10,7 @@ from .worker_pb2 import GetReportRequest, WatchRequest, WorkerReport
 from .worker_pb2_grpc import WorkerServicer
 
 CHANGE_S = 0.1  # a watcher hears of a change of load within that time, and of `changed` at once
-HEARTBEAT_S = 0.7  # and from a live worker whose report stays the same at least that often; silence of 1 s is suspect
+HEARTBEAT_S = 0.7  # and from a live worker whose report stays the same about that often
 
 
 class ReportServicer(WorkerServicer):

@@ -12,6 +12,7 @@ from isthmus.cluster.client import Answer, Client, build_request
 from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.cluster.generator import Generator
 from isthmus.cluster.retry import Failures
+from isthmus.proto import reporting
 from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, PRIORITY_BATCH, TransferStats
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.errors import Corrupt, Exhausted, InvalidRequest, IsthmusError, Unavailable
@@ -89,6 +90,7 @@ async def test_the_same_worker_once_it_is_back() -> None:
 async def test_a_worker_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "SUSPECT_S", 0.3)
     monkeypatch.setattr(watch, "OUT_S", 0.6)
+    monkeypatch.setattr(reporting, "HEARTBEAT_S", 0.1)
     async with (
         scripted_cluster(writes(TEXT, at_most=3), writes(TEXT, at_most=3)) as cluster,
         Client(cluster.gateway.address) as client,

@@ -1,5 +1,6 @@
 """What a CPU worker does to a model: fused and packed modules that compute the same."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -63,38 +64,55 @@ def test_what_is_fused(name: str, norms: int, mlps: int, attentions: int) -> Non
     assert nn.Linear not in kinds
 
 
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets PyTorch's threads, one at first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def layers_of_two_calls(net: Any) -> int:
+    return [type(module) for module in net.modules()].count(FusedLayer)
+
+
 @needs_half_kernels
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     ("name", "layers"),
     [("tiny-llama", 3), ("tiny-qwen2", 0), ("tiny-qwen3", 0), ("tiny-mixtral", 0), ("tiny-gemma3", 0)],
 )
 def test_layers_of_two_calls(name: str, layers: int) -> None:
-    net = load(name, bf16_weights=True)
+    net, plain = load(name, bf16_weights=True), load(name, bf16_weights=True)
     speed_up(net)
-    assert [type(module) for module in net.modules()].count(FusedLayer) == layers
+    assert layers_of_two_calls(net) == layers
+    torch.testing.assert_close(logits(net, 150), logits(plain, 150), atol=5e-5, rtol=1e-4)
 
 
 @needs_half_kernels
-def test_a_layer_has_the_same_bits_on_one_thread_and_on_several() -> None:
-    net, before = load("tiny-llama", bf16_weights=True), torch.get_num_threads()
+def test_a_layer_has_the_same_bits_on_one_thread_and_on_several(threads: Callable[[int], None]) -> None:
+    net = load("tiny-llama", bf16_weights=True)
     speed_up(net)
-    try:
-        torch.set_num_threads(1)
-        alone = logits(net, 150)
-        torch.set_num_threads(2)
-        assert torch.equal(logits(net, 150), alone)
-    finally:
-        torch.set_num_threads(before)
+    assert layers_of_two_calls(net) == 3
+    alone = logits(net, 150)
+    threads(2)
+    assert torch.equal(logits(net, 150), alone)
 
 
-def test_a_layer_that_does_more_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_half_kernels
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_layer_that_does_more_is_not_taken(
+    count: int, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = load("tiny-llama", bf16_weights=True)
     forward = type(net.model.layers[0]).forward
     monkeypatch.setattr(
         type(net.model.layers[0]), "forward", lambda self, *args, **kw: forward(self, *args, **kw) * 1.1
     )
+    threads(count)
     speed_up(net)
-    assert not [module for module in net.modules() if isinstance(module, FusedLayer)]
+    assert layers_of_two_calls(net) == 0
 
 
 def test_a_replacement_that_differs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
