@@ -64,9 +64,14 @@ async def _hurt(node: Node, how: str) -> None:
 async def hurt_gateway(
     cluster: ChaosCluster, faults: Faults, *, every_s: float, seed: int, how: str = "kill", times: int = 1000
 ) -> None:
-    """Kills or stops the gateway every `every_s`, at most so often, until cancelled."""
+    """Kills or stops the gateway at most so often, until cancelled, each time `every_s` after all workers were ready.
+
+    One that is new has canaries to send first, and an answer takes seconds: killed without regard to that, it would
+    never finish one.
+    """
     rng = random.Random(seed)
     for _ in range(times):
+        await cluster.wait_ready()
         await asyncio.sleep(every_s * rng.uniform(0.8, 1.2))
         faults.done.append(f"{how} gateway")
         await _hurt(cluster.gateway, how)
