@@ -41,6 +41,7 @@ from isthmus.proto.worker_pb2_grpc import WorkerStub
 
 # Small, so that what the workers keep on purpose is full soon and what grows on is a leak.
 POOL_TOKENS, HOST_CACHE_GIB = 8_192, 0.1
+LOOKS = 12  # at resident memory
 NOBODY = "127.0.0.1:9"  # the discard port: nothing listens there
 CODECS = ("tq-k4v4", "tq-k4v4", "raw", "")
 
@@ -132,20 +133,20 @@ async def leaked_pages(address: str, within_s: float = 10) -> int:
             await asyncio.sleep(0.1)
 
 
-async def load_for(soak: Soak, seconds: float, at_once: int, workers: dict[str, Running]) -> dict[str, int]:
-    """Keeps the load up; resident MB of each worker after the first third."""
-    until, early = time.monotonic() + seconds, {}
+async def load_for(soak: Soak, seconds: float, at_once: int, workers: dict[str, Running]) -> list[dict[str, int]]:
+    """Keeps the load up; resident MB of each worker after each twelfth of the time."""
+    until, resident = time.monotonic() + seconds, list[dict[str, int]]()
     senders = [asyncio.create_task(soak.keep_sending(until)) for _ in range(at_once)]
     columns = (TextColumn("{task.fields[requests]} requests"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("soak", total=seconds, requests=0)
         while (left := until - time.monotonic()) > 0:
-            if not early and left < seconds * 2 / 3:
-                early = {role: worker.rss_mb() for role, worker in workers.items()}
+            if seconds - left >= seconds * (len(resident) + 1) / LOOKS:
+                resident.append({role: worker.rss_mb() for role, worker in workers.items()})
             progress.update(task, completed=seconds - left, requests=soak.counts["requests"])
             await asyncio.sleep(min(left, 0.25))
     await asyncio.gather(*senders)
-    return early
+    return resident
 
 
 @contextmanager
@@ -171,10 +172,11 @@ async def run(
         _, report = await ready([prefill.address, decode.address])
         async with open_channel(decode.address) as channel:
             soak = Soak(DecodeStub(channel), prefill.address, report, random.Random(seed), longest, reruns)
-            early = await load_for(soak, 60 * minutes, at_once, workers)
+            resident = await load_for(soak, 60 * minutes, at_once, workers)
             leaked = {role: await leaked_pages(worker.address) for role, worker in workers.items()}
             end = {role: worker.rss_mb() for role, worker in workers.items()}
             wrong = await soak.differing()
+        early = resident[LOOKS // 3 - 1]
         peak = {role: worker.peak_rss_mb() for role, worker in workers.items()}
     return {
         "minutes": minutes,
@@ -183,7 +185,15 @@ async def run(
         "leaked_pages": sum(leaked.values()),
         "rerun": {"requests": len(soak.finished), "differing": wrong},
         "outcomes": dict(soak.counts),
-        "workers": {role: {"start": early[role], "end": end[role], "peak": peak[role]} for role in workers},
+        "workers": {
+            role: {
+                "start": early[role],
+                "end": end[role],
+                "peak": peak[role],
+                "each_twelfth": [look[role] for look in resident],
+            }
+            for role in workers
+        },
     }
 
 
