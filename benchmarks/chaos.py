@@ -29,6 +29,7 @@ from isthmus.proto.worker_pb2_grpc import ClusterStub
 PARTS = ("flip", "kill", "stop", "gateway", "cut", "delayed", "throttled", "storm", "frames")
 LINKS = ("cut", "delayed", "throttled")
 BASELINE_S = 5.0
+GATEWAY_TIMES = 4  # more seconds between two kills of the gateway: an answer begins anew with it, and takes seconds
 
 
 def arguments() -> argparse.Namespace:
@@ -40,7 +41,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=48, help="of the longest answer; the shortest has half")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the longest prompt")
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between two faults, about")
+    parser.add_argument(
+        "--every", type=float, default=5.0, help="seconds between two faults, about; four times as many for the gateway"
+    )
     parser.add_argument("--codecs", default="raw,tq-k4v4")
     parser.add_argument("--frames", type=int, default=10_000, help="lies about pages")
     parser.add_argument("--cancels", type=int, default=500, help="within 10 s")
@@ -73,7 +76,7 @@ async def run_part(cluster: ChaosCluster, part: str, options: argparse.Namespace
     hurting = {
         "kill": lambda: hurt_workers(cluster, faults, **common),
         "stop": lambda: hurt_workers(cluster, faults, how="stop", **common),
-        "gateway": lambda: hurt_gateway(cluster, faults, **common),
+        "gateway": lambda: hurt_gateway(cluster, faults, **common | {"every_s": GATEWAY_TIMES * options.every}),
         **{name: lambda name=name: hurt_links(cluster, faults, name, **common) for name in LINKS},
     }[part]()
     result = await compare_runs(cluster, requests, hurting, faults, at_once=options.at_once)
