@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
+from filelock import FileLock
 from numba import njit
 from numba.core import config
+from numba.core.caching import FunctionCache
 
 from .cache_folder import cache_folder
 
@@ -30,16 +32,32 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A decorator: machine code that lets go of the interpreter's lock. `options` are those of `numba.njit`."""
 
     def compile_later(function: Callable[..., Any]) -> Any:
-        folder = _folder()
-        if folder is None:
-            return njit(nogil=True, **options)(function)
-        before, _config.CACHE_DIR = _config.CACHE_DIR, str(folder)  # looked at while the decorator runs, and by all
-        try:
-            return njit(nogil=True, cache=True, **options)(function)
-        finally:
-            _config.CACHE_DIR = before
+        dispatcher, folder = njit(nogil=True, **options)(function), _folder()
+        if folder is not None:
+            dispatcher._cache = _SharedCache(function, folder)  # what `cache=True` does, but for the lock
+        return dispatcher
 
     return compile_later
+
+
+class _SharedCache(FunctionCache):
+    """Several processes may write at once.
+
+    Numba reads a function's index, adds its entry and a number for the code, and writes both. Without a lock one of two
+    processes would lose its entry, or leave it pointing at the other's code, which may be for other types.
+    """
+
+    def __init__(self, function: Callable[..., Any], folder: Path) -> None:
+        before, _config.CACHE_DIR = _config.CACHE_DIR, str(folder)  # looked at here, and by all
+        try:
+            super().__init__(function)
+        finally:
+            _config.CACHE_DIR = before
+        self._lock = FileLock(folder / "lock")
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with self._lock:
+            super().save_overload(sig, data)
 
 
 @cache

@@ -12,7 +12,7 @@ Letters of tensor shapes: T tokens of the ragged batch, H heads, D head dimensio
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,10 +79,11 @@ def hand_over(
 
     InvalidRequest where the layer asks for something that the callback cannot do (soft capping, sinks, a mask).
     """
-    refuse_unknown(options, dropout)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend_rows(module.layer_idx, q_THD, k_THD, v_THD, scale, attention_mask)[None], None  # type: ignore[arg-type]
+    layer: Any = module.layer_idx
+    out_THD = attend_rows(layer, q_THD, k_THD, v_THD, scale, attention_mask, options, dropout)
+    return out_THD[None], None
 
 
 def attend_rows(
@@ -92,8 +93,11 @@ def attend_rows(
     v_THD: torch.Tensor,
     scale: float,
     attention_mask: torch.Tensor | None,
+    options: Mapping[str, Any],
+    dropout: float = 0.0,
 ) -> torch.Tensor:
-    """The same without transformers' axes, for layers of our own: what `Attend` returns. InvalidRequest for a mask."""
+    """The same without transformers' axes, for layers of our own: what `Attend` returns."""
+    _refuse_unknown(options, dropout)
     if _current.see_mask is not None:
         _current.see_mask(layer, attention_mask)
     elif attention_mask is not None:
@@ -103,7 +107,14 @@ def attend_rows(
     return attend(layer, q_THD, k_THD, v_THD, scale)
 
 
-def refuse_unknown(options: dict[str, Any], dropout: float) -> None:
+def see_oneself(
+    _layer: int, q_THD: torch.Tensor, _k_THD: torch.Tensor, v_THD: torch.Tensor, _scale: float
+) -> torch.Tensor:
+    """An `Attend` under which every token sees itself alone: for looking at a model with no KV cache."""
+    return v_THD.repeat_interleave(q_THD.shape[1] // v_THD.shape[1], dim=1)
+
+
+def _refuse_unknown(options: Mapping[str, Any], dropout: float) -> None:
     """InvalidRequest for an option with a value that would change the attention."""
     if dropout:
         raise InvalidRequest(f"the model asks for attention dropout {dropout} while it serves")

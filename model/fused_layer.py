@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..kernels.layer_halves import heads_of_rows, rows_after_attention
 from ..kernels.row_ops import compiles
-from .attention import attend_rows, refuse_unknown
+from .attention import attend_rows
 from .fusion import FusedAttention, FusedNorm, GatedMlp
 from .linear import HalfLinear
 from .replacing import replace_modules
@@ -51,11 +51,10 @@ class FusedLayer(nn.Module):
             return self.layer(
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **options
             )
-        refuse_unknown(options, 0.0)
         x_TN = hidden_states[0]
         qkv_THD = heads_of_rows(x_TN, *self._before, *self._rope.prepared(*position_embeddings))
         q_THD, k_THD, v_THD = qkv_THD.tensor_split((self._queries, self._rotated), dim=1)
-        attended_THD = attend_rows(self._layer, q_THD, k_THD, v_THD, self._scale, attention_mask)
+        attended_THD = attend_rows(self._layer, q_THD, k_THD, v_THD, self._scale, attention_mask, options)
         return rows_after_attention(x_TN, attended_THD, *self._after)[None]
 
 

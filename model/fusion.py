@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..kernels.row_ops import compiles, gated_silu, rms_norm, rotate_heads, rotate_reference
-from .attention import attend_rows, refuse_unknown
+from .attention import attend_rows
 from .replacing import Make, close, replace_modules
 
 
@@ -163,9 +163,8 @@ class FusedAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qk_THD = torch.cat((self.q_norm(qkv_THD[:, :queries]), self.k_norm(qkv_THD[:, queries:rotated])), dim=1)
         qk_THD = self.rope(qk_THD, rotated, *position_embeddings)
-        refuse_unknown(options, 0.0)
         heads = qk_THD[:, :queries], qk_THD[:, queries:], v_THD
-        out_THD = attend_rows(self.layer_idx, *heads, self.scaling, attention_mask)
+        out_THD = attend_rows(self.layer_idx, *heads, self.scaling, attention_mask, options)
         return self.o_proj(out_THD.reshape(*hidden_states.shape[:-1], -1)), None
 
 

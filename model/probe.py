@@ -64,7 +64,7 @@ class _Recording:
     predicates: list[MaskPredicate] = field(default_factory=list)
     first_row: list[torch.Tensor] = field(default_factory=list)  # q and k of row 0, layer by layer, then logits
 
-    def attend(self, layer: int, q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor, _scale: float):
+    def attend(self, layer: int, q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor, scale: float):
         if k_THD.shape != v_THD.shape:
             raise InvalidRequest(
                 f"keys of {k_THD.shape[-1]} and values of {v_THD.shape[-1]} dimensions (latent attention) do not fit "
@@ -74,7 +74,7 @@ class _Recording:
             raise InvalidRequest(f"the model runs attention layer {layer} twice for one token")
         self.shapes[layer] = (k_THD.shape[1], k_THD.shape[2])
         self.first_row += [q_THD[0].float(), k_THD[0].float()]
-        return v_THD.repeat_interleave(q_THD.shape[1] // v_THD.shape[1], dim=1)  # every token sees itself alone
+        return attention.see_oneself(layer, q_THD, k_THD, v_THD, scale)
 
     def see_mask(self, layer: int, mask: torch.Tensor | None) -> None:
         if mask is None:

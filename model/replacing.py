@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import attending
+from .attention import attending, see_oneself
 
 Make = Callable[[Any], nn.Module | None]
 
@@ -49,7 +49,7 @@ def _places(net: PreTrainedModel, fits: Callable[[nn.Module], bool]) -> list[_Pl
     hooks = [place.module.register_forward_pre_hook(_recorder(place), with_kwargs=True) for place in found]
     try:
         if found:
-            with attending(_see_oneself):
+            with attending(see_oneself):
                 net(
                     input_ids=torch.tensor([[1, 2, 3]], device=net.device),
                     position_ids=torch.tensor([[5, 0, 11]], device=net.device),
@@ -68,10 +68,6 @@ def _recorder(place: _Place) -> Callable[..., None]:
     return record
 
 
-def _see_oneself(_layer: int, q_THD: Tensor, _k_THD: Tensor, v_THD: Tensor, _scale: float) -> Tensor:
-    return v_THD.repeat_interleave(q_THD.shape[1] // v_THD.shape[1], dim=1)
-
-
 def _same(module: nn.Module, fused: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether both give the same, to the caller and, of an attention layer, to the attention function."""
     results = []
@@ -80,7 +76,7 @@ def _same(module: nn.Module, fused: nn.Module, args: tuple[Any, ...], kwargs: di
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, handed: list[Any] = handed) -> Tensor:
             handed += [torch.tensor([layer, scale]), q, k, v]
-            return _see_oneself(layer, q, k, v, scale)
+            return see_oneself(layer, q, k, v, scale)
 
         with attending(attend):
             try:

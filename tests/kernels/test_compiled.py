@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,16 @@ def test_what_was_not_used_for_long_is_removed(folder: Path, tmp_path: Path) -> 
     run(CALLER, str(folder.parent), ISTHMUS_CACHE=str(cache))
     (left,) = (cache / "compiled").iterdir()
     assert left != old
+
+
+def test_processes_that_compile_at_once_keep_all_they_made(folder: Path, tmp_path: Path) -> None:
+    """Each for a type of its own, all of them for the same function."""
+    kinds = ("int8", "int16", "int32", "int64", "float32", "float64")
+    code = CALLER.replace("twice(3)", "twice(__import__('numpy').dtype(sys.argv[2]).type(3))")
+
+    def answer(kind: str) -> str:
+        return run(code, str(folder.parent), kind, ISTHMUS_CACHE=str(tmp_path / "cache"))
+
+    with ThreadPoolExecutor(len(kinds)) as threads:
+        assert {first.split()[0] for first in threads.map(answer, kinds)} <= {"8", "8.0"}
+    assert [answer(kind).split()[1] for kind in kinds] == ["1"] * len(kinds)
