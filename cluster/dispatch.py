@@ -103,6 +103,14 @@ class Dispatcher:
         or on the same one once that is back. Raises the IsthmusError that ended the request; the inner call is
         cancelled in every case.
         """
+        try:
+            await self._run(session, prepared, pass_on, time_left, trace)
+        finally:
+            self._fleet.moving.end(session.request.call_id)
+
+    async def _run(
+        self, session: Session, prepared: Prepared, pass_on: PassOn, time_left: TimeLeft, trace: TraceContext
+    ) -> None:
         failures = Failures(limit=self._config.replays, wait_s=self._config.restart_wait_s)
         hashed, demand = prepared.hashed, prepared.demand
         while True:
@@ -185,6 +193,8 @@ class Dispatcher:
 
     def _note_failure(self, session: Session, worker: str, error: IsthmusError, failures: Failures) -> None:
         failures.add(worker, error, time.monotonic(), self._fleet.incarnation(worker))
+        if session.token_ids:
+            self._fleet.moving.begin(session.request.call_id)
         if not isinstance(error, Exhausted):
             self._fleet.failed(worker)
         fields = {
@@ -225,8 +235,9 @@ class Dispatcher:
                     event = await call.read()
                     if not isinstance(event, DecodeEvent):
                         raise Unavailable(f"decode worker {worker} ended the answer early")
-                    session.replays += replay
-                    replay = False
+                    if replay:
+                        self._fleet.moving.end(session.request.call_id)
+                        session.replays, replay = session.replays + 1, False
                     if event.HasField("transfer"):
                         self._learn(session.request, placement, event.transfer)
                     await pass_on(session.push(event, time.monotonic()))

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 PAGES = 3  # full ones of a canary's prompt: with three, one of them is packed; a partial one follows
 TOKENS, FLIPPED_TOKENS = 4, 2  # that a canary draws, greedily; the second one looks at moved pages
 TIMEOUT_S = 20.0  # of one canary request
+HOLD_S = 5.0  # that a canary waits, at most, for answers whose worker was lost
 PATIENCE = 2  # canaries without an answer before a worker is called unfit: a machine may be busy
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 15.0
 TOP = 20  # likeliest tokens that the local computation tells
@@ -156,15 +157,25 @@ class Preflight:
         asked = (decode.default_codec,) if flipped else ("raw", decode.default_codec)
         wanted = [name for name in dict.fromkeys(asked) if name in codecs] or codecs[:1]
         prompt, tokens = self._prompt(prefill, decode), FLIPPED_TOKENS if flipped else TOKENS
-        moves = [self._ask(decode, codec, prompt, tokens, TENANTS[0], (prefill.address,)) for codec in wanted]
-        here = self._ask(decode, wanted[0], prompt, tokens, TENANTS[1], ())
-        # Side by side: the prefill worker computes while the decode worker does, which is asked for that last, because
-        # it takes in no request while it computes.
-        *moved, local = [_result(told) for told in await asyncio.gather(*moves, here, return_exceptions=True)]
-        for codec, told in zip(wanted, moved, strict=True):
-            if not told.transfer.kv_bytes_wire or told.transfer.local_tokens:
+        local: _Told | None = None
+        for codec in wanted:
+            await self._let_answers_move()
+            asked = [self._ask(decode, codec, prompt, tokens, TENANTS[0], (prefill.address,))]
+            if local is None:
+                # Side by side: the prefill worker computes while the decode worker does, which is asked for that last,
+                # because it takes in no request while it computes.
+                asked.append(self._ask(decode, codec, prompt, tokens, TENANTS[1], ()))
+            moved, *here = [_result(told) for told in await asyncio.gather(*asked, return_exceptions=True)]
+            local = local or here[0]
+            if not moved.transfer.kv_bytes_wire or moved.transfer.local_tokens:
                 raise _Failed(f"with codec {codec} no page was moved")
-            _compare(codec, told, local)
+            _compare(codec, moved, local)
+
+    async def _let_answers_move(self) -> None:
+        """Waits where clients in the middle of their answers wait for the very workers that a canary would occupy."""
+        roles = {worker.role for worker in self._fleet.to_verify()[1]}
+        if len(roles) == 2:  # else they wait for this canary
+            await self._fleet.moving.wait_over(HOLD_S)
 
     def _prompt(self, prefill: WorkerReport, decode: WorkerReport) -> list[int]:
         """Random tokens, so that no page of them lies in any cache."""

@@ -25,6 +25,7 @@ from .backoff import backoff_s
 from .board import Board
 from .compat import Expected, incompatible
 from .costs import Demand
+from .moving import Moving
 from .outliers import Outliers
 from .pool import Pool
 from .router import Placement
@@ -55,6 +56,7 @@ class Fleet:
         self._outliers = {WORKER_ROLE_PREFILL: Outliers(), WORKER_ROLE_DECODE: Outliers()}
         self._changed = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
+        self.moving = Moving()
         self.served_s: float | None = None  # when there were workers of both roles last, at a change; None: never
 
     def add(self, address: str) -> None:

@@ -38,4 +38,4 @@ class DecodeConfig(BaseModel):
     )
     chunk_tokens: int = Field(128, ge=8)  # of prompts and replays in a step beside running requests; a page at least
     inbox_mib: int = Field(64, ge=1)  # received frames not yet decoded; above it the transfer pauses
-    decode_mib_per_step: int = Field(4, ge=1)  # of received frames decoded between two steps of a running batch
+    decode_mib_per_step: int = Field(16, ge=1)  # of received frames decoded between two steps of a running batch

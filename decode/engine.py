@@ -156,7 +156,7 @@ class DecodeEngine:
             self._loop.call_soon_threadsafe(sequence.stream.admit)
         took_in = self._take_in(self._decode_bytes if self._scheduler.count(State.RUNNING) else IDLE_DECODE_BYTES)
         sequences = [self._sequences[id] for id in self._scheduler.batch()]
-        work = self._planner.plan(sequences, awaited=self._scheduler.count(State.RECEIVING) > 0)
+        work = self._planner.plan(sequences, [self._sequences[id] for id in self._scheduler.receiving()])
         work = self.admission.with_room(work)
         if work:
             self._planner.open_prompts(work)

@@ -4,13 +4,12 @@ import time
 from collections.abc import Sequence
 
 from ..kvtransfer.page import packed_range
+from ..model.chunks import chunk_tokens_for
 from ..model.model import Model
 from .local_prompt import LocalPrompt, needs_raw
 from .sequence import Advance, DecodeSequence
 from .steps import Backlog, plan_step
 from .store import KvStore
-
-IDLE_CHUNK_TOKENS = 512  # computed in a step that no other request waits for
 
 
 class StepPlanner:
@@ -19,16 +18,25 @@ class StepPlanner:
     def __init__(self, model: Model, store: KvStore, *, page_tokens: int, chunk_tokens: int) -> None:
         self._model, self._store = model, store
         self._page_tokens, self._chunk_tokens = page_tokens, max(page_tokens, chunk_tokens)
+        self._idle_chunk_tokens = max(self._chunk_tokens, chunk_tokens_for(model.device, page_tokens))
 
-    def plan(self, running: Sequence[DecodeSequence], *, awaited: bool = False) -> list[Advance]:
-        """The work of a step in which all of these may take part; `awaited`: others will join once it is done."""
+    def plan(self, running: Sequence[DecodeSequence], awaited: Sequence[DecodeSequence] = ()) -> list[Advance]:
+        """The work of a step in which all of these may take part; `awaited` will join a later one."""
         now_s = time.monotonic()
         backlogs = [_backlog(sequence, now_s) for sequence in running]
-        beside = awaited or any(not backlog.behind for backlog in backlogs)
-        budget = self._chunk_tokens if beside else max(self._chunk_tokens, IDLE_CHUNK_TOKENS)
+        budget = self._budget(backlogs, awaited)
         by_id = {sequence.id: sequence for sequence in running}
         chunks = plan_step(backlogs, page_tokens=self._page_tokens, budget=budget)
         return [Advance(by_id[chunk.sequence], chunk.start, chunk.end) for chunk in chunks]
+
+    def _budget(self, backlogs: Sequence[Backlog], awaited: Sequence[DecodeSequence]) -> int:
+        """Tokens of chunks: the fewer, the worse it is to wait for the step."""
+        resuming = any(backlog.behind and backlog.begun for backlog in backlogs)
+        if not resuming and any(sequence.output for sequence in awaited):
+            return self._page_tokens  # a client in the middle of its answer would wait for somebody else's prompt
+        if awaited or any(not backlog.behind for backlog in backlogs):
+            return self._chunk_tokens
+        return self._idle_chunk_tokens
 
     def open_prompts(self, work: Sequence[Advance]) -> None:
         """Prepares what the first chunk of a prompt needs."""

@@ -119,6 +119,10 @@ class DecodeScheduler:
         """The requests of the next step, the first in order first."""
         return self._in_order(State.RUNNING)
 
+    def receiving(self) -> list[SequenceId]:
+        """The requests whose KV is on its way."""
+        return self._in_order(State.RECEIVING)
+
     def holders(self) -> list[SequenceId]:
         """The requests that hold pages, the last in order first."""
         return self._in_order(State.RECEIVING, State.RUNNING)[::-1]

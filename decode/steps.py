@@ -31,6 +31,11 @@ class Backlog:
         """More than the newest token's KV is missing."""
         return self.computed < self.prompt or self.computed + 1 < self.known
 
+    @property
+    def begun(self) -> bool:
+        """Its client has tokens already."""
+        return self.known > self.prompt
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -44,14 +49,18 @@ class Chunk:
 def plan_step(backlogs: Sequence[Backlog], *, page_tokens: int, budget: int) -> list[Chunk]:
     """The chunks of the next step: a token of each request that is not behind, then `budget` tokens for the others.
 
-    Those with least left go first, with ageing and priority, so that a long prompt delays a short one by one step.
+    Those with least left go first, with ageing and priority, so that a long prompt delays a short one by one step. A
+    step that brings an answer that has begun back to its end takes in no prompt of one that has not.
     A chunk of output ends with the page that its first token lies in, because the next page's tokens must find that
     one as it was when they were first drawn (packed, where it has become old by then). Chunks of a prompt end with
     a page or with the prompt.
     """
     chunks = [Chunk(b.sequence, b.computed, b.known) for b in backlogs if not b.behind]
     open_prompts = sum(b.opened for b in backlogs)
-    for backlog in sorted((b for b in backlogs if b.behind), key=_urgency):
+    resumed = False
+    for backlog in sorted((b for b in backlogs if b.behind), key=lambda b: (not b.begun, _urgency(b))):
+        if resumed and not backlog.begun:
+            break
         start = backlog.computed
         opens = start < backlog.prompt and not backlog.opened
         if budget <= 0 or (opens and open_prompts >= OPEN_PROMPTS):
@@ -64,7 +73,7 @@ def plan_step(backlogs: Sequence[Backlog], *, page_tokens: int, budget: int) -> 
                 end -= end % page_tokens
             if end <= start:
                 continue  # less than a page is left of the budget
-        open_prompts += opens
+        open_prompts, resumed = open_prompts + opens, backlog.begun
         budget -= end - start
         chunks.append(Chunk(backlog.sequence, start, end))
     return chunks

@@ -15,7 +15,7 @@ from ..kvtransfer.codecs import PageCodec
 from ..kvtransfer.frame import PROTOCOL_VERSION, Binding
 from ..kvtransfer.hashing import page_salt, prompt_hash
 from ..kvtransfer.receiver import KvReceiver
-from ..proto.common_pb2 import Priority, TransferStats
+from ..proto.common_pb2 import TransferStats
 from ..proto.decode_pb2 import DecodeRequest
 from ..proto.errors import Corrupt, Exhausted, Expired, Incompatible, InvalidRequest, NotFound, Unavailable
 from ..proto.prefill_pb2 import FirstToken, PrefillEvent, PrefillRequest
@@ -187,14 +187,10 @@ class Transfer:
             page_hashes=self.request.page_hashes,
             held_pages=self.sequence.held // self.page_tokens,
             sampling=self.request.sampling,
-            priority=self._priority(),
+            priority=self.request.priority,
             tenant=self.request.tenant,
+            resumes=bool(self.request.emitted_token_ids),
         )
-
-    def _priority(self) -> Priority.ValueType:
-        """A client in the middle of its answer goes before those that have not begun; a job's does not."""
-        begun = self.request.emitted_token_ids and self.request.priority != Priority.PRIORITY_BATCH
-        return Priority.PRIORITY_INTERACTIVE if begun else self.request.priority
 
 
 def finish_local(stats: TransferStats, sequence: DecodeSequence) -> None:

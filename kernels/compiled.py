@@ -32,7 +32,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A decorator: machine code that lets go of the interpreter's lock. `options` are those of `numba.njit`."""
 
     def compile_later(function: Callable[..., Any]) -> Any:
-        dispatcher, folder = njit(nogil=True, **options)(function), _folder()
+        dispatcher: Any = njit(nogil=True, **options)(function)
+        folder = _folder()
         if folder is not None:
             dispatcher._cache = _SharedCache(function, folder)  # what `cache=True` does, but for the lock
         return dispatcher

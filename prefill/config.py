@@ -23,7 +23,7 @@ class PrefillConfig(BaseModel):
     page_tokens: int = Field(64, ge=8, le=1024, multiple_of=8)
     pool_gib: float = Field(2.0, gt=0)  # memory for the KV of prompts in work
     pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens; wins over pool_gib
-    chunk_tokens: int = Field(512, ge=64)  # computed in one step, over all prompts
+    chunk_tokens: int | None = Field(None, ge=64)  # computed in one step, over all prompts; none: 512, on a CPU 256
     max_waiting_tokens: int = Field(1_000_000, ge=1)  # prompts in work; more are refused with RESOURCE_EXHAUSTED
     host_buffer_gib: float = Field(1.0, gt=0)  # encoded pages not yet sent; above it new requests are refused
     host_cache_gib: float = Field(1.0, ge=0)  # encoded pages kept in host memory, those not yet sent included
@@ -32,6 +32,6 @@ class PrefillConfig(BaseModel):
 
     @model_validator(mode="after")
     def _chunk_is_pages(self) -> "PrefillConfig":
-        if self.chunk_tokens % self.page_tokens:
+        if self.chunk_tokens and self.chunk_tokens % self.page_tokens:
             raise ValueError(f"chunk_tokens must be a multiple of page_tokens ({self.page_tokens})")
         return self

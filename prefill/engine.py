@@ -1,7 +1,7 @@
 """The prefill engine: takes prompts, computes them in chunks, sends pages and first tokens."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..model.rates import Rates
 from ..model.sampling import SampleRow, sample
 from ..proto.errors import Expired, IsthmusError, Unavailable
 from ..proto.prefill_pb2 import FirstToken
+from ..proto.priority import RESUMED_RANK
 from .job import PrefillJob
 from .prefix import PrefixCache
 from .runner import PrefillRunner
@@ -36,8 +37,11 @@ class PrefillEngine:
     ) -> None:
         self._model, self._prefixes, self._scheduler = model, prefixes, scheduler
         self._on_failure = on_failure
-        self._runner = PrefillRunner(model, pool)
+        self._runner = PrefillRunner(model, pool, self._between_layers)
         self._jobs: dict[JobId, PrefillJob] = {}
+        self._resuming: deque[PrefillJob] = deque()  # submitted, and not heard of by the engine thread
+        self._may_interrupt = False  # the step in work
+        self._interruptions = 0
         self.counters: Counter[str] = Counter()
         self.rates = Rates()
         self.failure: str | None = None
@@ -54,8 +58,15 @@ class PrefillEngine:
         return sum(job.started_s is None for job in list(self._jobs.values()))
 
     def submit(self, job: PrefillJob) -> None:
-        """Queues a job; what comes of it goes to its outbox."""
-        self.thread.post(lambda: self._add(job))
+        """Queues a job; what comes of it goes to its outbox.
+
+        One that resumes an answer interrupts the step in work, which may take a CPU a second or more.
+        """
+        if job.rank == RESUMED_RANK:
+            self._resuming.append(job)
+            self.thread.post(self._add_resuming)
+        else:
+            self.thread.post(lambda: self._add(job))
 
     def drop(self, job: PrefillJob) -> None:
         """Ends a job at any point of its life and frees what it holds. Called once, when its call ends."""
@@ -73,6 +84,10 @@ class PrefillEngine:
             deadline_s=job.deadline_s,
         )
 
+    def _add_resuming(self) -> None:
+        while self._resuming:
+            self._add(self._resuming.popleft())
+
     def _drop(self, job: PrefillJob) -> None:
         self._remove(job)
         self._prefixes.unpin(job)
@@ -88,16 +103,30 @@ class PrefillEngine:
         now_s = time.monotonic()
         for job in self._scheduler.expired(now_s):
             self._end(self._jobs[job], Expired("the deadline passed before the prompt was computed"))
-        chunks = self._scheduler.plan(now_s, self.rates.tokens_per_s, self._admit)
+        return self._compute(self._scheduler.plan(now_s, self.rates.tokens_per_s, self._admit))
+
+    def _between_layers(self) -> None:
+        """Computes prompts of answers that resume and came during a step of others, which then goes on."""
+        if self._resuming and self._may_interrupt:
+            self._interruptions += 1
+            self._add_resuming()
+            while self._compute(self._scheduler.plan_resuming(self._admit)):
+                continue
+            self._may_interrupt = True
+
+    def _compute(self, chunks: Sequence[Chunk]) -> bool:
+        """One step of these chunks; whether there were any."""
         work = [(self._jobs[chunk.job], chunk) for chunk in chunks]
         if not work:
             return False
-        started_s = time.monotonic()
+        self._may_interrupt = all(job.rank > RESUMED_RANK for job, _ in work)
+        started_s, interruptions = time.monotonic(), self._interruptions
         logits_RV = self._runner.run(work)
         self.counters["prompt_tokens"] += sum(chunk.end - chunk.start for chunk in chunks)
         self._finish_chunks(work)
         self._finish_prompts([job for job, chunk in work if chunk.last], logits_RV)
-        self.rates.computed([(chunk.start, chunk.end) for chunk in chunks], time.monotonic() - started_s)
+        if interruptions == self._interruptions:
+            self.rates.computed([(chunk.start, chunk.end) for chunk in chunks], time.monotonic() - started_s)
         return True
 
     def _admit(self, job_id: JobId) -> int | None:

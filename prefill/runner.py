@@ -18,8 +18,9 @@ from .scheduler import Chunk
 class PrefillRunner:
     """One forward pass over a ragged batch of chunks. The engine thread alone uses it."""
 
-    def __init__(self, model: Model, pool: DensePool) -> None:
-        self._model, self._pool = model, pool
+    def __init__(self, model: Model, pool: DensePool, before_layer: Callable[[], None]) -> None:
+        """`before_layer` is called before each layer's attention, and may run other chunks meanwhile."""
+        self._model, self._pool, self._before_layer = model, pool, before_layer
 
     def run(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> Tensor:
         """Computes the chunks, stores their KV and queues its sections in the jobs' outboxes.
@@ -50,6 +51,7 @@ class PrefillRunner:
         pool, windows = self._pool, [layer.window for layer in self._model.layers]
 
         def attend(layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float) -> Tensor:
+            self._before_layer()
             for (job, chunk), span in zip(work, spans, strict=True):
                 rows = slice(span.row, span.row + span.new)
                 pool.write(layer, job.runs, chunk.start, k_THD[rows], v_THD[rows])

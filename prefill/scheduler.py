@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NewType
 
 from ..proto.common_pb2 import Priority
-from ..proto.priority import STANDARD_RANK, rank_of
+from ..proto.priority import RESUMED_RANK, STANDARD_RANK, rank_of
 
 JobId = NewType("JobId", int)
 _BATCH_RANK = rank_of(Priority.PRIORITY_BATCH)
@@ -43,6 +43,7 @@ class PrefillScheduler:
     """Shortest remaining work first in chunks, under a token budget per step.
 
     - Interactive prompts go before standard ones. Batch prompts get what is left of a step.
+    - Prompts of answers that resume (their decode worker was lost) go before all, in steps of their own.
     - A prompt whose deadline can be met, but only if it is computed now, goes before others of its rank; one whose
       deadline is over is dropped.
     - A long prompt delays a short one by the chunk in work and no more. So that short ones cannot starve it, waiting
@@ -92,10 +93,20 @@ class PrefillScheduler:
         have no pages yet, in the order of their turn; the first that does not fit blocks those behind it, or it would
         never get its pages.
         """
+        if resumed := self.plan_resuming(admit):
+            return resumed
         step = _Step(self._chunk_tokens, self._page_tokens, admit)
         if aged := self._aged(now_s):
             step.give(aged, self._aged_share())
         for prompt in sorted(self._prompts.values(), key=lambda p: self._turn(p, now_s, tokens_per_s)):
+            step.give(prompt, step.budget)
+        return step.chunks()
+
+    def plan_resuming(self, admit: Admit) -> list[Chunk]:
+        """The same for prompts of answers that resume, and no others: these may be in the middle of a step."""
+        step = _Step(self._chunk_tokens, self._page_tokens, admit)
+        resuming = (prompt for prompt in self._prompts.values() if prompt.rank == RESUMED_RANK)
+        for prompt in sorted(resuming, key=lambda p: p.remaining):
             step.give(prompt, step.budget)
         return step.chunks()
 

@@ -29,6 +29,7 @@ from ..kvtransfer.pairing import CodecSet, require_same
 from ..kvtransfer.pool import DensePool, pages_in
 from ..kvtransfer.sender import KvSender
 from ..model.cache import cache_root
+from ..model.chunks import chunk_tokens_for
 from ..model.load import load_model
 from ..model.model import Model
 from ..model.reporting import report_model
@@ -98,7 +99,8 @@ class PrefillWorker(PrefillServicer):
         self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens, balance)
         pages = pages_in(model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens)
         self._pool = DensePool(model.layers, pages, config.page_tokens, dtype=model.dtype, device=model.device)
-        self._scheduler = PrefillScheduler(chunk_tokens=config.chunk_tokens, page_tokens=config.page_tokens)
+        chunk_tokens = config.chunk_tokens or chunk_tokens_for(model.device, config.page_tokens)
+        self._scheduler = PrefillScheduler(chunk_tokens=chunk_tokens, page_tokens=config.page_tokens)
         self._host = PageCache(int(config.host_cache_gib * GIB))
         store = PageStore(Path(config.store_dir), int(config.store_gib * GIB)) if config.store_dir else None
         self._store = store
@@ -168,7 +170,7 @@ class PrefillWorker(PrefillServicer):
             sampling=Sampling.from_pb(request.sampling),
             sender=KvSender(form, hashes, len(token_ids), request.held_pages * form.page_tokens),
             outbox=Outbox(asyncio.get_running_loop(), binding),
-            rank=rank_of(request.priority),
+            rank=rank_of(request.priority, resumes=request.resumes),
             deadline_s=None if time_left_s is None else time.monotonic() + time_left_s,
         )
 

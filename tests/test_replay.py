@@ -32,6 +32,7 @@ class Cluster:
     decodes: dict[str, DecodeWorker]
     client: Client
     killed: int = 0
+    asked: int = 0
 
     async def kill(self, address: str) -> None:
         """Ends a decode worker at once and starts it anew."""
@@ -54,6 +55,8 @@ class Cluster:
                 kills.extend(asyncio.create_task(self.kill(address)) for address in busy)
 
         request = build_request(token_ids=PROMPT, sampling=sampling, codec=codec)
+        # No page of an answer before: what is computed on packed pages differs from what was computed at once.
+        self.asked, request.tenant = self.asked + 1, f"tenant-{self.asked}"
         answer = await self.client.answer(request, on_event=count, timeout_s=60)
         await asyncio.gather(*kills)
         assert not left

@@ -11,7 +11,7 @@ from scripted import Scripted, says, scripted_cluster
 
 from isthmus.cluster.client import Client, build_request
 from isthmus.cluster.gateway import Gateway
-from isthmus.cluster.preflight import Preflight
+from isthmus.cluster.preflight import HOLD_S, Preflight
 from isthmus.cluster.seat import WorkerSeat, settings_of_both
 from isthmus.cluster.served import load_served_model
 from isthmus.decode.config import DecodeConfig
@@ -22,6 +22,7 @@ from isthmus.prefill.config import PrefillConfig
 from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.worker_pb2 import (
+    WORKER_HEALTH_CHECKING,
     WORKER_HEALTH_INCOMPATIBLE,
     WORKER_HEALTH_READY,
     WORKER_HEALTH_UNFIT,
@@ -79,6 +80,22 @@ async def test_the_first_pair_verifies_each_other_and_then_serves() -> None:
             for name in ("prefill", "decode"):
                 assert not (await status_of(gateway, name, WORKER_HEALTH_READY)).reason
             assert len((await client.answer(REQUEST)).token_ids) == 5
+
+
+async def test_a_canary_waits_for_answers_whose_worker_was_lost() -> None:
+    async with AsyncExitStack() as stack:
+        first = [await worker(stack, PrefillWorker), await worker(stack, DecodeWorker)]
+        async with gateway_of(stack, *first) as gateway:
+            gateway.fleet.moving.begin("an answer")  # that nobody could go on with yet: it holds nothing up
+            for name in ("prefill", "decode"):
+                await status_of(gateway, name, WORKER_HEALTH_READY)
+            gateway.fleet.add(await worker(stack, DecodeWorker, name="second"))
+            await status_of(gateway, "second", WORKER_HEALTH_CHECKING)
+            await asyncio.sleep(1.0)
+            await status_of(gateway, "second", WORKER_HEALTH_CHECKING)
+            gateway.fleet.moving.end("an answer")
+            async with asyncio.timeout(HOLD_S / 2):
+                await status_of(gateway, "second", WORKER_HEALTH_READY)
 
 
 async def test_a_flipped_worker_has_only_to_move_pages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,3 +46,11 @@ def test_only_so_many_prompts_are_open():
     new = backlog(SequenceId(99), 0, 64, 64)
     assert [chunk.sequence for chunk in plan(new, *opened)] == [SequenceId(0)]
     assert plan(new, *opened[1:])[0].sequence == SequenceId(99)
+
+
+def test_prompts_wait_while_an_answer_that_has_begun_is_behind():
+    running, new, begun = backlog(A, 9, 10, 9), backlog(B, 0, 20, 20), backlog(C, 64, 90, 60)
+    assert plan(running, new, begun) == [Chunk(A, 9, 10), Chunk(C, 64, 90)]
+    opened = [backlog(SequenceId(10 + n), 64, 900, 900, opened=True) for n in range(OPEN_PROMPTS)]
+    own_prompt = backlog(C, 0, 61, 60)
+    assert plan(own_prompt, *opened)[0].sequence == SequenceId(10), "it has no room to open: the others go on"

@@ -5,7 +5,7 @@ import pytest
 
 from isthmus.prefill.scheduler import Admit, Chunk, JobId, PrefillScheduler
 from isthmus.proto.common_pb2 import Priority
-from isthmus.proto.priority import rank_of
+from isthmus.proto.priority import RESUMED_RANK, rank_of
 
 A, B, C = JobId(1), JobId(2), JobId(3)
 INTERACTIVE, STANDARD, BATCH = (
@@ -113,6 +113,25 @@ def test_interactive_before_standard_and_batch_takes_what_is_left():
         [Chunk(C, 192, 320, True), Chunk(B, 64, 192, False)],
         [Chunk(B, 192, 300, True), Chunk(A, 0, 64, True)],
     ]
+
+
+def test_an_answer_that_resumes_goes_first_and_shares_its_step_with_others_that_do_only():
+    plan = scheduler()
+    plan.add(A, 300, now_s=0, rank=INTERACTIVE)
+    assert plan.plan(0, RATE, everything) == [Chunk(A, 0, 256, False)]
+    plan.add(B, 100, now_s=1, rank=RESUMED_RANK)
+    plan.add(C, 64, now_s=1, rank=RESUMED_RANK)
+    assert plan.plan(1, RATE, everything) == [Chunk(C, 0, 64, True), Chunk(B, 0, 100, True)]
+    assert plan.plan_resuming(everything) == []
+    assert plan.plan(1, RATE, everything) == [Chunk(A, 256, 300, True)]
+
+
+def test_who_is_in_work_goes_on_where_one_that_resumes_does_not_fit():
+    plan = scheduler()
+    plan.add(A, 500, now_s=0)
+    assert plan.plan(0, RATE, everything) == [Chunk(A, 0, 256, False)]
+    plan.add(B, 100, now_s=0, rank=RESUMED_RANK)
+    assert plan.plan(0, RATE, lambda job: None) == [Chunk(A, 256, 500, True)]
 
 
 def test_batch_work_that_has_waited_long_still_yields():

@@ -1,6 +1,8 @@
 """What a prefill worker does under load: a receiver that stops reading, deadlines, priorities."""
 
 import asyncio
+import itertools
+import threading
 import time
 from collections.abc import Callable
 
@@ -92,3 +94,28 @@ async def test_batch_work_yields_to_interactive_work():
         later = [[n, *PROMPT[1:900]] for n in range(1, 4)]
         await asyncio.gather(batch, *(run("chat", prompt, Priority.PRIORITY_INTERACTIVE) for prompt in later))
         assert ends["chat"] < ends["batch"]
+
+
+async def test_a_prompt_of_an_answer_that_resumes_interrupts_the_step_in_work():
+    short = [9, *PROMPT[1:300]]
+    async with prefill_worker(model_path("tiny-llama"), chunk_tokens=512) as alone:
+        expected = [await alone.receive(alone.request(prompt, codec="tq-k4v4")) for prompt in (PROMPT, short)]
+    async with prefill_worker(model_path("tiny-llama"), chunk_tokens=512) as worker:
+        engine, begun, layer = worker.worker._engine, threading.Event(), itertools.count()
+        between_layers = engine._between_layers
+
+        def wait_for_the_other() -> None:
+            """Once, in the middle of the first step."""
+            if next(layer) == 1:
+                begun.set()
+                while not engine._resuming:
+                    time.sleep(0.005)
+            between_layers()
+
+        engine._runner._before_layer = wait_for_the_other
+        long = asyncio.create_task(worker.receive(worker.request(PROMPT, codec="tq-k4v4")))
+        await until(begun.is_set)
+        resumed = await worker.receive(worker.request(short, codec="tq-k4v4", resumes=True))
+        assert engine._interruptions == 1
+        for got, wanted in zip((await long, resumed), expected, strict=True):
+            assert (got.first_token, got.encoded) == (wanted.first_token, wanted.encoded)

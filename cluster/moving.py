@@ -1,0 +1,30 @@
+"""Answers whose decode worker was lost and whose next token has not come yet. Belongs to one event loop."""
+
+import asyncio
+import contextlib
+
+
+class Moving:
+    """Counts them, so that what can wait leaves the workers to them."""
+
+    def __init__(self) -> None:
+        self._answers: set[str] = set()
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def begin(self, answer: str) -> None:
+        """Its worker was lost."""
+        self._answers.add(answer)
+        self._none.clear()
+
+    def end(self, answer: str) -> None:
+        """It goes on elsewhere, or has ended; nothing happens where it never began to move."""
+        self._answers.discard(answer)
+        if not self._answers:
+            self._none.set()
+
+    async def wait_over(self, at_most_s: float) -> None:
+        """Returns once there is none, or after so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(at_most_s):
+                await self._none.wait()
