@@ -193,10 +193,10 @@ class Dispatcher:
 
     def _note_failure(self, session: Session, worker: str, error: IsthmusError, failures: Failures) -> None:
         failures.add(worker, error, time.monotonic(), self._fleet.incarnation(worker))
-        if session.token_ids:
-            self._fleet.moving.begin(session.request.call_id)
         if not isinstance(error, Exhausted):
             self._fleet.failed(worker)
+            if session.token_ids:
+                self._fleet.moving.begin(session.request.call_id)
         fields = {
             "request_id": session.request.request_id,
             "failed": worker,

@@ -1,4 +1,4 @@
-"""Answers whose decode worker was lost and whose next token has not come yet. Belongs to one event loop."""
+"""Answers whose decode worker failed and whose next token has not come yet. Belongs to one event loop."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ class Moving:
         self._none.set()
 
     def begin(self, answer: str) -> None:
-        """Its worker was lost."""
+        """Its worker failed."""
         self._answers.add(answer)
         self._none.clear()
 
@@ -23,8 +23,9 @@ class Moving:
         if not self._answers:
             self._none.set()
 
-    async def wait_over(self, at_most_s: float) -> None:
-        """Returns once there is none, or after so many seconds."""
+    async def wait_over(self, at_most_s: float) -> bool:
+        """Waits until there is none, so many seconds at most; whether there is none."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(at_most_s):
                 await self._none.wait()
+        return self._none.is_set()

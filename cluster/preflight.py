@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 PAGES = 3  # full ones of a canary's prompt: with three, one of them is packed; a partial one follows
 TOKENS, FLIPPED_TOKENS = 4, 2  # that a canary draws, greedily; the second one looks at moved pages
 TIMEOUT_S = 20.0  # of one canary request
-HOLD_S = 5.0  # that a canary waits, at most, for answers whose worker was lost
+HOLD_S = 5.0  # that the requests of a canary wait together, at most, for answers whose worker failed
+LOOK_S = 0.25  # between two looks at whether they still have to
 PATIENCE = 2  # canaries without an answer before a worker is called unfit: a machine may be busy
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 15.0
 TOP = 20  # likeliest tokens that the local computation tells
@@ -154,12 +155,13 @@ class Preflight:
         codecs = [name for name, params in decode.codecs.items() if prefill.codecs.get(name) == params]
         # A process that was seen to compute well shows only that its new role moves pages: a flip is done the sooner.
         flipped = self._fleet.is_flipped(prefill) or self._fleet.is_flipped(decode)
-        asked = (decode.default_codec,) if flipped else ("raw", decode.default_codec)
-        wanted = [name for name in dict.fromkeys(asked) if name in codecs] or codecs[:1]
+        preferred = (decode.default_codec,) if flipped else ("raw", decode.default_codec)
+        wanted = [name for name in dict.fromkeys(preferred) if name in codecs] or codecs[:1]
         prompt, tokens = self._prompt(prefill, decode), FLIPPED_TOKENS if flipped else TOKENS
         local: _Told | None = None
+        hold_until_s = time.monotonic() + HOLD_S
         for codec in wanted:
-            await self._let_answers_move()
+            await self._let_answers_move(hold_until_s)
             asked = [self._ask(decode, codec, prompt, tokens, TENANTS[0], (prefill.address,))]
             if local is None:
                 # Side by side: the prefill worker computes while the decode worker does, which is asked for that last,
@@ -171,11 +173,14 @@ class Preflight:
                 raise _Failed(f"with codec {codec} no page was moved")
             _compare(codec, moved, local)
 
-    async def _let_answers_move(self) -> None:
-        """Waits where clients in the middle of their answers wait for the very workers that a canary would occupy."""
-        roles = {worker.role for worker in self._fleet.to_verify()[1]}
-        if len(roles) == 2:  # else they wait for this canary
-            await self._fleet.moving.wait_over(HOLD_S)
+    async def _let_answers_move(self, until_s: float) -> None:
+        """Waits where clients in the middle of their answers wait for the very workers that a canary would occupy.
+
+        With no verified worker of a role they wait for this canary.
+        """
+        while time.monotonic() < until_s and len({worker.role for worker in self._fleet.to_verify()[1]}) == 2:
+            if await self._fleet.moving.wait_over(LOOK_S):
+                return
 
     def _prompt(self, prefill: WorkerReport, decode: WorkerReport) -> list[int]:
         """Random tokens, so that no page of them lies in any cache."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ..kvtransfer.page import packed_range
 from ..model.chunks import chunk_tokens_for
 from ..model.model import Model
+from ..proto.priority import BATCH_RANK
 from .local_prompt import LocalPrompt, needs_raw
 from .sequence import Advance, DecodeSequence
 from .steps import Backlog, plan_step
@@ -32,7 +33,7 @@ class StepPlanner:
     def _budget(self, backlogs: Sequence[Backlog], awaited: Sequence[DecodeSequence]) -> int:
         """Tokens of chunks: the fewer, the worse it is to wait for the step."""
         resuming = any(backlog.behind and backlog.begun for backlog in backlogs)
-        if not resuming and any(sequence.output for sequence in awaited):
+        if not resuming and any(sequence.output and sequence.rank < BATCH_RANK for sequence in awaited):
             return self._page_tokens  # a client in the middle of its answer would wait for somebody else's prompt
         if awaited or any(not backlog.behind for backlog in backlogs):
             return self._chunk_tokens

@@ -7,10 +7,12 @@ output of a lost decode worker that is replayed.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..proto.priority import BATCH_RANK
 from .scheduler import SequenceId
 
 OPEN_PROMPTS = 4  # computed here at once; each may take memory for its raw KV beside the pool
 AGEING_TOKENS_PER_S = 500.0  # what waiting is worth against a shorter remainder
+NEAR_PAGES = 4  # so long at most does replayed output hold up other prompts
 RANK_TOKENS = 2048  # what one class of priority is worth against a shorter remainder
 
 
@@ -33,8 +35,8 @@ class Backlog:
 
     @property
     def begun(self) -> bool:
-        """Its client has tokens already."""
-        return self.known > self.prompt
+        """Its client has tokens already, and waits: not batch work."""
+        return self.known > self.prompt and self.rank < BATCH_RANK
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def plan_step(backlogs: Sequence[Backlog], *, page_tokens: int, budget: int) -> 
     """The chunks of the next step: a token of each request that is not behind, then `budget` tokens for the others.
 
     Those with least left go first, with ageing and priority, so that a long prompt delays a short one by one step. A
-    step that brings an answer that has begun back to its end takes in no prompt of one that has not.
+    step that works on an answer that has begun, and has `NEAR_PAGES` or less to its end, takes in no prompt of one that
+    has not.
     A chunk of output ends with the page that its first token lies in, because the next page's tokens must find that
     one as it was when they were first drawn (packed, where it has become old by then). Chunks of a prompt end with
     a page or with the prompt.
@@ -73,7 +76,8 @@ def plan_step(backlogs: Sequence[Backlog], *, page_tokens: int, budget: int) -> 
                 end -= end % page_tokens
             if end <= start:
                 continue  # less than a page is left of the budget
-        open_prompts, resumed = open_prompts + opens, backlog.begun
+        near = backlog.known - start <= NEAR_PAGES * page_tokens
+        open_prompts, resumed = open_prompts + opens, resumed or (backlog.begun and near)
         budget -= end - start
         chunks.append(Chunk(backlog.sequence, start, end))
     return chunks

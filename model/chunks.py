@@ -1,8 +1,8 @@
 """How many tokens of prompts a step computes at most, where the settings leave that open.
 
 Nobody enters a step that runs: larger ones waste less, and whoever comes next waits for longer. On a CPU, where a step
-of 512 tokens takes a small model more than a second, steps of 256 were measured to take 3 to 9 % more time a token,
-steps of 128 20 to 35 %.
+of 512 tokens takes a small model more than a second, steps of 256 were measured to take 3 to 9 % more time a token
+(docs/reuse.md).
 """
 
 import torch

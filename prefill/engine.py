@@ -19,6 +19,8 @@ from .prefix import PrefixCache
 from .runner import PrefillRunner
 from .scheduler import Chunk, JobId, PrefillScheduler
 
+INTERRUPTIONS = 4  # of one step, each a step of its own: what ends jobs, and the worker, waits for the end of that one
+
 
 class PrefillEngine:
     """Owns the model, the pool and the jobs; its thread alone touches them. `submit` and `drop` are for others.
@@ -40,8 +42,7 @@ class PrefillEngine:
         self._runner = PrefillRunner(model, pool, self._between_layers)
         self._jobs: dict[JobId, PrefillJob] = {}
         self._resuming: deque[PrefillJob] = deque()  # submitted, and not heard of by the engine thread
-        self._may_interrupt = False  # the step in work
-        self._interruptions = 0
+        self._may_interrupt = 0  # how many more steps may come between the layers of the one in work
         self.counters: Counter[str] = Counter()
         self.rates = Rates()
         self.failure: str | None = None
@@ -108,24 +109,25 @@ class PrefillEngine:
     def _between_layers(self) -> None:
         """Computes prompts of answers that resume and came during a step of others, which then goes on."""
         if self._resuming and self._may_interrupt:
-            self._interruptions += 1
             self._add_resuming()
-            while self._compute(self._scheduler.plan_resuming(self._admit)):
-                continue
-            self._may_interrupt = True
+            left = self._may_interrupt
+            while left and self._compute(self._scheduler.plan_resuming(self._admit)):
+                left -= 1
+            self._may_interrupt = left
 
     def _compute(self, chunks: Sequence[Chunk]) -> bool:
         """One step of these chunks; whether there were any."""
         work = [(self._jobs[chunk.job], chunk) for chunk in chunks]
         if not work:
             return False
-        self._may_interrupt = all(job.rank > RESUMED_RANK for job, _ in work)
-        started_s, interruptions = time.monotonic(), self._interruptions
+        interruptible = all(job.rank > RESUMED_RANK for job, _ in work)
+        self._may_interrupt = may_interrupt = INTERRUPTIONS if interruptible else 0
+        started_s = time.monotonic()
         logits_RV = self._runner.run(work)
         self.counters["prompt_tokens"] += sum(chunk.end - chunk.start for chunk in chunks)
         self._finish_chunks(work)
         self._finish_prompts([job for job, chunk in work if chunk.last], logits_RV)
-        if interruptions == self._interruptions:
+        if self._may_interrupt == may_interrupt:
             self.rates.computed([(chunk.start, chunk.end) for chunk in chunks], time.monotonic() - started_s)
         return True
 

@@ -4,11 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NewType
 
-from ..proto.common_pb2 import Priority
-from ..proto.priority import RESUMED_RANK, STANDARD_RANK, rank_of
+from ..proto.priority import BATCH_RANK, RESUMED_RANK, STANDARD_RANK
 
 JobId = NewType("JobId", int)
-_BATCH_RANK = rank_of(Priority.PRIORITY_BATCH)
 
 Admit = Callable[[JobId], int | None]
 """Gives a prompt its pages; returns how many of its tokens need not be computed, or None where it does not fit now."""
@@ -93,9 +91,10 @@ class PrefillScheduler:
         have no pages yet, in the order of their turn; the first that does not fit blocks those behind it, or it would
         never get its pages.
         """
-        if resumed := self.plan_resuming(admit):
-            return resumed
         step = _Step(self._chunk_tokens, self._page_tokens, admit)
+        self._give_resuming(step)
+        if resumed := step.chunks():
+            return resumed
         if aged := self._aged(now_s):
             step.give(aged, self._aged_share())
         for prompt in sorted(self._prompts.values(), key=lambda p: self._turn(p, now_s, tokens_per_s)):
@@ -105,10 +104,13 @@ class PrefillScheduler:
     def plan_resuming(self, admit: Admit) -> list[Chunk]:
         """The same for prompts of answers that resume, and no others: these may be in the middle of a step."""
         step = _Step(self._chunk_tokens, self._page_tokens, admit)
+        self._give_resuming(step)
+        return step.chunks()
+
+    def _give_resuming(self, step: "_Step") -> None:
         resuming = (prompt for prompt in self._prompts.values() if prompt.rank == RESUMED_RANK)
         for prompt in sorted(resuming, key=lambda p: p.remaining):
             step.give(prompt, step.budget)
-        return step.chunks()
 
     def _turn(self, prompt: _Prompt, now_s: float, tokens_per_s: float) -> tuple[int, bool, float]:
         if prompt.deadline_s is not None:
@@ -120,7 +122,7 @@ class PrefillScheduler:
     def _aged(self, now_s: float) -> _Prompt | None:
         """The prompt that has waited longest for its length. Batch work has no claim beside others."""
         prompts = self._prompts.values()
-        claims = [p for p in prompts if p.rank < _BATCH_RANK] or prompts
+        claims = [p for p in prompts if p.rank < BATCH_RANK] or prompts
         return min(claims, key=lambda p: p.remaining - self._ageing * (now_s - p.arrived_s), default=None)
 
     def _aged_share(self) -> int:

@@ -8,6 +8,7 @@ _RANKS: dict[int, int] = {
     Priority.PRIORITY_BATCH: 2,
 }
 STANDARD_RANK = _RANKS[Priority.PRIORITY_STANDARD]
+BATCH_RANK = _RANKS[Priority.PRIORITY_BATCH]
 RESUMED_RANK = -1  # of a prompt whose client is in the middle of the answer
 
 

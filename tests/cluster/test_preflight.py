@@ -9,9 +9,10 @@ import pytest
 from models import model_path
 from scripted import Scripted, says, scripted_cluster
 
+from isthmus.cluster import preflight
 from isthmus.cluster.client import Client, build_request
 from isthmus.cluster.gateway import Gateway
-from isthmus.cluster.preflight import HOLD_S, Preflight
+from isthmus.cluster.preflight import Preflight
 from isthmus.cluster.seat import WorkerSeat, settings_of_both
 from isthmus.cluster.served import load_served_model
 from isthmus.decode.config import DecodeConfig
@@ -82,7 +83,8 @@ async def test_the_first_pair_verifies_each_other_and_then_serves() -> None:
             assert len((await client.answer(REQUEST)).token_ids) == 5
 
 
-async def test_a_canary_waits_for_answers_whose_worker_was_lost() -> None:
+async def test_a_canary_waits_for_answers_whose_worker_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "HOLD_S", 120.0)  # longer than any wait here
     async with AsyncExitStack() as stack:
         first = [await worker(stack, PrefillWorker), await worker(stack, DecodeWorker)]
         async with gateway_of(stack, *first) as gateway:
@@ -94,8 +96,7 @@ async def test_a_canary_waits_for_answers_whose_worker_was_lost() -> None:
             await asyncio.sleep(1.0)
             await status_of(gateway, "second", WORKER_HEALTH_CHECKING)
             gateway.fleet.moving.end("an answer")
-            async with asyncio.timeout(HOLD_S / 2):
-                await status_of(gateway, "second", WORKER_HEALTH_READY)
+            await status_of(gateway, "second", WORKER_HEALTH_READY)
 
 
 async def test_a_flipped_worker_has_only_to_move_pages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from isthmus.decode.scheduler import SequenceId
 from isthmus.decode.steps import OPEN_PROMPTS, Backlog, Chunk, plan_step
+from isthmus.proto.priority import BATCH_RANK
 
 A, B, C = SequenceId(1), SequenceId(2), SequenceId(3)
 
@@ -51,6 +52,9 @@ def test_only_so_many_prompts_are_open():
 def test_prompts_wait_while_an_answer_that_has_begun_is_behind():
     running, new, begun = backlog(A, 9, 10, 9), backlog(B, 0, 20, 20), backlog(C, 64, 90, 60)
     assert plan(running, new, begun) == [Chunk(A, 9, 10), Chunk(C, 64, 90)]
+    long, batch = backlog(C, 64, 600, 60), backlog(C, 64, 90, 60, rank=BATCH_RANK)
+    assert plan(new, long) == [Chunk(C, 64, 128), Chunk(B, 0, 20)], "one that is far behind"
+    assert plan(new, batch) == [Chunk(B, 0, 20), Chunk(C, 64, 90)], "batch work has no such claim"
     opened = [backlog(SequenceId(10 + n), 64, 900, 900, opened=True) for n in range(OPEN_PROMPTS)]
     own_prompt = backlog(C, 0, 61, 60)
     assert plan(own_prompt, *opened)[0].sequence == SequenceId(10), "it has no room to open: the others go on"

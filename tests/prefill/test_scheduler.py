@@ -131,7 +131,10 @@ def test_who_is_in_work_goes_on_where_one_that_resumes_does_not_fit():
     plan.add(A, 500, now_s=0)
     assert plan.plan(0, RATE, everything) == [Chunk(A, 0, 256, False)]
     plan.add(B, 100, now_s=0, rank=RESUMED_RANK)
-    assert plan.plan(0, RATE, lambda job: None) == [Chunk(A, 256, 500, True)]
+    plan.add(C, 12, now_s=0)
+    but_b = {A: 0, B: None, C: 0}.__getitem__
+    assert plan.plan_resuming(but_b) == []
+    assert plan.plan(0, RATE, but_b) == [Chunk(A, 256, 500, True)], "nobody else takes the pages that B waits for"
 
 
 def test_batch_work_that_has_waited_long_still_yields():
