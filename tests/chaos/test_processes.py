@@ -57,7 +57,8 @@ async def test_a_prefill_worker_that_stops(cluster: ChaosCluster) -> None:
     """Its silence ends the transfers that it has, and the next candidate is asked: the same tokens, some s later."""
     wanted = requests(8)
     calm = await answer_all(cluster.gateway.address, wanted, at_once=8)
-    before, stopped = await failed_transfers(cluster), cluster.of("prefill")[0]
+    before, reports = await failed_transfers(cluster), await cluster.reports()
+    stopped = max(cluster.of("prefill"), key=lambda node: reports[node.name].counters["prompts"])  # the preferred one
     stopped.send(signal.SIGSTOP)  # for long; the gateway still counts it in, for the first second
     try:
         rough = await answer_all(cluster.gateway.address, wanted, at_once=8)
