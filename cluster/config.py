@@ -17,12 +17,21 @@ from .jobs.settings import chosen_url
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_PORT = 50051
+DEFAULT_LISTEN = "127.0.0.1:0"  # of a worker
 
 Role = Literal["prefill", "decode"]
 CONFIG_OF: dict[Role, type[PrefillConfig] | type[DecodeConfig]] = {
     "prefill": PrefillConfig,
     "decode": DecodeConfig,
 }
+# Settings that mean the same in both roles: what a user set of these goes along where a worker changes its role.
+# Both have `chunk_tokens` too, which is another thing in each.
+SHARED = frozenset(
+    (
+        *("model", "listen", "advertise", "name", "dtype", "device", "threads"),
+        *("codecs", "default_codec", "balance", "page_tokens", "pool_gib", "pool_tokens"),
+    )
+)
 
 
 class ClusterConfig(BaseModel):
@@ -120,12 +129,15 @@ def gateway_config(settings: Mapping[str, Any]) -> GatewayConfig:
 def load_worker_settings(
     role: Role, path: Path | None, flags: Mapping[str, Any], *, default_threads: int
 ) -> dict[str, Any]:
-    """The settings of one worker from a file, if any, with flags on top; InvalidRequest for bad ones."""
+    """The settings of one worker from a file, if any, with flags on top; InvalidRequest for bad ones.
+
+    Nothing that is left to its default but model, threads and address.
+    """
     from_file = _read(path) if path is not None else {}
     where = f"{path}: " if path is not None else ""
-    given = {"model": DEFAULT_MODEL, "threads": default_threads, **from_file, **flags}
+    given = {"model": DEFAULT_MODEL, "threads": default_threads, "listen": DEFAULT_LISTEN, **from_file, **flags}
     try:
-        return CONFIG_OF[role](**given).model_dump()
+        return CONFIG_OF[role](**given).model_dump(exclude_unset=True)
     except ValidationError as error:
         raise InvalidRequest(where + explain(error, CONFIG_OF[role])) from None
 

@@ -71,7 +71,8 @@ class Operations:
     async def flip(self, worker: str, role: WorkerRole.ValueType, timeout_s: float = DRAIN_S) -> WorkerReport:
         """Gives a worker a role; returns its report once it is ready in that role.
 
-        Incompatible where it is the last one of its role: the cluster could serve nothing.
+        Incompatible where it is the last one of its role (the cluster could serve nothing), or where it cannot take the
+        other one: then it goes on in its own.
         """
         status = self._find(worker)
         if status.role == role:
@@ -88,7 +89,12 @@ class Operations:
             raise _as_ours(status.address, error) from None
         if self.keeper is not None:
             self.keeper.flipped(status.address, role)
-        return await self._ready(status.address, role)
+        try:
+            return await self._ready(status, role)
+        except Incompatible:
+            if self.keeper is not None:
+                self.keeper.flipped(status.address, status.role)
+            raise
 
     async def scale(self, prefill: int | None, decode: int | None, timeout_s: float = DRAIN_S) -> ScaleResponse:
         """Changes the number of workers; Incompatible where they are a given list."""
@@ -118,8 +124,8 @@ class Operations:
         except KeyError:
             raise Unavailable(f"worker {address} left") from None
 
-    async def _ready(self, address: str, role: WorkerRole.ValueType) -> WorkerReport:
-        status: WorkerReport | None = None
+    async def _ready(self, before: WorkerReport, role: WorkerRole.ValueType) -> WorkerReport:
+        status, address = None, before.address
         try:
             async with asyncio.timeout(BACK_S):
                 while True:
@@ -127,6 +133,8 @@ class Operations:
                     status = next((s for s in self._fleet.statuses() if s.address == address), None)
                     if status is not None and (status.role, status.health) == (role, WORKER_HEALTH_READY):
                         return status
+                    if status is not None and status.flip_failure and status.instance != before.instance:
+                        raise Incompatible(f"{status.worker_id} goes on in its role: {status.flip_failure}")
                     await change.wait()
         except TimeoutError:
             why = f": {status.reason}" if status is not None and status.reason else ""

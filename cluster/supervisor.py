@@ -246,7 +246,11 @@ class Supervisor:
             await asyncio.sleep(RESTART_PAUSE_S)
             try:
                 address = await worker.address()
-                await worker.flip(kept.role)
+                try:
+                    await worker.flip(kept.role)
+                except Incompatible as error:  # it serves in the role that it was started with
+                    log.error("a worker keeps a role", extra={"fields": {"worker": worker.name, "why": str(error)}})
+                    kept.role = "decode" if kept.role == "prefill" else "prefill"
                 return address
             except Restarting:
                 continue

@@ -63,6 +63,7 @@ class DecodeWorker(DecodeServicer):
         self._peers = PrefillPeers()
         self._model: Model
         self._engine: DecodeEngine
+        self._is_prepared = False
         self._has_engine = False  # it is made once the model is loaded, which may fail
 
     @property
@@ -75,12 +76,9 @@ class DecodeWorker(DecodeServicer):
         """The loaded model, once started."""
         return self._model
 
-    async def start(self, model: Model | None = None) -> None:
-        """Serves `model`, or loads the configured one. Raises what loading raises; OSError where the address cannot be
-        bound."""
+    async def prepare(self, model: Model) -> None:
+        """Makes what serving `model` needs, but for pool, engine and server. Raises what is wrong with the settings."""
         config = self.config
-        if model is None:
-            model = await gently(load_model, config.model, dtype=config.dtype, device=config.device)
         self._model = model
         balance = await gently(
             ensure_balance,
@@ -92,9 +90,19 @@ class DecodeWorker(DecodeServicer):
             config.page_tokens,
             config.balance,
         )
-        packed = keeps_packed(config, model.device.type)
-        names = (config.default_codec,) if packed else config.codecs
+        names = (config.default_codec,) if keeps_packed(config, model.device.type) else config.codecs
         self._codecs = CodecSet(names, config.default_codec, model.layers, config.page_tokens, balance)
+        self._is_prepared = True
+
+    async def start(self, model: Model | None = None) -> None:
+        """Serves `model`, or loads the configured one. Raises what loading raises; OSError where the address cannot be
+        bound."""
+        config = self.config
+        if model is None:
+            model = await gently(load_model, config.model, dtype=config.dtype, device=config.device)
+        if not self._is_prepared:
+            await self.prepare(model)
+        packed = keeps_packed(config, model.device.type)
         self._store = make_store(config, model, self._codecs.get(config.default_codec), packed=packed)
         padded = await gently(record_steps, config, model, self._store)
         self._scheduler = DecodeScheduler(

@@ -67,6 +67,7 @@ class PrefillWorker(PrefillServicer):
         self._open: set[PrefillJob] = set()
         self._model: Model
         self._engine: PrefillEngine
+        self._is_prepared = False
         self._has_engine = False  # it is made once the model is loaded, which may fail
 
     @property
@@ -79,12 +80,9 @@ class PrefillWorker(PrefillServicer):
         """The loaded model, once started."""
         return self._model
 
-    async def start(self, model: Model | None = None) -> None:
-        """Serves `model`, or loads the configured one. Raises what loading raises; OSError where the address cannot be
-        bound."""
+    async def prepare(self, model: Model) -> None:
+        """Makes what serving `model` needs, but for pool, engine and server. Raises what is wrong with the settings."""
         config = self.config
-        if model is None:
-            model = await gently(load_model, config.model, dtype=config.dtype, device=config.device)
         self._model = model
         balance = await gently(
             ensure_balance,
@@ -97,6 +95,16 @@ class PrefillWorker(PrefillServicer):
             config.balance,
         )
         self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens, balance)
+        self._is_prepared = True
+
+    async def start(self, model: Model | None = None) -> None:
+        """Serves `model`, or loads the configured one. Raises what loading raises; OSError where the address cannot be
+        bound."""
+        config = self.config
+        if model is None:
+            model = await gently(load_model, config.model, dtype=config.dtype, device=config.device)
+        if not self._is_prepared:
+            await self.prepare(model)
         pages = pages_in(model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens)
         self._pool = DensePool(model.layers, pages, config.page_tokens, dtype=model.dtype, device=model.device)
         chunk_tokens = config.chunk_tokens or chunk_tokens_for(model.device, config.page_tokens)

@@ -35,6 +35,7 @@ class WorkerServer:
         self._running: set[asyncio.Task[None]] = set()  # handlers of requests
         self._handed_over: set[asyncio.Task[None]] = set()  # of those, the ones that a drain has ended
         self._failure = ""
+        self.flip_failure = ""  # why its process could not take the other role, and goes on in this one
         self.end_process: Callable[[], None] | None = None  # called soon after the engine has failed
         self._server: Server | None = None
         self.address = ""
@@ -115,6 +116,7 @@ class WorkerServer:
             threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
             uptime_ms=int((time.monotonic() - self._started_s) * 1e3),
             instance=self.instance,
+            flip_failure=self.flip_failure,
         )
         self._fill(report)
         return report

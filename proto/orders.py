@@ -1,5 +1,6 @@
 """The Worker service in full: the reports, and the orders that a worker takes from whoever runs the cluster."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,8 +25,11 @@ class Drained:
 class Orders(Protocol):
     """The owner of a worker, who follows an order once it was drained. Not to be found for a worker without one."""
 
-    def check_flip(self, role: WorkerRole.ValueType) -> bool:
-        """Whether a flip to `role` changes anything; InvalidRequest where it cannot be."""
+    async def prepare_flip(self, role: WorkerRole.ValueType) -> bool:
+        """Makes ready what can be while the worker still serves; whether a flip to `role` changes anything.
+
+        InvalidRequest where there is no such role; Incompatible where this worker cannot take it, and then it goes on.
+        """
         ...
 
     def flip(self, role: WorkerRole.ValueType) -> None:
@@ -38,7 +42,10 @@ class Orders(Protocol):
 
 
 class OrderServicer(ReportServicer):
-    """Serves reports, `Drain` and `Flip`. What follows a drain begins once its answer is sent."""
+    """Serves reports, `Drain` and `Flip`. What follows a drain begins once its answer is sent.
+
+    An order is carried out to its end also where its caller goes away: no worker is left drained for nothing.
+    """
 
     def __init__(self, report: Callable[[], WorkerReport], drain: Callable[[float], Awaitable[Drained]]) -> None:
         super().__init__(report)
@@ -46,17 +53,24 @@ class OrderServicer(ReportServicer):
         self.orders: Orders | None = None
 
     async def Drain(self, request: DrainRequest, context: grpc.aio.ServicerContext) -> DrainResponse:
-        orders = self._owner()
-        drained = await self._drain(request.timeout_s if request.HasField("timeout_s") else DRAIN_S)
-        _after(context, orders.left)
-        return DrainResponse(finished=drained.finished, handed_over=drained.handed_over)
+        return await self._drain_then(self._owner().left, request, context)
 
     async def Flip(self, request: FlipRequest, context: grpc.aio.ServicerContext) -> DrainResponse:
         orders = self._owner()
-        if not orders.check_flip(request.role):
+        if not await orders.prepare_flip(request.role):
             return DrainResponse()
-        drained = await self._drain(request.timeout_s if request.HasField("timeout_s") else DRAIN_S)
-        _after(context, lambda: orders.flip(request.role))
+        return await self._drain_then(lambda: orders.flip(request.role), request, context)
+
+    async def _drain_then(
+        self, follow: Callable[[], None], request: DrainRequest | FlipRequest, context: grpc.aio.ServicerContext
+    ) -> DrainResponse:
+        draining = asyncio.ensure_future(self._drain(request.timeout_s if request.HasField("timeout_s") else DRAIN_S))
+        try:
+            drained = await asyncio.shield(draining)
+        except asyncio.CancelledError:
+            draining.add_done_callback(lambda _: follow())
+            raise
+        _after(context, follow)
         return DrainResponse(finished=drained.finished, handed_over=drained.handed_over)
 
     def _owner(self) -> Orders:

@@ -491,6 +491,8 @@ class WorkerReport(_message.Message):
     PREFILL_RATE_FIELD_NUMBER: _builtins.int
     STEP_RATE_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    ADVERTISE_FIELD_NUMBER: _builtins.int
+    FLIP_FAILURE_FIELD_NUMBER: _builtins.int
     LINK_BYTES_PER_MS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___WorkerRole.ValueType
@@ -515,6 +517,10 @@ class WorkerReport(_message.Message):
     uptime_ms: _builtins.int
     instance: _builtins.str
     """drawn at each start and each flip of the worker"""
+    advertise: _builtins.str
+    """where it was told what others shall dial; else `address` is a guess or as bound"""
+    flip_failure: _builtins.str
+    """why it could not take the other role when it was told to, and goes on in this one"""
     @_builtins.property
     def model(self) -> Global___ModelReport: ...
     @_builtins.property
@@ -566,11 +572,13 @@ class WorkerReport(_message.Message):
         prefill_rate: Global___PrefillRate | None = ...,
         step_rate: Global___StepRate | None = ...,
         instance: _builtins.str = ...,
+        advertise: _builtins.str = ...,
+        flip_failure: _builtins.str = ...,
         link_bytes_per_ms: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pages", b"pages", "prefill_rate", b"prefill_rate", "step_rate", b"step_rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "codecs", b"codecs", "counters", b"counters", "default_codec", b"default_codec", "device", b"device", "dtype", b"dtype", "health", b"health", "host_buffer_bytes", b"host_buffer_bytes", "instance", b"instance", "link_bytes_per_ms", b"link_bytes_per_ms", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "prefill_rate", b"prefill_rate", "protocol_version", b"protocol_version", "reason", b"reason", "role", b"role", "running_requests", b"running_requests", "step_rate", b"step_rate", "threads", b"threads", "uptime_ms", b"uptime_ms", "version", b"version", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "advertise", b"advertise", "codecs", b"codecs", "counters", b"counters", "default_codec", b"default_codec", "device", b"device", "dtype", b"dtype", "flip_failure", b"flip_failure", "health", b"health", "host_buffer_bytes", b"host_buffer_bytes", "instance", b"instance", "link_bytes_per_ms", b"link_bytes_per_ms", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "prefill_rate", b"prefill_rate", "protocol_version", b"protocol_version", "reason", b"reason", "role", b"role", "running_requests", b"running_requests", "step_rate", b"step_rate", "threads", b"threads", "uptime_ms", b"uptime_ms", "version", b"version", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -85,6 +85,7 @@ class WorkerServicer(object):
 
     def Flip(self, request, context):
         """Drains, answers, and comes back at the same address in the other role, on the weights that are loaded.
+        FAILED_PRECONDITION, before anything is drained, where the other role's settings or codecs do not work here.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

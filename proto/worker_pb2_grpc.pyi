@@ -42,7 +42,9 @@ class WorkerStub:
     answers when nothing runs here any more. Then the process ends.
     """
     Flip: _grpc.UnaryUnaryMultiCallable[_worker_pb2.FlipRequest, _worker_pb2.DrainResponse]
-    """Drains, answers, and comes back at the same address in the other role, on the weights that are loaded."""
+    """Drains, answers, and comes back at the same address in the other role, on the weights that are loaded.
+    FAILED_PRECONDITION, before anything is drained, where the other role's settings or codecs do not work here.
+    """
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -57,7 +59,9 @@ class WorkerAsyncStub(WorkerStub):
     answers when nothing runs here any more. Then the process ends.
     """
     Flip: _aio.UnaryUnaryMultiCallable[_worker_pb2.FlipRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
-    """Drains, answers, and comes back at the same address in the other role, on the weights that are loaded."""
+    """Drains, answers, and comes back at the same address in the other role, on the weights that are loaded.
+    FAILED_PRECONDITION, before anything is drained, where the other role's settings or codecs do not work here.
+    """
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     """What every worker tells of itself."""
@@ -93,7 +97,9 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.FlipRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.DrainResponse, _abc.Awaitable[_worker_pb2.DrainResponse]]:
-        """Drains, answers, and comes back at the same address in the other role, on the weights that are loaded."""
+        """Drains, answers, and comes back at the same address in the other role, on the weights that are loaded.
+        FAILED_PRECONDITION, before anything is drained, where the other role's settings or codecs do not work here.
+        """
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -15,6 +15,7 @@ from isthmus.cluster.client import Client, build_request
 from isthmus.cluster.gateway import Gateway
 from isthmus.cluster.seat import WorkerSeat, settings_of_both
 from isthmus.cluster.served import load_served_model
+from isthmus.decode.worker import DecodeWorker
 from isthmus.proto.errors import Incompatible
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
@@ -76,6 +77,19 @@ async def test_a_worker_changes_its_role_and_back_on_the_same_weights() -> None:
         assert (await cluster.gateway.operations.flip("worker-1", WORKER_ROLE_PREFILL, 5)).address == address
         with pytest.raises(Incompatible, match="worker-2 is the only worker of its role"):
             await cluster.gateway.operations.flip("worker-2", WORKER_ROLE_PREFILL, 5)
+
+
+async def test_a_worker_that_cannot_take_the_other_role_goes_on_in_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_room(self: DecodeWorker, model: object = None) -> None:
+        raise MemoryError("no room for the pool")
+
+    async with seats("prefill", "prefill", "decode") as cluster:
+        monkeypatch.setattr(DecodeWorker, "start", no_room)
+        with pytest.raises(Incompatible, match="worker-1 goes on in its role: no room for the pool"):
+            await cluster.gateway.operations.flip("worker-1", WORKER_ROLE_DECODE, 5)
+        answers = await asyncio.gather(*(cluster.client.answer(REQUEST) for _ in range(4)))
+        assert [len(answer.token_ids) for answer in answers] == [20] * 4
+        assert [seat.role for seat in cluster.seats] == ["prefill", "prefill", "decode"]
 
 
 async def test_a_drained_worker_takes_nothing_and_ends_its_process() -> None:

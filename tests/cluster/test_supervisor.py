@@ -25,6 +25,7 @@ class FakeWorker:
     drained: bool = False
     ended: bool = False
     flips: list[Role] = field(default_factory=list)
+    keeps_role: bool = False
     died: asyncio.Event = field(default_factory=asyncio.Event)
     starting: Exception | None = None
     start_task: asyncio.Task[None] | None = None
@@ -55,6 +56,8 @@ class FakeWorker:
 
     async def flip(self, role: Role) -> None:
         self.flips.append(role)
+        if self.keeps_role:
+            raise Incompatible("cannot become another worker: no room")
 
     async def stop(self) -> None:
         self.ended = True
@@ -241,4 +244,20 @@ async def test_a_flipped_worker_that_died_comes_back_in_its_new_role() -> None:
             await asyncio.sleep(0.02)
     assert decode.flips == ["prefill"]
     assert gateway.operations.keeper is supervisor
+    await supervisor.stop(0)
+
+
+async def test_a_flipped_worker_that_died_and_cannot_take_its_role_again_is_kept_in_its_first() -> None:
+    launcher = FakeLauncher()
+    supervisor = Supervisor(ClusterConfig(decode=2, port=0), launcher)
+    gateway = await supervisor.start()
+    decode = launcher.workers[2]
+    supervisor.flipped(decode.worker.address, WORKER_ROLE_PREFILL)
+    before, decode.keeps_role = decode.worker.address, True
+    await decode.die()
+    async with asyncio.timeout(10):
+        while before in [status.address for status in gateway.fleet.statuses()]:
+            await asyncio.sleep(0.02)
+    assert [kept.role for kept in supervisor._kept] == ["prefill", "decode", "decode"]
+    assert names(supervisor) == ["prefill-0", "decode-0", "decode-1"]
     await supervisor.stop(0)
