@@ -238,9 +238,10 @@ class Dispatcher:
                     if replay:
                         self._fleet.moving.end(session.request.call_id)
                         session.replays, replay = session.replays + 1, False
-                    if event.HasField("transfer"):
+                    made = session.push(event, time.monotonic())
+                    if event.HasField("transfer") and (session.finished or not event.transfer.partial):
                         self._learn(session.request, placement, event.transfer)
-                    await pass_on(session.push(event, time.monotonic()))
+                    await pass_on(made)
         except grpc.aio.AioRpcError as error:
             raise _translated(error, worker) from None
         except asyncio.CancelledError:
@@ -256,13 +257,17 @@ class Dispatcher:
         board, prompt = self._fleet.snapshot(), len(request.prompt_token_ids)
         self._fleet.served(placement.decode)
         board.decode.check_belief(placement.decode, placement.held_tokens, stats.held_tokens)
-        if stats.local_tokens or not placement.prefill:
+        if (
+            stats.local_tokens or not placement.prefill or not stats.attempt
+        ):  # no attempt: nothing is known of who served
             return
-        board.saw_transfer(request.codec, prompt - stats.held_tokens, stats.kv_bytes_wire)
         for address in placement.prefill[: stats.attempt - 1]:
             self._fleet.failed(address)
         server = placement.prefill[min(stats.attempt, len(placement.prefill)) - 1]
-        if stats.attempt <= 1:
+        if stats.partial:  # the answer ended with its first token: bytes, caches and times are known to nobody
+            return self._fleet.served(server)
+        board.saw_transfer(request.codec, prompt - stats.held_tokens, stats.kv_bytes_wire)
+        if stats.attempt == 1:
             found = stats.cached_tokens + stats.stored_tokens
             board.prefill.check_belief(server, placement.cached_tokens, found + stats.held_tokens)
         self._fleet.served(server, took_ms=stats.queue_ms + stats.prefill_ms, expected_ms=placement.prefill_ms)

@@ -37,7 +37,7 @@ def figures_of(answer: Answer) -> Figures:
         kv_bytes_bf16=transfer.kv_bytes_bf16,
         kv_bytes_wire=wire,
         ratio=transfer.kv_bytes_bf16 / wire if wire else None,
-        sent_before_prefill_end=transfer.kv_bytes_before_prefill_end / wire if wire else None,
+        sent_before_prefill_end=None if transfer.partial or not wire else transfer.kv_bytes_before_prefill_end / wire,
     )
 
 

@@ -88,11 +88,11 @@ class Session:
         return Usage(prompt_tokens=len(self.request.prompt_token_ids), output_tokens=len(self.token_ids))
 
     def _note(self, transfer: TransferStats) -> None:
-        """Keeps the statistics of the first transfer that was completed.
+        """Keeps the statistics of the first transfer that was completed; until one is, what is known so far.
 
         The first token of a later one is not the one that the client got: its time would make no handover.
         """
-        if self.transfer is None:
+        if self.transfer is None or self.transfer.partial:
             self.transfer = transfer
             if self.replays:
                 self.transfer.ClearField("first_token_unix_ns")

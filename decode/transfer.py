@@ -12,13 +12,14 @@ import grpc.aio
 
 from ..kernels.shapes import LayerShape
 from ..kvtransfer.codecs import PageCodec
-from ..kvtransfer.frame import PROTOCOL_VERSION, Binding
+from ..kvtransfer.encoded import raw_bytes
+from ..kvtransfer.frame import BF16, PROTOCOL_VERSION, Binding
 from ..kvtransfer.hashing import page_salt, prompt_hash
-from ..kvtransfer.receiver import KvReceiver
+from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..proto.common_pb2 import TransferStats
 from ..proto.decode_pb2 import DecodeRequest
 from ..proto.errors import Corrupt, Exhausted, Expired, Incompatible, InvalidRequest, NotFound, Unavailable
-from ..proto.prefill_pb2 import FirstToken, PrefillEvent, PrefillRequest
+from ..proto.prefill_pb2 import FirstToken, KvFrame, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillStub
 from ..proto.serving import TraceContext, open_channel
 
@@ -69,7 +70,8 @@ class Transfer:
     page_tokens: int
     counters: Counter[str]
     trace: TraceContext  # of the request, for the next hop
-    on_first_token: Callable[[FirstToken], Awaitable[bool]]  # passes it on; returns whether the output ends with it
+    # Passes it on, with what is known of the transfer by then; returns whether the output ends with it.
+    on_first_token: Callable[[FirstToken, TransferStats], Awaitable[bool]]
 
     async def run(self, time_left: Callable[[], float | None]) -> TransferStats | None:
         """Receives the prompt's KV; the sequence joins the batch at the end.
@@ -121,17 +123,22 @@ class Transfer:
             len(self.sequence.prompt),
             self.sequence.held,
         )
+        known = TransferStats(partial=True, attempt=attempt, held_tokens=self.sequence.held)
         call = self.peers.stub(address).Prefill(self._request(attempt), timeout=timeout_s, metadata=self.trace or None)
         tail_s, tail_bytes = 0.0, 0  # since the first token: nothing but the link holds these frames back
         try:
             while isinstance(event := await _next_event(call, address), PrefillEvent):
-                if event.HasField("frame"):
-                    await self.engine.deliver(self.sequence, receiver, receiver.accept(event.frame))
+                if event.HasField("accepted"):
+                    known.prefill_worker = event.accepted.worker_id
+                elif event.HasField("frame"):
+                    sections = receiver.accept(event.frame)
+                    self._count(known, event.frame, sections)
+                    await self.engine.deliver(self.sequence, receiver, sections)
                     tail_bytes += len(event.frame.payload)
                 elif event.HasField("first_token"):
                     receiver.check_first(event.first_token)
                     tail_s, tail_bytes = time.monotonic(), 0
-                    if await self._take_first(event, first):
+                    if await self._take_first(event, first, known):
                         return None
                 elif event.HasField("commit"):
                     receiver.finish(event.commit)
@@ -149,7 +156,13 @@ class Transfer:
         finally:
             call.cancel()
 
-    async def _take_first(self, event: PrefillEvent, first: list[FirstToken]) -> bool:
+    def _count(self, known: TransferStats, frame: KvFrame, sections: Sequence[ReceivedSection]) -> None:
+        known.frames += 1
+        known.kv_bytes_wire += frame.ByteSize()
+        for section in sections:
+            known.kv_bytes_bf16 += raw_bytes(self.layers[section.header.layer], section.header.tokens, BF16)
+
+    async def _take_first(self, event: PrefillEvent, first: list[FirstToken], known: TransferStats) -> bool:
         """Passes the first token on; a later attempt must draw the same one, and it is not passed on again.
 
         Output of a lost decode worker holds it already.
@@ -160,7 +173,8 @@ class Transfer:
                 raise Corrupt("a second prefill worker drew another first token")
             return False
         first.append(token)
-        return False if self.request.emitted_token_ids else await self.on_first_token(token)
+        known.first_token_unix_ns = token.sampled_unix_ns
+        return False if self.request.emitted_token_ids else await self.on_first_token(token, known)
 
     def _binding(self, attempt: int) -> Binding:
         fingerprint = self.request.model_fingerprint

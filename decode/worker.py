@@ -167,12 +167,11 @@ class DecodeWorker(DecodeServicer):
     ) -> None:
         model = self._model
 
-        async def on_first_token(first: FirstToken) -> bool:
+        async def on_first_token(first: FirstToken, known: TransferStats) -> bool:
             finish = sequence.finish_reason(first.token_id, 1, model.eos_token_ids, model.context_length)
             logprobs = first.logprobs if first.HasField("logprobs") else None
             event = Token(first.token_id, logprobs, finish).to_pb()
-            if finish is not None:
-                event.transfer.CopyFrom(TransferStats(first_token_unix_ns=first.sampled_unix_ns))
+            event.transfer.CopyFrom(known)
             await context.write(event)
             return finish is not None
 

@@ -263,6 +263,7 @@ class TransferStats(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     STORED_TOKENS_FIELD_NUMBER: _builtins.int
     LOCAL_TOKENS_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
     kv_bytes_bf16: _builtins.int
     """what the sent pages take in bf16: the baseline of every ratio"""
     kv_bytes_wire: _builtins.int
@@ -289,6 +290,10 @@ class TransferStats(_message.Message):
     """in the page store: sent, not computed"""
     local_tokens: _builtins.int
     """computed by the decode worker itself"""
+    partial: _builtins.bool
+    """The transfer goes on, or was ended by an answer of one token: bytes and frames are those that had come with the
+    first token; what only the commit tells is not set.
+    """
     def __init__(
         self,
         *,
@@ -305,10 +310,11 @@ class TransferStats(_message.Message):
         cached_tokens: _builtins.int = ...,
         stored_tokens: _builtins.int = ...,
         local_tokens: _builtins.int = ...,
+        partial: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_tokens", b"cached_tokens", "first_token_unix_ns", b"first_token_unix_ns", "frames", b"frames", "held_tokens", b"held_tokens", "kv_bytes_before_prefill_end", b"kv_bytes_before_prefill_end", "kv_bytes_bf16", b"kv_bytes_bf16", "kv_bytes_wire", b"kv_bytes_wire", "local_tokens", b"local_tokens", "prefill_ms", b"prefill_ms", "prefill_worker", b"prefill_worker", "queue_ms", b"queue_ms", "stored_tokens", b"stored_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_tokens", b"cached_tokens", "first_token_unix_ns", b"first_token_unix_ns", "frames", b"frames", "held_tokens", b"held_tokens", "kv_bytes_before_prefill_end", b"kv_bytes_before_prefill_end", "kv_bytes_bf16", b"kv_bytes_bf16", "kv_bytes_wire", b"kv_bytes_wire", "local_tokens", b"local_tokens", "partial", b"partial", "prefill_ms", b"prefill_ms", "prefill_worker", b"prefill_worker", "queue_ms", b"queue_ms", "stored_tokens", b"stored_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -100,7 +100,9 @@ class DecodeEvent(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]: ...
     @_builtins.property
     def transfer(self) -> _common_pb2.TransferStats:
-        """set in one event: the first after the commit, or the last where there is none"""
+        """With a first token that a prefill worker drew, as far as it is known then (partial); in full with the first event
+        after the commit.
+        """
 
     def __init__(
         self,
