@@ -7,6 +7,7 @@ from importlib.metadata import version
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.generation_pb2 import GenerateRequest
 from ..proto.orders import DRAIN_S
+from ..proto.timeouts import order_timeout_s
 from ..proto.worker_pb2 import (
     DrainResponse,
     DrainWorkerRequest,
@@ -34,7 +35,7 @@ class ClusterService(worker_pb2_grpc.ClusterServicer):
     async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: object) -> worker_pb2.ClusterStatus:
         return worker_pb2.ClusterStatus(
             version=version("isthmus"),
-            workers=self._fleet.statuses(),
+            workers=[_public(worker) for worker in self._fleet.statuses()],
             active_requests=self._active(),
             uptime_ms=round((time.monotonic() - self._start_s) * 1e3),
         )
@@ -43,7 +44,7 @@ class ClusterService(worker_pb2_grpc.ClusterServicer):
         return await self._operations.drain(request.worker, _seconds(request))
 
     async def FlipWorker(self, request: FlipWorkerRequest, context: object) -> WorkerReport:
-        return await self._operations.flip(request.worker, request.role, _seconds(request))
+        return _public(await self._operations.flip(request.worker, request.role, _seconds(request)))
 
     async def Scale(self, request: ScaleRequest, context: object) -> ScaleResponse:
         prefill = request.prefill if request.HasField("prefill") else None
@@ -55,4 +56,12 @@ class ClusterService(worker_pb2_grpc.ClusterServicer):
 
 
 def _seconds(request: DrainWorkerRequest | FlipWorkerRequest | ScaleRequest) -> float:
-    return max(0.0, request.timeout_s) if request.HasField("timeout_s") else DRAIN_S
+    return order_timeout_s(request.timeout_s) if request.HasField("timeout_s") else DRAIN_S
+
+
+def _public(report: WorkerReport) -> WorkerReport:
+    """A report as clients may see it: where the model lies on the worker's disk is nobody else's business."""
+    shown = WorkerReport()
+    shown.CopyFrom(report)
+    shown.model.ClearField("path")
+    return shown

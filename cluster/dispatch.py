@@ -21,9 +21,18 @@ from ..kvtransfer.hashing import page_hashes, page_salt
 from ..proto.common_pb2 import Candidate, TransferStats
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeStub
-from ..proto.errors import STATUS_OF, Corrupt, Exhausted, Expired, Incompatible, IsthmusError, Unavailable
+from ..proto.errors import (
+    STATUS_OF,
+    Corrupt,
+    Exhausted,
+    Expired,
+    Incompatible,
+    InvalidRequest,
+    IsthmusError,
+    Unavailable,
+)
 from ..proto.generation_pb2 import GenerateEvent
-from ..proto.serving import BUG, TraceContext
+from ..proto.serving import BUG, INVALID_METADATA, TraceContext
 from .costs import Demand
 from .expected import Expected, expected
 from .explain import explain
@@ -297,6 +306,8 @@ def _translated(error: grpc.aio.AioRpcError, worker: str) -> Exception:
         return Expired("the deadline passed before the answer was finished")
     if code is grpc.StatusCode.CANCELLED:
         return Unavailable(f"decode worker {worker} cancelled the request")
+    if code is grpc.StatusCode.INTERNAL and details == INVALID_METADATA:
+        return InvalidRequest("the request has metadata that cannot be passed on")  # no worker has seen it
     # gRPC's own names for a stream or connection that broke; a bug in the worker says that it is one.
     broken = code is grpc.StatusCode.INTERNAL or (code is grpc.StatusCode.UNKNOWN and not details.startswith(BUG))
     if code is grpc.StatusCode.UNAVAILABLE or broken:

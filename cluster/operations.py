@@ -9,11 +9,12 @@ from typing import Protocol
 
 import grpc.aio
 
-from ..proto.errors import Incompatible, IsthmusError, NotFound, Unavailable
+from ..proto.errors import Incompatible, InvalidRequest, IsthmusError, NotFound, Unavailable, shown
 from ..proto.orders import DRAIN_S
 from ..proto.worker_pb2 import (
     WORKER_HEALTH_READY,
-    WORKER_ROLE_UNSPECIFIED,
+    WORKER_ROLE_DECODE,
+    WORKER_ROLE_PREFILL,
     DrainRequest,
     DrainResponse,
     FlipRequest,
@@ -26,6 +27,7 @@ from .dispatch import ERROR_OF
 from .watch import Fleet
 
 BACK_S = 30.0  # for a flipped worker to be back in its other role, its canary included
+MAX_WORKERS = 1_000  # of a role, that `scale` may be asked for
 _ANSWER_S = 10.0  # for an answer beyond the time that a drain may take
 
 
@@ -71,14 +73,16 @@ class Operations:
     async def flip(self, worker: str, role: WorkerRole.ValueType, timeout_s: float = DRAIN_S) -> WorkerReport:
         """Gives a worker a role; returns its report once it is ready in that role.
 
-        Incompatible where it is the last one of its role (the cluster could serve nothing), or where it cannot take the
-        other one: then it goes on in its own.
+        InvalidRequest for no such role; Incompatible where it is the last one of its role (the cluster could serve
+        nothing), or where it cannot take the other one: then it goes on in its own.
         """
+        if role not in (WORKER_ROLE_PREFILL, WORKER_ROLE_DECODE):
+            raise InvalidRequest(
+                f"role is {role}; allowed: {WORKER_ROLE_PREFILL} (prefill), {WORKER_ROLE_DECODE} (decode)"
+            )
         status = self._find(worker)
         if status.role == role:
             return status
-        if role == WORKER_ROLE_UNSPECIFIED:
-            raise Incompatible("the role to flip to is not prefill or decode")
         same = [other for other in self._fleet.statuses() if other.role == status.role]
         if len(same) == 1:
             raise Incompatible(f"{status.worker_id} is the only worker of its role; start another one first")
@@ -98,6 +102,9 @@ class Operations:
 
     async def scale(self, prefill: int | None, decode: int | None, timeout_s: float = DRAIN_S) -> ScaleResponse:
         """Changes the number of workers; Incompatible where they are a given list."""
+        for name, count in (("prefill", prefill), ("decode", decode)):
+            if count is not None and count > MAX_WORKERS:
+                raise InvalidRequest(f"{name} is {count}; allowed: at most {MAX_WORKERS} workers")
         if self.keeper is None:
             raise Incompatible(
                 "this gateway was given a list of workers and cannot start any: start them with `isthmus worker`, name "
@@ -113,9 +120,11 @@ class Operations:
         found = [status for status in statuses if worker in (status.worker_id, status.address)]
         if not found:
             known = ", ".join(status.worker_id for status in statuses) or "none"
-            raise NotFound(f"no worker {worker!r}; there are: {known}")
+            raise NotFound(f"no worker {shown(worker)}; there are: {known}")
         if len(found) > 1:
-            raise NotFound(f"several workers are called {worker!r}; name one by its address, as in `isthmus status`")
+            raise NotFound(
+                f"several workers are called {shown(worker)}; name one by its address, as in `isthmus status`"
+            )
         return found[0]
 
     def _channel(self, address: str) -> grpc.aio.Channel:

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 
 from ..kvtransfer.codec_names import codec_names
 from ..proto.common_pb2 import PRIORITY_STANDARD, Priority
-from ..proto.errors import InvalidRequest, NotFound, Unavailable
+from ..proto.errors import InvalidRequest, NotFound, Unavailable, shown
 from ..proto.generation_pb2 import Chat, GenerateRequest, TokenIds
+from ..proto.names import check_name
 from ..proto.sampling import Sampling
 from .board import Board
 from .gateway_config import LocalPrefill
 from .router import offered_codecs, token_limit
 from .served import ServedModel
 
-MAX_REQUEST_ID = MAX_TENANT = 128
 ROLES = ("system", "user", "assistant")
 
 
@@ -43,11 +43,11 @@ class Examined:
 
 async def examine(request: GenerateRequest, model: ServedModel) -> Examined:
     """Checks what depends on the request and the model alone; InvalidRequest or NotFound, as `admit`."""
-    _name("request_id", request.request_id, MAX_REQUEST_ID)
+    check_name("request_id", request.request_id)
     model.check_name(request.model)
     sampling = _sampling(request, model)
     if request.codec and request.codec not in codec_names():
-        raise NotFound(f"no codec {request.codec!r}; allowed: {', '.join(sorted(codec_names()))}")
+        raise NotFound(f"no codec {shown(request.codec)}; allowed: {', '.join(sorted(codec_names()))}")
     tokens = await _tokenize(request, model)
     everything = (model.context_length, model.context_length)
     return Examined(prompt_token_ids=tokens, sampling=_fit(sampling, len(tokens), model.context_length, everything))
@@ -64,14 +64,14 @@ async def admit(
 
     InvalidRequest, NotFound or Unavailable (no workers) with what was wrong and what is allowed.
     """
-    request_id = _name("request_id", request.request_id, MAX_REQUEST_ID) or secrets.token_hex(8)
-    tenant = _name("tenant", request.tenant, MAX_TENANT)
+    request_id = check_name("request_id", request.request_id) or secrets.token_hex(8)
+    tenant = check_name("tenant", request.tenant)
     model.check_name(request.model)
     sampling = _sampling(request, model)
     known = set(codec_names())
     if request.codec and request.codec not in known:
         allowed = ", ".join(offered_codecs(board, local_prefill) or sorted(known))
-        raise NotFound(f"no codec {request.codec!r}; allowed: {allowed}")
+        raise NotFound(f"no codec {shown(request.codec)}; allowed: {allowed}")
     tokens = await _tokenize(request, model)
     codec = _codec(request.codec or default_codec, offered_codecs(board, local_prefill))
     return Admitted(
@@ -84,14 +84,6 @@ async def admit(
         tenant=tenant,
         explain=request.explain,
     )
-
-
-def _name(what: str, asked: str, longest: int) -> str:
-    if len(asked) > longest:
-        raise InvalidRequest(f"{what} of {len(asked)} characters; allowed: at most {longest}")
-    if not asked.isprintable():
-        raise InvalidRequest(f"{what} has characters that cannot be printed; allowed: printable ones")
-    return asked
 
 
 def _priority(asked: Priority.ValueType) -> Priority.ValueType:
@@ -135,9 +127,10 @@ async def _tokenize(request: GenerateRequest, model: ServedModel) -> list[int]:
 
 
 def _token_ids(tokens: TokenIds, model: ServedModel) -> list[int]:
-    ids = list(tokens.ids)
-    if not ids:
+    if not tokens.ids:
         raise InvalidRequest("the prompt has no token ids; allowed: at least one")
+    _check_length(len(tokens.ids), model.context_length)
+    ids = list(tokens.ids)
     _check_vocabulary("tokens", ids, model.vocab_size)
     return ids
 
@@ -153,18 +146,22 @@ def _messages(chat: Chat, model: ServedModel) -> list[dict[str, str]]:
         raise InvalidRequest("the chat has no messages; allowed: at least one")
     for message in chat.messages:
         if message.role not in ROLES:
-            raise InvalidRequest(f"unknown role {message.role!r} in a chat message; allowed: {', '.join(ROLES)}")
+            raise InvalidRequest(f"unknown role {shown(message.role)} in a chat message; allowed: {', '.join(ROLES)}")
     if not model.tokenizer.has_chat_template:
         raise InvalidRequest(f"model {model.name} has no chat template; allowed: prompt or tokens")
     return [{"role": message.role, "content": message.content} for message in chat.messages]
 
 
-def _fit(sampling: Sampling, prompt: int, context: int, held: tuple[int, int]) -> Sampling:
-    """Cuts max_tokens to what the context and the largest worker leave; InvalidRequest where nothing is."""
+def _check_length(prompt: int, context: int) -> None:
     if prompt >= context:
         raise InvalidRequest(
             f"prompt of {prompt} tokens; allowed: at most {context - 1} (the model's context is {context})"
         )
+
+
+def _fit(sampling: Sampling, prompt: int, context: int, held: tuple[int, int]) -> Sampling:
+    """Cuts max_tokens to what the context and the largest worker leave; InvalidRequest where nothing is."""
+    _check_length(prompt, context)
     held_prompt, held_total = held
     if prompt > held_prompt:
         raise InvalidRequest(f"prompt of {prompt} tokens; allowed: at most {held_prompt} (what a worker can hold)")

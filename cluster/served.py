@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..proto.errors import InvalidRequest, NotFound
+from ..proto.errors import InvalidRequest, NotFound, shown
 
 
 class TextEncoder(Protocol):
@@ -49,7 +49,7 @@ class ServedModel:
     def check_name(self, name: str) -> None:
         """NotFound unless `name` is empty or this model's."""
         if name not in ("", self.name):
-            raise NotFound(f"no model {name!r} here; available: {self.name}")
+            raise NotFound(f"no model {shown(name)} here; available: {self.name}")
 
 
 def load_served_model(source: str) -> ServedModel:

@@ -12,7 +12,7 @@ from ..model.engine import EngineThread
 from ..model.model import Model
 from ..model.rates import Rates
 from ..model.sampling import sample
-from ..proto.errors import IsthmusError, Unavailable
+from ..proto.errors import IsthmusError, Unavailable, without_paths
 from .admission import Admission
 from .config import DecodeConfig
 from .padded_steps import PaddedSteps
@@ -257,7 +257,7 @@ class DecodeEngine:
         self._loop.call_soon_threadsafe(sequence.stream.put, error)
 
     def _fail(self, error: BaseException) -> None:
-        self.failure = f"the decode engine failed: {type(error).__name__}: {error}"
+        self.failure = f"the decode engine failed: {type(error).__name__}: {without_paths(str(error))}"
         for sequence in list(self._sequences.values()):
             self._loop.call_soon_threadsafe(sequence.stream.put, Unavailable(self.failure))
         self._loop.call_soon_threadsafe(self._has_room.set)

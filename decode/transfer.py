@@ -21,7 +21,7 @@ from ..proto.decode_pb2 import DecodeRequest
 from ..proto.errors import Corrupt, Exhausted, Expired, Incompatible, InvalidRequest, NotFound, Unavailable
 from ..proto.prefill_pb2 import FirstToken, KvFrame, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillStub
-from ..proto.serving import TraceContext, open_channel
+from ..proto.serving import INVALID_METADATA, TraceContext, open_channel
 
 if TYPE_CHECKING:
     from ..proto.prefill_pb2_grpc import PrefillAsyncStub
@@ -228,6 +228,8 @@ async def _next_event(call: Any, address: str) -> object:
 def _as_ours(address: str, error: grpc.aio.AioRpcError) -> Exception:
     """The error of our tree for what a prefill worker answered."""
     text = f"prefill worker {address}: {error.details()}"
+    if error.code() is grpc.StatusCode.INTERNAL and error.details() == INVALID_METADATA:
+        return InvalidRequest("the request has metadata that cannot be passed on")  # no worker has seen it
     if error.code() in _KNOWN:
         return _KNOWN[error.code()](text)
     return Unavailable(f"{text} ({error.code().name})")

@@ -30,11 +30,13 @@ from ..model.reporting import report_model
 from ..model.starting import gently
 from ..model.tokens import Tokenizer
 from ..proto import decode_pb2
+from ..proto.addresses import check_address
 from ..proto.common_pb2 import TransferStats
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
 from ..proto.errors import InvalidRequest
 from ..proto.hosting import Drained, WorkerServer
+from ..proto.names import MAX_CALL_NAME, check_name
 from ..proto.prefill_pb2 import FirstToken
 from ..proto.priority import rank_of
 from ..proto.sampling import Sampling
@@ -47,6 +49,7 @@ from .sequence import DecodeSequence, Token, TokenStream
 from .stores import keeps_packed, make_store, record_steps
 from .transfer import PrefillPeers, Transfer, finish_local
 
+MAX_PREFILL_ADDRESSES = 64  # that a request may name: a gateway names eight
 SERVICE = decode_pb2.DESCRIPTOR.services_by_name["Decode"]
 
 
@@ -216,6 +219,14 @@ class DecodeWorker(DecodeServicer):
                 "model": (request.model_fingerprint, model.fingerprint),
             },
         )
+        check_name("request_id", request.request_id, MAX_CALL_NAME)
+        check_name("tenant", request.tenant)
+        if len(request.prefill_addresses) > MAX_PREFILL_ADDRESSES:
+            raise InvalidRequest(
+                f"{len(request.prefill_addresses)} prefill_addresses; allowed: at most {MAX_PREFILL_ADDRESSES}"
+            )
+        for address in request.prefill_addresses:
+            check_address("prefill_addresses", address)
         tokens = len(request.prompt_token_ids)
         if not 1 <= tokens < model.context_length:
             raise InvalidRequest(f"a prompt of {tokens} tokens; allowed: 1 to {model.context_length - 1}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..kernels.shapes import LayerShape
-from ..proto.errors import Incompatible, InvalidRequest, NotFound
+from ..proto.errors import Incompatible, InvalidRequest, NotFound, shown
 from ..proto.serving import FRAME_MESSAGE_LIMIT
 from ..proto.worker_pb2 import WorkerReport
 from .codec_names import codec_names
@@ -50,7 +50,7 @@ class CodecSet:
     def get(self, name: str) -> PageCodec:
         """An allowed codec; NotFound with the list of them for any other."""
         if name not in self._codecs:
-            raise NotFound(f"codec {name!r} is not allowed here; allowed: {', '.join(self._codecs)}")
+            raise NotFound(f"codec {shown(name)} is not allowed here; allowed: {', '.join(self._codecs)}")
         return self._codecs[name]
 
     def fill_report(self, report: WorkerReport) -> None:
@@ -66,4 +66,8 @@ def require_same(who: str, pairs: Mapping[str, tuple[object, object]]) -> None:
     """Incompatible for the first thing in which the caller's value (first) is not ours (second)."""
     for what, (theirs, ours) in pairs.items():
         if theirs != ours:
-            raise Incompatible(f"{who} has {what} {ours}; the caller has {theirs}")
+            raise Incompatible(f"{who} has {what} {ours}; the caller has {_briefly(theirs)}")
+
+
+def _briefly(value: object) -> object:
+    return shown(value) if isinstance(value, str) and (len(value) > 100 or not value.isprintable()) else value

@@ -11,7 +11,7 @@ from ..model.engine import EngineThread
 from ..model.model import Model
 from ..model.rates import Rates
 from ..model.sampling import SampleRow, sample
-from ..proto.errors import Expired, IsthmusError, Unavailable
+from ..proto.errors import Expired, IsthmusError, Unavailable, without_paths
 from ..proto.prefill_pb2 import FirstToken
 from ..proto.priority import RESUMED_RANK
 from .job import PrefillJob
@@ -173,7 +173,7 @@ class PrefillEngine:
         self._remove(job)
 
     def _fail(self, error: BaseException) -> None:
-        self.failure = f"the prefill engine failed: {type(error).__name__}: {error}"
+        self.failure = f"the prefill engine failed: {type(error).__name__}: {without_paths(str(error))}"
         for job in list(self._jobs.values()):
             job.outbox.fail(Unavailable(self.failure))
         self._on_failure(self.failure)

@@ -38,6 +38,7 @@ from ..model.tokens import Tokenizer
 from ..proto import prefill_pb2
 from ..proto.errors import Exhausted, InvalidRequest
 from ..proto.hosting import Drained, WorkerServer
+from ..proto.names import MAX_CALL_NAME, check_name
 from ..proto.prefill_pb2 import PrefillAccepted, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillServicer, add_PrefillServicer_to_server
 from ..proto.priority import rank_of
@@ -195,6 +196,8 @@ class PrefillWorker(PrefillServicer):
         )
         codec = self._codecs.get(request.codec)
         require_same(who, {f"parameters of codec {codec.name}": (request.codec_hash, codec.params_hash)})
+        check_name("request_id", request.request_id, MAX_CALL_NAME)
+        check_name("tenant", request.tenant)
         tokens = len(request.prompt_token_ids)
         room = min(model.context_length, self._pool.allocator.total * config.page_tokens)
         if not 1 <= tokens <= room:

@@ -16,6 +16,8 @@ The text of an error is for the person who reads it: one line, what was wrong an
 not an IsthmusError is a bug, stays UNKNOWN for the client and is logged with its trace (`serving.py`).
 """
 
+import re
+
 import grpc
 
 
@@ -23,6 +25,7 @@ class IsthmusError(Exception):
     """The root of all errors that are meant for a caller."""
 
     retry_after_s: float | None = None  # where the same request may succeed, after so long
+    private: str = ""  # what the server's log shall say besides, and no client hear: paths, addresses of databases
 
 
 class InvalidRequest(IsthmusError):
@@ -82,3 +85,16 @@ STATUS_OF: dict[type[IsthmusError], grpc.StatusCode] = {
 def status_of(error: IsthmusError) -> grpc.StatusCode:
     """The gRPC code of an error: that of the nearest class in the table."""
     return next((STATUS_OF[cls] for cls in type(error).__mro__ if cls in STATUS_OF), grpc.StatusCode.UNKNOWN)
+
+
+def shown(text: str, longest: int = 100) -> str:
+    """A caller's own text as it may stand in an error: in quotes, with escapes, and cut where it is long."""
+    return repr(text) if len(text) <= longest else f"{text[:longest]!r}... ({len(text)} characters)"
+
+
+def without_paths(text: str) -> str:
+    """A text of the system (an OSError's, say) as clients may see it: with no paths of this host's disk."""
+    return _PATH.sub("(a path)", text)
+
+
+_PATH = re.compile(r"(?<![\w.:/-])(?:/[^\s/'\":,;()]+){2,}/?")

@@ -9,6 +9,7 @@ import grpc.aio
 
 from .errors import InvalidRequest
 from .reporting import ReportServicer
+from .timeouts import order_timeout_s
 from .worker_pb2 import DrainRequest, DrainResponse, FlipRequest, WorkerReport, WorkerRole
 
 DRAIN_S = 30.0  # for running requests to end by themselves, where nobody says how long
@@ -53,18 +54,18 @@ class OrderServicer(ReportServicer):
         self.orders: Orders | None = None
 
     async def Drain(self, request: DrainRequest, context: grpc.aio.ServicerContext) -> DrainResponse:
-        return await self._drain_then(self._owner().left, request, context)
+        return await self._drain_then(self._owner().left, _seconds(request), context)
 
     async def Flip(self, request: FlipRequest, context: grpc.aio.ServicerContext) -> DrainResponse:
-        orders = self._owner()
+        orders, timeout_s = self._owner(), _seconds(request)
         if not await orders.prepare_flip(request.role):
             return DrainResponse()
-        return await self._drain_then(lambda: orders.flip(request.role), request, context)
+        return await self._drain_then(lambda: orders.flip(request.role), timeout_s, context)
 
     async def _drain_then(
-        self, follow: Callable[[], None], request: DrainRequest | FlipRequest, context: grpc.aio.ServicerContext
+        self, follow: Callable[[], None], timeout_s: float, context: grpc.aio.ServicerContext
     ) -> DrainResponse:
-        draining = asyncio.ensure_future(self._drain(request.timeout_s if request.HasField("timeout_s") else DRAIN_S))
+        draining = asyncio.ensure_future(self._drain(timeout_s))
         try:
             drained = await asyncio.shield(draining)
         except asyncio.CancelledError:
@@ -77,6 +78,10 @@ class OrderServicer(ReportServicer):
         if self.orders is None:
             raise InvalidRequest("this worker runs inside another program and takes no orders")
         return self.orders
+
+
+def _seconds(request: DrainRequest | FlipRequest) -> float:
+    return order_timeout_s(request.timeout_s) if request.HasField("timeout_s") else DRAIN_S
 
 
 def _after(context: Any, call: Callable[[], None]) -> None:

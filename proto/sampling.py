@@ -8,6 +8,7 @@ from .common_pb2 import SamplingParams
 from .errors import InvalidRequest
 
 MAX_SEED = (1 << 64) - 1
+MAX_STOPS, MAX_STOP_IDS = 16, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +42,13 @@ class Sampling:
             raise InvalidRequest("max_tokens is 0; allowed: 1 or more")
         if self.min_tokens > self.max_tokens:
             raise InvalidRequest(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
-        if len(self.stop) > 16:
-            raise InvalidRequest(f"{len(self.stop)} stop strings; allowed: at most 16")
+        if len(self.stop) > MAX_STOPS:
+            raise InvalidRequest(f"{len(self.stop)} stop strings; allowed: at most {MAX_STOPS}")
         for stop in self.stop:
             if not 1 <= len(stop) <= 256:
                 raise InvalidRequest(f"a stop string of {len(stop)} characters; allowed: 1 to 256")
-        if len(self.stop_token_ids) > 256:
-            raise InvalidRequest(f"{len(self.stop_token_ids)} stop token ids; allowed: at most 256")
+        if len(self.stop_token_ids) > MAX_STOP_IDS:
+            raise InvalidRequest(f"{len(self.stop_token_ids)} stop token ids; allowed: at most {MAX_STOP_IDS}")
         if self.logprobs is not None and self.logprobs > 20:
             raise InvalidRequest(f"logprobs is {self.logprobs}; allowed: at most 20")
         return self
@@ -57,6 +58,13 @@ class Sampling:
         """The options of a message with defaults for what is not set; InvalidRequest where out of range."""
         if pb.HasField("n") and pb.n != 1:
             raise InvalidRequest(f"n is {pb.n}; allowed: 1")
+        # Before they are copied, and before equal ones become one: a message has room for millions.
+        for name, count, most in (
+            ("stop strings", len(pb.stop), MAX_STOPS),
+            ("stop token ids", len(pb.stop_token_ids), MAX_STOP_IDS),
+        ):
+            if count > most:
+                raise InvalidRequest(f"{count} {name}; allowed: at most {most}")
         scalars = {
             name: getattr(pb, name)
             for name in _SCALARS

@@ -2,18 +2,21 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from .errors import IsthmusError, status_of
+from .errors import InvalidRequest, IsthmusError, status_of
+from .timeouts import clamp_calls
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +24,10 @@ MIB = 1 << 20
 FRAME_MESSAGE_LIMIT = 16 * MIB  # a frame is at most 4 MiB, but a page of a large model may not split further
 
 BUG = "internal error"  # how the details of a status begin that stands for a bug of the server
+INVALID_METADATA = "Invalid metadata"  # gRPC's details beside INTERNAL, of a call that it refused to send
 _STOP_LIMIT_S = 5.0
-_MAX_DETAILS = 1000  # characters; details travel as a header, and a longer one would be refused as such
+_MAX_DETAILS = 2000  # bytes as encoded; details travel as a header, and gRPC refuses 8 KiB of them at random
+_MAX_TRACE = 512  # bytes of a value of the trace context
 
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", FRAME_MESSAGE_LIMIT),
@@ -42,13 +47,25 @@ _TRACE_KEYS = ("traceparent", "tracestate")
 
 
 def trace_context(context: grpc.aio.ServicerContext) -> TraceContext:
-    """The caller's W3C trace context, as metadata for the next hop."""
-    metadata = context.invocation_metadata() or ()
-    return tuple((key, str(value)) for key, value in metadata if key in _TRACE_KEYS)
+    """The caller's W3C trace context, as metadata for the next hop: the first value of each key that may be one.
+
+    A server takes any bytes as a value, but a client that sends them on fails, with a status that reads as if the
+    other side were broken.
+    """
+    found: dict[str, str] = {}
+    for key, value in context.invocation_metadata() or ():
+        if key in _TRACE_KEYS and isinstance(value, str) and _is_trace(value):
+            found.setdefault(key, value)
+    return tuple(found.items())
+
+
+def _is_trace(value: str) -> bool:
+    return 1 <= len(value) <= _MAX_TRACE and value.isascii() and value.isprintable()
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns an IsthmusError of any handler into its status; logs anything else with its trace."""
+    """Turns an IsthmusError of any handler into its status, bytes that are no request into INVALID_ARGUMENT; logs
+    anything else with its trace."""
 
     async def intercept_service(
         self,
@@ -56,16 +73,27 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or handler.request_streaming or method.startswith("/grpc."):
+        if handler is None:
             return handler
+        method = handler_call_details.method
+        codecs = (_decoder(handler.request_deserializer, method), handler.response_serializer)
+        if handler.request_streaming:  # reflection is the only such service
+            return grpc.stream_stream_rpc_method_handler(_guard_stream(handler.stream_stream, method), *codecs)
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                _guard(handler.unary_stream, method), handler.request_deserializer, handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            _guard(handler.unary_unary, method), handler.request_deserializer, handler.response_serializer
-        )
+            return grpc.unary_stream_rpc_method_handler(_guard(handler.unary_stream, method), *codecs)
+        return grpc.unary_unary_rpc_method_handler(_guard(handler.unary_unary, method), *codecs)
+
+
+def _decoder(decode: Callable[[bytes], Any], method: str) -> Callable[[bytes], Any]:
+    """A deserializer that returns what is wrong: gRPC answers UNKNOWN where one raises."""
+
+    def decoded(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError:
+            return InvalidRequest(f"{len(data)} bytes that are no request of {method}")
+
+    return decoded
 
 
 def _guard(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
@@ -77,20 +105,59 @@ def _guard(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..
 
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            return await behaviour(request, context)
-        except IsthmusError as error:
-            await context.abort(status_of(error), str(error)[:_MAX_DETAILS])
+            return await behaviour(_checked(request), context)
         except Exception as error:
-            await _abort_on_bug(error, method, context)
+            await _abort(error, method, context)
 
     return guarded
 
 
-async def _abort_on_bug(error: Exception, method: str, context: grpc.aio.ServicerContext) -> None:
+def _guard_stream(behaviour: Callable[..., AsyncIterator[Any]], method: str) -> Callable[..., AsyncIterator[Any]]:
+    """Wraps a handler of request streams that is an async generator."""
+
+    async def guarded(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        try:
+            async for response in behaviour((_checked(request) async for request in requests), context):
+                yield response
+        except Exception as error:
+            await _abort(error, method, context)
+
+    return guarded
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, InvalidRequest):
+        raise request
+    return request
+
+
+async def _abort(error: Exception, method: str, context: grpc.aio.ServicerContext) -> None:
+    """Ends a call with the status of an error; of a bug the caller learns nothing but where the log tells of it."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    log.error("a bug in %s", method, exc_info=error)
-    await context.abort(grpc.StatusCode.UNKNOWN, f"{BUG} ({type(error).__name__}); see the server's log")
+    if isinstance(error, IsthmusError):
+        if error.private:
+            log.warning("refused %s", method, extra={"fields": {"why": str(error), "private": error.private}})
+        await context.abort(status_of(error), cut(str(error)))
+    await context.abort(grpc.StatusCode.UNKNOWN, note_bug(method, error))
+
+
+def note_bug(where: str, error: Exception) -> str:
+    """Logs a bug with its trace; returns what its caller is told: where to find that in the log, and nothing else."""
+    incident = secrets.token_hex(4)
+    log.error("a bug in %s, incident %s", where, incident, exc_info=error)
+    return f"{BUG}, incident {incident}: the server's log tells more"
+
+
+def cut(details: str, most: int = _MAX_DETAILS) -> str:
+    """The details of a status, cut to what they may take on the wire, where all but printable ASCII is `%XX` bytes."""
+    size = 0
+    for at, character in enumerate(details):
+        plain = " " <= character <= "~" and character != "%"
+        size += 1 if plain else 3 * len(character.encode(errors="replace"))
+        if size > most:
+            return details[:at]
+    return details
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,5 +221,8 @@ async def start_server(
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to a worker or gateway at "host:port"; connects lazily and reconnects by itself."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    """A channel to a worker or gateway at "host:port"; connects lazily and reconnects by itself.
+
+    Timeouts of its calls are clamped to what gRPC can count.
+    """
+    return clamp_calls(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))

@@ -10,6 +10,7 @@ from ...proto.common_pb2 import FINISH_REASON_UNSPECIFIED
 from ...proto.errors import Exhausted, Expired, IsthmusError, Unavailable, status_of
 from ...proto.generation_pb2 import GenerateEvent, GenerateRequest
 from ...proto.jobs_pb2 import JobError, JobOutput, JobResult
+from ...proto.serving import note_bug
 from ..request import Admitted
 from .recorder import Recorder
 from .states import JobState
@@ -87,8 +88,7 @@ class Answer:
             except IsthmusError as error:
                 return self._fail(status_of(error).name, str(error))
             except Exception as error:
-                log.error("a bug in a request of a job", exc_info=error)
-                return self._fail("UNKNOWN", f"internal error ({type(error).__name__}); see the gateway's log")
+                return self._fail("UNKNOWN", note_bug("a request of a job", error))
             if len(self._result.token_ids) > had:
                 pause_s = FIRST_PAUSE_S
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))

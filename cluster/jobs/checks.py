@@ -8,15 +8,17 @@ from ...proto.common_pb2 import PRIORITY_STANDARD, Priority
 from ...proto.errors import InvalidRequest, IsthmusError
 from ...proto.generation_pb2 import GenerateRequest
 from ...proto.jobs_pb2 import SubmitJobRequest
+from ...proto.names import check_name
 from ..request import examine
 from ..served import ServedModel
+from .labels import check_labels
+from .listing import time_us
 from .settings import JobsSettings
 from .submit import NewJob, NewRequest
 
 MAX_REQUESTS = 10_000
-MAX_NAME = 128
-MAX_LABELS, MAX_LABEL_KEY, MAX_LABEL_VALUE = 32, 63, 255
 MAX_RETENTION_S = 365 * 86400
+MAX_DEADLINE_S = 365 * 86400  # from now on
 
 
 async def checked(submission: SubmitJobRequest, model: ServedModel, codec: str, settings: JobsSettings) -> NewJob:
@@ -26,9 +28,9 @@ async def checked(submission: SubmitJobRequest, model: ServedModel, codec: str, 
     """
     if not 1 <= len(submission.requests) <= MAX_REQUESTS:
         raise InvalidRequest(f"a job of {len(submission.requests)} requests; allowed: 1 to {MAX_REQUESTS}")
-    _check_name("idempotency_key", submission.idempotency_key)
-    _check_name("tenant", submission.tenant)
-    _check_labels(submission)
+    check_name("idempotency_key", submission.idempotency_key)
+    check_name("tenant", submission.tenant)
+    labels = check_labels(submission.labels)
     if submission.priority not in Priority.values():
         raise InvalidRequest(f"priority is {submission.priority}; allowed: {', '.join(Priority.keys())}")
     deadline_us = _deadline_us(submission)
@@ -43,7 +45,7 @@ async def checked(submission: SubmitJobRequest, model: ServedModel, codec: str, 
         idempotency_key=submission.idempotency_key,
         body_hash=_body_hash(submission),
         fingerprint=model.fingerprint,
-        labels=dict(submission.labels),
+        labels=labels,
         deadline_us=deadline_us,
         retention_us=retention_us,
         requests=requests,
@@ -75,35 +77,25 @@ def _body_hash(submission: SubmitJobRequest) -> bytes:
     return hashlib.sha256(body.SerializeToString(deterministic=True)).digest()
 
 
-def _check_name(what: str, name: str) -> None:
-    if len(name) > MAX_NAME or not name.isprintable():
-        raise InvalidRequest(f"{what} {name[:MAX_NAME]!r}; allowed: at most {MAX_NAME} printable characters")
-
-
-def _check_labels(submission: SubmitJobRequest) -> None:
-    if len(submission.labels) > MAX_LABELS:
-        raise InvalidRequest(f"{len(submission.labels)} labels; allowed: at most {MAX_LABELS}")
-    for key, value in submission.labels.items():
-        if not 1 <= len(key) <= MAX_LABEL_KEY or len(value) > MAX_LABEL_VALUE or not (key + value).isprintable():
-            raise InvalidRequest(
-                f"label {key[:MAX_LABEL_KEY]!r}; allowed: keys of 1 to {MAX_LABEL_KEY} printable characters, "
-                f"values of at most {MAX_LABEL_VALUE}"
-            )
-
-
 def _deadline_us(submission: SubmitJobRequest) -> int | None:
     if not submission.HasField("deadline"):
         return None
-    deadline_us = submission.deadline.ToMicroseconds()
-    if deadline_us <= time.time() * 1e6:
+    deadline_us = time_us("deadline", submission.deadline)
+    left_s = deadline_us / 1e6 - time.time()
+    if left_s <= 0:
         raise InvalidRequest("the deadline has passed already; allowed: a time to come")
+    if left_s > MAX_DEADLINE_S:
+        raise InvalidRequest(f"the deadline is {left_s:.0f} s from now; allowed: at most {MAX_DEADLINE_S} s")
     return deadline_us
 
 
 def _retention_us(submission: SubmitJobRequest, settings: JobsSettings) -> int:
     if not submission.HasField("retention"):
         return round(settings.retention_s * 1e6)
-    seconds = submission.retention.ToMicroseconds() / 1e6
-    if not 0 < seconds <= MAX_RETENTION_S:
-        raise InvalidRequest(f"retention of {seconds:g} s; allowed: more than 0, at most {MAX_RETENTION_S} s")
-    return submission.retention.ToMicroseconds()
+    seconds, nanos = submission.retention.seconds, submission.retention.nanos
+    if not 0 <= nanos < 1_000_000_000 or not 0 < seconds + nanos / 1e9 <= MAX_RETENTION_S:
+        raise InvalidRequest(
+            f"retention of {seconds} s and {nanos} ns; allowed: more than 0, at most {MAX_RETENTION_S} s, and 0 to "
+            "999999999 ns"
+        )
+    return seconds * 1_000_000 + nanos // 1000

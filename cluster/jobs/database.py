@@ -77,25 +77,33 @@ class Contended(Unavailable):
 
 @contextmanager
 def translated(name: str) -> Iterator[None]:
-    """Errors of the database as Exhausted or Unavailable. A bug (bad SQL, wrong types) stays what it is."""
+    """Errors of the database as Exhausted or Unavailable. A bug (bad SQL, wrong types) stays what it is.
+
+    Where the database lies, and the driver's own words, are in the error's `private` part: clients see the rest.
+    """
     try:
         yield
     except DBAPIError as error:
-        raise _error_of(error, name) from error
+        reason = " ".join(str(error.orig).split())
+        ours = _error_of(error, reason)
+        if isinstance(ours, IsthmusError):
+            ours.private = f"{name}: {reason}"
+        raise ours from error
     except OSError as error:
-        raise Unavailable(f"the database of jobs {name} cannot be used: {error.strerror}") from error
+        ours = Unavailable("the database of jobs cannot be used")
+        ours.private = f"{name}: {error.strerror}"
+        raise ours from error
 
 
-def _error_of(error: DBAPIError, name: str) -> IsthmusError | SQLAlchemyError:
-    reason = " ".join(str(error.orig).split())
+def _error_of(error: DBAPIError, reason: str) -> IsthmusError | SQLAlchemyError:
     if any(sign in reason.lower() for sign in FULL):
-        return Exhausted(f"the database of jobs {name} is full ({reason}): delete jobs, or make room")
+        return Exhausted("the database of jobs is full: delete jobs, or make room")
     if getattr(error.orig, "sqlstate", None) in ("40001", "40P01"):  # serialization failure, deadlock
-        return Contended(f"the database of jobs {name} is busy ({reason}): try again")
+        return Contended("the database of jobs is busy: try again")
     if "locked" in reason or "busy" in reason:
-        return Unavailable(f"the database of jobs {name} is locked by another program ({reason}): try again")
+        return Unavailable("the database of jobs is locked by another program: try again")
     if type(error).__name__ in ("DatabaseError", "OperationalError", "InterfaceError", "InternalError"):
-        return Unavailable(f"the database of jobs {name} cannot be used: {reason}")
+        return Unavailable("the database of jobs cannot be used")
     return error
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import bindparam, insert, select, update
 
-from ...proto.errors import NotFound
+from ...proto.errors import NotFound, shown
 from ...proto.jobs_pb2 import Job, JobError, JobEvent, JobOutput
 from .rows import job_of, state_event, timestamp
 from .schema import EVENTS, JOBS, REQUESTS, TENANTS
@@ -87,7 +87,7 @@ def held(tx: Tx, job_id: str) -> Mapping[Any, Any]:
     """The row of a job, locked for this transaction; NotFound where there is none."""
     row = tx.connection.execute(select(JOBS).where(JOBS.c.id == job_id, KEPT).with_for_update()).mappings().first()
     if row is None:
-        raise NotFound(f"no job {job_id!r}: it was never here, was deleted, or its retention is over")
+        raise NotFound(f"no job {shown(job_id)}: it was never here, was deleted, or its retention is over")
     return row
 
 

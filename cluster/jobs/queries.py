@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, select, tuple_
 
-from ...proto.errors import InvalidRequest, NotFound, OutOfRange
+from ...proto.errors import InvalidRequest, NotFound, OutOfRange, shown
 from ...proto.generation_pb2 import GenerateRequest
 from ...proto.jobs_pb2 import Job, JobEvent, JobOutput, JobResult
 from .progress import KEPT
@@ -18,6 +18,7 @@ from .states import JobState
 
 RESULT_BYTES = 2 << 20  # of one page of results: well below the limit of a message
 EVENT_PAGE = 500
+MAX_TIME_US, MAX_ITEM = (1 << 63) - 1, (1 << 31) - 1  # what the columns hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ def get_job(connection: Connection, job_id: str) -> Job:
     """NotFound where there is none."""
     row = connection.execute(select(JOBS).where(JOBS.c.id == job_id, KEPT)).mappings().first()
     if row is None:
-        raise NotFound(f"no job {job_id!r}: it was never here, was deleted, or its retention is over")
+        raise NotFound(f"no job {shown(job_id)}: it was never here, was deleted, or its retention is over")
     return job_of(row)
 
 
@@ -45,10 +46,9 @@ def list_jobs(connection: Connection, wanted: Listing) -> tuple[list[Job], str]:
     """A page of jobs, newest first, and the token of the next page; InvalidRequest for a bad token."""
     query = _filtered(select(JOBS).where(KEPT), wanted)
     if wanted.page_token:
-        created_us, _, job_id = _opened(wanted.page_token).partition(" ")
-        if not created_us.isdigit():
-            raise _bad_token(wanted.page_token)
-        query = query.where(tuple_(JOBS.c.created_us, JOBS.c.id) < tuple_(int(created_us), job_id))
+        created, _, job_id = _opened(wanted.page_token).partition(" ")
+        created_us = _number(created, MAX_TIME_US, wanted.page_token)
+        query = query.where(tuple_(JOBS.c.created_us, JOBS.c.id) < tuple_(created_us, job_id))
     query = query.order_by(JOBS.c.created_us.desc(), JOBS.c.id.desc()).limit(wanted.limit + 1)
     rows = connection.execute(query).mappings().all()
     page = rows[: wanted.limit]
@@ -112,12 +112,10 @@ def outputs_of(connection: Connection, job_id: str, item: int) -> list[JobOutput
 def get_results(connection: Connection, job_id: str, limit: int, page_token: str) -> tuple[Job, list[JobResult], str]:
     """A page of answers in the order of the requests, and the token of the next page."""
     job = get_job(connection, job_id)
-    first = _opened(page_token) if page_token else "0"
-    if not first.isdigit():
-        raise _bad_token(page_token)
-    wanted = (REQUESTS.c.job_id == job_id) & (REQUESTS.c.item >= int(first))
+    first = _number(_opened(page_token), MAX_ITEM, page_token) if page_token else 0
+    wanted = (REQUESTS.c.job_id == job_id) & (REQUESTS.c.item >= first)
     query = select(REQUESTS).where(wanted).order_by(REQUESTS.c.item).limit(limit)
-    results, size, item = list[JobResult](), 0, int(first)
+    results, size, item = list[JobResult](), 0, first
     for row in connection.execute(query).mappings():
         result = _result(connection, row)
         size += result.ByteSize()
@@ -148,10 +146,20 @@ def _closed(text: str) -> str:
 
 def _opened(token: str) -> str:
     try:
-        return base64.b64decode(token, altchars=b"-_", validate=True).decode()
+        text = base64.b64decode(token, altchars=b"-_", validate=True).decode("ascii")
     except (binascii.Error, ValueError):
         raise _bad_token(token) from None
+    if not text.isprintable():
+        raise _bad_token(token)
+    return text
+
+
+def _number(text: str, most: int, token: str) -> int:
+    """A number that the database can hold, out of an opened token."""
+    if not 1 <= len(text) <= len(str(most)) or not text.isdecimal() or int(text) > most:
+        raise _bad_token(token)
+    return int(text)
 
 
 def _bad_token(token: str) -> InvalidRequest:
-    return InvalidRequest(f"page_token {token!r} is not one; allowed: next_page_token of the page before, or none")
+    return InvalidRequest(f"page_token {shown(token)} is not one; allowed: next_page_token of the page before, or none")

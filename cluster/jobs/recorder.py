@@ -87,7 +87,8 @@ class Recorder:
             try:
                 return await self._store.record(self._owner, made)
             except (Unavailable, Exhausted) as error:
-                log.warning("output of jobs cannot be recorded yet", extra={"fields": {"why": str(error)}})
+                fields = {"why": str(error), "private": error.private}
+                log.warning("output of jobs cannot be recorded yet", extra={"fields": fields})
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LAST_RETRY_S)
 

@@ -176,7 +176,7 @@ class Runner:
             try:
                 return await self._store.outputs(job_id, item)
             except IsthmusError as error:
-                log.warning("jobs wait for their database", extra={"fields": {"why": str(error)}})
+                _note_wait(error)
                 await asyncio.sleep(RETRY_S)
 
     def _ended(self, job: ActiveJob, item: int) -> None:
@@ -241,5 +241,10 @@ async def _forever(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
             await loop()
         except IsthmusError as error:
-            log.warning("jobs wait for their database", extra={"fields": {"why": str(error)}})
+            _note_wait(error)
             await asyncio.sleep(RETRY_S)
+
+
+def _note_wait(error: IsthmusError) -> None:
+    fields = {"why": str(error), "private": error.private}
+    log.warning("jobs wait for their database", extra={"fields": fields})

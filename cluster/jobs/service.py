@@ -6,16 +6,15 @@ import grpc.aio
 from google.protobuf.empty_pb2 import Empty
 
 from ...proto import jobs_pb2, jobs_pb2_grpc
-from ...proto.errors import IllegalState, InvalidRequest, Unavailable
+from ...proto.errors import IllegalState, Unavailable
 from ...proto.jobs_pb2 import Job, JobEvent, WatchJobResponse
 from ..served import ServedModel
 from .checks import checked
-from .queries import Listing
+from .listing import job_id, listing, page_size, page_token
 from .settings import JobsSettings
 from .states import JobState
 from .store import JobStore
 
-DEFAULT_PAGE, MAX_PAGE = 100, 1000
 SERVICE = jobs_pb2.DESCRIPTOR.services_by_name["Jobs"]
 
 
@@ -37,23 +36,10 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         return await self._store.submit(await checked(request, self._model, self._default_codec(), self._settings))
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: object) -> Job:
-        return await self._store.job(request.job_id)
+        return await self._store.job(job_id(request.job_id))
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: object) -> jobs_pb2.ListJobsResponse:
-        after, before = (
-            getattr(request, name).ToMicroseconds() if request.HasField(name) else None
-            for name in ("created_after", "created_before")
-        )
-        wanted = Listing(
-            tenant=request.tenant,
-            states=[_state(state) for state in request.states],
-            labels=dict(request.labels),
-            created_after_us=after,
-            created_before_us=before,
-            limit=_page_size(request.page_size),
-            page_token=request.page_token,
-        )
-        jobs, token = await self._store.jobs(wanted)
+        jobs, token = await self._store.jobs(listing(request))
         return jobs_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
 
     async def WatchJob(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -62,12 +48,12 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         context: grpc.aio.ServicerContext[jobs_pb2.WatchJobRequest, WatchJobResponse],
     ) -> None:
         """What was committed in this process comes from the hub; every gap in that is read from the database."""
-        job_id, wanted = request.job_id, max(1, request.from_event)
-        with self._store.hub.subscribed(job_id) as news:
+        watched, wanted = job_id(request.job_id), max(1, request.from_event)
+        with self._store.hub.subscribed(watched) as news:
             while True:
                 events, over = _following(news.take(), wanted), False
                 if not events:
-                    job, events = await self._store.events(job_id, wanted)
+                    job, events = await self._store.events(watched, wanted)
                     over = JobState(job.state).ended and wanted > job.last_event
                 if events:
                     await context.write(WatchJobResponse(events=events))
@@ -78,18 +64,18 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
                     await news.wait()
 
     async def GetResult(self, request: jobs_pb2.GetResultRequest, context: object) -> jobs_pb2.GetResultResponse:
-        limit = _page_size(request.page_size)
-        job, results, token = await self._store.results(request.job_id, limit, request.page_token)
+        limit, page = page_size(request.page_size), page_token(request.page_token)
+        job, results, token = await self._store.results(job_id(request.job_id), limit, page)
         state = JobState(job.state)
         if not state.ended and not request.allow_partial:
             raise IllegalState(f"job {job.job_id} is {state.name}: wait for its end, or ask with allow_partial")
         return jobs_pb2.GetResultResponse(job=job, results=results, next_page_token=token)
 
     async def CancelJob(self, request: jobs_pb2.CancelJobRequest, context: object) -> Job:
-        return await self._store.cancel(request.job_id)
+        return await self._store.cancel(job_id(request.job_id))
 
     async def DeleteJob(self, request: jobs_pb2.DeleteJobRequest, context: object) -> Empty:
-        await self._store.forget(request.job_id)
+        await self._store.forget(job_id(request.job_id))
         return Empty()
 
 
@@ -104,17 +90,3 @@ def _following(events: list[JobEvent], wanted: int) -> list[JobEvent]:
 
 def _is_last(event: JobEvent) -> bool:
     return event.HasField("state") and JobState(event.state).ended
-
-
-def _state(value: int) -> int:
-    try:
-        return JobState(value).value
-    except ValueError:
-        allowed = ", ".join(state.name for state in JobState)
-        raise InvalidRequest(f"no state {value}; allowed: {allowed}") from None
-
-
-def _page_size(asked: int) -> int:
-    if asked > MAX_PAGE:
-        raise InvalidRequest(f"page_size is {asked}; allowed: at most {MAX_PAGE}")
-    return asked or DEFAULT_PAGE

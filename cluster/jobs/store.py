@@ -7,6 +7,7 @@ from typing import Any, Self, TypeVar
 
 from sqlalchemy import Connection
 
+from ...proto.errors import IsthmusError
 from ...proto.jobs_pb2 import Job, JobEvent, JobOutput, JobResult
 from . import leases, progress, prune, queries
 from .database import READERS, Database
@@ -35,8 +36,10 @@ class JobStore:
         database = Database(url)
         try:
             await asyncio.to_thread(migrate, database)
-        except BaseException:
+        except BaseException as error:
             database.close()
+            if isinstance(error, IsthmusError) and error.private:  # for whoever starts the gateway
+                raise type(error)(f"{error} ({error.private})") from error
             raise
         store = cls(database, settings)
         store._writer.start()

@@ -9,6 +9,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from raw_grpc import raw_call
 from scripted import Script, Scripted, hangs, says, scripted_cluster, served
 
 from isthmus.cluster.client import RETRY_KEY, Client, build_request
@@ -17,7 +18,7 @@ from isthmus.kvtransfer.hashing import HASH_BYTES
 from isthmus.proto.common_pb2 import FINISH_REASON_STOP
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.errors import Exhausted, InvalidRequest, IsthmusError, Unavailable
-from isthmus.proto.generation_pb2 import ListModelsRequest
+from isthmus.proto.generation_pb2 import GenerateEvent, ListModelsRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
 from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_HEALTH_UNREACHABLE
@@ -253,3 +254,55 @@ async def test_a_port_in_use_is_an_error() -> None:
             await second.start()
         assert await second.drain(1)
         await second.stop()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        (b"grpc-timeout", b"99999999H"),
+        (b"grpc-timeout", b"99999999S"),
+        (b"traceparent", b"caf\xc3\xa9"),
+        (b"traceparent", b"\xff\xfe"),
+        (b"tracestate", b"a\x7fb"),
+        (b"tracestate", b"z" * 513),
+    ],
+)
+async def test_odd_headers_disturb_neither_the_request_nor_the_workers(header: tuple[bytes, bytes]) -> None:
+    async with scripted_cluster(says("hello")) as cluster:
+        request = build_request(prompt="x").SerializeToString()
+        path = "/isthmus.v1.Generation/Generate"
+        answer = await raw_call(cluster.gateway.address, path, request, (header,))
+        assert "".join(GenerateEvent.FromString(event).text for event in answer.messages) == "hello"
+        assert len(cluster.decodes[0].requests) == 1  # it was not placed again
+        assert cluster.gateway.load.active == 0
+        assert [load.suspect for load in cluster.gateway.fleet.snapshot().decode] == [False]
+
+
+async def test_a_call_that_could_not_be_sent_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.cluster.gateway.trace_context", lambda context: (("tracestate", "a\x7fb"),))
+    async with scripted_cluster(says("hello")) as cluster, Client(cluster.gateway.address) as client:
+        failed: list[str] = []
+        monkeypatch.setattr(cluster.gateway.fleet, "failed", failed.append)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await client.answer(build_request(prompt="x"), timeout_s=10)
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (failed, cluster.decodes[0].requests) == ([], [])
+
+
+async def test_a_name_of_any_length_is_not_found() -> None:
+    async with scripted_cluster(says("hello")) as cluster, Client(cluster.gateway.address) as client:
+        for name in ("😀" * 2000, "x" * 100_000, "%" * 5000, "\0" * 5000):
+            for _ in range(5):  # gRPC refuses long details at random
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    await client.model(name)
+                assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+                assert (raised.value.details() or "").endswith(f"({len(name)} characters) here; available: bytes")
+
+
+async def test_clients_see_no_paths_of_the_workers() -> None:
+    async with scripted_cluster(says("hello")) as cluster, Client(cluster.gateway.address) as client:
+        cluster.decodes[0].report.model.path = "/srv/models/secret"
+        async with asyncio.timeout(5):
+            while not any(status.model.path for status in cluster.gateway.fleet.statuses()):
+                await asyncio.sleep(0.02)
+        assert "/srv" not in str(await client.status())

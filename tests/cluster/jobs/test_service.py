@@ -1,7 +1,9 @@
 """The Jobs service as clients see it."""
 
 import asyncio
+import base64
 import time
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -252,10 +254,33 @@ async def test_ten_thousand_requests_are_one_job(url: str) -> None:
         (SubmitJobRequest(requests=[request(), request("")]), "request 1: the prompt is empty"),
         (SubmitJobRequest(requests=[request(top_p=3)]), "top_p is 3; allowed: (0, 1]"),
         (SubmitJobRequest(requests=[request("p" * 1000)]), "prompt of 1000 tokens; allowed: at most 999"),
-        (SubmitJobRequest(requests=[request()], tenant="t" * 129), "tenant 'ttt"),
+        (SubmitJobRequest(requests=[request()], tenant="t" * 129), "tenant of 129 characters; allowed: at most 128"),
         (SubmitJobRequest(requests=[request()], labels={"": "x"}), "label ''; allowed: keys of 1 to 63"),
         (SubmitJobRequest(requests=[request()], deadline=Timestamp(seconds=1)), "the deadline has passed already"),
-        (SubmitJobRequest(requests=[request()], retention=Duration(seconds=0)), "retention of 0 s; allowed: more"),
+        (SubmitJobRequest(requests=[request()], tenant="a\0b"), "tenant has characters that cannot be printed"),
+        (SubmitJobRequest(requests=[request()], idempotency_key="\0"), "idempotency_key has characters"),
+        (SubmitJobRequest(requests=[request()], labels={"k\0": "x"}), "label 'k\\x00'; allowed: keys of 1 to 63"),
+        (SubmitJobRequest(requests=[request()], labels={"k": "\0"}), "label 'k'; allowed: keys of 1 to 63"),
+        (
+            SubmitJobRequest(requests=[request()], deadline=Timestamp(seconds=1 << 55)),
+            "deadline of 36028797018963968 s",
+        ),
+        (
+            SubmitJobRequest(requests=[request()], deadline=Timestamp(seconds=1 << 33, nanos=-5)),
+            "deadline of 8589934592",
+        ),
+        (SubmitJobRequest(requests=[request()], deadline=Timestamp(seconds=253402300799)), "the deadline is 25"),
+        (SubmitJobRequest(requests=[request()], retention=Duration(seconds=1, nanos=-1)), "retention of 1 s and -1"),
+        (
+            SubmitJobRequest(requests=[request()], retention=Duration(seconds=1 << 62)),
+            "retention of 461168601842738790",
+        ),
+        (SubmitJobRequest(requests=[request(stop=["x"] * 17)]), "17 stop strings; allowed: at most 16"),
+        (SubmitJobRequest(requests=[request(stop_token_ids=[1] * 257)]), "257 stop token ids; allowed: at most 256"),
+        (
+            SubmitJobRequest(requests=[request()], retention=Duration(seconds=0)),
+            "retention of 0 s and 0 ns; allowed: more",
+        ),
     ],
 )
 async def test_bad_submissions(url: str, submission: SubmitJobRequest, details: str) -> None:
@@ -290,3 +315,57 @@ async def test_a_deleted_job_ends_its_watchers(url: str) -> None:
         await server.stub.CancelJob(CancelJobRequest(job_id=job.job_id))
         await server.stub.DeleteJob(DeleteJobRequest(job_id=job.job_id))
         assert (await watching)[-1].state == JOB_STATE_CANCELLED
+
+
+def token(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("question", "details"),
+    [
+        (ListJobsRequest(created_after=Timestamp(seconds=1 << 55)), "created_after of 36028797018963968 s"),
+        (ListJobsRequest(created_before=Timestamp(nanos=-5)), "created_before of 0 s and -5 ns is no time"),
+        (ListJobsRequest(page_token=token("²")), "page_token 'wrI=' is not one"),
+        (ListJobsRequest(page_token=token("9" * 30 + " x")), "page_token 'OTk5"),
+        (ListJobsRequest(page_token=token("9223372036854775808 x")), "page_token '"),
+        (ListJobsRequest(page_token=token("1 \0")), "page_token '"),
+        (ListJobsRequest(page_token="x" * 300), "page_token of 300 characters"),
+        (ListJobsRequest(states=[1] * 101), "states has 101 entries; allowed: at most 100"),
+        (ListJobsRequest(states=[99]), "no state 99; allowed: QUEUED"),  # pyright: ignore[reportArgumentType]
+        (ListJobsRequest(labels={f"key-{n}": "" for n in range(33)}), "33 labels; allowed: at most 32"),
+        (ListJobsRequest(labels={"a\0": "b"}), "label 'a\\x00'; allowed: keys of 1 to 63"),
+        (ListJobsRequest(tenant="\0"), "tenant has characters that cannot be printed"),
+        (GetJobRequest(job_id="a\0"), "job_id has characters that cannot be printed"),
+        (GetJobRequest(job_id="j" * 257), "job_id of 257 characters; allowed: at most 256"),
+        (CancelJobRequest(job_id="\0"), "job_id has characters that cannot be printed"),
+        (DeleteJobRequest(job_id="\0"), "job_id has characters that cannot be printed"),
+        (WatchJobRequest(job_id="\0"), "job_id has characters that cannot be printed"),
+        (GetResultRequest(job_id="\0"), "job_id has characters that cannot be printed"),
+        (GetResultRequest(job_id="JOB", page_token=token("²")), "page_token 'wrI=' is not one"),
+        (GetResultRequest(job_id="JOB", page_token=token("2147483648")), "page_token '"),
+        (GetResultRequest(job_id="JOB", page_token=token("9" * 30)), "page_token '"),
+    ],
+)
+async def test_questions_with_values_that_no_client_makes(url: str, question: Any, details: str) -> None:
+    async with jobs_server(url, never) as server:
+        if getattr(question, "job_id", "") == "JOB":
+            question.job_id = (await server.stub.SubmitJob(SubmitJobRequest(requests=[request()]))).job_id
+        call = getattr(server.stub, type(question).__name__.removesuffix("Request"))(question)
+        code, told = await status(call.read() if isinstance(question, WatchJobRequest) else call)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert told.startswith(details)
+
+
+async def test_states_are_a_set_and_extreme_times_are_times(url: str) -> None:
+    async with jobs_server(url, never) as server:
+        job = await server.stub.SubmitJob(SubmitJobRequest(requests=[request("null \0 inside")]))
+        for times in (
+            {"created_after": Timestamp(seconds=-62135596800), "created_before": Timestamp(seconds=253402300799)},
+            {"created_after": Timestamp(), "states": [1, 2] * 50},
+        ):
+            listed = await server.stub.ListJobs(ListJobsRequest(**times))
+            assert [found.job_id for found in listed.jobs] == [job.job_id]
+        late = Timestamp()
+        late.FromSeconds(int(time.time()) + 364 * 86400)
+        assert (await server.stub.SubmitJob(SubmitJobRequest(requests=[request()], deadline=late))).deadline == late
