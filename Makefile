@@ -30,7 +30,7 @@ test: .venv/.installed .venv/.test-weights lint  ## Lint, types and all tests
 	@$(BIN)/pytest
 
 test-postgres: .venv/.installed  ## The tests of jobs on PostgreSQL, from Debian's packages
-	@tests/with-postgres $(BIN)/pytest $(foreach name,service store runner crash,tests/cluster/jobs/test_$(name).py)
+	@tests/with-postgres $(BIN)/pytest $(foreach name,service store runner crash database,tests/cluster/jobs/test_$(name).py)
 
 lint: .venv/.installed  ## Check style and types
 	@$(BIN)/ruff check

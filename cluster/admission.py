@@ -8,13 +8,14 @@ queueing: Goyal, Vin and Cheng, 1996), so that one tenant's flood does not delay
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
 from ..proto.errors import Exhausted, Expired
 from .expected import Expected
 
 CLEARLY = 2.0  # times that the earliest end may lie beyond the deadline: part of an answer is of use, too
+MAX_TENANTS = 10_000  # whose share is kept in mind, the heaviest users first
 RANKS = (PRIORITY_INTERACTIVE, PRIORITY_STANDARD, PRIORITY_BATCH)  # in the order they start
 
 
@@ -27,14 +28,14 @@ class Wanted:
     tokens: int  # prompt and output at most
 
 
-@dataclass(order=True)
+@dataclass(eq=False)
 class Ticket:
-    """A request that waits or runs; compares by its turn within its class."""
+    """A request that waits or runs."""
 
-    turn: float  # virtual time at which it starts
+    came: float  # virtual time at which it came
     number: int
-    wanted: Wanted = field(compare=False)
-    started: bool = field(default=False, compare=False)
+    wanted: Wanted
+    started: bool = False
 
 
 class Admission:
@@ -45,7 +46,7 @@ class Admission:
         self._waiting: dict[int, list[Ticket]] = {rank: [] for rank in RANKS}
         self._numbers = itertools.count()
         self._turn = 0.0  # of the request that started last
-        self._last: dict[str, float] = {}  # the turn after each tenant's latest request
+        self._last: dict[str, float] = {}  # the turn after each tenant's latest request that started
         self.running_tokens = 0
         self._tokens_per_s = 0.0  # that end, averaged; 0 before any did
         self._ended_s: float | None = None
@@ -66,11 +67,7 @@ class Admission:
             raise Exhausted(f"{len(queue)} requests of this priority wait already; try again later")
         if time_left_s is not None:
             _check_deadline(self.wait_s(wanted, capacity), time_left_s, expected or Expected())
-        start = max(self._turn, self._last.get(wanted.tenant, 0.0))
-        self._last[wanted.tenant] = start + wanted.tokens / self._weights.get(wanted.tenant, 1.0)
-        if len(self._last) > 10_000:  # tenants whose turn is past are as good as new ones
-            self._last = {tenant: turn for tenant, turn in self._last.items() if turn > self._turn}
-        ticket = Ticket(start, next(self._numbers), wanted)
+        ticket = Ticket(self._turn, next(self._numbers), wanted)
         queue.append(ticket)
         return ticket
 
@@ -80,12 +77,12 @@ class Admission:
         for rank in RANKS:
             queue = self._waiting[rank]
             while queue:
-                ticket = min(queue)
+                ticket = min(queue, key=lambda waiting: (self._turn_of(waiting), waiting.number))
                 if self.running_tokens and self.running_tokens + ticket.wanted.tokens > capacity:
                     return started  # those behind, and lower classes, must not overtake it for ever
                 queue.remove(ticket)
                 ticket.started = True
-                self._turn = max(self._turn, ticket.turn)
+                self._charge(ticket)
                 self.running_tokens += ticket.wanted.tokens
                 started.append(ticket)
         return started
@@ -102,6 +99,21 @@ class Admission:
             rate = ticket.wanted.tokens / (now_s - self._ended_s)
             self._tokens_per_s += 0.1 * (rate - self._tokens_per_s) if self._tokens_per_s else rate
         self._ended_s = now_s
+        if not self.running_tokens and not self.waiting:
+            self._last.clear()  # nobody was kept waiting: all are equal again
+
+    def _turn_of(self, ticket: Ticket) -> float:
+        """Virtual time at which it may start: after what its tenant was given before."""
+        return max(ticket.came, self._last.get(ticket.wanted.tenant, 0.0))
+
+    def _charge(self, ticket: Ticket) -> None:
+        """Counts a request that starts now as given to its tenant: one that goes away before costs it nothing."""
+        tenant, turn = ticket.wanted.tenant, self._turn_of(ticket)
+        self._turn = max(self._turn, turn)
+        self._last[tenant] = turn + ticket.wanted.tokens / self._weights.get(tenant, 1.0)
+        if len(self._last) > MAX_TENANTS:  # whose turn is past is as good as a new one; of the others half may stay
+            ahead = sorted((item for item in self._last.items() if item[1] > self._turn), key=lambda item: item[1])
+            self._last = dict(ahead[-MAX_TENANTS // 2 :])
 
     def wait_s(self, wanted: Wanted, capacity: int) -> float:
         """About how long a request would wait; 0 where it fits, or nothing is known yet."""

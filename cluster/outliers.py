@@ -8,6 +8,8 @@ more than half of the workers are out.
 from dataclasses import dataclass
 from statistics import median
 
+from .backoff import backoff_s
+
 FAILURES = 3  # in a row
 SLOW, SLOW_SAMPLES = 5.0, 8  # times slower than the median of the workers, over about that many requests
 FIRST_S, LAST_S = 5.0, 60.0  # of an ejection
@@ -81,5 +83,5 @@ class Outliers:
         out = sum(other.until_s is not None for other in self._records.values() if other is not record)
         record.failures, record.probing = 0, False
         if 2 * (out + 1) <= len(self._records):
-            record.until_s = now_s + min(FIRST_S * 2**record.ejections, LAST_S)
             record.ejections += 1
+            record.until_s = now_s + backoff_s(record.ejections, FIRST_S, LAST_S)

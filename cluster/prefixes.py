@@ -12,7 +12,8 @@ import numpy as np
 from ..kvtransfer.hashing import HASH_BYTES
 
 DENSE_PAGES, STRIDE = 8, 8
-STEPS_PER_WORKER = 16_384  # a step is 1 to 8 pages: about 8 million tokens of long prompts
+STEPS_PER_WORKER = 16_384  # at most; a step is 1 to 8 pages: about 8 million tokens of long prompts
+STEPS_IN_ALL = 1 << 20  # of all workers of a pool: about 256 MiB, which many workers share evenly
 FEW = 8  # rows: so many are handled one by one, more as vectors
 
 Steps = tuple[tuple[int, bytes], ...]  # (tokens up to there, address of the page that ends there), ascending
@@ -31,18 +32,23 @@ class Prefixes:
     def __init__(self) -> None:
         self._rows: dict[bytes, int] = {}  # address -> set of rows, as bits
         self._given: dict[int, OrderedDict[bytes, None]] = {}  # row -> addresses, the oldest first
+        self.steps = 0  # that are remembered, of all workers
 
     def remember(self, row: int, steps: Steps) -> None:
-        """A worker was given a prompt; what it was given longest ago is forgotten past STEPS_PER_WORKER."""
+        """A worker was given a prompt; what it was given longest ago is forgotten past its share of steps."""
         given, bit = self._given.setdefault(row, OrderedDict()), 1 << row
         for _, address in reversed(steps):  # the beginning of a prompt is forgotten last
             if address in given:
                 given.move_to_end(address)
             else:
                 given[address] = None
+                self.steps += 1
                 self._rows[address] = self._rows.get(address, 0) | bit
-        while len(given) > STEPS_PER_WORKER:
-            self._drop(given.popitem(last=False)[0], bit)
+        share = min(STEPS_PER_WORKER, STEPS_IN_ALL // len(self._given))
+        self._trim(row, share)
+        if self.steps > STEPS_IN_ALL:  # a worker is new, and the others' shares are smaller now
+            for other in self._given:
+                self._trim(other, share)
 
     def forget(self, row: int) -> None:
         """A worker is gone, or was started anew."""
@@ -83,7 +89,13 @@ class Prefixes:
                 matched[row] = tokens
         return matched
 
+    def _trim(self, row: int, share: int) -> None:
+        given, bit = self._given[row], 1 << row
+        while len(given) > share:
+            self._drop(given.popitem(last=False)[0], bit)
+
     def _drop(self, address: bytes, bit: int) -> None:
+        self.steps -= 1
         left = self._rows[address] & ~bit
         if left:
             self._rows[address] = left

@@ -69,15 +69,18 @@ class Fleet:
             self._streams[address] = asyncio.create_task(self._watch(address), name=f"watch {address}")
 
     async def remove(self, address: str) -> None:
-        """Forgets a worker."""
+        """Forgets a worker: at once, so that one that is added at the same address meanwhile is another one."""
         if self._workers.pop(address, None) is None:
             return
-        stream = self._streams.pop(address)
-        stream.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await stream
-        await self._channels.pop(address).close()
+        stream, channel = self._streams.pop(address), self._channels.pop(address)
+        for outliers in self._outliers.values():
+            outliers.remove(address)
         self._refresh()
+        stream.cancel()
+        try:
+            await asyncio.wait([stream])
+        finally:
+            await channel.close()
 
     async def close(self) -> None:
         """Forgets all workers."""

@@ -9,10 +9,14 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from ...proto.errors import Exhausted, InvalidRequest, IsthmusError, Unavailable
 
 BUSY_S = 5.0  # that a writer waits for another process's transaction
+CONNECT_S = 10  # that a server may take to let somebody in
+STATEMENT_S = 30  # that it may take for one statement, locks included; a transaction may be idle for as long
+POOL_S = 10.0  # that a caller waits for a connection while others use them all
 READERS = 4
 CLOCK = text("SELECT CAST(EXTRACT(EPOCH FROM CLOCK_TIMESTAMP()) * 1000000 AS BIGINT)")
 FULL = ("disk is full", "disk full", "no space left", "53100", "could not extend file")
@@ -60,11 +64,21 @@ class Database:
 
     def _engine(self, begin: str, pool_size: int) -> Engine:
         if not self.is_sqlite:
-            return create_engine(self._url, pool_size=pool_size, max_overflow=0, pool_pre_ping=True)
+            arguments = _server_arguments(self._url)
+            return create_engine(
+                self._url,
+                pool_size=pool_size,
+                max_overflow=0,
+                pool_pre_ping=True,
+                pool_timeout=POOL_S,
+                connect_args=arguments,
+            )
         if self._url.database:
             Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
         arguments = {"timeout": BUSY_S, "check_same_thread": False}
-        engine = create_engine(self._url, pool_size=pool_size, max_overflow=0, connect_args=arguments)
+        engine = create_engine(
+            self._url, pool_size=pool_size, max_overflow=0, pool_timeout=POOL_S, connect_args=arguments
+        )
         event.listen(engine, "connect", _prepare_sqlite)
         # The driver itself would begin a transaction late, and deferred: two writers could then fail each other.
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
@@ -89,6 +103,8 @@ def translated(name: str) -> Iterator[None]:
         if isinstance(ours, IsthmusError):
             ours.private = f"{name}: {reason}"
         raise ours from error
+    except PoolTimeout:
+        raise Unavailable(f"the database of jobs is busy: no connection for {POOL_S:g} s: try again") from None
     except OSError as error:
         ours = Unavailable("the database of jobs cannot be used")
         ours.private = f"{name}: {error.strerror}"
@@ -105,6 +121,20 @@ def _error_of(error: DBAPIError, reason: str) -> IsthmusError | SQLAlchemyError:
     if type(error).__name__ in ("DatabaseError", "OperationalError", "InterfaceError", "InternalError"):
         return Unavailable("the database of jobs cannot be used")
     return error
+
+
+def _server_arguments(url: URL) -> dict[str, Any]:
+    """Timeouts of a PostgreSQL server's connections; what the URL says itself wins. Other servers have their own.
+
+    A server that is gone without a word is noticed within about 20 s, also in the middle of a statement.
+    """
+    if url.get_backend_name() != "postgresql":
+        return {}
+    limits = {"statement_timeout": STATEMENT_S, "idle_in_transaction_session_timeout": STATEMENT_S}
+    own = url.query.get("options", "")
+    options = " ".join([*(f"-c {name}={seconds}s" for name, seconds in limits.items()), str(own)]).strip()
+    named = {"connect_timeout": CONNECT_S, "tcp_user_timeout": 20_000, "keepalives_idle": 10, "keepalives_interval": 5}
+    return {**{name: value for name, value in named.items() if name not in url.query}, "options": options}
 
 
 def _checked(url: str) -> URL:

@@ -25,6 +25,7 @@ def migrate(database: Database) -> None:
     config.set_main_option("path_separator", "os")
     with database.write() as connection:
         if connection.dialect.name == "postgresql":
+            connection.execute(text("SET LOCAL statement_timeout = 0"))  # a large table takes what it takes
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
         found, head = _revisions(connection, config)
         if found == head:

@@ -4,7 +4,7 @@ from sqlalchemy import delete, select, update
 
 from ...proto.errors import IllegalState
 from .progress import count, held
-from .schema import EVENTS, JOBS, LABELS, REQUESTS
+from .schema import EVENTS, JOBS, LABELS, REQUESTS, TENANTS
 from .states import JobState
 from .writer import Tx
 
@@ -39,4 +39,11 @@ def erase(tx: Tx) -> bool:
     tx.connection.execute(delete(LABELS).where(LABELS.c.job_id == job_id))
     tx.connection.execute(delete(JOBS).where(JOBS.c.id == job_id))
     count(tx, [(row["tenant"], {"stored_bytes": -row["stored_bytes"]})])
+    _forget_tenant(tx, row["tenant"])
     return True
+
+
+def _forget_tenant(tx: Tx, tenant: str) -> None:
+    """Erases the counts of a tenant that has no job any more."""
+    jobs = select(JOBS.c.id).where(JOBS.c.tenant == tenant).exists()
+    tx.connection.execute(delete(TENANTS).where(TENANTS.c.tenant == tenant, TENANTS.c.active_jobs == 0, ~jobs))

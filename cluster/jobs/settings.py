@@ -7,10 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class JobsSettings(BaseModel):
-    """Limits are for each tenant. Unknown keys are errors."""
+    """Limits are for each tenant, but for `max_tenants` and what runs. Unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    max_tenants: int = Field(default=10_000, ge=1)  # that have jobs, ended ones included
     max_jobs: int = Field(default=10_000, ge=1)  # that have not ended
     max_queued_tokens: int = Field(default=100_000_000, ge=1)  # prompts and max_tokens of requests that have not ended
     max_stored_bytes: int = Field(default=4 << 30, ge=1)  # requests, events and results of all jobs that are kept

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import bindparam, func, insert, select, update
 
 from ...proto.errors import AlreadyExists, Exhausted
 from ...proto.jobs_pb2 import Job
@@ -81,7 +81,7 @@ def _same(found: Any, new: NewJob) -> Job:
 
 def _count_in(tx: Tx, tenant: str, tokens: int, bytes_in: int, limits: JobsSettings) -> None:
     """Adds a job to its tenant's counts; Exhausted, and nothing is added, where one is over its limit."""
-    before = _counts(tx, tenant)
+    before = _counts(tx, tenant, limits.max_tenants)
     after = {
         "active_jobs": before["active_jobs"] + 1,
         "queued_tokens": before["queued_tokens"] + tokens,
@@ -100,12 +100,17 @@ def _count_in(tx: Tx, tenant: str, tokens: int, bytes_in: int, limits: JobsSetti
     tx.later(_COUNT_IN, [{"b_tenant": tenant, **added}])
 
 
-def _counts(tx: Tx, tenant: str) -> dict[str, Any]:
-    """The counts of a tenant, a row of its own from now on, as this transaction has left them."""
+def _counts(tx: Tx, tenant: str, max_tenants: int) -> dict[str, Any]:
+    """The counts of a tenant, a row of its own from now on, as this transaction has left them.
+
+    Exhausted where it is new and there are too many: anybody can name a tenant.
+    """
     if tenant not in tx.gathered:
         found = tx.connection.execute(_OF_TENANT, {"b_tenant": tenant}).mappings().first()
         counts = dict(found or {"active_jobs": 0, "queued_tokens": 0, "stored_bytes": 0})
         if found is None:
+            if (tenants := tx.unflushed.execute(_TENANTS).scalar_one()) >= max_tenants:
+                raise Exhausted(f"{tenants} tenants have jobs here; allowed: at most {max_tenants}: delete ended jobs")
             tx.unflushed.execute(insert(TENANTS), {"tenant": tenant, **counts})
         tx.gathered[tenant] = counts
     return tx.gathered[tenant]
@@ -161,6 +166,7 @@ _NEW_EVENT = insert(EVENTS).values(
 )
 _WITH_KEY = select(JOBS).where(JOBS.c.tenant == bindparam("b_tenant"), JOBS.c.idempotency_key == bindparam("b_key"))
 _OF_TENANT = select(TENANTS).where(TENANTS.c.tenant == bindparam("b_tenant")).with_for_update()
+_TENANTS = select(func.count()).select_from(TENANTS)
 _COUNT_IN = (
     update(TENANTS)
     .where(TENANTS.c.tenant == bindparam("b_tenant"))

@@ -148,3 +148,36 @@ def test_one_that_waits_no_more_holds_nothing() -> None:
     admission.leave(gone, 1.0)
     admission.leave(running, 2.0)
     assert admission.start(100) == [last]
+
+
+def test_a_tenant_pays_for_what_began_only() -> None:
+    admission = Admission(max_waiting=100, weights={})
+    first = admission.ask(wanted("first"), 100, None)
+    admission.start(100)
+    for number in range(20):
+        admission.leave(admission.ask(wanted("fickle"), 100, None), float(number))
+    for _ in range(2):
+        admission.ask(wanted("other"), 100, None)
+        admission.ask(wanted("fickle"), 100, None)
+    assert order(admission, first) == ["other", "fickle", "other", "fickle"]
+
+
+def test_shares_are_kept_for_so_many_tenants_and_the_heaviest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.cluster.admission.MAX_TENANTS", 10)
+    admission = Admission(max_waiting=1000, weights={})
+    admission.ask(wanted("heavy", tokens=1000), 1000, None)
+    admission.start(1000)
+    for number in range(500):
+        admission.ask(wanted(f"made up {number}", tokens=1), 10**6, None)
+        admission.start(10**6)
+        assert len(admission._last) <= 10
+    assert "heavy" in admission._last
+
+
+def test_nobody_owes_anything_once_all_have_ended() -> None:
+    admission = Admission(max_waiting=10, weights={})
+    running = [admission.ask(wanted(tenant), 1000, None) for tenant in "abc"]
+    assert admission.start(1000) == running
+    for ticket in running:
+        admission.leave(ticket, 1.0)
+    assert admission._last == {}

@@ -1,6 +1,6 @@
 """Who is ejected, and how it comes back."""
 
-from isthmus.cluster.outliers import FAILURES, FIRST_S, SLOW_SAMPLES, Outliers
+from isthmus.cluster.outliers import FAILURES, FIRST_S, LAST_S, SLOW_SAMPLES, Outliers
 
 
 def four() -> Outliers:
@@ -66,3 +66,23 @@ def test_one_that_is_started_anew_begins_anew() -> None:
     fail(outliers, "a", 0.0)
     outliers.add("a")
     assert not outliers.ejected("a", 0.0)
+
+
+def test_a_worker_that_fails_for_days_is_still_asked_again() -> None:
+    outliers, now_s = four(), 0.0
+    fail(outliers, "a", now_s)
+    for _ in range(2_000):
+        now_s += LAST_S
+        outliers.placed("a", now_s)
+        outliers.failed("a", now_s)
+    assert outliers.ejected("a", now_s + LAST_S - 0.1)
+    assert not outliers.ejected("a", now_s + LAST_S)
+
+
+def test_a_worker_that_is_gone_is_not_counted_among_the_others() -> None:
+    outliers = four()
+    for worker in "cd":
+        fail(outliers, worker, 0.0)
+        outliers.remove(worker)
+    fail(outliers, "a", 0.0)
+    assert outliers.ejected("a", 0.0)

@@ -58,3 +58,15 @@ def test_random_prompts_match_as_one_step_after_the_other(monkeypatch: pytest.Mo
             known.forget(draw.randrange(40))
         else:
             known.remember(draw.randrange(40), prompt)
+
+
+def test_many_workers_share_what_is_remembered_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes, "STEPS_IN_ALL", 40)
+    known = Prefixes()
+    for row in range(10):
+        for first in range(20):
+            known.remember(row, steps(100 * row + first))
+        assert known.steps == sum(map(len, known._given.values())) <= 40
+    assert [len(given) for given in known._given.values()] == [4] * 10
+    known.forget(3)
+    assert known.steps == len(known._rows) == 36
