@@ -8,6 +8,7 @@ from typing import Any
 from ..proto.errors import InvalidRequest
 from .cache import Note
 from .fingerprint import model_fingerprint
+from .rope import context_length
 from .sources import locate
 
 
@@ -33,7 +34,7 @@ def describe_model(source: str) -> ModelDescription:
         name=located.name,
         fingerprint=model_fingerprint(located.folder),
         architecture=next(iter(config.get("architectures") or [config.get("model_type", "unknown")])),
-        context_length=_size(text, "max_position_embeddings", located.folder),
+        context_length=context_length(text, _size(text, "max_position_embeddings", located.folder)),
         vocab_size=_size(text, "vocab_size", located.folder),
         eos_token_ids=eos_token_ids(located.folder),
         path=located.folder,

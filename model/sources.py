@@ -19,7 +19,7 @@ from pathlib import Path
 from ..proto.errors import InvalidRequest, NotFound, Unavailable
 from . import packages
 from .cache import Note, cache_root, cached_models, cached_or_made
-from .fingerprint import file_key
+from .digests import content_digest
 
 CONVERTER = "2"  # of `convert.py`; a new number makes old folders of the cache unused
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -76,7 +76,7 @@ def _from_gguf(gguf: Path, name: str) -> Located:
         if file.read(4) != b"GGUF":
             raise InvalidRequest(f"{gguf} is not a GGUF file")
     note = Note(name=name, source=gguf.name, converter=CONVERTER)
-    folder = cache_root() / f"{name}-{file_key(gguf)}-{CONVERTER}"
+    folder = cache_root() / f"{name}-{content_digest(gguf)[:16]}-{CONVERTER}"
     return Located(name, cached_or_made(folder, note, lambda fresh: _convert(gguf, fresh)))
 
 

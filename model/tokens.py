@@ -27,6 +27,8 @@ class Tokenizer:
         """InvalidRequest where the folder has no tokenizer that can be used."""
         read = _read_converted if Note.read(folder) else _read_by_transformers
         self._backend, self._template, self._special = read(folder)
+        self._backend.no_truncation()  # of the text that it was made on, not of prompts
+        self._backend.no_padding()
         self._bytes_of: dict[int, bytes] = {}
         self._anchor = self._backend.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor_text = self._backend.decode(self._anchor)

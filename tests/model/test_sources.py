@@ -1,19 +1,24 @@
 """From the name of a model to its folder and its description."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xxhash
 from models import make_tiny, model_path, tiny_config
 
-from isthmus.model import cache, packages, sources
+from isthmus.model import cache, digests, packages, sources
 from isthmus.model.cache import Note, cached_or_made
 from isthmus.model.catalog import catalog
 from isthmus.model.describe import describe_model
-from isthmus.model.fingerprint import file_key, model_fingerprint
+from isthmus.model.digests import content_digest
+from isthmus.model.fingerprint import model_fingerprint
 from isthmus.proto.errors import InvalidRequest, NotFound, Unavailable
 
 
@@ -80,29 +85,77 @@ def test_the_fingerprint_is_of_content(folder: Path, tmp_path: Path) -> None:
     assert model_fingerprint(folder) != first
 
 
-def test_a_large_file_is_sampled(tmp_path: Path) -> None:
-    file = tmp_path / "large"
-    size = 64 << 20
-    with file.open("wb") as out:
-        out.truncate(size)
-    first = file_key(file)
+def test_every_byte_of_the_weights_counts(folder: Path) -> None:
+    weights = folder / "large.safetensors"
+    content = np.random.default_rng(1).bytes(40 << 20)
+    weights.write_bytes(content)
+    seen = {model_fingerprint(folder)}
+    head = len(content) // 10
+    weights.write_bytes(content[:head] + bytes(len(content) - head))
+    seen.add(model_fingerprint(folder))
+    for place in (0, 12_345_678, len(content) - 1):
+        weights.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        seen.add(model_fingerprint(folder))
+    weights.write_bytes(content[:-1])
+    seen.add(model_fingerprint(folder))
+    assert len(seen) == 6
 
-    def changed(place: int) -> bool:
-        with file.open("r+b") as out:
-            out.seek(place)
-            out.write(b"x")
-        different = file_key(file) != first
-        with file.open("r+b") as out:
-            out.seek(place)
-            out.write(b"\0")
-        return different
 
-    assert changed(5)
-    assert changed(size - 1)
-    assert sum(changed(place) for place in range(2 << 20, size, 32 << 10)) > 50
-    with file.open("r+b") as out:
-        out.truncate(size - 1)
-    assert file_key(file) != first
+@pytest.fixture
+def tomorrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time_ns
+    monkeypatch.setattr(digests.time, "time_ns", lambda: now() + 86400 * 10**9)
+
+
+@pytest.mark.usefixtures("tomorrow", "own_cache")
+def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    hashed = digests._hash
+    monkeypatch.setattr(digests, "_hash", lambda file, size: (read.append(size), hashed(file, size))[1])
+    file = tmp_path / "weights"
+    file.write_bytes(b"abc")
+    first = content_digest(file)
+    assert first == xxhash.xxh3_128_hexdigest(b"abc") == content_digest(file)
+    (tmp_path / "link").symlink_to(file)
+    assert content_digest(tmp_path / "link") == first
+    assert read == [3]
+
+    file.write_bytes(b"abd")
+    os.utime(file, ns=(10**18, 10**18))
+    assert content_digest(file) == xxhash.xxh3_128_hexdigest(b"abd")
+    status = file.stat()
+    file.write_bytes(b"abe")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # same size, same time: the change time tells
+    assert content_digest(file) == xxhash.xxh3_128_hexdigest(b"abe")
+    file.write_bytes(b"")
+    assert content_digest(file) == xxhash.xxh3_128_hexdigest(b"")
+    assert read == [3, 3, 3, 0]
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_nothing_is_kept_of_a_file_that_may_be_still_changing(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    for content in (b"abc", b"abd"):  # within one tick of the file system's clock, or not
+        file.write_bytes(content)
+        assert content_digest(file) == xxhash.xxh3_128_hexdigest(content)
+
+
+@pytest.mark.usefixtures("tomorrow")
+@pytest.mark.parametrize("kept", [b"", b"[]", b"{", b'{"file": 1}'])
+def test_what_was_kept_may_be_damaged(tmp_path: Path, own_cache: Path, kept: bytes) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"abc")
+    content_digest(file)
+    (note,) = (own_cache.parent / "digests").iterdir()
+    note.write_bytes(kept)
+    assert content_digest(file) == xxhash.xxh3_128_hexdigest(b"abc")
+
+
+@pytest.mark.usefixtures("tomorrow")
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "file" / "below"))
+    assert content_digest(tmp_path / "file") == xxhash.xxh3_128_hexdigest(b"abc")
 
 
 @pytest.mark.parametrize("bad", ["no-such-model", "./no/such/folder", "missing.gguf", "a/b/c", "~/none"])

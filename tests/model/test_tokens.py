@@ -74,6 +74,19 @@ def test_ids_of_gemma_begin_with_bos_and_know_its_turns() -> None:
         tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
 
 
+@pytest.mark.parametrize("converted", [False, True])
+def test_truncation_and_padding_are_not_for_prompts(tmp_path: Path, converted: bool) -> None:
+    make_byte_tokenizer(tmp_path)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(24)
+    backend.enable_padding(length=24)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    if converted:
+        (tmp_path / "isthmus.json").write_text('{"name": "x", "source": "x.gguf", "converter": "2"}')
+    tokenizer = Tokenizer(tmp_path)
+    assert [len(tokenizer.encode("x" * length)) for length in (3, 100)] == [3, 100]
+
+
 def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([1, *tokenizer.encode("a b"), 2, 1]) == "a b"
 
