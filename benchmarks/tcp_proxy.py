@@ -5,6 +5,8 @@ import contextlib
 import random
 from collections.abc import AsyncIterator
 
+from isthmus.proto.addresses import parse_address
+
 CHUNK = 16 << 10
 
 
@@ -58,9 +60,9 @@ class BadLink:
             self._tasks.discard(task)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, _, port = self.target.rpartition(":")
+        host, port = parse_address(self.target)
         with contextlib.suppress(OSError):
-            far_reader, far_writer = await asyncio.open_connection(host, int(port))
+            far_reader, far_writer = await asyncio.open_connection(host, port)
             ends = {writer, far_writer}
             self._writers |= ends
             pumps = [

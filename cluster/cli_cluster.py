@@ -99,7 +99,7 @@ def demo(
 
 @worker_app.command("prefill")
 def worker_prefill(
-    listen: Annotated[str, typer.Option(help="host:port; port 0 picks a free one.")] = "127.0.0.1:0",
+    listen: opt.WorkerListen = None,
     model: opt.ModelSource = None,
     codec: opt.WorkerCodec = None,
     dtype: opt.Dtype = None,
@@ -131,7 +131,7 @@ def worker_prefill(
 
 @worker_app.command("decode")
 def worker_decode(
-    listen: Annotated[str, typer.Option(help="host:port; port 0 picks a free one.")] = "127.0.0.1:0",
+    listen: opt.WorkerListen = None,
     model: opt.ModelSource = None,
     codec: opt.WorkerCodec = None,
     dtype: opt.Dtype = None,
@@ -195,8 +195,10 @@ def _run_worker(role: "Role", flags: dict[str, Any], config: Path | None, drain_
     from .host import end_process, thread_settings, usable_cores
     from .seat import WorkerSeat, settings_of_both
 
+    for flag in ("listen", "advertise"):
+        if flag in flags:
+            opt.check_address(flags[flag], to_dial=flag == "advertise")
     settings = load_worker_settings(role, config, flags, default_threads=usable_cores())
-    opt.check_address(settings["listen"])
     os.environ.update(thread_settings(settings["threads"]))  # before torch is imported
     from .service import run_service
 

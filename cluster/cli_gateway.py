@@ -120,8 +120,9 @@ def gateway(
     from .service import run_service
 
     addresses = [address.strip() for group in workers for address in group.split(",") if address.strip()]
-    for address in [listen, *addresses]:
-        opt.check_address(address)
+    opt.check_address(listen)
+    for address in addresses:
+        opt.check_address(address, to_dial=True)
     settings = gateway_config({**routing, "jobs_db": chosen_url(jobs_db)})
     served = load_served_model(model or DEFAULT_MODEL)
     running = Gateway(listen, served, addresses, settings)

@@ -100,7 +100,13 @@ JobsDb = Annotated[
 
 WorkerCodec = Annotated[str | None, typer.Option("--codec", help="The default one.", show_default="tq-k4v4")]
 WorkerName = Annotated[str | None, typer.Option(help="Of this worker in status; default: role, host and port.")]
-Advertise = Annotated[str | None, typer.Option(help="host:port that others shall use; default: as bound.")]
+WorkerListen = Annotated[
+    str | None, typer.Option(help="host:port; port 0 picks a free one; [::]:7001 is IPv6.", show_default="127.0.0.1:0")
+]
+Advertise = Annotated[
+    str | None,
+    typer.Option(help="host:port that others shall use; default: as bound, or of the interface that routes outward."),
+]
 WorkerDrain = Annotated[
     float, typer.Option("--drain-s", min=0, help="For running requests when it stops; those left go on elsewhere.")
 ]
@@ -126,6 +132,7 @@ async def told_where(server: str) -> AsyncIterator[None]:
 
     from ..proto.errors import Unavailable
 
+    check_address(server, to_dial=True)
     try:
         yield
     except grpc.aio.AioRpcError as error:
@@ -136,11 +143,14 @@ async def told_where(server: str) -> AsyncIterator[None]:
         raise
 
 
-def check_address(address: str) -> None:
+def check_address(address: str, *, to_dial: bool = False) -> None:
     """A mistake of the user where it is not host:port."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise typer.BadParameter(f"{address!r} is not host:port")
+    from ..proto.addresses import checked_address
+
+    try:
+        checked_address(address, to_dial=to_dial)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def configure_logs(level: str) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..decode.config import DecodeConfig
 from ..kvtransfer.codec_names import DEFAULT_CODEC, codec_names
 from ..prefill.config import PrefillConfig
+from ..proto.addresses import HostPort, checked_address
 from ..proto.errors import InvalidRequest
 from .gateway_config import GatewayConfig
 from .jobs.settings import chosen_url
@@ -65,6 +66,18 @@ class ClusterConfig(BaseModel):
             if name not in codec_names():
                 raise ValueError(f"no codec {name!r}; allowed: {', '.join(codec_names())}")
         return value
+
+    @field_validator("host")
+    @classmethod
+    def _is_host(cls, value: str) -> str:
+        host = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        checked_address(str(HostPort(host, 0)))
+        return host
+
+    @property
+    def listen(self) -> str:
+        """host:port of the gateway."""
+        return str(HostPort(self.host, self.port))
 
     @property
     def workers(self) -> int:

@@ -291,7 +291,7 @@ class Dispatcher:
             prompt_token_ids=request.prompt_token_ids,
             page_hashes=hashes,
             sampling=request.sampling.to_pb(),
-            prefill_addresses=placement.prefill,
+            prefill_addresses=self._fleet.peer_addresses(placement.prefill),
             emitted_token_ids=session.token_ids,
             allow_local_prefill=self._config.local_prefill != "never",
             priority=request.priority,

@@ -15,6 +15,7 @@ import grpc.aio
 
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
+from ..proto.addresses import parse_address
 from ..proto.errors import Exhausted, Expired, Unavailable
 from ..proto.serving import MIB, Server, start_server, trace_context
 from .client import RETRY_KEY
@@ -203,7 +204,7 @@ class Gateway:
     def address(self) -> str:
         """host:port, with the port that was bound."""
         assert self._server is not None, "not started"
-        return f"{self._listen.rpartition(':')[0]}:{self._server.port}"
+        return str(parse_address(self._listen)._replace(port=self._server.port))
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for the running ones; whether all have ended in time.

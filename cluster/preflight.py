@@ -208,7 +208,7 @@ class Preflight:
             prompt_token_ids=prompt,
             page_hashes=page_hashes(prompt, decode.page_tokens, salt),
             sampling=SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=TOP, seed=0),
-            prefill_addresses=prefill,
+            prefill_addresses=self._fleet.peer_addresses(prefill),
             priority=PRIORITY_STANDARD,
             tenant=tenant,
         )

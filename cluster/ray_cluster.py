@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ..proto.addresses import HostPort, parse_address
 from ..proto.errors import IsthmusError, Unavailable
 from ..proto.orders import Drained
 from .config import ClusterConfig, Role
@@ -107,13 +108,13 @@ class RayCluster:
         """
         if self._config.address is not None:
             await asyncio.Event().wait()
-        host, _, port = self._head.rpartition(":")
+        host, port = parse_address(self._head)
         missed = 0
         while missed < HEAD_MISSES:
             await asyncio.sleep(HEAD_LOOK_S)
             try:
                 async with asyncio.timeout(HEAD_LOOK_S):
-                    _, writer = await asyncio.open_connection(host, int(port))
+                    _, writer = await asyncio.open_connection(host, port)
                 writer.close()
                 missed = 0
             except (OSError, TimeoutError):
@@ -190,7 +191,9 @@ class ActorHost(WorkerHost):
     def __init__(self, role: Role, settings: Mapping[str, Any], other: Mapping[str, Any]) -> None:
         import ray.util
 
-        listen = {"listen": str(settings["listen"]).replace("0.0.0.0", ray.util.get_node_ip_address())}
+        bound = parse_address(str(settings["listen"]))
+        host = ray.util.get_node_ip_address() if bound.is_any else bound.host
+        listen = {"listen": str(HostPort(host, bound.port))}
         super().__init__(role, {**settings, **listen}, {**other, **listen})
 
 

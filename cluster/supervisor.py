@@ -126,7 +126,7 @@ class Supervisor:
     async def _start_gateway(self) -> Gateway:
         with self._step(f"model {self._config.model}"):
             model: ServedModel = await asyncio.to_thread(load_served_model, self._config.model)
-            self.gateway = Gateway(f"{self._config.host}:{self._config.port}", model, config=self._config.gateway)
+            self.gateway = Gateway(self._config.listen, model, config=self._config.gateway)
             await self.gateway.start()
             return self.gateway
 

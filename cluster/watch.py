@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grpc.aio
 
@@ -52,6 +52,7 @@ class Fleet:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._reasons: dict[str, str] = {}  # why workers may not be used, by address
+        self._known_as: dict[str, str] = {}  # addresses by those that other workers dial
         self._board = Board()
         self._outliers = {WORKER_ROLE_PREFILL: Outliers(), WORKER_ROLE_DECODE: Outliers()}
         self._changed = asyncio.Event()
@@ -92,6 +93,11 @@ class Fleet:
     def channel(self, address: str) -> grpc.aio.Channel:
         """The open channel to a worker; KeyError where it is gone."""
         return self._channels[address]
+
+    def peer_addresses(self, addresses: Sequence[str]) -> list[str]:
+        """Where other workers dial these."""
+        workers = [(address, self._workers.get(address)) for address in addresses]
+        return [address if worker is None else worker.peer_address for address, worker in workers]
 
     def incarnation(self, address: str) -> int:
         """A number that changes when a worker was away and is back; 0 where it is gone or was never reached."""
@@ -239,7 +245,8 @@ class Fleet:
         """Brings one worker's row up to date."""
         pool = self._pool_of(worker)
         if pool is not None:
-            pool.put(worker.load(suspect=self._is_suspect(worker, time.monotonic())))
+            suspect = self._is_suspect(worker, time.monotonic())
+            pool.put(worker.load(suspect=suspect, known_as=self._known_as))
 
     def _refresh(self) -> None:
         """The set of workers, or what one may be used for, has changed."""
@@ -250,6 +257,7 @@ class Fleet:
             if worker.report is not None and not worker.problem
         }
         self._reasons = incompatible(reachable, self._expected)
+        self._known_as = {worker.peer_address: worker.address for worker in self._workers.values()}
         for pool in (self._board.prefill, self._board.decode):
             for address in list(pool.row):
                 worker = self._workers.get(address)

@@ -4,9 +4,11 @@ Pure: time comes in as an argument.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ..proto.addresses import HostPort, parse_address
+from ..proto.errors import InvalidRequest
 from ..proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_ROLE_DECODE, WorkerReport
 from .pool import PrefillTime, StepTime, WorkerLoad
 
@@ -54,6 +56,21 @@ class Watched:
             return False
         return self.verified.partition(".")[0] == self.report.instance.partition(".")[0]
 
+    @property
+    def peer_address(self) -> str:
+        """Where other workers dial it: as it was told to advertise, else as the gateway does.
+
+        Where only the gateway's host can dial that, as the worker found itself, if that is any better.
+        """
+        if self.report is None:
+            return self.address
+        told, own = _address(self.report.advertise), _address(self.report.address)
+        if told is not None:
+            return str(told)
+        listed = _address(self.address)
+        here = listed is None or listed.is_any or listed.is_loopback
+        return str(own) if here and own is not None and not own.is_loopback and not own.is_any else self.address
+
     def take(self, report: WorkerReport, now_s: float) -> bool:
         """A report came; whether it changes what the worker may be used for."""
         before = None if self.problem else self.report
@@ -72,8 +89,8 @@ class Watched:
         """Counts work until a report shows it."""
         self._placed.append(_Placed(now_s, tokens, pages))
 
-    def load(self, *, suspect: bool) -> WorkerLoad:
-        """What the router reads, with what was placed since the report."""
+    def load(self, *, suspect: bool, known_as: Mapping[str, str]) -> WorkerLoad:
+        """What the router reads, with what was placed since the report; `known_as`: addresses by `peer_address`."""
         report = self.report
         assert report is not None, "no worker without a report is routed to"
         tokens = sum(placed.tokens for placed in self._placed)
@@ -92,9 +109,16 @@ class Watched:
             if report.HasField("prefill_rate")
             else None,
             step=StepTime(step.ms, step.ms_per_sequence, step.ms_per_page) if report.HasField("step_rate") else None,
-            links=dict(report.link_bytes_per_ms),
+            links={known_as.get(peer, peer): rate for peer, rate in report.link_bytes_per_ms.items()},
             suspect=suspect,
         )
+
+
+def _address(text: str) -> HostPort | None:
+    try:
+        return parse_address(text, to_dial=True)
+    except InvalidRequest:
+        return None
 
 
 def _kind(report: WorkerReport) -> tuple[object, ...]:

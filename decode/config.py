@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..kvtransfer.codec_names import DEFAULT_CODEC
+from ..proto.addresses import checked_address
 
 
 class DecodeConfig(BaseModel):
@@ -14,7 +15,7 @@ class DecodeConfig(BaseModel):
 
     model: str  # a local folder, a GGUF file, a hub id, or a name that `isthmus models` lists
     listen: str = "127.0.0.1:0"  # host:port; port 0 picks a free one
-    advertise: str | None = None  # host:port told to others; default: the host of `listen` and the bound port
+    advertise: str | None = None  # host:port told to others; default: as bound, for all interfaces the one outward
     name: str | None = None  # of this worker in reports; default: role, host and port
     dtype: str = "auto"  # of weights, and of KV where the device computes in it: bf16, fp32, what is fastest
     device: str = "auto"  # cpu, cuda, cuda:1, or a GPU where there is one
@@ -39,3 +40,13 @@ class DecodeConfig(BaseModel):
     chunk_tokens: int = Field(128, ge=8)  # of prompts and replays in a step beside running requests; a page at least
     inbox_mib: int = Field(64, ge=1)  # received frames not yet decoded; above it the transfer pauses
     decode_mib_per_step: int = Field(16, ge=1)  # of received frames decoded between two steps of a running batch
+
+    @field_validator("listen")
+    @classmethod
+    def _can_be_bound(cls, value: str) -> str:
+        return checked_address(value)
+
+    @field_validator("advertise")
+    @classmethod
+    def _can_be_dialled(cls, value: str | None) -> str | None:
+        return value if value is None else checked_address(value, to_dial=True)

@@ -30,7 +30,7 @@ from ..model.reporting import report_model
 from ..model.starting import gently
 from ..model.tokens import Tokenizer
 from ..proto import decode_pb2
-from ..proto.addresses import check_address
+from ..proto.addresses import parse_address
 from ..proto.common_pb2 import TransferStats
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
@@ -226,7 +226,7 @@ class DecodeWorker(DecodeServicer):
                 f"{len(request.prefill_addresses)} prefill_addresses; allowed: at most {MAX_PREFILL_ADDRESSES}"
             )
         for address in request.prefill_addresses:
-            check_address("prefill_addresses", address)
+            parse_address(address, to_dial=True, what="prefill_addresses: ")
         tokens = len(request.prompt_token_ids)
         if not 1 <= tokens < model.context_length:
             raise InvalidRequest(f"a prompt of {tokens} tokens; allowed: 1 to {model.context_length - 1}")

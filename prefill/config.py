@@ -1,8 +1,9 @@
 """Settings of a prefill worker."""
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..kvtransfer.codec_names import DEFAULT_CODEC
+from ..proto.addresses import checked_address
 
 
 class PrefillConfig(BaseModel):
@@ -12,7 +13,7 @@ class PrefillConfig(BaseModel):
 
     model: str  # a local folder, a GGUF file, a hub id, or a name that `isthmus models` lists
     listen: str = "127.0.0.1:0"  # host:port; port 0 picks a free one
-    advertise: str | None = None  # host:port told to others; default: the host of `listen` and the bound port
+    advertise: str | None = None  # host:port told to others; default: as bound, for all interfaces the one outward
     name: str | None = None  # of this worker in reports; default: role, host and port
     dtype: str = "auto"  # of weights, and of KV where the device computes in it: bf16, fp32, what is fastest
     device: str = "auto"  # cpu, cuda, cuda:1, or a GPU where there is one
@@ -29,6 +30,16 @@ class PrefillConfig(BaseModel):
     host_cache_gib: float = Field(1.0, ge=0)  # encoded pages kept in host memory, those not yet sent included
     store_dir: str | None = None  # a folder that keeps pages on disk, also for other workers; none: no store
     store_gib: float = Field(10.0, gt=0)  # size of that folder, at most
+
+    @field_validator("listen")
+    @classmethod
+    def _can_be_bound(cls, value: str) -> str:
+        return checked_address(value)
+
+    @field_validator("advertise")
+    @classmethod
+    def _can_be_dialled(cls, value: str | None) -> str | None:
+        return value if value is None else checked_address(value, to_dial=True)
 
     @model_validator(mode="after")
     def _chunk_is_pages(self) -> "PrefillConfig":

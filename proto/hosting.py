@@ -13,6 +13,7 @@ import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 
 from . import worker_pb2
+from .addresses import address_for_others, parse_address
 from .errors import Unavailable
 from .orders import Drained, Orders, OrderServicer
 from .serving import Server, start_server
@@ -44,7 +45,7 @@ class WorkerServer:
     def name(self) -> str:
         """The worker's id: the configured name, or one made of role, host and port."""
         role = WorkerRole.Name(self._role).removeprefix("WORKER_ROLE_").lower()
-        return self._name or f"{role}-{socket.gethostname()}-{self.address.rpartition(':')[2]}"
+        return self._name or f"{role}-{socket.gethostname()}-{parse_address(self.address).port}"
 
     @property
     def orders(self) -> Orders | None:
@@ -58,7 +59,7 @@ class WorkerServer:
     @property
     def bound(self) -> str:
         """host:port as listened on, with the port that was bound."""
-        return f"{self._listen.rpartition(':')[0]}:{self._server.port}" if self._server else self._listen
+        return str(parse_address(self._listen)._replace(port=self._server.port)) if self._server else self._listen
 
     async def open(
         self,
@@ -76,10 +77,7 @@ class WorkerServer:
                 worker_service: lambda server: add_WorkerServicer_to_server(self._reports, server),
             },
         )
-        host = self._listen.rpartition(":")[0]
-        if host in ("0.0.0.0", "[::]", ""):
-            host = socket.gethostbyname(socket.gethostname())
-        self.address = self._advertise or f"{host}:{self._server.port}"
+        self.address = self._advertise or str(await asyncio.to_thread(address_for_others, parse_address(self.bound)))
         await self._server.set_serving(True)
 
     @contextmanager
@@ -112,6 +110,7 @@ class WorkerServer:
             health=self._health(),
             reason=self._failure,
             address=self.address,
+            advertise=self._advertise,
             version=version("isthmus"),
             threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
             uptime_ms=int((time.monotonic() - self._started_s) * 1e3),

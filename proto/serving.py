@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from .addresses import grpc_target
 from .errors import InvalidRequest, IsthmusError, status_of
 from .timeouts import clamp_calls
 
@@ -225,4 +226,4 @@ def open_channel(address: str) -> grpc.aio.Channel:
 
     Timeouts of its calls are clamped to what gRPC can count.
     """
-    return clamp_calls(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
+    return clamp_calls(grpc.aio.insecure_channel(grpc_target(address), options=CHANNEL_OPTIONS))

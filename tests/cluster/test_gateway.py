@@ -10,10 +10,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from raw_grpc import raw_call
-from scripted import Script, Scripted, hangs, says, scripted_cluster, served
+from scripted import Script, Scripted, hangs, report_of, says, scripted_cluster, served
 
 from isthmus.cluster.client import RETRY_KEY, Client, build_request
 from isthmus.cluster.gateway import Gateway
+from isthmus.cluster.watched import Watched
 from isthmus.kvtransfer.hashing import HASH_BYTES
 from isthmus.proto.common_pb2 import FINISH_REASON_STOP
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
@@ -21,7 +22,12 @@ from isthmus.proto.errors import Exhausted, InvalidRequest, IsthmusError, Unavai
 from isthmus.proto.generation_pb2 import GenerateEvent, ListModelsRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
 from isthmus.proto.serving import open_channel
-from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_HEALTH_UNREACHABLE
+from isthmus.proto.worker_pb2 import (
+    WORKER_HEALTH_READY,
+    WORKER_HEALTH_UNREACHABLE,
+    WORKER_ROLE_DECODE,
+    WORKER_ROLE_PREFILL,
+)
 
 
 def raises(error: Exception) -> Script:
@@ -306,3 +312,47 @@ async def test_clients_see_no_paths_of_the_workers() -> None:
             while not any(status.model.path for status in cluster.gateway.fleet.statuses()):
                 await asyncio.sleep(0.02)
         assert "/srv" not in str(await client.status())
+
+
+@pytest.mark.parametrize(
+    ("told", "dialled"),
+    [
+        ({"advertise": "10.0.0.7:7001", "address": "10.0.0.7:7001"}, "10.0.0.7:7001"),
+        ({"address": "10.0.0.7:7001"}, "10.0.0.7:7001"),  # of all interfaces; the list's works on this host only
+        ({"address": "127.0.0.1:7001"}, None),
+        ({"address": "localhost:7001"}, None),
+        ({"address": "0.0.0.0:7001"}, None),
+        ({"address": "unix:/tmp/socket", "advertise": "xds:///worker"}, None),
+        ({}, None),
+    ],
+)
+async def test_decode_workers_dial_what_a_listed_worker_advertises(told: dict[str, str], dialled: str | None) -> None:
+    async with scripted_cluster(says("x")) as cluster, Client(cluster.gateway.address) as client:
+        listed, before = cluster.prefill.address, cluster.gateway.fleet.change
+        cluster.prefill.report = report_of(WORKER_ROLE_PREFILL, **told, instance="new")
+        async with asyncio.timeout(10):
+            await before.wait()
+        await client.answer(build_request(prompt="p" * 130, codec="raw"))
+        assert list(cluster.decodes[0].requests[-1].prefill_addresses) == [dialled or listed]
+        assert cluster.gateway.fleet.statuses()[0].address == listed
+
+
+def test_an_address_that_others_can_dial_is_kept() -> None:
+    report = report_of(WORKER_ROLE_PREFILL, address="10.0.0.7:7001")
+    for listed in ("worker.example:7001", "10.0.0.8:7001", "[fd00::8]:7001"):
+        assert Watched(listed, 0.0, report).peer_address == listed
+    for listed in ("localhost:7001", "[::1]:7001", "127.0.0.1:7001", "0.0.0.0:7001"):
+        assert Watched(listed, 0.0, report).peer_address == "10.0.0.7:7001"
+    report.advertise = "nat.example:9"
+    assert Watched("10.0.0.8:7001", 0.0, report).peer_address == "nat.example:9"
+
+
+async def test_a_measured_link_is_that_of_the_worker_however_it_is_dialled() -> None:
+    async with scripted_cluster(says("x")) as cluster:
+        fleet, prefill, decode = cluster.gateway.fleet, cluster.prefill, cluster.decodes[0]
+        prefill.report = report_of(WORKER_ROLE_PREFILL, advertise="10.0.0.7:7001", instance="new")
+        links = {"10.0.0.7:7001": 5.0, "other:1": 7.0}
+        decode.report = report_of(WORKER_ROLE_DECODE, link_bytes_per_ms=links, instance="new")
+        async with asyncio.timeout(10):
+            while fleet.snapshot().decode.loads[decode.address].links != {prefill.address: 5.0, "other:1": 7.0}:
+                await fleet.change.wait()
