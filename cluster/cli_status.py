@@ -18,7 +18,7 @@ NOT_READY = 1
 
 def status(as_json: opt.Json = False, server: opt.Server = opt.DEFAULT_SERVER) -> None:
     """Show the workers: role, health, queue, pages, model, versions. Exits with 1 unless requests can be
-    served.
+    served and the gateway is healthy.
 
     [bold]Examples[/]
 
@@ -39,6 +39,8 @@ def status(as_json: opt.Json = False, server: opt.Server = opt.DEFAULT_SERVER) -
         for worker in cluster.workers:
             if worker.reason:
                 console.print(f"[red]{worker.worker_id}:[/] {worker.reason}", highlight=False, soft_wrap=True)
+        for line in _task_lines(cluster):
+            console.print(line, highlight=False, soft_wrap=True)
         seconds = cluster.uptime_ms / 1e3
         console.print(
             f"isthmus {cluster.version} · {cluster.active_requests} active requests · up {seconds:.0f} s",
@@ -92,7 +94,15 @@ async def _status(server: str) -> "ClusterStatus":
 def _can_serve(cluster: "ClusterStatus") -> bool:
     from ..proto.worker_pb2 import WORKER_HEALTH_READY
 
-    return len({worker.role for worker in cluster.workers if worker.health == WORKER_HEALTH_READY}) == 2
+    roles = {worker.role for worker in cluster.workers if worker.health == WORKER_HEALTH_READY}
+    return len(roles) == 2 and not cluster.failing
+
+
+def _task_lines(cluster: "ClusterStatus") -> list[str]:
+    """Background tasks of the gateway that raised what they should not."""
+    red = [f"[red]gateway:[/] {name} fails again and again; see the gateway's log" for name in cluster.failing]
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(cluster.task_failures.items()))
+    return [*red, f"[yellow]exceptions of background tasks:[/] {counts}"] if counts else red
 
 
 def _table(cluster: "ClusterStatus") -> "Table":

@@ -23,22 +23,30 @@ from .watch import Fleet
 
 
 class ClusterService(worker_pb2_grpc.ClusterServicer):
-    """Status and operations of one fleet; `active` counts the requests that run."""
+    """Status and operations of one fleet."""
 
-    def __init__(self, fleet: Fleet, operations: Operations, generator: Generator, active: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        operations: Operations,
+        generator: Generator,
+        fill_status: Callable[[worker_pb2.ClusterStatus], None],
+    ) -> None:
+        """`fill_status` adds what the gateway knows of itself."""
         self._generator = generator
         self._fleet = fleet
         self._operations = operations
-        self._active = active
+        self._fill_status = fill_status
         self._start_s = time.monotonic()
 
     async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: object) -> worker_pb2.ClusterStatus:
-        return worker_pb2.ClusterStatus(
+        status = worker_pb2.ClusterStatus(
             version=version("isthmus"),
             workers=[_public(worker) for worker in self._fleet.statuses()],
-            active_requests=self._active(),
             uptime_ms=round((time.monotonic() - self._start_s) * 1e3),
         )
+        self._fill_status(status)
+        return status
 
     async def DrainWorker(self, request: DrainWorkerRequest, context: object) -> DrainResponse:
         return await self._operations.drain(request.worker, _seconds(request))

@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import grpc.aio
 
@@ -18,6 +20,7 @@ from ..proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_
 from ..proto.addresses import parse_address
 from ..proto.errors import Exhausted, Expired, Unavailable
 from ..proto.serving import MIB, Server, start_server, trace_context
+from ..proto.tasks import Tasks
 from .client import RETRY_KEY
 from .cluster_service import ClusterService
 from .compat import Expected
@@ -33,6 +36,7 @@ from .watch import Fleet
 
 DEFAULTS = GatewayConfig()
 MAX_MESSAGE_BYTES = 4 * MIB
+LOOK_S = 1.0  # between two looks at whether all background tasks do their work
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["Generation"],
     worker_pb2.DESCRIPTOR.services_by_name["Cluster"],
@@ -147,14 +151,17 @@ class Gateway:
         model: ServedModel,
         workers: Iterable[str] = (),
         config: GatewayConfig = DEFAULTS,
+        failures: "Counter[str] | None" = None,
     ) -> None:
+        """`failures`: where exceptions of background tasks are counted, those of the gateway's owner among them."""
         self._listen = listen
         self._model = model
         self._workers = tuple(workers)
         self._config = config
         self._server: Server | None = None
         self._jobs: Jobs | None = None
-        self._health: asyncio.Task[None] | None = None
+        self.failures = Counter[str]() if failures is None else failures
+        self._tasks = Tasks(self.failures)
         self.ready = asyncio.Event()
 
     async def start(self) -> None:
@@ -165,13 +172,13 @@ class Gateway:
         expected = Expected(
             protocol_version=PROTOCOL_VERSION, model=self._model.name, fingerprint=self._model.fingerprint
         )
-        self.fleet = Fleet(expected, verify=self._config.preflight)
-        self._preflight = Preflight(self.fleet, self._model)
+        self.fleet = Fleet(expected, verify=self._config.preflight, failures=self.failures)
+        self._preflight = Preflight(self.fleet, self._model, self.failures)
         self.load = Load()
         self.generator = Generator(self._model, self.fleet, self._config)
         self._generation = GenerationService(self._model, self.fleet, self.generator, self.load, self._config)
         self.operations = Operations(self.fleet)
-        cluster = ClusterService(self.fleet, self.operations, self.generator, lambda: self.load.active)
+        cluster = ClusterService(self.fleet, self.operations, self.generator, self._fill_status)
         adders = (
             lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server),
             lambda server: worker_pb2_grpc.add_ClusterServicer_to_server(cluster, server),
@@ -187,7 +194,7 @@ class Gateway:
             self._preflight.start()
         if self._jobs is not None:
             await self._jobs.start(f"{socket.gethostname()} {self.address}")
-        self._health = asyncio.create_task(self._follow_health(self._server), name="gateway health")
+        self._tasks.start("health", partial(self._follow_health, self._server))
 
     async def _open_jobs(self, url: str) -> Jobs:
         return await Jobs.open(
@@ -198,6 +205,7 @@ class Gateway:
             reports=self.fleet.statuses,
             others=lambda: self.load.active,
             settings=self._config.jobs,
+            failures=self.failures,
         )
 
     @property
@@ -224,8 +232,7 @@ class Gateway:
 
     async def stop(self) -> None:
         """Cancels what still runs and closes everything."""
-        if self._health is not None:
-            self._health.cancel()
+        await self._tasks.stop()
         if self._server is not None:
             await self._server.stop(0.2)
         if self._jobs is not None:
@@ -235,10 +242,30 @@ class Gateway:
             await self.fleet.close()
 
     async def _follow_health(self, server: Server) -> None:
-        while True:
-            change = self.fleet.change
-            can_serve = bool(offered_codecs(self.fleet.snapshot(), self._config.local_prefill))
-            await server.set_serving(can_serve and not self._generation.draining)
-            if can_serve:
-                self.ready.set()
-            await change.wait()
+        try:
+            while True:
+                change = self.fleet.change
+                can_serve = bool(offered_codecs(self.fleet.snapshot(), self._config.local_prefill))
+                healthy = can_serve and not self._generation.draining and not self._failing()
+                await server.set_serving(healthy, but=[JOBS_SERVICE.full_name] if self._jobs_failing() else [])
+                if can_serve:
+                    self.ready.set()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_S):
+                        await change.wait()
+        except Exception:
+            await server.set_serving(False)
+            raise
+
+    def _failing(self) -> list[str]:
+        """Background tasks that fail again and again, and without which no request is served as it should be."""
+        return [*self.fleet.tasks.failing, *self._tasks.failing]
+
+    def _jobs_failing(self) -> list[str]:
+        return self._jobs.failing if self._jobs is not None else []
+
+    def _fill_status(self, status: worker_pb2.ClusterStatus) -> None:
+        status.active_requests = self.load.active
+        status.failing.extend([*self._failing(), *self._jobs_failing()])
+        for name, count in self.failures.items():
+            status.task_failures[name] = count

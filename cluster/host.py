@@ -93,6 +93,8 @@ class WorkerHost:
             self._closed.set()
             return
         self._address.set_result(self._seat.address)
-        self._loop.run_forever()
-        self._loop.run_until_complete(self._seat.stop())
-        self._closed.set()
+        try:
+            self._loop.run_forever()
+            self._loop.run_until_complete(self._seat.stop())
+        finally:
+            self._closed.set()  # whatever failed: who follows this worker would wait for ever

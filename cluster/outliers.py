@@ -8,7 +8,7 @@ more than half of the workers are out.
 from dataclasses import dataclass
 from statistics import median
 
-from .backoff import backoff_s
+from ..proto.backoff import backoff_s
 
 FAILURES = 3  # in a row
 SLOW, SLOW_SAMPLES = 5.0, 8  # times slower than the median of the workers, over about that many requests

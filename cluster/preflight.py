@@ -11,19 +11,22 @@ import logging
 import random
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import grpc.aio
 
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..kvtransfer.hashing import page_hashes, page_salt
+from ..proto.backoff import backoff_s
 from ..proto.common_pb2 import PRIORITY_STANDARD, SamplingParams, TokenLogprobs, TransferStats
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeStub
+from ..proto.tasks import Tasks
 from ..proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerReport
-from .backoff import backoff_s
 from .served import ServedModel
 from .watch import Fleet
 
@@ -67,40 +70,44 @@ class _Tries:
 class Preflight:
     """Verifies the workers of a fleet, as long as it runs; the fleet keeps the verdicts. Belongs to its event loop."""
 
-    def __init__(self, fleet: Fleet, model: ServedModel) -> None:
+    def __init__(self, fleet: Fleet, model: ServedModel, failures: "Counter[str] | None" = None) -> None:
+        """`failures`: see `Tasks`."""
+        self._background = Tasks(failures)
         self._fleet = fleet
         self._model = model
         self._tries: dict[tuple[str, str], _Tries] = {}  # by address and instance
-        self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begins; `stop` ends it."""
-        self._task = asyncio.create_task(self._run(), name="preflight")
+        self._background.start("preflight", self._run, vital=False)  # who is verified goes on without it
 
     async def stop(self) -> None:
         """Ends the canaries that run."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        await self._background.stop()
 
     async def _run(self) -> None:
         running: dict[asyncio.Task[None], tuple[str, str]] = {}
-        while True:
-            change = self._fleet.change
-            busy = {address for pair in running.values() for address in pair}
-            for prefill, decode in self._pairs(busy):
-                task = asyncio.create_task(self._check(prefill, decode))
-                running[task] = (prefill.address, decode.address)
-            waiting = asyncio.ensure_future(change.wait())
-            try:
-                await asyncio.wait({*running, waiting}, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-            except asyncio.CancelledError:
-                for task in running:
-                    task.cancel()
-                raise
-            finally:
-                waiting.cancel()
-            running = {task: pair for task, pair in running.items() if not task.done()}
+        try:
+            while True:
+                await self._round(running)
+        finally:
+            for task in running:
+                task.cancel()
+
+    async def _round(self, running: dict[asyncio.Task[None], tuple[str, str]]) -> None:
+        """Starts the canaries that are due, and waits for one that ends, or for news of the workers."""
+        change = self._fleet.change
+        busy = {address for pair in running.values() for address in pair}
+        for prefill, decode in self._pairs(busy):
+            task = self._background.once("canary", partial(self._check, prefill, decode))
+            running[task] = (prefill.address, decode.address)
+        waiting = asyncio.ensure_future(change.wait())
+        try:
+            await asyncio.wait({*running, waiting}, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        for task in [task for task in running if task.done()]:
+            del running[task]
 
     def _pairs(self, busy: set[str]) -> list[tuple[WorkerReport, WorkerReport]]:
         """Who shall be checked with whom now: each new worker once, with a verified partner where there is one."""
@@ -128,10 +135,13 @@ class Preflight:
         """One canary; both workers are verified by it, or the new ones of the two get its failure as their reason."""
         try:
             await self._canary(prefill, decode)
-        except (_Failed, TimeoutError, KeyError) as error:
+        except Exception as error:
             reason = str(error) if isinstance(error, _Failed) else "no answer in time"
+            if not isinstance(error, _Failed | TimeoutError | KeyError):
+                self._background.note("canary", error, f"{prefill.worker_id} {decode.worker_id}")
+                reason = f"a bug of the gateway ({type(error).__name__}); see its log"
             for worker, partner in ((prefill, decode), (decode, prefill)):
-                if self._note(worker, partner) >= PATIENCE or isinstance(error, _Failed):
+                if self._note(worker, partner) >= PATIENCE or not isinstance(error, TimeoutError | KeyError):
                     self._fleet.judge(worker, f"its canary with {partner.worker_id} failed: {reason}")
             log.warning(
                 "a canary failed",

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from ..proto.backoff import backoff_s
 from ..proto.errors import Exhausted, IsthmusError
-from .backoff import backoff_s
 
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 4.0  # before a worker that failed and still lives is asked again
 

@@ -11,6 +11,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from ..model.starting import gently
 from ..proto.errors import Incompatible, InvalidRequest, IsthmusError
 from ..proto.hosting import Drained, WorkerServer
+from ..proto.tasks import Tasks
 from ..proto.worker_pb2 import WorkerRole
 from .config import CONFIG_OF, SHARED, Role, explain
 
@@ -92,6 +94,7 @@ class WorkerSeat:
         self._end_process = end_process
         self._worker: Worker | None = None
         self._prepared: Worker | None = None  # for the other role, while a flip is under way
+        self._tasks = Tasks()
         self._flipping: asyncio.Task[None] | None = None
         self._process, self._roles = secrets.token_hex(8), itertools.count(1)
 
@@ -131,7 +134,8 @@ class WorkerSeat:
     def flip(self, role: WorkerRole.ValueType) -> None:
         """Was drained for it: begins to change the role. Two such orders at once are one."""
         if self._flipping is None or self._flipping.done():
-            self._flipping = asyncio.create_task(self._flip_logged(ROLE_OF[role]), name=f"flip to {ROLE_OF[role]}")
+            about = f"to {ROLE_OF[role]}"
+            self._flipping = self._tasks.once("flip", partial(self._flip_logged, ROLE_OF[role]), about=about)
 
     async def _flip_logged(self, role: Role) -> None:
         with contextlib.suppress(Incompatible):  # the log and the report have it

@@ -11,13 +11,16 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from ..proto.errors import Exhausted, Incompatible, IsthmusError, NotFound, Unavailable
 from ..proto.orders import Drained
+from ..proto.tasks import Tasks
 from ..proto.worker_pb2 import (
     WORKER_HEALTH_INCOMPATIBLE,
     WORKER_HEALTH_UNFIT,
@@ -86,7 +89,8 @@ class Supervisor:
         self._kept: list[_Kept] = []
         self._headless = False  # the launcher is lost
         self._died = asyncio.Event()  # a worker, since then
-        self._guard: asyncio.Task[None] | None = None
+        self._failures = Counter[str]()  # of background tasks, the gateway's too
+        self._tasks = Tasks(self._failures)
         self.gateway: Gateway | None = None
 
     async def start(self) -> Gateway:
@@ -104,17 +108,12 @@ class Supervisor:
                 group.create_task(self._start_worker(role, name))
         await self._all_usable(self.gateway)
         self.gateway.operations.keeper = self
-        self._guard = asyncio.create_task(self._guard_launcher(), name="guard the launcher")
+        self._tasks.start("guard the launcher", self._guard_launcher)
         return self.gateway
 
     async def stop(self, drain_s: float) -> None:
         """Drains for at most `drain_s`, then ends everything."""
-        if self._guard is not None:
-            self._guard.cancel()
-            await asyncio.wait({self._guard})
-        for kept in self._kept:
-            if kept.follower is not None:
-                kept.follower.cancel()
+        await self._tasks.stop()
         if self.gateway is not None:
             await self.gateway.drain(drain_s)
             await self.gateway.stop()
@@ -126,7 +125,7 @@ class Supervisor:
     async def _start_gateway(self) -> Gateway:
         with self._step(f"model {self._config.model}"):
             model: ServedModel = await asyncio.to_thread(load_served_model, self._config.model)
-            self.gateway = Gateway(self._config.listen, model, config=self._config.gateway)
+            self.gateway = Gateway(self._config.listen, model, config=self._config.gateway, failures=self._failures)
             await self.gateway.start()
             return self.gateway
 
@@ -144,7 +143,7 @@ class Supervisor:
         kept.address = await kept.worker.address()
         assert self.gateway is not None
         self.gateway.fleet.add(kept.address)
-        kept.follower = asyncio.create_task(self._follow(kept), name=f"follow {name}")
+        kept.follower = self._tasks.start("follow a worker", partial(self._follow, kept), about=name)
 
     # What the gateway's operations ask for (`operations.Keeper`).
 
@@ -224,11 +223,12 @@ class Supervisor:
         """Keeps the gateway told of where a worker is, until it is gone for good."""
         assert self.gateway is not None
         while True:
-            await kept.worker.wait_closed()
             fields = {"worker": kept.worker.name, "address": kept.address}
-            log.warning("a worker died", extra={"fields": fields})
-            kept.down = True
-            self._died.set()
+            if not kept.down:  # else an earlier try to have it back ended in an exception
+                await kept.worker.wait_closed()
+                log.warning("a worker died", extra={"fields": fields})
+                kept.down = True
+                self._died.set()
             fresh = await self._back(kept)
             if fresh is None:
                 return
@@ -296,6 +296,9 @@ class Supervisor:
                     group.create_task(self._launch(role, name))
         except (IsthmusError, OSError) as error:
             log.error("the workers could not be started anew", extra={"fields": {"why": str(error)}})
+            return False
+        except Exception as error:  # a bug: what shall run is known to the caller alone, who tries again
+            self._tasks.note("guard the launcher", error)
             return False
         return True
 

@@ -4,12 +4,16 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import grpc.aio
 
+from ..proto.backoff import backoff_s
 from ..proto.errors import Unavailable
 from ..proto.serving import open_channel
+from ..proto.tasks import Tasks
 from ..proto.worker_pb2 import (
     WORKER_HEALTH_CHECKING,
     WORKER_HEALTH_INCOMPATIBLE,
@@ -21,7 +25,6 @@ from ..proto.worker_pb2 import (
     WorkerReport,
 )
 from ..proto.worker_pb2_grpc import WorkerStub
-from .backoff import backoff_s
 from .board import Board
 from .compat import Expected, incompatible
 from .costs import Demand
@@ -44,8 +47,9 @@ class Fleet:
     Belongs to one event loop. `close` ends the streams and closes the channels, which it owns.
     """
 
-    def __init__(self, expected: Expected, *, verify: bool = False) -> None:
-        """With `verify` no worker is used before `judge` has found it fit."""
+    def __init__(self, expected: Expected, *, verify: bool = False, failures: "Counter[str] | None" = None) -> None:
+        """With `verify` no worker is used before `judge` has found it fit. `failures`: see `Tasks`."""
+        self.tasks = Tasks(failures)
         self._expected = expected
         self._verify = verify
         self._workers: dict[str, Watched] = {}
@@ -63,11 +67,14 @@ class Fleet:
     def add(self, address: str) -> None:
         """Starts to watch a worker; nothing happens where it is watched already."""
         if self._looking is None:
-            self._looking = asyncio.create_task(self._look(), name="watch for silence")
+            self._looking = self.tasks.start("look for silent workers", self._look)
         if address not in self._workers:
             self._workers[address] = Watched(address, time.monotonic())
             self._channels[address] = open_channel(address)
-            self._streams[address] = asyncio.create_task(self._watch(address), name=f"watch {address}")
+            self._streams[address] = self._start_stream(address)
+
+    def _start_stream(self, address: str) -> asyncio.Task[None]:
+        return self.tasks.start("watch a worker", partial(self._watch, address), about=address, vital=False)
 
     async def remove(self, address: str) -> None:
         """Forgets a worker: at once, so that one that is added at the same address meanwhile is another one."""
@@ -77,18 +84,16 @@ class Fleet:
         for outliers in self._outliers.values():
             outliers.remove(address)
         self._refresh()
-        stream.cancel()
         try:
-            await asyncio.wait([stream])
+            await self.tasks.end(stream)
         finally:
             await channel.close()
 
     async def close(self) -> None:
         """Forgets all workers."""
-        if self._looking is not None:
-            self._looking.cancel()
         for address in list(self._workers):
             await self.remove(address)
+        await self.tasks.stop()
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """The open channel to a worker; KeyError where it is gone."""
@@ -294,9 +299,7 @@ class Fleet:
         if not worker.problem:
             self._lost(worker, f"no report for {OUT_S:g} s")
             self._streams[worker.address].cancel()
-            self._streams[worker.address] = asyncio.create_task(
-                self._watch(worker.address), name=f"watch {worker.address}"
-            )
+            self._streams[worker.address] = self._start_stream(worker.address)
 
     def _lost(self, worker: Watched, problem: str) -> None:
         was_up = not worker.problem
@@ -314,6 +317,9 @@ class Fleet:
                 problem = "ended its report stream"
             except grpc.aio.AioRpcError as error:
                 problem = _one_line(error)
+            except Exception as error:  # a bug here: the worker is not used until its reports can be
+                self._lost(worker, f"its reports cannot be used ({type(error).__name__}); see the gateway's log")
+                raise
             tries = tries + 1 if worker.incarnation == reports else 1
             self._lost(worker, problem)
             await asyncio.sleep(backoff_s(max(1, tries - SOON + 1), FIRST_RETRY_S, LAST_RETRY_S))

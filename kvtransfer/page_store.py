@@ -104,6 +104,9 @@ class PageStore:
             except OSError as error:
                 self.counters["store_write_errors"] += 1
                 self._complain("write", error)
+            except Exception:  # a bug: the thread goes on with the next page
+                self.counters["store_write_errors"] += 1
+                log.exception("a page could not be written to the store")
             self.counters["store_evicted"] = self._files.evicted
             with self._wake:
                 del self._queue[key]

@@ -58,4 +58,7 @@ class EngineThread:
                 busy, failed = False, True
                 with self._wake:
                     self._inbox.extendleft(reversed(calls))
-                self._on_failure(error)
+                try:
+                    self._on_failure(error)
+                except Exception:
+                    log.exception("nobody was told that the engine thread failed")

@@ -135,10 +135,10 @@ class WorkerServer:
         async def fail(reason: str) -> None:
             self._failure = reason
             self._reports.changed()
+            if self.end_process:
+                loop.call_later(1.0, self.end_process)  # first: whatever else fails, it ends
             if self._server:
                 await self._server.set_serving(False)
-            if self.end_process:
-                loop.call_later(1.0, self.end_process)
 
         return lambda reason: asyncio.run_coroutine_threadsafe(fail(reason), loop)
 

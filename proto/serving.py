@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,11 +180,15 @@ class Server:
         if not done:
             log.warning("the server on port %d did not end within %.0f s", self.port, _STOP_LIMIT_S)
 
-    async def set_serving(self, serving: bool) -> None:
-        """Answers health probes for every service of this server, and for the empty name."""
+    async def set_serving(self, serving: bool, *, but: Collection[str] = ()) -> None:
+        """Answers health probes for every service of this server, and for the empty name, which stands for all.
+
+        The services `but` do not serve in any case.
+        """
         status = health_pb2.HealthCheckResponse
         for name in ("", *self.services):
-            await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
+            serves = serving and name not in but and (name != "" or not but)
+            await self.health.set(name, status.SERVING if serves else status.NOT_SERVING)
 
 
 async def start_server(

@@ -39,13 +39,13 @@ class ActiveJob:
         if rows:
             self.last_item = rows[-1]["item"]
 
-    def request_of(self, row: Mapping[Any, Any]) -> tuple[int, GenerateRequest, int]:
-        """Its position, the request as it runs, and the tokens that it counts for."""
+    def request_of(self, row: Mapping[Any, Any]) -> GenerateRequest:
+        """The request as it runs; DecodeError where what is kept of it is damaged."""
         request = GenerateRequest.FromString(row["body"])
         request.tenant = self._tenant
         request.priority = self.priority  # pyright: ignore[reportAttributeAccessIssue]
         request.request_id = request.request_id or f"{self.job_id}.{row['item']}"
-        return row["item"], request, row["cost_tokens"]
+        return request
 
     def time_left(self) -> float | None:
         """Seconds to its deadline; None where it has none."""

@@ -58,6 +58,7 @@ class Answer:
         self._batch = batch
         self._result = JobResult(request_index=item, request_id=request.request_id)
         self._texts: list[str] = []
+        self._over = False
 
     def resume(self, outputs: Sequence[JobOutput]) -> None:
         """Takes in what is recorded already."""
@@ -88,11 +89,16 @@ class Answer:
             except IsthmusError as error:
                 return self._fail(status_of(error).name, str(error))
             except Exception as error:
-                return self._fail("UNKNOWN", note_bug("a request of a job", error))
+                return self.fail(error)
             if len(self._result.token_ids) > had:
                 pause_s = FIRST_PAUSE_S
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
+
+    def fail(self, bug: Exception) -> None:
+        """Ends the request for a bug, unless it has ended: nobody shall wait for it for ever."""
+        if not self._over:
+            self._fail("UNKNOWN", note_bug("a request of a job", bug))
 
     async def _pass_on(self, event: GenerateEvent) -> None:
         output = _output(self._item, event)
@@ -119,6 +125,7 @@ class Answer:
         self._end(JobState.FAILED, error)
 
     def _end(self, state: JobState, error: JobError | None) -> None:
+        self._over = True
         self._result.state = state.value  # pyright: ignore[reportAttributeAccessIssue]
         self._result.text = "".join(self._texts)
         if error is not None:

@@ -1,11 +1,13 @@
 """The jobs of one gateway, as a whole: the store, the service and the runner, started and stopped together."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Self
 
 import grpc.aio
 
 from ...proto.jobs_pb2_grpc import add_JobsServicer_to_server
+from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import WorkerReport
 from ..served import ServedModel
 from .answer import Generator
@@ -36,12 +38,14 @@ class Jobs:
         reports: Callable[[], Sequence[WorkerReport]],
         others: Callable[[], int],
         settings: JobsSettings | None = None,
+        failures: "Counter[str] | None" = None,
     ) -> Self:
         """Opens the database. InvalidRequest for a bad URL, Incompatible for one of a newer isthmus, Unavailable."""
         settings = settings or JobsSettings()
         store = await JobStore.open(url, settings)
         service = JobsService(store, model, settings, default_codec)
-        runner = Runner(store, generator, model.fingerprint, settings, reports=reports, others=others)
+        tasks = Tasks(failures)
+        runner = Runner(store, generator, model.fingerprint, settings, reports=reports, others=others, tasks=tasks)
         return cls(store, service, runner)
 
     @property
@@ -53,6 +57,11 @@ class Jobs:
     def running(self) -> int:
         """Requests of jobs that run now."""
         return self._runner.running
+
+    @property
+    def failing(self) -> list[str]:
+        """Background tasks that fail again and again."""
+        return self._runner.failing
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Adds the service."""

@@ -57,16 +57,24 @@ def start(tx: Tx, rows: Sequence[Mapping[Any, Any]], owner: str) -> None:
     _write(tx, changes, [])
 
 
-def end(tx: Tx, rows: Sequence[Mapping[Any, Any]], state: JobState) -> None:
+def end(tx: Tx, rows: Sequence[Mapping[Any, Any]], state: JobState, error: JobError | None = None) -> None:
     """Ends jobs, as rows that this transaction holds, before all their requests have; IllegalState of ended ones."""
     for row in rows:
         check_transition(row["id"], JobState(row["state"]), state)
     changes = [_Change(tx, row) for row in rows]
     for change in changes:
+        change.blame(error)
         change.enter(state)
     _write(tx, changes, [])
     unfinished = REQUESTS.c.job_id.in_([row["id"] for row in rows]) & (REQUESTS.c.state == JobState.QUEUED.value)
     tx.connection.execute(update(REQUESTS).where(unfinished).values(state=state.value))
+
+
+def fail(tx: Tx, job_id: str, owner: str, error: JobError) -> None:
+    """Ends a job of this owner as FAILED; NotFound, or IllegalState where it has ended."""
+    row = held(tx, job_id)
+    if row["owner"] == owner:
+        end(tx, [row], JobState.FAILED, error)
 
 
 def cancel(tx: Tx, job_id: str) -> Job:
@@ -122,10 +130,14 @@ class _Change:
         values["queued_tokens"] -= progress.cost_tokens
         self.counts["queued_tokens"] -= progress.cost_tokens
         self.counts["stored_bytes"] += len(progress.result)
-        if progress.error is not None and values["error_code"] is None:
-            values |= {"error_code": progress.error.code, "error_message": progress.error.message}
+        self.blame(progress.error)
         if values["succeeded"] + values["failed"] == self._row["request_count"]:
             self.enter(JobState.FAILED if values["failed"] else JobState.SUCCEEDED)
+
+    def blame(self, error: JobError | None) -> None:
+        """Keeps the first error of the job."""
+        if error is not None and self._values["error_code"] is None:
+            self._values |= {"error_code": error.code, "error_message": error.message}
 
     def enter(self, state: JobState) -> None:
         """A new state, as an event."""

@@ -9,8 +9,9 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from ...proto.errors import Exhausted, Unavailable
+from ...proto.errors import Exhausted, IllegalState, NotFound, Unavailable
 from ...proto.jobs_pb2 import JobError, JobOutput
+from ...proto.tasks import Tasks
 from .progress import Progress
 from .states import JobState
 from .store import JobStore
@@ -20,16 +21,18 @@ log = logging.getLogger(__name__)
 BATCH_PERIOD_S = 0.1  # output of batch jobs is recorded this often: a crash costs that much computing, and no token
 MOST_HELD = 20_000  # tokens that wait to be recorded before requests are paused
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
+TRIES = 5  # of a job whose output cannot be recorded for another reason than the database's, before it is given up
 
 
 class Recorder:
     """Belongs to one owner, and one event loop. `run` is its task."""
 
-    def __init__(self, store: JobStore, owner: str, on_lost: Callable[[str], None]) -> None:
+    def __init__(self, store: JobStore, owner: str, on_lost: Callable[[str], None], tasks: Tasks) -> None:
         """`on_lost` is told of jobs that turn out not to be the owner's any more."""
         self._store = store
         self._owner = owner
         self._on_lost = on_lost
+        self._tasks = tasks
         self._made: dict[tuple[str, int], Progress] = {}
         self._held_tokens = 0
         self._some, self._urgent, self._all_recorded, self._has_room = (asyncio.Event() for _ in range(4))
@@ -76,21 +79,48 @@ class Recorder:
             self._held_tokens = 0
             lost = await self._record(made)
             self._has_room.set()
-            for job_id in lost:
-                self._on_lost(job_id)
             if not self._made:
                 self._all_recorded.set()
+            for job_id in lost:
+                self._on_lost(job_id)
 
     async def _record(self, made: list[Progress]) -> frozenset[str]:
-        pause_s = FIRST_RETRY_S
+        """Records progress, however often that must be tried; returns the jobs that are not the owner's any more.
+
+        Where it fails for a reason that may be one job's, each job is recorded alone; one that still cannot be ends as
+        FAILED.
+        """
+        pause_s, bugs = FIRST_RETRY_S, 0
         while True:
             try:
                 return await self._store.record(self._owner, made)
             except (Unavailable, Exhausted) as error:
                 fields = {"why": str(error), "private": error.private}
                 log.warning("output of jobs cannot be recorded yet", extra={"fields": fields})
+            except Exception as error:
+                by_job: dict[str, list[Progress]] = {}
+                for progress in made:
+                    by_job.setdefault(progress.job_id, []).append(progress)
+                self._tasks.note("jobs recorder", error, ", ".join(by_job))
+                if len(by_job) > 1:
+                    return frozenset().union(*await asyncio.gather(*map(self._record, by_job.values())))
+                bugs += 1
+                if bugs >= TRIES and await self._given_up(made[0].job_id, error):
+                    return frozenset(by_job)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LAST_RETRY_S)
+
+    async def _given_up(self, job_id: str, bug: Exception) -> bool:
+        """Ends a job as FAILED; whether it has ended."""
+        why = f"its output cannot be recorded ({type(bug).__name__}); see the gateway's log"
+        try:
+            await self._store.fail(job_id, self._owner, JobError(code="UNKNOWN", message=why))
+        except (IllegalState, NotFound):
+            return True
+        except Exception as error:
+            self._tasks.note("jobs recorder", error, job_id)
+            return False
+        return True
 
     def _progress(self, job_id: str, item: int, *, urgent: bool) -> Progress:
         self._all_recorded.clear()

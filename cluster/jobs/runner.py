@@ -11,12 +11,14 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ...proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
 from ...proto.errors import IsthmusError
 from ...proto.generation_pb2 import GenerateRequest
 from ...proto.jobs_pb2 import JobEvent, JobOutput
+from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import WorkerReport
 from .active import ActiveJob
 from .answer import Answer, Generator
@@ -47,6 +49,7 @@ class Runner:
         *,
         reports: Callable[[], Sequence[WorkerReport]],
         others: Callable[[], int],
+        tasks: Tasks,
     ) -> None:
         """`reports` are the workers' last ones, `others` the number of requests at the gateway that are no jobs."""
         self._store = store
@@ -61,6 +64,7 @@ class Runner:
         self._running = {True: 0, False: 0}  # requests, by whether they are batch
         self._unclaimed = dict.fromkeys(CLASSES, True)  # whether there may be jobs to claim
         self._wake = asyncio.Event()
+        self._background = tasks
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, address: str) -> None:
@@ -69,16 +73,16 @@ class Runner:
         await self._join()
         self._store.hub.listeners.append(self._on_state)
         loops = (self._schedule, self._sweep, self._prune, self._look_at_workers, self._look_for_events)
-        self._tasks = [asyncio.create_task(_forever(loop), name=f"jobs {loop.__name__}") for loop in loops]
+        self._tasks = [
+            self._background.start(f"jobs {loop.__name__.strip('_')}", partial(_forever, loop)) for loop in loops
+        ]
 
     async def stop(self) -> None:
         """Stops all requests, records what they have made, and leaves their jobs to other gateways."""
         tasks, self._tasks = self._tasks, []
         if not tasks:
             return
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._background.end(*tasks)
         self._store.hub.listeners.remove(self._on_state)
         await self._drop_all()
         with contextlib.suppress(TimeoutError, IsthmusError):
@@ -88,20 +92,24 @@ class Runner:
         await self._end_recording()
 
     @property
+    def failing(self) -> list[str]:
+        """Background tasks that fail again and again."""
+        return self._background.failing
+
+    @property
     def running(self) -> int:
         """Requests that run now."""
         return sum(self._running.values())
 
     async def _join(self) -> None:
         self._id = secrets.token_hex(12)
-        self._recorder = Recorder(self._store, self._id, self._drop)
-        self._recording = asyncio.create_task(self._recorder.run(), name="jobs recorder")
+        self._recorder = Recorder(self._store, self._id, self._drop, self._background)
+        self._recording = self._background.start("jobs recorder", self._recorder.run)
         await self._store.join(self._id, self._address)
         self._look_for_work()
 
     async def _end_recording(self) -> None:
-        self._recording.cancel()
-        await asyncio.gather(self._recording, return_exceptions=True)
+        await self._background.end(self._recording)
 
     def _look_for_work(self) -> None:
         self._unclaimed = dict.fromkeys(CLASSES, True)
@@ -156,16 +164,27 @@ class Runner:
         except IsthmusError:
             self._ready[job.priority].appendleft(job)
             raise
+        except Exception:  # a bug: it shall not be in the way of the others
+            self._ready[job.priority].append(job)
+            raise
 
     def _run(self, job: ActiveJob, row: Mapping[Any, Any]) -> None:
-        item, request, cost_tokens = job.request_of(row)
-        task = asyncio.create_task(self._answer(job, item, request, cost_tokens), name=f"{job.job_id}.{item}")
+        item, about = row["item"], f"{job.job_id}.{row['item']}"
+        request = GenerateRequest()
+        with self._background.noted("jobs answer", about):
+            request = job.request_of(row)
+        answer = Answer(job.job_id, item, request, row["cost_tokens"], self._recorder, batch=job.is_batch)
+        if not request.request_id:
+            answer.fail(ValueError("what is kept of the request cannot be read"))
+            return
+        task = self._background.once(
+            "jobs answer", partial(self._answer, job, item, answer), about=about, on_failure=answer.fail
+        )
         job.running[item] = task
         self._running[job.is_batch] += 1
         task.add_done_callback(lambda _: self._ended(job, item))
 
-    async def _answer(self, job: ActiveJob, item: int, request: GenerateRequest, cost_tokens: int) -> None:
-        answer = Answer(job.job_id, item, request, cost_tokens, self._recorder, batch=job.is_batch)
+    async def _answer(self, job: ActiveJob, item: int, answer: Answer) -> None:
         if job.has_output:
             answer.resume(await self._recorded(job.job_id, item))
         await answer.run(self._generator, job.time_left)

@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 from sqlalchemy import Connection
 
 from ...proto.errors import IsthmusError
-from ...proto.jobs_pb2 import Job, JobEvent, JobOutput, JobResult
+from ...proto.jobs_pb2 import Job, JobError, JobEvent, JobOutput, JobResult
 from . import leases, progress, prune, queries
 from .database import READERS, Database
 from .hub import Hub
@@ -63,6 +63,10 @@ class JobStore:
     async def record(self, owner: str, made: Sequence[progress.Progress]) -> frozenset[str]:
         """See `progress.record`."""
         return await self._writer.run(lambda tx: progress.record(tx, owner, made))
+
+    async def fail(self, job_id: str, owner: str, error: JobError) -> None:
+        """See `progress.fail`."""
+        await self._writer.run(lambda tx: progress.fail(tx, job_id, owner, error))
 
     async def cancel(self, job_id: str) -> Job:
         """See `progress.cancel`."""

@@ -108,7 +108,11 @@ class Writer:
                 last = asked is None
                 if asked is not None:
                     group.append(asked)
-            self._commit(group)
+            try:
+                self._commit(group)
+            except Exception as error:  # the thread goes on: nobody else writes
+                log.error("a bug in the writer of the database of jobs", exc_info=error)
+                self._tell([(future, error) for _, future in group], [])
             if last:
                 return
 
@@ -163,7 +167,7 @@ class Writer:
 
     def _deliver(self, outcomes: list[_Outcome], events: list[tuple[str, JobEvent]]) -> None:
         for future, outcome in outcomes:
-            if future.cancelled():
+            if future.done():  # cancelled
                 continue
             if isinstance(outcome, Exception):
                 future.set_exception(outcome)

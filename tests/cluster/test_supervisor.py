@@ -1,7 +1,9 @@
 """Starting, following and stopping workers, with a launcher of scripted workers instead of Ray."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from scripted import Scripted, report_of, says, served
@@ -261,3 +263,57 @@ async def test_a_flipped_worker_that_died_and_cannot_take_its_role_again_is_kept
     assert [kept.role for kept in supervisor._kept] == ["prefill", "decode", "decode"]
     assert names(supervisor) == ["prefill-0", "decode-0", "decode-1"]
     await supervisor.stop(0)
+
+
+async def until(true: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not true():
+            await asyncio.sleep(0.01)
+
+
+def raise_once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    """Has a method raise what it should not, at its first call."""
+    genuine, left = getattr(owner, name), [ValueError("boom")]
+
+    async def raising(*args: Any) -> Any:
+        if left:
+            raise left.pop()
+        return await genuine(*args)
+
+    monkeypatch.setattr(owner, name, raising)
+
+
+@pytest.mark.parametrize("method", ["wait_closed", "flip"])
+async def test_the_follower_of_a_worker_goes_on_after_an_exception(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    raise_once(monkeypatch, FakeWorker, method)
+    launcher = FakeLauncher()
+    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    try:
+        gateway = await supervisor.start()
+        decode = launcher.workers[1]
+        before = decode.worker.address
+        await until(lambda: method == "flip" or gateway.failures)
+        await asyncio.sleep(0.2)  # it follows again
+        await decode.die()
+        await until(lambda: [status.address for status in gateway.fleet.statuses()][1:] not in ([before], []))
+        await until(lambda: len(gateway.fleet.statuses()) == 2 and len(gateway.fleet.snapshot().decode) == 1)
+        assert gateway.failures == {"follow a worker": 1}
+    finally:
+        await supervisor.stop(0)
+
+
+async def test_the_guard_of_the_launcher_goes_on_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "REBUILD_DRAIN_S", 0.1)
+    raise_once(monkeypatch, FakeLauncher, "lost")
+    launcher = FakeLauncher()
+    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    try:
+        gateway = await supervisor.start()
+        await until(lambda: gateway.failures == {"guard the launcher": 1})
+        launcher.head_died.set()
+        await launcher.workers[1].die()
+        await until(lambda: launcher.starts == 2)
+    finally:
+        await supervisor.stop(0)

@@ -1,6 +1,6 @@
 """Waits that double, up to a last one."""
 
-from isthmus.cluster.backoff import backoff_s
+from isthmus.proto.backoff import backoff_s
 
 
 def test_each_failure_doubles_the_wait_up_to_the_last() -> None:
