@@ -6,7 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..proto.worker_pb2 import MemoryUse
 from .pool import RECENT, Floats, Pool, WorkerLoad
+from .prefixes import STEP_BYTES, STEPS_IN_ALL
 
 PRIOR_OUTPUT = 128.0  # tokens of an answer
 PRIOR_BYTES = 10_000.0  # of KV on the wire, per token
@@ -89,6 +91,11 @@ class Board:
             if longest > 0:
                 paired = max(paired[0], longest), max(paired[1], held)
         return paired, alone
+
+    def prefix_memory(self) -> MemoryUse:
+        """What is remembered of prefixes, of both pools."""
+        steps = self.prefill.prefixes.steps + self.decode.prefixes.steps
+        return MemoryUse(name="prefixes", used_bytes=steps * STEP_BYTES, budget_bytes=2 * STEPS_IN_ALL * STEP_BYTES)
 
     def links(self, decode: int) -> Floats:
         """Bytes per ms from each prefill worker to the decode worker of a row, [prefill rows]."""

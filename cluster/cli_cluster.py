@@ -110,6 +110,7 @@ def worker_prefill(
     store_dir: opt.StoreDir = None,
     store_gib: opt.StoreGib = None,
     drain_s: opt.WorkerDrain = 30.0,
+    dry_run: opt.DryRun = False,
     config: opt.ConfigFile = None,
     log_level: opt.LogLevel = "warning",
 ) -> None:
@@ -126,7 +127,7 @@ def worker_prefill(
     flags = _worker_flags(listen, model, codec, dtype, device, threads, name, advertise)
     store = {"store_dir": store_dir, "store_gib": store_gib}
     flags |= {name: value for name, value in store.items() if value is not None}
-    _run_worker("prefill", flags, config, drain_s, log_level)
+    _run_worker("prefill", flags, config, drain_s, log_level, dry_run=dry_run)
 
 
 @worker_app.command("decode")
@@ -140,6 +141,7 @@ def worker_decode(
     name: opt.WorkerName = None,
     advertise: opt.Advertise = None,
     drain_s: opt.WorkerDrain = 30.0,
+    dry_run: opt.DryRun = False,
     config: opt.ConfigFile = None,
     log_level: opt.LogLevel = "warning",
 ) -> None:
@@ -150,9 +152,11 @@ def worker_decode(
       isthmus worker decode --listen 127.0.0.1:7002
 
       isthmus worker decode --listen 127.0.0.1:7002 --config decode.yaml
+
+      isthmus worker decode --model ./my-model --dry-run    # what memory it would take
     """
     flags = _worker_flags(listen, model, codec, dtype, device, threads, name, advertise)
-    _run_worker("decode", flags, config, drain_s, log_level)
+    _run_worker("decode", flags, config, drain_s, log_level, dry_run=dry_run)
 
 
 def _serve_cluster(settings: "ClusterConfig", begun_s: float) -> int:
@@ -189,7 +193,9 @@ def _worker_flags(*values: Any) -> dict[str, Any]:
     return {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
 
-def _run_worker(role: "Role", flags: dict[str, Any], config: Path | None, drain_s: float, log_level: str) -> None:
+def _run_worker(
+    role: "Role", flags: dict[str, Any], config: Path | None, drain_s: float, log_level: str, *, dry_run: bool
+) -> None:
     opt.configure_logs(log_level)
     from .config import load_worker_settings
     from .host import end_process, thread_settings, usable_cores
@@ -200,6 +206,10 @@ def _run_worker(role: "Role", flags: dict[str, Any], config: Path | None, drain_
             opt.check_address(flags[flag], to_dial=flag == "advertise")
     settings = load_worker_settings(role, config, flags, default_threads=usable_cores())
     os.environ.update(thread_settings(settings["threads"]))  # before torch is imported
+    if dry_run:
+        from .cli_memory import show_plan
+
+        return show_plan(role, settings)
     from .service import run_service
 
     seat = WorkerSeat(role, settings_of_both(role, settings), end_process)

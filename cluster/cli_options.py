@@ -112,6 +112,10 @@ WorkerDrain = Annotated[
 ]
 
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print what memory it would take, read no weights, serve nothing.")
+]
+
 JobPriority = Annotated[str, typer.Option(help="interactive, standard, or batch, which yields to the others.")]
 
 

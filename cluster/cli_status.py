@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 NOT_READY = 1
 
 
-def status(as_json: opt.Json = False, server: opt.Server = opt.DEFAULT_SERVER) -> None:
+def status(
+    as_json: opt.Json = False,
+    server: opt.Server = opt.DEFAULT_SERVER,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also what is used of which memory.")] = False,
+) -> None:
     """Show the workers: role, health, queue, pages, model, versions. Exits with 1 unless requests can be
     served and the gateway is healthy.
 
     [bold]Examples[/]
 
       isthmus status
+
+      isthmus status -v
 
       isthmus status --json --server 10.0.0.5:50051
     """
@@ -41,6 +47,10 @@ def status(as_json: opt.Json = False, server: opt.Server = opt.DEFAULT_SERVER) -
                 console.print(f"[red]{worker.worker_id}:[/] {worker.reason}", highlight=False, soft_wrap=True)
         for line in _task_lines(cluster):
             console.print(line, highlight=False, soft_wrap=True)
+        if verbose:
+            from .cli_memory import memory_lines
+
+            print(*memory_lines(cluster), sep="\n")
         seconds = cluster.uptime_ms / 1e3
         console.print(
             f"isthmus {cluster.version} · {cluster.active_requests} active requests · up {seconds:.0f} s",

@@ -44,6 +44,7 @@ class ClusterService(worker_pb2_grpc.ClusterServicer):
             version=version("isthmus"),
             workers=[_public(worker) for worker in self._fleet.statuses()],
             uptime_ms=round((time.monotonic() - self._start_s) * 1e3),
+            memory=[self._fleet.snapshot().prefix_memory()],
         )
         self._fill_status(status)
         return status

@@ -19,7 +19,7 @@ from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
 from ..proto.addresses import parse_address
 from ..proto.errors import Exhausted, Expired, Unavailable
-from ..proto.serving import MIB, Server, start_server, trace_context
+from ..proto.serving import MIB, Server, start_server, trace_context, write_in_time
 from ..proto.tasks import Tasks
 from .client import RETRY_KEY
 from .cluster_service import ClusterService
@@ -101,7 +101,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 admitted = await self._generator.admit(request)
                 await self._generator.run(
                     admitted,
-                    context.write,
+                    lambda event: write_in_time(context, event),
                     time_left=context.time_remaining,
                     trace=trace_context(context),
                     arrived_s=arrived_s,

@@ -14,6 +14,7 @@ from ..kvtransfer.hashing import HASH_BYTES
 DENSE_PAGES, STRIDE = 8, 8
 STEPS_PER_WORKER = 16_384  # at most; a step is 1 to 8 pages: about 8 million tokens of long prompts
 STEPS_IN_ALL = 1 << 20  # of all workers of a pool: about 256 MiB, which many workers share evenly
+STEP_BYTES = 256  # of one, in the tables below
 FEW = 8  # rows: so many are handled one by one, more as vectors
 
 Steps = tuple[tuple[int, bytes], ...]  # (tokens up to there, address of the page that ends there), ascending

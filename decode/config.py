@@ -25,8 +25,8 @@ class DecodeConfig(BaseModel):
     balance: str | None = None  # a file of `isthmus calibrate --out`; none: made at first load and kept (docs/codec.md)
     page_tokens: int = Field(64, ge=8, le=1024, multiple_of=8)
     pool: Literal["auto", "dense", "packed"] = "auto"  # packed: pages stay packed, in the default codec only
-    pool_gib: float = Field(2.0, gt=0)  # memory for the KV of running requests
-    pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens; wins over pool_gib
+    pool_gib: float = Field(2.0, gt=0)  # memory for all KV on the device (decode/budget.py)
+    pool_tokens: int | None = Field(None, ge=1)  # tokens of the pool alone; wins over pool_gib
     prefix_cache: float = Field(0.5, ge=0, le=1)  # share of the pool kept for prompts that start alike; 0: no reuse
     headroom_tokens: int = Field(128, ge=1)  # of output that a request has pages for when it is admitted; then it grows
     preempt_gib: float = Field(

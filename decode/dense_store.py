@@ -55,6 +55,10 @@ class DenseStore:
     def pages_of(self, sequence: DecodeSequence) -> int:
         return len(self._pages.get(sequence.id, ()))
 
+    @property
+    def used_bytes(self) -> tuple[int, int]:
+        return (self._shared.in_use + self._shared.cached) * self.saved_page_bytes, 0
+
     def counts(self) -> PageCounts:
         shared = self._shared
         return PageCounts(total=self.total_pages, free=shared.empty, cached=shared.cached, in_use=shared.in_use)

@@ -61,6 +61,7 @@ class DecodeEngine:
         scheduler: DecodeScheduler,
         *,
         config: DecodeConfig,
+        local_tokens: int,
         padded: PaddedSteps | None,
         on_failure: Callable[[str], None],
     ) -> None:
@@ -69,7 +70,12 @@ class DecodeEngine:
         self._sequences: dict[SequenceId, DecodeSequence] = {}
         self._arrivals: deque[_Arrived | _Start] = deque()
         self._on_failure = on_failure
-        self._planner = StepPlanner(model, store, page_tokens=config.page_tokens, chunk_tokens=config.chunk_tokens)
+        self._planner = StepPlanner(
+            *(model, store),
+            page_tokens=config.page_tokens,
+            chunk_tokens=config.chunk_tokens,
+            local_tokens=local_tokens,
+        )
         self._decode_bytes = config.decode_mib_per_step * MIB
         self._inbox_limit = config.inbox_mib * MIB
         self._inbox_bytes = 0  # delivered and not decoded; the event loop's thread alone counts it
@@ -96,7 +102,8 @@ class DecodeEngine:
 
     async def deliver(self, sequence: DecodeSequence, receiver: KvReceiver, sections: list[ReceivedSection]) -> None:
         """Hands over checked sections; waits while too much is not decoded yet."""
-        await self._has_room.wait()
+        while self._inbox_bytes >= self._inbox_limit and not self.failure:  # one of those that wait may have filled it
+            await self._has_room.wait()
         if self.failure:
             raise Unavailable(self.failure)
         self._count_inbox(sum(len(section.data) for section in sections))
@@ -148,6 +155,7 @@ class DecodeEngine:
         if self._sequences.pop(sequence.id, None):
             self._scheduler.remove(sequence.id)
             self.admission.release(sequence)
+            sequence.local = None  # its handler may keep the sequence for a while
         if not self._sequences:
             assert not self._store.in_use and not self.admission.saved_bytes, "pages are in use with no request"
 
@@ -262,6 +270,16 @@ class DecodeEngine:
             self._loop.call_soon_threadsafe(sequence.stream.put, Unavailable(self.failure))
         self._loop.call_soon_threadsafe(self._has_room.set)
         self._on_failure(self.failure)
+
+    @property
+    def inbox_bytes(self) -> int:
+        """Received and not decoded."""
+        return self._inbox_bytes
+
+    @property
+    def local_bytes(self) -> int:
+        """Of prompts that are computed here, beside the pool."""
+        return sum(local.nbytes for s in list(self._sequences.values()) if (local := s.local))
 
     def running(self) -> int:
         """Sequences that hold pages, in the pool or in host memory."""

@@ -49,6 +49,10 @@ class LocalPrompt:
         self.values = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
         self.failure: IsthmusError | None = None  # its KV cannot be packed (a NaN, say)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
     def fill(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> None:
         """Takes the prompt's first tokens from elsewhere."""
         self.keys[layer][: len(k_THD)], self.values[layer][: len(v_THD)] = k_THD, v_THD

@@ -19,12 +19,11 @@ from ..proto.errors import InvalidRequest, IsthmusError
 from ..proto.worker_pb2 import PageCounts
 from .page_places import PagePlaces, TokenPlace
 from .pages import final_pages, page_to_pack
+from .raw_slots import RAW_PAGES, raw_slots
 from .saved import SavedPages
 from .scheduler import SequenceId
 from .sequence import Advance, DecodeSequence
 from .store import Attend
-
-RAW_PAGES = 3  # of one request at most: the first, the newest full one, and the one that fills or was just filled
 
 
 @dataclass
@@ -51,9 +50,9 @@ class PackedStore:
     ) -> None:
         self._model, self._codec, self._page_tokens = model, codec, page_tokens
         self._packed_pages = PageTable(PageAllocator(pages), cached_pages)
-        first_pages = max_batch if cached_pages else 0  # that are kept: without its first page no prefix is found
-        self._raw_pages = PageTable(PageAllocator(RAW_PAGES * max_batch + first_pages), first_pages)
-        self._total, self._scratch = pages, RAW_PAGES * max_batch + first_pages  # a raw page that is never given out
+        slots = raw_slots(max_batch, cached=bool(cached_pages))
+        self._raw_pages = PageTable(PageAllocator(slots), max_batch if cached_pages else 0)
+        self._total, self._scratch = pages, slots  # a raw page that is never given out
         self._tables: dict[SequenceId, _Table] = {}
         device = model.device
         raw = [(self._scratch + 1, page_tokens, s.kv_heads, s.head_dim) for s in model.layers]
@@ -81,6 +80,11 @@ class PackedStore:
 
     def pages_of(self, sequence: DecodeSequence) -> int:
         return self._tables[sequence.id].pages
+
+    @property
+    def used_bytes(self) -> tuple[int, int]:
+        packed, raw = (pages.in_use + pages.cached for pages in (self._packed_pages, self._raw_pages))
+        return packed * self.saved_page_bytes, raw * self._raw_page_bytes
 
     def counts(self) -> PageCounts:
         pages = self._packed_pages

@@ -16,18 +16,19 @@ from .store import KvStore
 class StepPlanner:
     """Applies `plan_step` to requests. The engine thread alone uses it."""
 
-    def __init__(self, model: Model, store: KvStore, *, page_tokens: int, chunk_tokens: int) -> None:
-        self._model, self._store = model, store
+    def __init__(self, model: Model, store: KvStore, *, page_tokens: int, chunk_tokens: int, local_tokens: int) -> None:
+        """`local_tokens`: of prompts that may be computed here at once, beside the pool."""
+        self._model, self._store, self._local_tokens = model, store, local_tokens
         self._page_tokens, self._chunk_tokens = page_tokens, max(page_tokens, chunk_tokens)
         self._idle_chunk_tokens = max(self._chunk_tokens, chunk_tokens_for(model.device, page_tokens))
 
     def plan(self, running: Sequence[DecodeSequence], awaited: Sequence[DecodeSequence] = ()) -> list[Advance]:
         """The work of a step in which all of these may take part; `awaited` will join a later one."""
         now_s = time.monotonic()
-        backlogs = [_backlog(sequence, now_s) for sequence in running]
+        backlogs = [self._backlog(sequence, now_s) for sequence in running]
         budget = self._budget(backlogs, awaited)
         by_id = {sequence.id: sequence for sequence in running}
-        chunks = plan_step(backlogs, page_tokens=self._page_tokens, budget=budget)
+        chunks = plan_step(backlogs, page_tokens=self._page_tokens, budget=budget, raw_tokens=self._local_tokens)
         return [Advance(by_id[chunk.sequence], chunk.start, chunk.end) for chunk in chunks]
 
     def _budget(self, backlogs: Sequence[Backlog], awaited: Sequence[DecodeSequence]) -> int:
@@ -58,14 +59,21 @@ class StepPlanner:
             for layer in range(len(model.layers) if sequence.held else 0):
                 sequence.local.fill(layer, *self._store.read_held(sequence, layer))
 
+    def _backlog(self, sequence: DecodeSequence, now_s: float) -> Backlog:
+        computed, prompt = sequence.computed, len(sequence.prompt)
+        opened = bool(sequence.timing.began_s) and computed < prompt
+        return Backlog(
+            sequence=sequence.id,
+            computed=computed,
+            known=sequence.length,
+            prompt=prompt,
+            opened=opened,
+            rank=sequence.rank,
+            waited_s=now_s - sequence.arrived_s,
+            raw_tokens=prompt if sequence.local or (not opened and self._may_need_raw(sequence)) else 0,
+        )
 
-def _backlog(sequence: DecodeSequence, now_s: float) -> Backlog:
-    return Backlog(
-        sequence=sequence.id,
-        computed=sequence.computed,
-        known=sequence.length,
-        prompt=len(sequence.prompt),
-        opened=bool(sequence.timing.began_s) and sequence.computed < len(sequence.prompt),
-        rank=sequence.rank,
-        waited_s=now_s - sequence.arrived_s,
-    )
+    def _may_need_raw(self, sequence: DecodeSequence) -> bool:
+        """Whether a prompt that has not begun may need memory beside the pool."""
+        prompt = len(sequence.prompt)
+        return needs_raw(sequence.codec, self._model.dtype, sequence.computed, prompt, self._page_tokens)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..proto.priority import BATCH_RANK
 from .scheduler import SequenceId
 
-OPEN_PROMPTS = 4  # computed here at once; each may take memory for its raw KV beside the pool
+OPEN_PROMPTS = 4  # computed here at once
 AGEING_TOKENS_PER_S = 500.0  # what waiting is worth against a shorter remainder
 NEAR_PAGES = 4  # so long at most does replayed output hold up other prompts
 RANK_TOKENS = 2048  # what one class of priority is worth against a shorter remainder
@@ -27,6 +27,7 @@ class Backlog:
     opened: bool  # its prompt is being computed here
     rank: int  # of its priority; the lowest goes first
     waited_s: float
+    raw_tokens: int = 0  # of memory beside the pool that its prompt takes while it is computed here
 
     @property
     def behind(self) -> bool:
@@ -48,7 +49,9 @@ class Chunk:
     end: int
 
 
-def plan_step(backlogs: Sequence[Backlog], *, page_tokens: int, budget: int) -> list[Chunk]:
+def plan_step(
+    backlogs: Sequence[Backlog], *, page_tokens: int, budget: int, raw_tokens: int | None = None
+) -> list[Chunk]:
     """The chunks of the next step: a token of each request that is not behind, then `budget` tokens for the others.
 
     Those with least left go first, with ageing and priority, so that a long prompt delays a short one by one step. A
@@ -57,15 +60,20 @@ def plan_step(backlogs: Sequence[Backlog], *, page_tokens: int, budget: int) -> 
     A chunk of output ends with the page that its first token lies in, because the next page's tokens must find that
     one as it was when they were first drawn (packed, where it has become old by then). Chunks of a prompt end with
     a page or with the prompt.
+    Prompts that are computed here take `raw_tokens` of memory beside the pool at most (None: no bound); the first that
+    has to wait for it keeps those behind it from beginning.
     """
     chunks = [Chunk(b.sequence, b.computed, b.known) for b in backlogs if not b.behind]
     open_prompts = sum(b.opened for b in backlogs)
+    raw_left = None if raw_tokens is None else raw_tokens - sum(b.raw_tokens for b in backlogs if b.opened)
     resumed = False
     for backlog in sorted((b for b in backlogs if b.behind), key=lambda b: (not b.begun, _urgency(b))):
         if resumed and not backlog.begun:
             break
         start = backlog.computed
         opens = start < backlog.prompt and not backlog.opened
+        if opens and raw_left is not None and backlog.raw_tokens > raw_left:
+            open_prompts = OPEN_PROMPTS
         if budget <= 0 or (opens and open_prompts >= OPEN_PROMPTS):
             continue
         if start >= backlog.prompt:
@@ -77,6 +85,8 @@ def plan_step(backlogs: Sequence[Backlog], *, page_tokens: int, budget: int) -> 
             if end <= start:
                 continue  # less than a page is left of the budget
         near = backlog.known - start <= NEAR_PAGES * page_tokens
+        if opens and raw_left is not None:
+            raw_left -= backlog.raw_tokens
         open_prompts, resumed = open_prompts + opens, resumed or (backlog.begun and near)
         budget -= end - start
         chunks.append(Chunk(backlog.sequence, start, end))

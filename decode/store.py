@@ -53,6 +53,11 @@ class KvStore(Protocol):
         """How many pages a request holds."""
         ...
 
+    @property
+    def used_bytes(self) -> tuple[int, int]:
+        """Of pages that requests hold or that are kept, and of raw pages that lie beside them."""
+        ...
+
     def counts(self) -> PageCounts:
         """For reports."""
         ...

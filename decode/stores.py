@@ -1,12 +1,14 @@
 """Which pool a decode worker gets, how large, and whether its steps are recorded."""
 
 import logging
+from collections.abc import Sequence
 
+from ..kernels.shapes import LayerShape
 from ..kvtransfer.codec_tq import TqCodec
-from ..kvtransfer.codecs import PageCodec
-from ..kvtransfer.pool import pages_in
+from ..kvtransfer.codecs import PageCodec, build_codec
 from ..model.model import Model
 from ..proto.errors import InvalidRequest
+from .budget import KvBudget, kv_budget
 from .config import DecodeConfig
 from .dense_store import DenseStore
 from .graphs import recorder
@@ -28,27 +30,38 @@ def keeps_packed(config: DecodeConfig, device: str) -> bool:
     return config.pool == "packed" or (config.pool == "auto" and device == "cuda" and readable)
 
 
-def make_store(config: DecodeConfig, model: Model, codec: PageCodec, *, packed: bool) -> KvStore:
-    """An empty pool of `pool_tokens`, or of as many pages as `pool_gib` holds."""
+def budget_of(
+    config: DecodeConfig, layers: Sequence[LayerShape], itemsize: int, context_length: int, device: str
+) -> KvBudget:
+    """How a worker with these settings divides its memory for KV; see `kv_budget`."""
+    page_bytes = None
+    if keeps_packed(config, device):
+        codec = build_codec(config.default_codec, layers, config.page_tokens)
+        page_bytes = sum(codec.page_bytes(layer) for layer in range(len(layers)))
+    budget = kv_budget(config, layers, itemsize, context_length, packed_page_bytes=page_bytes)
+    if budget.max_batch < config.max_batch:
+        log.warning(
+            "raw pages of max_batch %d would take more than half of pool_gib: %d requests run at once",
+            *(config.max_batch, budget.max_batch),
+        )
+    return budget
+
+
+def make_store(config: DecodeConfig, model: Model, codec: PageCodec, budget: KvBudget, *, packed: bool) -> KvStore:
+    """An empty pool of the size that the budget says."""
+    cached = int(config.prefix_cache * budget.pages)
     if not packed:
-        pages = pages_in(model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens)
-        return DenseStore(model, pages, config.page_tokens, cached_pages=int(config.prefix_cache * pages))
+        return DenseStore(model, budget.pages, config.page_tokens, cached_pages=cached)
     assert isinstance(codec, TqCodec)
-    page_bytes = sum(codec.page_bytes(layer) for layer in range(len(model.layers)))
-    if config.pool_tokens is not None:
-        pages = max(1, config.pool_tokens // config.page_tokens)
-    else:
-        pages = max(1, int(config.pool_gib * (1 << 30)) // page_bytes)
-    cached = int(config.prefix_cache * pages)
-    return PackedStore(model, codec, pages, config.page_tokens, config.max_batch, cached_pages=cached)
+    return PackedStore(model, codec, budget.pages, config.page_tokens, budget.max_batch, cached_pages=cached)
 
 
-def record_steps(config: DecodeConfig, model: Model, store: KvStore) -> PaddedSteps | None:
+def record_steps(config: DecodeConfig, model: Model, store: KvStore, max_batch: int) -> PaddedSteps | None:
     """Decode steps of that model and pool as CUDA graphs; None where there are none: they run as they are then."""
     record = recorder(model.device)
     if record is None or config.cuda_graphs == "never" or not isinstance(store, PackedStore):
         return None
-    steps = PaddedSteps(model, store, most_tokens=config.max_batch)
+    steps = PaddedSteps(model, store, most_tokens=max_batch)
     try:
         steps.record(record)
     except RuntimeError as error:  # some mixtures of experts ask the GPU on the way

@@ -1,9 +1,10 @@
 """Gets the KV of one prompt from a prefill worker: tries the candidates in order, refuses what does not match."""
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,20 +42,43 @@ _KNOWN = {
 SILENCE_S = 10.0  # of a prefill worker, which says each second that it goes on; a slow link may hold that back
 
 
+IDLE_PEERS = 64  # channels kept open with no call: prefill workers come and go, each start at another port
+
+
+@dataclass
+class _Peer:
+    channel: grpc.aio.Channel
+    calls: int = 0
+
+
 class PrefillPeers:
-    """Channels to prefill workers, opened once per address and kept."""
+    """Channels to prefill workers: one for each address, kept while it is used and as one of the last used."""
 
     def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._peers: dict[str, _Peer] = {}  # the one unused for longest is first
 
-    def stub(self, address: str) -> "PrefillAsyncStub":
-        if address not in self._channels:
-            self._channels[address] = open_channel(address)
-        return PrefillStub(self._channels[address])
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    @contextlib.asynccontextmanager
+    async def calling(self, address: str) -> "AsyncIterator[PrefillAsyncStub]":
+        """Around a call of the worker at that address."""
+        peer = self._peers.pop(address, None) or _Peer(open_channel(address))
+        self._peers[address] = peer
+        peer.calls += 1
+        try:
+            yield PrefillStub(peer.channel)
+        finally:
+            peer.calls -= 1
+            idle = [address for address, peer in self._peers.items() if not peer.calls]
+            for unused in [self._peers.pop(address) for address in idle[: max(0, len(idle) - IDLE_PEERS)]]:
+                await unused.channel.close()
 
     async def close(self) -> None:
-        for channel in self._channels.values():
-            await channel.close()
+        """Closes all of them."""
+        peers, self._peers = self._peers, {}
+        for peer in peers.values():
+            await peer.channel.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +139,17 @@ class Transfer:
     async def _attempt(
         self, attempt: int, address: str, first: list[FirstToken], timeout_s: float | None
     ) -> TransferStats | None:
+        async with self.peers.calling(address) as stub:
+            return await self._receive(stub, attempt, address, first, timeout_s)
+
+    async def _receive(
+        self,
+        stub: "PrefillAsyncStub",
+        attempt: int,
+        address: str,
+        first: list[FirstToken],
+        timeout_s: float | None,
+    ) -> TransferStats | None:
         receiver = KvReceiver(
             self._binding(attempt),
             self.codec,
@@ -124,7 +159,7 @@ class Transfer:
             self.sequence.held,
         )
         known = TransferStats(partial=True, attempt=attempt, held_tokens=self.sequence.held)
-        call = self.peers.stub(address).Prefill(self._request(attempt), timeout=timeout_s, metadata=self.trace or None)
+        call = stub.Prefill(self._request(attempt), timeout=timeout_s, metadata=self.trace or None)
         tail_s, tail_bytes = 0.0, 0  # since the first token: nothing but the link holds these frames back
         try:
             while isinstance(event := await _next_event(call, address), PrefillEvent):

@@ -25,6 +25,7 @@ from ..kvtransfer.page_addresses import PageAddresses
 from ..kvtransfer.pairing import CodecSet, require_same
 from ..model.cache import cache_root
 from ..model.load import load_model
+from ..model.memory import require_memory, size_of
 from ..model.model import Model
 from ..model.reporting import report_model
 from ..model.starting import gently
@@ -40,10 +41,11 @@ from ..proto.names import MAX_CALL_NAME, check_name
 from ..proto.prefill_pb2 import FirstToken
 from ..proto.priority import rank_of
 from ..proto.sampling import Sampling
-from ..proto.serving import trace_context
+from ..proto.serving import trace_context, write_in_time
 from ..proto.worker_pb2 import WorkerReport, WorkerRole
 from .config import DecodeConfig
 from .engine import DecodeEngine
+from .memory import plan_memory
 from .scheduler import DecodeScheduler, SequenceId
 from .sequence import DecodeSequence, Token, TokenStream
 from .stores import keeps_packed, make_store, record_steps
@@ -95,6 +97,8 @@ class DecodeWorker(DecodeServicer):
         )
         names = (config.default_codec,) if keeps_packed(config, model.device.type) else config.codecs
         self._codecs = CodecSet(names, config.default_codec, model.layers, config.page_tokens, balance)
+        self._memory = plan_memory(config, size_of(model))
+        require_memory(self._memory.budgets, model.device)
         self._is_prepared = True
 
     async def start(self, model: Model | None = None) -> None:
@@ -106,12 +110,13 @@ class DecodeWorker(DecodeServicer):
         if not self._is_prepared:
             await self.prepare(model)
         packed = keeps_packed(config, model.device.type)
-        self._store = make_store(config, model, self._codecs.get(config.default_codec), packed=packed)
-        padded = await gently(record_steps, config, model, self._store)
+        budget = self._memory.kv
+        self._store = make_store(config, model, self._codecs.get(config.default_codec), budget, packed=packed)
+        padded = await gently(record_steps, config, model, self._store, budget.max_batch)
         self._scheduler = DecodeScheduler(
             total_pages=self._store.total_pages,
             page_tokens=config.page_tokens,
-            max_batch=config.max_batch,
+            max_batch=budget.max_batch,
             max_waiting=config.max_waiting,
             host_pages=int(config.preempt_gib * (1 << 30)) // self._store.saved_page_bytes,
             saved_extra_pages=self._store.saved_extra_pages,
@@ -119,6 +124,7 @@ class DecodeWorker(DecodeServicer):
         self._engine = DecodeEngine(
             *(model, self._store, self._scheduler),
             config=config,
+            local_tokens=budget.local_tokens,
             padded=padded,
             on_failure=self.server.on_engine_failure(),
         )
@@ -175,7 +181,7 @@ class DecodeWorker(DecodeServicer):
             logprobs = first.logprobs if first.HasField("logprobs") else None
             event = Token(first.token_id, logprobs, finish).to_pb()
             event.transfer.CopyFrom(known)
-            await context.write(event)
+            await write_in_time(context, event)
             return finish is not None
 
         self._waiting += 1
@@ -205,7 +211,7 @@ class DecodeWorker(DecodeServicer):
                 finish_local(stats, sequence)
                 event.transfer.CopyFrom(stats)
                 stats = None
-            await context.write(event)
+            await write_in_time(context, event)
             if token.finish is not None:
                 return
 
@@ -246,6 +252,14 @@ class DecodeWorker(DecodeServicer):
         report.waiting_tokens = self._scheduler.waiting_tokens
         report.running_requests = self._engine.running()
         report.host_buffer_bytes = self._engine.admission.saved_bytes
+        report.memory.extend(
+            self._memory.uses(
+                pages=self._store.used_bytes,
+                local=self._engine.local_bytes,
+                inbox=self._engine.inbox_bytes,
+                saved=report.host_buffer_bytes,
+            )
+        )
         self._engine.rates.fill_report(report)
         for name, count in {**self._counters, **self._engine.counters}.items():
             report.counters[name] = count

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 _MAGIC = b"ISTHMUSP"
 _CHECKSUM, _LENGTH = slice(8, 24), slice(24, 28)
-_QUEUE_BYTES = 256 << 20  # not yet written; pages that come on top are dropped
+QUEUE_BYTES = 256 << 20  # not yet written; pages that come on top are dropped
 
 
 class PageStore:
@@ -74,12 +74,17 @@ class PageStore:
         with self._wake:
             if page.key in self._queue or self._closing:
                 return
-            if self._queued_bytes + page.nbytes > _QUEUE_BYTES:
+            if self._queued_bytes + page.nbytes > QUEUE_BYTES:
                 self.counters["store_dropped"] += 1
                 return
             self._queue[page.key] = (form, page)
             self._queued_bytes += page.nbytes
             self._wake.notify()
+
+    @property
+    def queued_bytes(self) -> int:
+        """Of pages that are not yet written."""
+        return self._queued_bytes
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Writes what waits, as far as the time allows."""

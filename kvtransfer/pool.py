@@ -77,6 +77,10 @@ def pages_in(
 ) -> int:
     """How many pages a pool gets: those of `tokens` where given, else what fits in `gib`; at least one."""
     if tokens is None:
-        token_bytes = sum(2 * layer.kv_heads * layer.head_dim for layer in layers) * dtype.itemsize
-        tokens = int(gib * (1 << 30)) // token_bytes
+        tokens = int(gib * (1 << 30)) // token_bytes(layers, dtype.itemsize)
     return max(1, tokens // page_tokens)
+
+
+def token_bytes(layers: Sequence[LayerShape], itemsize: int) -> int:
+    """Of the keys and values of one token, over all layers."""
+    return sum(2 * layer.kv_heads * layer.head_dim for layer in layers) * itemsize

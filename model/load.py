@@ -15,6 +15,7 @@ from ..proto.errors import InvalidRequest
 from . import attention
 from .cpu import computes_bf16, speed_up
 from .describe import describe_model
+from .memory import refuse_hopeless
 from .model import Model
 from .probe import probe_layers
 
@@ -35,9 +36,10 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Mod
     device: "cpu", "cuda", "cuda:1", ... or "auto": the first GPU where there is one.
     NotFound or Unavailable where there is no such model, InvalidRequest where it is there and cannot be served.
     """
-    place = _device(device)
-    number = _dtype(dtype, place)
+    place = chosen_device(device)
+    number = chosen_dtype(dtype, place)
     about = describe_model(source)
+    refuse_hopeless(about.path, place)
     with _loading:
         net = _load_net(about.path, number, place)
         weights = number
@@ -65,7 +67,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Mod
 
 def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     _quiet()
-    config = _read_config(path)
+    config = read_config(path)
     refuse_inexact(config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -87,7 +89,7 @@ def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTraine
     return net.eval()
 
 
-def _read_config(path: Path) -> PretrainedConfig:
+def read_config(path: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -132,7 +134,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", module="transformers")
 
 
-def _device(name: str) -> torch.device:
+def chosen_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -144,7 +146,7 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
     """Of the weights."""
     if name == "auto":
         fast = device.type == "cuda" or computes_bf16() or has_half_tiles()

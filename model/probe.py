@@ -55,6 +55,13 @@ def probe_layers(net: PreTrainedModel, layers: int, context_length: int) -> tupl
     )
 
 
+def probe_shapes(net: PreTrainedModel) -> list[tuple[int, int]]:
+    """KV heads and head dimension of each layer, also of a model without memory (on the device "meta")."""
+    with torch.inference_mode():
+        seen = _run(net, tokens=(1, 2), positions=(0, 1))
+    return [shape for _, shape in sorted(seen.shapes.items())]
+
+
 @dataclass
 class _Recording:
     """What the layers of one forward handed over."""

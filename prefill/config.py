@@ -26,8 +26,8 @@ class PrefillConfig(BaseModel):
     pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens; wins over pool_gib
     chunk_tokens: int | None = Field(None, ge=64)  # computed in one step, over all prompts; none: 512, on a CPU 256
     max_waiting_tokens: int = Field(1_000_000, ge=1)  # prompts in work; more are refused with RESOURCE_EXHAUSTED
-    host_buffer_gib: float = Field(1.0, gt=0)  # encoded pages not yet sent; above it new requests are refused
-    host_cache_gib: float = Field(1.0, ge=0)  # encoded pages kept in host memory, those not yet sent included
+    host_buffer_gib: float = Field(1.0, gt=0)  # encoded pages under way; prompts wait for their share
+    host_cache_gib: float = Field(1.0, ge=0)  # encoded pages kept in host memory for prompts to come
     store_dir: str | None = None  # a folder that keeps pages on disk, also for other workers; none: no store
     store_gib: float = Field(10.0, gt=0)  # size of that folder, at most
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from ..kvtransfer.allocator import Run
 from ..kvtransfer.encoded import EncodedPage, PageFormat, PageKey
+from ..kvtransfer.frame import PACKED
 from ..kvtransfer.hashing import hash_of_page
 from ..kvtransfer.page import packed_range
 from ..kvtransfer.page_table import runs_of
@@ -33,6 +34,14 @@ class Prompt:
 
     def page_hash(self, page: int) -> bytes:
         return hash_of_page(self.page_hashes, page)
+
+    @property
+    def encoded_bytes(self) -> int:
+        """What its pages take in the form in which they are sent, those included that the receiver holds."""
+        size, tokens = self.form.page_tokens, len(self.token_ids)
+        low, high = packed_range(tokens, size, self.form.codec.packs)
+        packed = (high - low) // size * sum(self.form.sizes(PACKED, size)) if low < high else 0
+        return packed + sum(self.form.sizes(self.form.raw_encoding, tokens - (high - low)))
 
     def key(self, page: int) -> PageKey:
         """The form in which this prompt sends a full page."""

@@ -213,14 +213,18 @@ def _runs(prompt: Prompt, pages: Sequence[int]) -> Iterable[Section]:
 
 
 def _read_prefix(prompt: Prompt, host: PageCache, store: PageStore) -> list[EncodedPage]:
-    """Reads the leading pages that the host cache lacks into it, up to the first that the store lacks; pins them."""
+    """Reads the leading pages that the host cache lacks into it, up to the first that the store lacks; pins them.
+
+    As many bytes as the prompt's encoded pages take at most: its share of the send buffer has room for as many again.
+    """
     pinned: list[EncodedPage] = []
+    left = prompt.encoded_bytes
     for page in range(prompt.reusable_pages):
         keys = prompt.usable_keys(page)
         if any(key in host for key in keys):
             continue
         read = next(filter(None, (store.read(prompt.form, key) for key in keys)), None)
-        if read is None:
+        if read is None or (left := left - read.nbytes) < 0:
             break
         pinned.append(host.add(read))
     return pinned

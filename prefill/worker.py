@@ -2,7 +2,8 @@
 
 The life of a request here:
 1. `Prefill` checks that the caller means this model, codec and protocol, and that the prompt fits.
-2. Pages of its beginning that only the store has are read into the host cache.
+2. It waits for its share of the send buffer, which it holds until its call ends: nothing is encoded without one.
+   Pages of its beginning that only the store has are read into the host cache.
 3. The job waits in the scheduler; with its first chunk it gets pages, those of its cached beginning filled and sent.
 4. The engine computes the rest chunk by chunk; each layer's finished pages are encoded into host memory and queued
    for sending, which goes on while the next layers compute.
@@ -26,11 +27,12 @@ from ..kvtransfer.hashing import page_hashes, page_salt, prompt_hash
 from ..kvtransfer.page_cache import PageCache
 from ..kvtransfer.page_store import PageStore
 from ..kvtransfer.pairing import CodecSet, require_same
-from ..kvtransfer.pool import DensePool, pages_in
+from ..kvtransfer.pool import DensePool
 from ..kvtransfer.sender import KvSender
 from ..model.cache import cache_root
 from ..model.chunks import chunk_tokens_for
 from ..model.load import load_model
+from ..model.memory import GIB, require_memory, size_of
 from ..model.model import Model
 from ..model.reporting import report_model
 from ..model.starting import gently
@@ -43,15 +45,17 @@ from ..proto.prefill_pb2 import PrefillAccepted, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillServicer, add_PrefillServicer_to_server
 from ..proto.priority import rank_of
 from ..proto.sampling import Sampling
+from ..proto.serving import write_in_time
 from ..proto.worker_pb2 import PageCounts, WorkerReport, WorkerRole
 from .config import PrefillConfig
 from .engine import PrefillEngine
 from .job import PrefillJob, Prompt
+from .memory import plan_memory
 from .outbox import Outbox
 from .prefix import PrefixCache
 from .scheduler import JobId, PrefillScheduler
+from .send_budget import SendBudget, Share
 
-GIB = 1 << 30
 SIGN_OF_LIFE_S = 1.0  # a transfer in which nothing else is sent for so long says that it goes on
 
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"]
@@ -96,6 +100,8 @@ class PrefillWorker(PrefillServicer):
             config.balance,
         )
         self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens, balance)
+        self._memory = plan_memory(config, size_of(model))
+        require_memory(self._memory.budgets, model.device)
         self._is_prepared = True
 
     async def start(self, model: Model | None = None) -> None:
@@ -106,7 +112,8 @@ class PrefillWorker(PrefillServicer):
             model = await gently(load_model, config.model, dtype=config.dtype, device=config.device)
         if not self._is_prepared:
             await self.prepare(model)
-        pages = pages_in(model.layers, config.page_tokens, model.dtype, gib=config.pool_gib, tokens=config.pool_tokens)
+        self._buffer = SendBudget(int(config.host_buffer_gib * GIB))
+        pages = self._memory.pages
         self._pool = DensePool(model.layers, pages, config.page_tokens, dtype=model.dtype, device=model.device)
         chunk_tokens = config.chunk_tokens or chunk_tokens_for(model.device, config.page_tokens)
         self._scheduler = PrefillScheduler(chunk_tokens=chunk_tokens, page_tokens=config.page_tokens)
@@ -140,14 +147,33 @@ class PrefillWorker(PrefillServicer):
             job = self._job(request, context.time_remaining())
             accepted = PrefillAccepted(worker_id=self.server.name, queued_tokens=self._scheduler.waiting_tokens)
             self._open.add(job)
+            share = self._buffer.ask(self._share_bytes(job.prompt), rank=job.rank, tokens=len(job.token_ids))
             try:
                 await context.write(PrefillEvent(accepted=accepted))
+                await _turn_of(share, context, accepted)
                 await self._prefixes.fetch(job)
                 self._engine.submit(job)
                 await _send(job, context, accepted)
             finally:
                 self._open.discard(job)
                 self._engine.drop(job)
+                self._leave(share)
+
+    def _share_bytes(self, prompt: Prompt) -> int:
+        """What a prompt holds in host memory at most; from a store it may bring pages in other forms than it sends."""
+        return prompt.encoded_bytes * (2 if self._store else 1)
+
+    def _leave(self, share: Share) -> None:
+        """Gives a share back once the engine has given back the pages."""
+        if not share.turn.is_set():
+            self._buffer.leave(share)
+            return
+        loop = asyncio.get_running_loop()
+
+        def given_back() -> None:
+            loop.call_soon_threadsafe(self._buffer.leave, share)
+
+        self._engine.thread.post(given_back)
 
     def _job(self, request: PrefillRequest, time_left_s: float | None) -> PrefillJob:
         codec = self._check(request)
@@ -171,6 +197,7 @@ class PrefillWorker(PrefillServicer):
         # Our own hashes, not the caller's: what others are answered with must be what these tokens give.
         hashes = page_hashes(token_ids, form.page_tokens, salt)
         prompt = Prompt(token_ids=token_ids, form=form, page_hashes=hashes, held_pages=request.held_pages)
+        self._buffer.check(self._share_bytes(prompt))
         return PrefillJob(
             id=JobId(next(self._ids)),
             worker=self.server.name,
@@ -209,8 +236,6 @@ class PrefillWorker(PrefillServicer):
         waiting = sum(len(job.token_ids) for job in self._open)
         if waiting + tokens > config.max_waiting_tokens:
             raise Exhausted(f"{waiting} prompt tokens are in work here already; try again later")
-        if self._buffered() > config.host_buffer_gib * GIB:
-            raise Exhausted("the send buffer of this prefill worker is full; try again later")
         return codec
 
     def _buffered(self) -> int:
@@ -222,10 +247,18 @@ class PrefillWorker(PrefillServicer):
         table, total = self._prefixes.table, self._pool.allocator.total
         in_use, cached = table.in_use, table.cached
         report.pages.CopyFrom(PageCounts(total=total, free=total - in_use - cached, cached=cached, in_use=in_use))
-        report.waiting_requests = self._engine.waiting
+        report.waiting_requests = self._engine.waiting + self._buffer.waiting
         report.running_requests = self._engine.active - self._engine.waiting
-        report.waiting_tokens = self._scheduler.waiting_tokens
+        report.waiting_tokens = self._scheduler.waiting_tokens + self._buffer.waiting_tokens
         report.host_buffer_bytes = self._buffered()
+        report.memory.extend(
+            self._memory.uses(
+                pages=(in_use + cached) * self._memory.page_bytes,
+                buffered=self._buffer.held_bytes,
+                cached=self._host.bytes,
+                queued=self._store.queued_bytes if self._store else 0,
+            )
+        )
         self._engine.rates.fill_report(report)
         counters = {
             **self._engine.counters,
@@ -239,6 +272,16 @@ class PrefillWorker(PrefillServicer):
             report.counters[name] = count
 
 
+async def _turn_of(share: Share, context: grpc.aio.ServicerContext, accepted: PrefillAccepted) -> None:
+    """Waits for a share of the send buffer, with signs of life meanwhile."""
+    while not share.turn.is_set():
+        try:
+            async with asyncio.timeout(SIGN_OF_LIFE_S):
+                await share.turn.wait()
+        except TimeoutError:
+            await write_in_time(context, PrefillEvent(accepted=accepted))
+
+
 async def _send(job: PrefillJob, context: grpc.aio.ServicerContext, accepted: PrefillAccepted) -> None:
     """Writes what the engine makes, until the commit; while that is nothing, signs of life."""
     done = False
@@ -248,6 +291,6 @@ async def _send(job: PrefillJob, context: grpc.aio.ServicerContext, accepted: Pr
                 event = await job.outbox.get()
         except TimeoutError:
             event = PrefillEvent(accepted=accepted)
-        await context.write(event)
+        await write_in_time(context, event)
         job.outbox.wrote(event)
         done = event.HasField("commit")

@@ -16,7 +16,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from .addresses import grpc_target
-from .errors import InvalidRequest, IsthmusError, status_of
+from .errors import Expired, InvalidRequest, IsthmusError, status_of
 from .timeouts import clamp_calls
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,22 @@ def _is_trace(value: str) -> bool:
     return 1 <= len(value) <= _MAX_TRACE and value.isascii() and value.isprintable()
 
 
+STALL_S = 60.0  # that a caller may take nothing of what is written to it
+
+
+class Stalled(Expired):
+    """Whoever called reads nothing. It cannot be told: a status would wait behind what it does not read."""
+
+
+async def write_in_time(context: grpc.aio.ServicerContext, message: Any) -> None:
+    """Writes to a stream; Stalled where its reader takes nothing for STALL_S: what it holds is wanted by others."""
+    try:
+        async with asyncio.timeout(STALL_S):
+            await context.write(message)
+    except TimeoutError:
+        raise Stalled(f"nothing was read from this stream for {STALL_S:g} s") from None
+
+
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns an IsthmusError of any handler into its status, bytes that are no request into INVALID_ARGUMENT; logs
     anything else with its trace."""
@@ -107,6 +123,9 @@ def _guard(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
             return await behaviour(_checked(request), context)
+        except Stalled as error:
+            log.warning("%s is ended: %s", method, error)
+            raise asyncio.CancelledError from None
         except Exception as error:
             await _abort(error, method, context)
 

@@ -494,6 +494,7 @@ class WorkerReport(_message.Message):
     ADVERTISE_FIELD_NUMBER: _builtins.int
     FLIP_FAILURE_FIELD_NUMBER: _builtins.int
     LINK_BYTES_PER_MS_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___WorkerRole.ValueType
     health: Global___WorkerHealth.ValueType
@@ -545,6 +546,10 @@ class WorkerReport(_message.Message):
     def link_bytes_per_ms(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """of a decode worker: what comes from each prefill worker's address"""
 
+    @_builtins.property
+    def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryUse]:
+        """every pool and buffer that grows with requests, in the order of docs/operations.md"""
+
     def __init__(
         self,
         *,
@@ -575,14 +580,42 @@ class WorkerReport(_message.Message):
         advertise: _builtins.str = ...,
         flip_failure: _builtins.str = ...,
         link_bytes_per_ms: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        memory: _abc.Iterable[Global___MemoryUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pages", b"pages", "prefill_rate", b"prefill_rate", "step_rate", b"step_rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "advertise", b"advertise", "codecs", b"codecs", "counters", b"counters", "default_codec", b"default_codec", "device", b"device", "dtype", b"dtype", "flip_failure", b"flip_failure", "health", b"health", "host_buffer_bytes", b"host_buffer_bytes", "instance", b"instance", "link_bytes_per_ms", b"link_bytes_per_ms", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "prefill_rate", b"prefill_rate", "protocol_version", b"protocol_version", "reason", b"reason", "role", b"role", "running_requests", b"running_requests", "step_rate", b"step_rate", "threads", b"threads", "uptime_ms", b"uptime_ms", "version", b"version", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "advertise", b"advertise", "codecs", b"codecs", "counters", b"counters", "default_codec", b"default_codec", "device", b"device", "dtype", b"dtype", "flip_failure", b"flip_failure", "health", b"health", "host_buffer_bytes", b"host_buffer_bytes", "instance", b"instance", "link_bytes_per_ms", b"link_bytes_per_ms", "memory", b"memory", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "prefill_rate", b"prefill_rate", "protocol_version", b"protocol_version", "reason", b"reason", "role", b"role", "running_requests", b"running_requests", "step_rate", b"step_rate", "threads", b"threads", "uptime_ms", b"uptime_ms", "version", b"version", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerReport: _TypeAlias = WorkerReport  # noqa: Y015
+
+@_typing.final
+class MemoryUse(_message.Message):
+    """A pool, buffer or table. Nothing is allocated beyond the budget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    used_bytes: _builtins.int
+    budget_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        used_bytes: _builtins.int = ...,
+        budget_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "name", b"name", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryUse: _TypeAlias = MemoryUse  # noqa: Y015
 
 @_typing.final
 class PrefillRate(_message.Message):
@@ -671,6 +704,7 @@ class ClusterStatus(_message.Message):
     UPTIME_MS_FIELD_NUMBER: _builtins.int
     TASK_FAILURES_FIELD_NUMBER: _builtins.int
     FAILING_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     active_requests: _builtins.int
     uptime_ms: _builtins.int
@@ -684,6 +718,10 @@ class ClusterStatus(_message.Message):
     def failing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """of these tasks, those that fail again and again: health is red for them"""
 
+    @_builtins.property
+    def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryUse]:
+        """the gateway's tables"""
+
     def __init__(
         self,
         *,
@@ -693,10 +731,11 @@ class ClusterStatus(_message.Message):
         uptime_ms: _builtins.int = ...,
         task_failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         failing: _abc.Iterable[_builtins.str] | None = ...,
+        memory: _abc.Iterable[Global___MemoryUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "failing", b"failing", "task_failures", b"task_failures", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "failing", b"failing", "memory", b"memory", "task_failures", b"task_failures", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

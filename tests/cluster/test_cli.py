@@ -82,6 +82,8 @@ def test_status(server: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = outcome(capsys, "status", "--server", server)
     assert code == 0
     assert all(text in out for text in ("prefill-0", "decode-0", "ready", "of 100", "tq-k4v4"))
+    code, out, _ = outcome(capsys, "status", "--server", server, "--verbose")
+    assert code == 0 and "prefixes" in out
     code, out, _ = outcome(capsys, "status", "--server", server, "--json")
     assert [worker["worker_id"] for worker in json.loads(out)["workers"]] == ["prefill-0", "decode-0"]
 

@@ -8,15 +8,19 @@ import pytest
 from scripted import Script, says, scripted_cluster
 
 from isthmus.cluster.client import RETRY_KEY, Client, build_request
+from isthmus.proto import serving
 from isthmus.proto.common_pb2 import (
     FINISH_REASON_LENGTH,
     PRIORITY_BATCH,
     PRIORITY_INTERACTIVE,
     PRIORITY_STANDARD,
     Priority,
+    TokenLogprobs,
+    TopLogprob,
 )
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.generation_pb2 import GenerateRequest
+from isthmus.proto.generation_pb2_grpc import GenerationStub
 from isthmus.proto.worker_pb2 import PrefillRate, StepRate
 
 ONE = {"overcommit": 0.05, "local_prefill": "never"}  # of 6,400 tokens: room for one request of 257 and no other
@@ -118,3 +122,28 @@ async def test_budgets_of_a_request() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await client.answer(build_request(prompt="x", sampling={"max_tokens": 10}))
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_client_that_reads_nothing_is_ended_and_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "STALL_S", 0.5)
+
+    async def floods(request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+        top = [TopLogprob(token_id=1, logprob=-1.0)] * 20_000
+        for _ in range(500):  # far more than any buffer on the way
+            await context.write(DecodeEvent(token_ids=[65], logprobs=[TokenLogprobs(top=top)]))
+
+    # As little as gRPC can be told to read ahead of its caller.
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+    async with (
+        scripted_cluster(floods, **ONE) as cluster,
+        grpc.aio.insecure_channel(cluster.gateway.address, options=options) as channel,
+    ):
+        admission = cluster.gateway.generator._door._admission
+        call = GenerationStub(channel).Generate(build_request(prompt="x", sampling={"max_tokens": 600}))
+        async with asyncio.timeout(10):
+            while not admission.running_tokens:
+                await asyncio.sleep(0.01)
+            while admission.running_tokens or cluster.gateway.load.active or not cluster.decodes[0].cancelled:
+                await asyncio.sleep(0.01)
+        assert not call.done(), "its client is still there, and would have held its place for ever"
+        call.cancel()

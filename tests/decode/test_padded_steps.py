@@ -43,7 +43,7 @@ class Side:
         if padded and record:
             padded.record(record)
         self.runner = DecodeRunner(model, self._store, padded)
-        self._planner = StepPlanner(model, self._store, page_tokens=PAGE, chunk_tokens=512)
+        self._planner = StepPlanner(model, self._store, page_tokens=PAGE, chunk_tokens=512, local_tokens=10_000)
         self.sequences: dict[int, DecodeSequence] = {}
 
     def join(self, number: int) -> None:

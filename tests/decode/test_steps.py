@@ -10,8 +10,8 @@ def backlog(sequence: SequenceId, computed: int, known: int, prompt: int, **chan
     return Backlog(sequence=sequence, computed=computed, known=known, prompt=prompt, **settings)  # type: ignore[arg-type]
 
 
-def plan(*backlogs: Backlog, budget: int = 128) -> list[Chunk]:
-    return plan_step(backlogs, page_tokens=64, budget=budget)
+def plan(*backlogs: Backlog, budget: int = 128, raw_tokens: int | None = None) -> list[Chunk]:
+    return plan_step(backlogs, page_tokens=64, budget=budget, raw_tokens=raw_tokens)
 
 
 def test_running_requests_step_whatever_the_budget():
@@ -58,3 +58,13 @@ def test_prompts_wait_while_an_answer_that_has_begun_is_behind():
     opened = [backlog(SequenceId(10 + n), 64, 900, 900, opened=True) for n in range(OPEN_PROMPTS)]
     own_prompt = backlog(C, 0, 61, 60)
     assert plan(own_prompt, *opened)[0].sequence == SequenceId(10), "it has no room to open: the others go on"
+
+
+def test_a_prompt_begins_once_there_is_memory_for_it() -> None:
+    opened = backlog(A, 64, 300, 300, opened=True, raw_tokens=300)
+    long, short = backlog(B, 0, 200, 200, raw_tokens=200), backlog(C, 0, 250, 250, raw_tokens=60)
+    assert plan(opened, long, short, budget=999, raw_tokens=500) == [Chunk(B, 0, 200), Chunk(A, 64, 300)]
+    assert plan(opened, long, short, budget=999, raw_tokens=499) == [Chunk(A, 64, 300)], "nobody overtakes it for ever"
+    assert plan(long, short, budget=999, raw_tokens=260) == [Chunk(B, 0, 200), Chunk(C, 0, 250)]
+    pool_alone = backlog(C, 0, 150, 150)
+    assert plan(opened, pool_alone, budget=999, raw_tokens=300) == [Chunk(C, 0, 150), Chunk(A, 64, 300)]

@@ -29,31 +29,44 @@ def buffered(worker: Receiving) -> int:
     return worker.worker.server.report().host_buffer_bytes
 
 
-async def test_a_receiver_that_stops_reading_holds_host_memory_only_and_new_work_is_refused():
-    prompts = [[number, *PROMPT[1:]] for number in range(24)]
+def pinned(worker: Receiving) -> int:
+    return sum(page.nbytes for key, page in worker.worker._host._pages.items() if key in worker.worker._host._pins)
+
+
+async def test_receivers_that_stop_reading_hold_host_memory_up_to_its_budget_and_the_others_wait():
+    one_prompt = 1000 * 3 * 2 * 2 * 16 * 4  # tokens, layers, K and V, heads, D, fp32: two fit into 2 MiB
+    prompts = [[number, *PROMPT[1:]] for number in range(4)]
     async with prefill_worker(model_path("tiny-llama"), host_buffer_gib=2 / 1024) as worker:
-        calls = []
+        budget = worker.worker._buffer
         # As little as gRPC can be told to read ahead of its caller.
         options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
         channel = grpc.aio.insecure_channel(worker.worker.address, options=options)
-        for prompt in prompts:
-            call = PrefillStub(channel).Prefill(worker.request(prompt), timeout=60)
-            try:
-                assert (await call.read()).HasField("accepted")
-            except grpc.aio.AioRpcError as error:
-                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-                assert "send buffer" in (error.details() or "")
-                break
-            calls.append(call)
-            await until(lambda: worker.computed() == 1000 * len(calls) and not worker.worker._prefixes.table.in_use)
-        else:
-            raise AssertionError("the send buffer has no bound")
-        one_prompt = 1000 * 3 * 2 * 2 * 16 * 4  # tokens, layers, K and V, heads, D, fp32
-        assert 2 << 20 < buffered(worker) <= (2 << 20) + one_prompt
+        calls = []
+        for prompt in prompts:  # one after the other, so that they come in this order
+            calls.append(PrefillStub(channel).Prefill(worker.request(prompt), timeout=600))
+            assert (await calls[-1].read()).HasField("accepted")
+        await until(lambda: worker.computed() == 2000 and not worker.worker._prefixes.table.in_use)
+        assert (await calls[3].read()).HasField("accepted"), "a sign of life while it waits"
+        assert (budget.held_bytes, budget.waiting, worker.computed()) == (2 * one_prompt, 2, 2000)
+        report = worker.worker.server.report()
+        (use,) = [use for use in report.memory if use.name == "send buffer"]
+        assert (use.used_bytes, use.budget_bytes) == (2 * one_prompt, 2 << 20)
+        assert (report.waiting_requests, report.waiting_tokens) == (2, 2000)
+        assert 0 < buffered(worker) <= 2 * one_prompt and pinned(worker) <= 2 * one_prompt
+        calls[0].cancel()
+        await until(lambda: worker.computed() == 3000)
+        assert budget.waiting == 1 and pinned(worker) <= 2 * one_prompt
         await channel.close()
-        await until(lambda: buffered(worker) == 0, 5)
-        await until(lambda: worker.worker._host.pinned == 0, 5)
+        await until(lambda: buffered(worker) == budget.held_bytes == budget.waiting == worker.worker._host.pinned == 0)
         assert (await worker.receive(worker.request(PROMPT))).first_token >= 0
+
+
+async def test_a_prompt_that_is_more_than_the_whole_send_buffer_is_refused():
+    async with prefill_worker(model_path("tiny-llama"), host_buffer_gib=0.5 / 1024) as worker:
+        with pytest.raises(grpc.aio.AioRpcError, match="host_buffer_gib") as raised:
+            await worker.receive(worker.request(PROMPT))
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await worker.receive(worker.request(PROMPT, codec="tq-k4v4"))).first_token >= 0
 
 
 async def test_a_slow_receiver_gets_everything_in_the_end():
