@@ -24,6 +24,7 @@ class PageCache:
         self._pins: Counter[PageKey] = Counter()
         self._lock = threading.Lock()
         self.bytes = 0
+        self.pinned_bytes = 0  # of these
         self.evicted = 0
 
     def __len__(self) -> int:
@@ -42,8 +43,7 @@ class PageCache:
         with self._lock:
             page = self._pages.get(key)
             if page is not None:
-                self._pages.move_to_end(key)
-                self._pins[key] += 1
+                self._pin(page, key)
             return page
 
     def add(self, page: EncodedPage) -> EncodedPage:
@@ -51,8 +51,7 @@ class PageCache:
         assert page.key is not None, "a page that is not full has no address"
         with self._lock:
             kept = self._pages.setdefault(page.key, page)
-            self._pages.move_to_end(page.key)
-            self._pins[page.key] += 1
+            self._pin(kept, page.key)
             if kept is page:
                 self.bytes += page.nbytes
                 self._evict()
@@ -66,7 +65,14 @@ class PageCache:
                 self._pins[page.key] -= 1
                 if not self._pins[page.key]:
                     del self._pins[page.key]
+                    self.pinned_bytes -= page.nbytes
             self._evict()
+
+    def _pin(self, page: EncodedPage, key: PageKey) -> None:
+        self._pages.move_to_end(key)
+        self._pins[key] += 1
+        if self._pins[key] == 1:
+            self.pinned_bytes += page.nbytes
 
     def _evict(self) -> None:
         while self.bytes > self._limit:

@@ -9,18 +9,16 @@ from ..proto.errors import InvalidRequest
 from . import attention
 from .cpu import computes_bf16
 from .describe import describe_model
-from .load import chosen_device, chosen_dtype, read_config, refuse_inexact
+from .load import choose, servable_config
 from .memory import ModelSize, make_size
 from .probe import probe_shapes
 
 
 def blueprint(source: str, *, dtype: str = "auto", device: str = "auto") -> ModelSize:
     """What `size_of` would say of the loaded model; arguments and errors as `load_model`."""
-    place = chosen_device(device)
-    number = chosen_dtype(dtype, place)
+    number, place = choose(dtype, device)
     about = describe_model(source)
-    config = read_config(about.path)
-    refuse_inexact(config)
+    config = servable_config(about.path)
     with torch.device("meta"):  # in bf16, whatever the dtype: experts' products have no other form without memory
         net = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention.NAME)
     try:

@@ -36,8 +36,8 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Mod
     device: "cpu", "cuda", "cuda:1", ... or "auto": the first GPU where there is one.
     NotFound or Unavailable where there is no such model, InvalidRequest where it is there and cannot be served.
     """
-    place = chosen_device(device)
-    number = chosen_dtype(dtype, place)
+    place = _device(device)
+    number = _dtype(dtype, place)
     about = describe_model(source)
     refuse_hopeless(about.path, place)
     with _loading:
@@ -67,7 +67,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Mod
 
 def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     _quiet()
-    config = read_config(path)
+    config = _read_config(path)
     refuse_inexact(config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -89,7 +89,7 @@ def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTraine
     return net.eval()
 
 
-def read_config(path: Path) -> PretrainedConfig:
+def _read_config(path: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -134,7 +134,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", module="transformers")
 
 
-def chosen_device(name: str) -> torch.device:
+def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -146,7 +146,7 @@ def chosen_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
+def _dtype(name: str, device: torch.device) -> torch.dtype:
     """Of the weights."""
     if name == "auto":
         fast = device.type == "cuda" or computes_bf16() or has_half_tiles()
@@ -158,3 +158,16 @@ def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def choose(dtype: str, device: str) -> tuple[torch.dtype, torch.device]:
+    """The dtype of the weights and the device that `load_model` takes for these settings."""
+    place = _device(device)
+    return _dtype(dtype, place), place
+
+
+def servable_config(path: Path) -> PretrainedConfig:
+    """The config in a folder; InvalidRequest where it cannot be read, or says that the model cannot be exact here."""
+    config = _read_config(path)
+    refuse_inexact(config)
+    return config

@@ -255,7 +255,7 @@ class PrefillWorker(PrefillServicer):
             self._memory.uses(
                 pages=(in_use + cached) * self._memory.page_bytes,
                 buffered=self._buffer.held_bytes,
-                cached=self._host.bytes,
+                cached=self._host.bytes - self._host.pinned_bytes,
                 queued=self._store.queued_bytes if self._store else 0,
             )
         )

@@ -30,7 +30,9 @@ def buffered(worker: Receiving) -> int:
 
 
 def pinned(worker: Receiving) -> int:
-    return sum(page.nbytes for key, page in worker.worker._host._pages.items() if key in worker.worker._host._pins)
+    cache = worker.worker._host
+    assert cache.pinned_bytes == sum(cache._pages[key].nbytes for key in cache._pins)
+    return cache.pinned_bytes
 
 
 async def test_receivers_that_stop_reading_hold_host_memory_up_to_its_budget_and_the_others_wait():
@@ -57,7 +59,7 @@ async def test_receivers_that_stop_reading_hold_host_memory_up_to_its_budget_and
         await until(lambda: worker.computed() == 3000)
         assert budget.waiting == 1 and pinned(worker) <= 2 * one_prompt
         await channel.close()
-        await until(lambda: buffered(worker) == budget.held_bytes == budget.waiting == worker.worker._host.pinned == 0)
+        await until(lambda: buffered(worker) == budget.held_bytes == budget.waiting == pinned(worker) == 0)
         assert (await worker.receive(worker.request(PROMPT))).first_token >= 0
 
 
