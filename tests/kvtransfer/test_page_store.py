@@ -168,7 +168,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_pages_are_dropped_where_the_disk_is_too_slow(tmp_path, monkeypatch):
-    monkeypatch.setattr("isthmus.kvtransfer.page_store._QUEUE_BYTES", 2 * make_page(0).nbytes)
+    monkeypatch.setattr("isthmus.kvtransfer.page_store.QUEUE_BYTES", 2 * make_page(0).nbytes)
     monkeypatch.setattr(StoreFiles, "touch", lambda self, name: time.sleep(0.2) or True)
     store = written(tmp_path, *(make_page(number) for number in range(5)))
     assert store.counters["store_dropped"] == 3
