@@ -1,14 +1,17 @@
 """Lines of a batch file as requests: OpenAI's batch format, and plain {"prompt": ...}.
 
+Whatever is wrong with one line is a `BadLine` with its reason, and touches no other.
+
 OpenAI's: {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}, with the body of a chat
 or of a text completion. Plain lines have `prompt` or `messages`, and beside them `custom_id` and sampling options.
 """
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +25,12 @@ SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("seed", "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos"),
 )
+MAX_REQUEST_BYTES = (4 << 20) - (64 << 10)  # a gateway takes messages of 4 MiB, in which a job says more than this
+MAX_LINE_BYTES = 32 << 20  # of text, in which a character may be written as \u and four digits
+MAX_REASON = 1000  # characters
+MAX_PROBLEMS = 8  # of one line, that are told
+MAX_NAME = 200  # characters of a field's name in them
+Uint32 = Annotated[int, Field(ge=0, lt=1 << 32)]
 HARMLESS = ("user", "metadata", "store", "service_tier", "stream", "safety_identifier", "prompt_cache_key")
 
 
@@ -50,24 +59,24 @@ class Message(BaseModel):
 class Body(BaseModel):
     """A completion of either kind. Options that would change the answer and are not known here are errors."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     model: str = ""
     messages: list[Message] | None = None
     prompt: str | None = None
     n: Literal[1] = 1
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = Field(default=None, ge=0)
+    top_k: Uint32 | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = Field(default=None, ge=0, lt=1 << 64)
-    max_tokens: int | None = Field(default=None, ge=0, lt=1 << 32)
-    max_completion_tokens: int | None = Field(default=None, ge=0, lt=1 << 32)
-    min_tokens: int | None = Field(default=None, ge=0, lt=1 << 32)
+    max_tokens: Uint32 | None = None
+    max_completion_tokens: Uint32 | None = None
+    min_tokens: Uint32 | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Uint32] | None = None
     ignore_eos: bool | None = None
 
     @model_validator(mode="before")
@@ -131,8 +140,11 @@ def read_lines(path: Path, *, model: str = "") -> Iterator[Line | BadLine]:
     seen: dict[str, int] = {}
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if raw.strip():
+            for number, raw in enumerate(_raw_lines(file), start=1):
+                if raw is None:
+                    reason = f"more than {MAX_LINE_BYTES >> 20} MiB of text"
+                    yield BadLine(number=number, custom_id=None, reason=reason)
+                elif raw.removeprefix(codecs.BOM_UTF8).strip():
                     yield _unique(_line(number, raw, model), seen)
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
@@ -150,13 +162,25 @@ def read_requests(path: Path, *, model: str = "") -> list[GenerateRequest]:
     return requests
 
 
+def _raw_lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """The lines of a file; None for one that is too long to be looked at."""
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        too_long = len(raw) > MAX_LINE_BYTES
+        while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+            raw = file.readline(MAX_LINE_BYTES + 1)  # what is left of it
+        yield None if too_long else raw
+
+
 def _line(number: int, raw: bytes, model: str) -> Line | BadLine:
     custom_id = None
     try:
-        value = json.loads(raw)
+        text = raw.decode("utf-8-sig")
+        value = json.loads(text)
         if not isinstance(value, dict):
             return BadLine(number=number, custom_id=None, reason="not a JSON object")
         custom_id = value.get("custom_id") if isinstance(value.get("custom_id"), str) else None
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate is no character: it has no UTF-8
         if "body" in value or "url" in value or "method" in value:
             line = OpenAILine.model_validate(value)
             body, kind = line.body, URLS[line.url]
@@ -165,8 +189,12 @@ def _line(number: int, raw: bytes, model: str) -> Line | BadLine:
                 return BadLine(number=number, custom_id=custom_id, reason=f"{line.url} needs {wanted} in its body")
         else:
             body, kind = PlainLine.model_validate(value), "plain"
-        return Line(number=number, custom_id=custom_id, kind=kind, request=body.request(model))
-    except (ValidationError, ValueError) as error:
+        request = body.request(model)
+        if (size := request.ByteSize()) > MAX_REQUEST_BYTES:
+            reason = f"a request of {size} bytes; allowed: {MAX_REQUEST_BYTES}"
+            return BadLine(number=number, custom_id=custom_id, reason=reason)
+        return Line(number=number, custom_id=custom_id, kind=kind, request=request)
+    except Exception as error:  # what nobody has thought of is wrong with this line alone, too
         return BadLine(number=number, custom_id=custom_id, reason=_reason(error))
 
 
@@ -180,17 +208,28 @@ def _unique(line: Line | BadLine, seen: dict[str, int]) -> Line | BadLine:
     return BadLine(number=line.number, custom_id=line.custom_id, reason=reason)
 
 
-def _reason(error: ValueError) -> str:
-    """All that is wrong with a line, in one line."""
+def _reason(error: Exception) -> str:
+    """What is wrong with a line, in one line that can be printed."""
+    return _text_of(error)[:MAX_REASON].encode(errors="backslashreplace").decode()
+
+
+def _text_of(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        problems = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
+        problems, found = [], error.errors(include_url=False, include_context=False, include_input=False)
+        for item in found[:MAX_PROBLEMS]:
+            key = ".".join(str(part) for part in item["loc"])[:MAX_NAME]
             message = (
                 "not supported" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
             )
             problems.append(f"{key}: {message}" if key else message)
-        return "; ".join(problems)
+        more = len(found) - len(problems)
+        return "; ".join(problems) + (f"; and {more} more" if more else "")
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text (byte {error.start})"
-    return f"not JSON: {error}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error}"
+    if isinstance(error, UnicodeEncodeError):
+        return "has half a surrogate (\\ud800 to \\udfff), which stands for no character"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return f"{type(error).__name__}: {error}"

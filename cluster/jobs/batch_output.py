@@ -140,7 +140,11 @@ def formatted(line: Line, result: JobResult, model: str) -> dict[str, Any]:
 
 
 def _append(file: BinaryIO, entry: dict[str, Any]) -> None:
-    file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+    try:
+        line = json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate in a custom_id has no UTF-8
+        line = json.dumps(entry).encode()
+    file.write(line + b"\n")
 
 
 def _finished_lines(path: Path) -> Iterator[int]:

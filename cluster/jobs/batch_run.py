@@ -25,7 +25,12 @@ from .submission import new_submission
 POLL_S = 0.5
 FULL_PAUSE_S = 2.0  # before a submission that found no room is tried again
 PIECE_BYTES = 2 << 20
-REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+# What may be one request's fault: UNKNOWN is a bug of the gateway, which another request need not come upon.
+REFUSED = (
+    *(grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNKNOWN),
+    *(grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.OUT_OF_RANGE),
+)
+TOO_LARGE = "larger than max"  # in gRPC's words for a message that is beyond a limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +153,7 @@ class BatchRun:
             yield piece, await self._submit(submission)
             return
         except grpc.aio.AioRpcError as error:
-            if error.code() not in REFUSED:
+            if not _is_refused(error):
                 raise
             if len(piece) == 1:
                 self._refuse(piece[0], error.code().name, error.details() or "")
@@ -164,7 +169,8 @@ class BatchRun:
             try:
                 return await self._client.submit(submission)
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED or not self._counted:
+                full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and not _is_refused(error)
+                if not full or not self._counted:
                     raise
             await asyncio.sleep(FULL_PAUSE_S)
 
@@ -206,6 +212,12 @@ class BatchRun:
         self._tally.answered += answered
         self._tally.failed += failed
         self._told(self._tally)
+
+
+def _is_refused(error: grpc.aio.AioRpcError) -> bool:
+    """Whether it would be refused again, whoever asked and whenever."""
+    too_large = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and TOO_LARGE in (error.details() or "")
+    return too_large or error.code() in REFUSED
 
 
 def check_lines(source: Path, served: str, instead: str) -> int:
