@@ -20,6 +20,7 @@ from ..proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_
 from ..proto.addresses import parse_address
 from ..proto.errors import Exhausted, Expired, Unavailable
 from ..proto.serving import MIB, Server, start_server, trace_context, write_in_time
+from ..proto.signs import kept_alive
 from ..proto.tasks import Tasks
 from .client import RETRY_KEY
 from .cluster_service import ClusterService
@@ -82,6 +83,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self, model: ServedModel, fleet: Fleet, generator: Generator, load: Load, config: GatewayConfig
     ) -> None:
         self._local_prefill: LocalPrefill = config.local_prefill
+        self._sign_of_life_s = config.sign_of_life_s
         self._model = model
         self._fleet = fleet
         self._generator = generator
@@ -99,13 +101,17 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         with self._load.track():
             try:
                 admitted = await self._generator.admit(request)
-                await self._generator.run(
-                    admitted,
-                    lambda event: write_in_time(context, event),
-                    time_left=context.time_remaining,
-                    trace=trace_context(context),
-                    arrived_s=arrived_s,
-                )
+                await context.send_initial_metadata(())
+                sign = partial(generation_pb2.GenerateEvent, request_id=admitted.request_id)
+                write = partial(write_in_time, context)
+                async with kept_alive(write, sign, self._sign_of_life_s) as pass_on:
+                    await self._generator.run(
+                        admitted,
+                        pass_on,
+                        time_left=context.time_remaining,
+                        trace=trace_context(context),
+                        arrived_s=arrived_s,
+                    )
             except (Exhausted, Expired) as error:
                 hint_ms = self._retry_after_ms(error)
                 if hint_ms is not None:

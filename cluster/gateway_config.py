@@ -25,6 +25,7 @@ class GatewayConfig(BaseModel):
     max_request_tokens: int | None = Field(default=None, ge=2)  # prompt and output of one request
     max_request_kv_mib: float | None = Field(default=None, gt=0)  # their KV, as measured on the wire
     max_request_s: float | None = Field(default=None, gt=0)  # from arrival to end
+    sign_of_life_s: float = Field(default=10.0, gt=0)  # a silent stream of an answer gets an event without tokens
     preflight: bool = True  # whether a worker must pass a canary request before it gets others (cluster/preflight.py)
     jobs_db: str | None = None  # URL of the database of jobs; none: no jobs
     jobs: JobsSettings = JobsSettings()

@@ -1,5 +1,6 @@
 """`isthmus.v1.Jobs`: what clients ask of the jobs of a gateway."""
 
+import asyncio
 from collections.abc import Callable
 
 import grpc.aio
@@ -61,7 +62,11 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
                 if over:
                     return
                 if news.last < wanted:
-                    await news.wait()
+                    try:
+                        async with asyncio.timeout(self._settings.sign_of_life_s):
+                            await news.wait()
+                    except TimeoutError:
+                        await context.write(WatchJobResponse())  # a sign of life: proxies cut silent streams
 
     async def GetResult(self, request: jobs_pb2.GetResultRequest, context: object) -> jobs_pb2.GetResultResponse:
         limit, page = page_size(request.page_size), page_token(request.page_token)

@@ -19,6 +19,7 @@ class JobsSettings(BaseModel):
     max_running_batch: int = Field(default=32, ge=1)  # requests at once of batch jobs, when nothing else runs
     lease_s: float = Field(default=5.0, gt=0)  # a gateway that is silent for so long has lost its jobs to the others
     sweep_s: float = Field(default=1.0, gt=0)  # between looks for deadlines, cancelled jobs and dead gateways
+    sign_of_life_s: float = Field(default=10.0, gt=0)  # a silent watcher gets a response without events
     prune_s: float = Field(default=10.0, gt=0)  # between looks for jobs to erase
     retention_s: float = Field(default=7 * 86400.0, ge=0)  # of ended jobs, where a job does not say
 
