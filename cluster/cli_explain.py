@@ -11,6 +11,9 @@ from . import cli_options as opt
 from .cli_prompt import read_prompt
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
+    from ..proto.common_pb2 import Candidate
     from ..proto.generation_pb2 import GenerateRequest
     from ..proto.worker_pb2 import Explanation
 
@@ -75,20 +78,37 @@ async def _ask(server: str, request: "GenerateRequest") -> "Explanation":
 
 def _show(explanation: "Explanation") -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("", *COLUMNS):
-        table.add_column(name, no_wrap=True, justify="left" if name in ("", "decode", "prefill") else "right")
-    for candidate in explanation.candidates:
-        values = [getattr(candidate, field) for field in COLUMNS.values()]
-        cells = [f"{value:.1f}" if isinstance(value, float) else str(value) or "itself" for value in values]
-        table.add_row("→" if candidate.chosen else "", *cells)
+    from .columns import print_lines, table_lines
+
     console = Console()
-    console.width = max(console.width, 112)  # a table of figures is of no use with its columns cut
-    console.print(table)
-    console.print(
-        f"policy {explanation.policy}, local prefill {explanation.local_prefill} · "
-        f"{explanation.prompt_tokens} prompt tokens · answers of {explanation.output_tokens:.0f} tokens · in ms",
-        highlight=False,
+    rows = [_cells(candidate) for candidate in explanation.candidates]
+    figures = [name for name in COLUMNS if name not in ("decode", "prefill")]
+    lines = table_lines(("chosen", *COLUMNS), rows, right=figures)
+    if console.is_terminal and max(line.cell_len for line in lines) > console.width:
+        lines = [line for row in rows for line in _block(row)]
+    print_lines(lines, console)
+    print_lines(
+        [
+            f"policy {explanation.policy}, local prefill {explanation.local_prefill} · "
+            f"{explanation.prompt_tokens} prompt tokens · answers of {explanation.output_tokens:.0f} tokens · in ms"
+        ],
+        console,
     )
+
+
+def _cells(candidate: "Candidate") -> list[str]:
+    values = [getattr(candidate, field) for field in COLUMNS.values()]
+    shown = [f"{value:.1f}" if isinstance(value, float) else str(value) or "itself" for value in values]
+    return ["yes" if candidate.chosen else "no", *shown]
+
+
+def _block(row: list[str]) -> "list[Text]":
+    """A candidate in several lines, for a terminal that is narrower than the table."""
+    from rich.text import Text
+
+    cell = dict(zip(("chosen", *COLUMNS), row, strict=True))
+    head = f"decode {cell['decode']}, prefill {cell['prefill']}: total {cell['total']}"
+    first, second = ("cached", "held", "wait", "queue"), ("compute", "transfer", "steps", "damage")
+    lines = [Text(head + (" (chosen)" if cell["chosen"] == "yes" else ""), style="bold")]
+    return lines + [Text("  " + ", ".join(f"{name} {cell[name]}" for name in names)) for names in (first, second)]

@@ -24,21 +24,23 @@ FLAGS: dict[str, Any] = {
     "policy": Annotated[
         str | None,
         _flag(
-            "How workers are chosen: cost, or to compare round-robin, least-requests, ... (docs/routing.md).", "cost"
+            "How workers are chosen: cost, or to compare round-robin, ..., as docs/routing.md says.",
+            "cost",
         ),
     ],
     "local_prefill": Annotated[
         str | None, _flag("Decode workers compute prompts: never, when_cheaper or always.", "when_cheaper")
     ],
-    "replays": Annotated[int | None, _flag("Times that one request may be placed again.", "16", min=0)],
+    "replays": Annotated[int | None, _flag("Times that one request may be placed again.", "16", min=0, metavar="N")],
     "restart_wait_s": Annotated[
-        float | None, _flag("How long a request waits for lost workers to be back.", "30", min=0)
+        float | None, _flag("How long a request waits for lost workers to be back.", "30", min=0, metavar="S")
     ],
     "max_waiting": Annotated[
-        int | None, _flag("Requests of one priority that wait for their turn; more are refused.", "256", min=1)
+        int | None,
+        _flag("Requests of one priority that wait for their turn; more are refused.", "256", min=1, metavar="N"),
     ],
     "overcommit": Annotated[
-        float | None, _flag("Tokens that run at once, in what all decode workers can hold.", "2", min=0)
+        float | None, _flag("Tokens that run at once, in what all decode workers can hold.", "2", min=0, metavar="N")
     ],
     "tenant_weights": Annotated[
         list[str] | None,
@@ -48,9 +50,13 @@ FLAGS: dict[str, Any] = {
             metavar="NAME=WEIGHT",
         ),
     ],
-    "max_request_tokens": Annotated[int | None, _flag("Prompt and output of one request.", "no bound", min=2)],
-    "max_request_kv_mib": Annotated[float | None, _flag("KV of one request on the wire.", "no bound", min=0)],
-    "max_request_s": Annotated[float | None, _flag("One request from arrival to end.", "no bound", min=0)],
+    "max_request_tokens": Annotated[
+        int | None, _flag("Prompt and output of one request.", "no bound", min=2, metavar="N")
+    ],
+    "max_request_kv_mib": Annotated[
+        float | None, _flag("KV of one request on the wire.", "no bound", min=0, metavar="MIB")
+    ],
+    "max_request_s": Annotated[float | None, _flag("One request from arrival to end.", "no bound", min=0, metavar="S")],
     "preflight": Annotated[
         bool | None,
         _flag("A worker must pass a canary request before it gets others.", "preflight", "--preflight/--no-preflight"),

@@ -139,9 +139,10 @@ def jobs_list(
     if as_json:
         _print_json(found)
         return
-    from .jobs.tables import jobs_table, print_table
+    from .columns import print_lines
+    from .jobs.tables import jobs_table
 
-    print_table(jobs_table(found))
+    print_lines(jobs_table(found))
 
 
 @jobs_app.command("show")
@@ -158,9 +159,10 @@ def jobs_show(job_id: JobId, as_json: opt.Json = False, server: opt.Server = opt
     if as_json:
         _print_json([job])
         return
-    from .jobs.tables import job_table, print_table
+    from .columns import print_lines
+    from .jobs.tables import job_table
 
-    print_table(job_table(job))
+    print_lines(job_table(job))
 
 
 @jobs_app.command("watch")

@@ -79,6 +79,9 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or a
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or auto.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of torch in each worker; default: cores / workers.")]
 
+WorkerThreads = Annotated[
+    int | None, typer.Option(min=1, help="Of torch; default: all cores, too many where workers share a host.")
+]
 
 StoreDir = Annotated[
     str | None,
@@ -94,7 +97,7 @@ JobsDb = Annotated[
         "--jobs-db",
         metavar="URL",
         help="Database of jobs (ISTHMUS_JOBS_DB); none: no jobs.",
-        show_default="~/.local/state/isthmus/jobs.db",
+        show_default="jobs.db in ~/.local/state/isthmus",
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from . import cli_options as opt
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.text import Text
 
     from ..proto.worker_pb2 import ClusterStatus, WorkerReport
 
@@ -17,12 +18,16 @@ NOT_READY = 1
 
 
 def status(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Model, codec, pages, memory, versions too.")
+    ] = False,
     as_json: opt.Json = False,
     server: opt.Server = opt.DEFAULT_SERVER,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also what is used of which memory.")] = False,
 ) -> None:
-    """Show the workers: role, health, queue, pages, model, versions. Exits with 1 unless requests can be
-    served and the gateway is healthy.
+    """Show the workers, a line for each: role, health, requests that run and wait, pages in use, address.
+
+    Below them why some may not be used. Exits with 1 unless requests can be served and the gateway is
+    healthy.
 
     [bold]Examples[/]
 
@@ -38,24 +43,9 @@ def status(
     if as_json:
         print(json.dumps(MessageToDict(cluster, preserving_proto_field_name=True)))
     else:
-        from rich.console import Console
+        from .columns import print_lines
 
-        console = Console()
-        console.print(_table(cluster))
-        for worker in cluster.workers:
-            if worker.reason:
-                console.print(f"[red]{worker.worker_id}:[/] {worker.reason}", highlight=False, soft_wrap=True)
-        for line in _task_lines(cluster):
-            console.print(line, highlight=False, soft_wrap=True)
-        if verbose:
-            from .cli_memory import memory_lines
-
-            print(*memory_lines(cluster), sep="\n")
-        seconds = cluster.uptime_ms / 1e3
-        console.print(
-            f"isthmus {cluster.version} · {cluster.active_requests} active requests · up {seconds:.0f} s",
-            highlight=False,
-        )
+        print_lines(_status_lines(cluster, verbose=verbose))
     if not _can_serve(cluster):
         raise typer.Exit(NOT_READY)
 
@@ -83,17 +73,12 @@ def models(as_json: opt.Json = False) -> None:
     if as_json:
         print(json.dumps(listed))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from .columns import print_lines, table_lines
 
-    table = Table("model", "about", "here", box=None, pad_edge=False)
-    for entry in listed:
-        table.add_row(entry["name"], entry["about"], "yes" if entry["installed"] else entry["install"])
-    console = Console()
-    console.print(table)
-    console.print(
-        "\nAlso: a Hugging Face folder, a .gguf file, or OWNER/NAME of the Hugging Face hub.", highlight=False
-    )
+    rows = [(entry["name"], "yes" if entry["installed"] else "no", entry["about"]) for entry in listed]
+    print_lines(table_lines(("model", "here", "about"), rows))
+    missing = [f"to have {entry['name']}: {entry['install']}" for entry in listed if not entry["installed"]]
+    print_lines([*missing, "Also: a Hugging Face folder, a .gguf file, or OWNER/NAME of the Hugging Face hub."])
 
 
 async def _status(server: str) -> "ClusterStatus":
@@ -108,26 +93,53 @@ def _can_serve(cluster: "ClusterStatus") -> bool:
     return len(roles) == 2 and not cluster.failing
 
 
-def _task_lines(cluster: "ClusterStatus") -> list[str]:
+def _task_lines(cluster: "ClusterStatus") -> "Iterator[Text]":
     """Background tasks of the gateway that raised what they should not."""
-    red = [f"[red]gateway:[/] {name} fails again and again; see the gateway's log" for name in cluster.failing]
-    counts = ", ".join(f"{name} {count}" for name, count in sorted(cluster.task_failures.items()))
-    return [*red, f"[yellow]exceptions of background tasks:[/] {counts}"] if counts else red
+    from rich.text import Text
+
+    for name in cluster.failing:
+        why = f"{name} fails again and again; see the gateway's log"
+        yield Text("gateway: ", style="red").append(why, style="default")
+    if cluster.task_failures:
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(cluster.task_failures.items()))
+        yield Text("exceptions of background tasks: ", style="yellow").append(counts, style="default")
 
 
-def _table(cluster: "ClusterStatus") -> "Table":
-    """Two lines for each worker: fits 80 columns."""
-    from rich.table import Table
+def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text | str]":
+    """A line for each worker, what matters first; with `verbose` more lines below each."""
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("worker", "role", "load", "pages", "model", "device", "version"):
-        table.add_column(column, no_wrap=True)
+    from .cli_memory import memory_lines
+    from .columns import table_lines
+
+    heading, *lines = table_lines(
+        ("worker", "role", "health", "run", "wait", "pages", "address"),
+        map(_row, cluster.workers),
+        right=("run", "wait", "pages"),
+    )
+    yield heading
+    for worker, line in zip(cluster.workers, lines, strict=True):
+        yield line
+        if verbose:
+            yield from (f"  {name}: {value}" for name, value in _details(worker).items() if value)
+    if verbose:
+        yield from memory_lines(cluster)
     for worker in cluster.workers:
-        table.add_row(*_row(worker))
-    return table
+        if worker.reason:
+            yield Text(f"{worker.worker_id}: ", style="red").append(worker.reason, style="default")
+    yield from _task_lines(cluster)
+    parts = [
+        f"isthmus {cluster.version}",
+        *([f"cluster {cluster.cluster_id}"] if cluster.cluster_id else []),
+        f"{cluster.active_requests} active requests",
+        f"up {cluster.uptime_ms / 1e3:.0f} s",
+    ]
+    yield " · ".join(parts)
 
 
-def _row(worker: "WorkerReport") -> list[str]:
+def _row(worker: "WorkerReport") -> "list[str | Text]":
+    from rich.text import Text
+
     from ..proto.worker_pb2 import (
         WORKER_HEALTH_CHECKING,
         WORKER_HEALTH_DRAINING,
@@ -140,16 +152,29 @@ def _row(worker: "WorkerReport") -> list[str]:
     passing = {WORKER_HEALTH_DRAINING: "yellow", WORKER_HEALTH_CHECKING: "yellow"}
     colour = {WORKER_HEALTH_READY: "green", **passing}.get(worker.health, "red")
     role = WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower() if worker.role else "?"
-    queue = f"{worker.waiting_requests} waiting"
-    if worker.waiting_tokens:
-        queue = f"{worker.waiting_requests} wait, {worker.waiting_tokens} tok"
-    cached = f", {worker.pages.cached} cached" if worker.pages.cached else ""
+    pages = worker.pages
     return [
-        f"{worker.worker_id}\n[dim]{worker.address}[/]",
-        f"{role}\n[{colour}]{health}[/]",
-        f"{queue}\n{worker.running_requests} running",
-        f"{worker.pages.in_use} used{cached}\nof {worker.pages.total}",
-        f"{worker.model.name}\n{worker.default_codec}",
-        f"{worker.device}\n{worker.dtype}",
-        f"{worker.version}\nprotocol {worker.protocol_version}",
+        worker.worker_id,
+        role,
+        Text(health, style=colour),
+        str(worker.running_requests),
+        str(worker.waiting_requests),
+        f"{100 * pages.in_use / pages.total:.0f}%" if pages.total else "",
+        worker.address,
     ]
+
+
+def _details(worker: "WorkerReport") -> dict[str, str]:
+    """What `-v` shows of a worker, by name; nothing for what is not known of it."""
+    if not worker.version:
+        return {}
+    pages, model = worker.pages, worker.model
+    return {
+        "model": f"{model.name}, {worker.dtype} on {worker.device}, {worker.threads} threads",
+        "codec": f"{worker.default_codec}, pages of {worker.page_tokens} tokens",
+        "pages": f"{pages.in_use} in use, {pages.cached} cached, {pages.free} free of {pages.total}",
+        "waiting": f"{worker.waiting_tokens} tokens" if worker.waiting_tokens else "",
+        "advertised": worker.advertise if worker.advertise != worker.address else "",
+        "could not flip": worker.flip_failure,
+        "version": f"{worker.version}, protocol {worker.protocol_version}, up {worker.uptime_ms / 1e3:.0f} s",
+    }

@@ -1,6 +1,7 @@
 """Settings of a whole cluster, from a YAML file and flags; the workers' own settings are checked by their
 folders."""
 
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -51,6 +52,8 @@ class ClusterConfig(BaseModel):
     dtype: str = "auto"  # of weights and KV: float32, bfloat16, float16, or what the device is fast at
     device: str = "auto"  # cpu, cuda, or a GPU where there is one
     threads: int | None = Field(None, ge=1)  # of torch in each worker; default: cores / workers
+    # In the names of Ray actors, which several clusters may share one Ray for; default: drawn at each start.
+    cluster_id: str = Field(default_factory=lambda: secrets.token_hex(4), pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
     address: str | None = None  # of a Ray cluster to join ("auto" finds one here); default: start a local one
     drain_s: float = Field(30.0, ge=0)  # how long running requests may take when the cluster stops
     store_dir: str | None = None  # a folder where prefill workers keep KV pages on disk; default: none

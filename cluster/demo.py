@@ -11,12 +11,12 @@ from dataclasses import asdict
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from ..proto.generation_pb2 import GenerateEvent, GenerateRequest
 from ..proto.serving import MIB
 from .client import Answer, Client, build_request
+from .columns import print_lines, table_lines
 from .config import ClusterConfig
 from .demo_prompts import AT_ONCE, ONE_BY_ONE, DemoRequest
 from .measures import Figures, figures_of
@@ -85,6 +85,11 @@ class _Demo:
             return await client.answer(_message(request), on_event=lambda event: text.append(event.text))
 
         pairs = list(zip(requests, texts, strict=True))
+        if not self._console.is_terminal:  # nobody watches them grow
+            answers = await asyncio.gather(*(run(request, text) for request, text in pairs))
+            for request, text in pairs:
+                self._console.print(f"\n{request.title}", text, sep="\n", soft_wrap=True)
+            return [(request, figures_of(answer)) for request, answer in zip(requests, answers, strict=True)]
         panels = Group(*(Panel(text, title=request.title) for request, text in pairs))
         with Live(panels, console=self._console, refresh_per_second=10):
             answers = await asyncio.gather(*(run(request, text) for request, text in pairs))
@@ -96,10 +101,11 @@ class _Demo:
             return
         settings = self._settings
         self._console.print()
-        self._console.print(_table(rows))
+        print_lines(_table(rows), self._console)
         self._console.print(
             f"[dim]{settings.model}, codec {settings.codec}. Handover: from the first token's sampling on the prefill "
-            "worker to its arrival at the client. Sent early: share of the bytes written before the prompt was done.[/]"
+            "worker to its arrival at the client. Sent early: share of the bytes sent before the prompt was done.[/]",
+            soft_wrap=not self._console.is_terminal,
         )
 
 
@@ -115,28 +121,29 @@ def _shortened(request: DemoRequest) -> str:
     return text if len(text) <= 90 else f"{text[:42]} ... {text[-42:]}"
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("request", no_wrap=True)
-    for column in ("prompt\ntokens", "output\ntokens", "TTFT\nms", "ITL ms\np50/p99", "handover\nms"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("KV MiB\nbf16", "KV MiB\nsent", "ratio", "sent\nearly"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for request, figures in rows:
-        early = figures.sent_before_prefill_end
-        table.add_row(
-            request.title,
-            str(figures.prompt_tokens),
-            str(figures.output_tokens),
-            _number(figures.ttft_ms, 0),
-            f"{_number(figures.itl_p50_ms, 1)}/{_number(figures.itl_p99_ms, 1)}",
-            _number(figures.handover_ms, 1),
-            _number(figures.kv_bytes_bf16 / MIB, 2),
-            _number(figures.kv_bytes_wire / MIB, 2),
-            _number(figures.ratio, 2, "x"),
-            _number(None if early is None else 100 * early, 0, "%"),
-        )
-    return table
+def _table(rows: Sequence[Row]) -> list[Text]:
+    titles = (
+        *("request", "prompt\ntokens", "output\ntokens", "TTFT\nms", "ITL ms\np50/p99", "handover\nms"),
+        *("MiB\nbf16", "MiB\nsent", "ratio", "sent\nearly"),
+    )
+    return table_lines(titles, map(_cells, rows), right=titles[1:])
+
+
+def _cells(row: Row) -> list[str]:
+    request, figures = row
+    early = figures.sent_before_prefill_end
+    return [
+        request.title.replace(" ", "-"),
+        str(figures.prompt_tokens),
+        str(figures.output_tokens),
+        _number(figures.ttft_ms, 0),
+        f"{_number(figures.itl_p50_ms, 1)}/{_number(figures.itl_p99_ms, 1)}",
+        _number(figures.handover_ms, 1),
+        _number(figures.kv_bytes_bf16 / MIB, 2),
+        _number(figures.kv_bytes_wire / MIB, 2),
+        _number(figures.ratio, 2, "x"),
+        _number(None if early is None else 100 * early, 0, "%"),
+    ]
 
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:

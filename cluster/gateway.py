@@ -158,8 +158,14 @@ class Gateway:
         workers: Iterable[str] = (),
         config: GatewayConfig = DEFAULTS,
         failures: "Counter[str] | None" = None,
+        *,
+        cluster_id: str = "",
     ) -> None:
-        """`failures`: where exceptions of background tasks are counted, those of the gateway's owner among them."""
+        """`failures`: where exceptions of background tasks are counted, those of the gateway's owner among them.
+
+        `cluster_id`: what `isthmus status` shows; "" where the workers are a given list.
+        """
+        self._cluster_id = cluster_id
         self._listen = listen
         self._model = model
         self._workers = tuple(workers)
@@ -271,7 +277,7 @@ class Gateway:
         return self._jobs.failing if self._jobs is not None else []
 
     def _fill_status(self, status: worker_pb2.ClusterStatus) -> None:
-        status.active_requests = self.load.active
+        status.active_requests, status.cluster_id = self.load.active, self._cluster_id
         status.failing.extend([*self._failing(), *self._jobs_failing()])
         for name, count in self.failures.items():
             status.task_failures[name] = count

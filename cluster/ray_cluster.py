@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..proto.addresses import HostPort, parse_address
-from ..proto.errors import IsthmusError, Unavailable
+from ..proto.errors import AlreadyExists, IsthmusError, Unavailable
 from ..proto.orders import Drained
 from .config import ClusterConfig, Role
 from .host import Restarting, WorkerHost, end_process, thread_settings, usable_cores
@@ -169,7 +169,7 @@ class RayCluster:
         both: tuple[Role, Role] = ("prefill", "decode") if role == "prefill" else ("decode", "prefill")
         settings = [self._config.worker_settings(each, name, f"{host}:0", self.threads) for each in both]
         options: dict[str, Any] = {
-            "name": f"{name}.{os.getpid()}",
+            "name": f"{name}.{self._config.cluster_id}",
             # On the local Ray, which is ours alone, a cluster may be scaled past what was counted at its start.
             "num_cpus": self.threads if joins else 0,
             "num_gpus": self._gpus,
@@ -179,7 +179,11 @@ class RayCluster:
         if joins:
             options["runtime_env"] = {"env_vars": thread_settings(self.threads)}
             options["scheduling_strategy"] = "SPREAD"
-        actor = ray.remote(ActorHost).options(**options).remote(role, *settings)
+        try:
+            actor = ray.remote(ActorHost).options(**options).remote(role, *settings)
+        except ValueError as error:  # Ray's for a name that is taken
+            why = f"on Ray: {_last_line(error)}; is another cluster there with the id {self._config.cluster_id}?"
+            raise AlreadyExists(f"cannot start {name} {why}") from None
         return RayWorker(name, actor)
 
 

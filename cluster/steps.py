@@ -46,4 +46,4 @@ class ShownSteps:
         if self._progress is not None and task is not None:
             self._progress.update(task, completed=1)
         else:
-            self._console.print(f"✓ {name} ({time.monotonic() - start_s:.1f} s)", highlight=False)
+            self._console.print(f"✓ {name} ({time.monotonic() - start_s:.1f} s)", highlight=False, soft_wrap=True)

@@ -125,7 +125,10 @@ class Supervisor:
     async def _start_gateway(self) -> Gateway:
         with self._step(f"model {self._config.model}"):
             model: ServedModel = await asyncio.to_thread(load_served_model, self._config.model)
-            self.gateway = Gateway(self._config.listen, model, config=self._config.gateway, failures=self._failures)
+            config = self._config
+            self.gateway = Gateway(
+                config.listen, model, config=config.gateway, failures=self._failures, cluster_id=config.cluster_id
+            )
             await self.gateway.start()
             return self.gateway
 

@@ -702,12 +702,15 @@ class ClusterStatus(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     ACTIVE_REQUESTS_FIELD_NUMBER: _builtins.int
     UPTIME_MS_FIELD_NUMBER: _builtins.int
+    CLUSTER_ID_FIELD_NUMBER: _builtins.int
     TASK_FAILURES_FIELD_NUMBER: _builtins.int
     FAILING_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     active_requests: _builtins.int
     uptime_ms: _builtins.int
+    cluster_id: _builtins.str
+    """in the names of the workers' Ray actors; none where the workers are a given list"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerReport]: ...
     @_builtins.property
@@ -729,13 +732,14 @@ class ClusterStatus(_message.Message):
         workers: _abc.Iterable[Global___WorkerReport] | None = ...,
         active_requests: _builtins.int = ...,
         uptime_ms: _builtins.int = ...,
+        cluster_id: _builtins.str = ...,
         task_failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         failing: _abc.Iterable[_builtins.str] | None = ...,
         memory: _abc.Iterable[Global___MemoryUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "failing", b"failing", "memory", b"memory", "task_failures", b"task_failures", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "cluster_id", b"cluster_id", "failing", b"failing", "memory", b"memory", "task_failures", b"task_failures", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

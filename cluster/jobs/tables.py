@@ -7,11 +7,11 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from ...proto.common_pb2 import FINISH_REASON_UNSPECIFIED, FinishReason, Priority
 from ...proto.jobs_pb2 import Job, JobEvent, JobOutput, JobResult
+from ..columns import table_lines
 from .states import JobState
 
 COLOURS = {"succeeded": "green", "failed": "red", "expired": "red", "running": "cyan", "cancelled": "yellow"}
@@ -27,36 +27,29 @@ def state_name(state: int) -> str:
     return JobState(state).name.lower()
 
 
-def print_table(table: Table) -> None:
-    """To stdout; as wide as it must be where that is no terminal."""
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
-
-
-def jobs_table(jobs: Iterable[Job]) -> Table:
+def jobs_table(jobs: Iterable[Job]) -> list[Text]:
     """A line for each job."""
-    table = Table(
-        "job", "state", "class", "requests", "tokens", "submitted", "took", "labels", box=None, pad_edge=False
-    )
-    for job in jobs:
-        table.add_row(
+    rows = (
+        (
             job.job_id,
             _coloured(job),
-            _priority(job),
             f"{job.succeeded_count + job.failed_count}/{job.request_count}",
             str(job.output_tokens),
-            _local(job.create_time),
-            _took(job),
-            " ".join(f"{key}={value}" for key, value in sorted(job.labels.items())),
+            _priority(job),
+            _local(job.create_time).replace(" ", "T"),
+            _took(job).replace(" ", ""),
+            ",".join(f"{key}={value}" for key, value in sorted(job.labels.items())),
         )
-    return table
+        for job in jobs
+    )
+    titles = ("job", "state", "done", "tokens", "class", "submitted", "took", "labels")
+    return table_lines(titles, rows, right=("done", "tokens", "took"))
 
 
-def job_table(job: Job) -> Table:
+def job_table(job: Job) -> list[Text]:
     """A line for each thing that is known of one job."""
-    table = Table(show_header=False, box=None, pad_edge=False)
     failed = f", {job.failed_count} failed" if job.failed_count else ""
-    rows = {
+    rows: dict[str, str | Text] = {
         "job": job.job_id,
         "state": _coloured(job),
         "error": f"{job.error.code}: {job.error.message}" if job.error.code else "",
@@ -74,10 +67,14 @@ def job_table(job: Job) -> Table:
         "events": str(job.last_event),
         "resumed": f"{job.resumes} times" if job.resumes else "",
     }
-    for name, value in rows.items():
-        if value:
-            table.add_row(f"[dim]{name}[/]", value)
-    return table
+    shown = {name: _whole(value) for name, value in rows.items() if value}
+    width = max(map(len, shown))
+    return [Text(f"{name:<{width}}  ", style="dim").append_text(value) for name, value in shown.items()]
+
+
+def _whole(value: str | Text) -> Text:
+    """In one line."""
+    return value if isinstance(value, Text) else Text(" ".join(value.split()))
 
 
 def result_lines(result: JobResult, *, alone: bool) -> list[str]:
@@ -127,9 +124,9 @@ def _finish(answer: JobResult | JobOutput) -> str:
     return f"{FinishReason.Name(answer.finish_reason).removeprefix('FINISH_REASON_').lower()}"
 
 
-def _coloured(job: Job) -> str:
+def _coloured(job: Job) -> Text:
     name = state_name(job.state)
-    return f"[{COLOURS[name]}]{name}[/]" if name in COLOURS else name
+    return Text(name, style=COLOURS.get(name, ""))
 
 
 def _priority(job: Job) -> str:

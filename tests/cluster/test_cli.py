@@ -81,7 +81,11 @@ def test_generate_from_a_file(server: str, capsys: pytest.CaptureFixture[str], t
 def test_status(server: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = outcome(capsys, "status", "--server", server)
     assert code == 0
-    assert all(text in out for text in ("prefill-0", "decode-0", "ready", "of 100", "tq-k4v4"))
+    heading, prefill, decode, last = out.splitlines()
+    assert heading.split() == ["worker", "role", "health", "run", "wait", "pages", "address"]
+    assert prefill.split()[:6] == ["prefill-0", "prefill", "ready", "0", "0", "0%"]
+    assert decode.split()[:3] == ["decode-0", "decode", "ready"]
+    assert last.startswith("isthmus ")
     code, out, _ = outcome(capsys, "status", "--server", server, "--verbose")
     assert code == 0 and "prefixes" in out
     code, out, _ = outcome(capsys, "status", "--server", server, "--json")
@@ -127,12 +131,12 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
         (["gateway", "--workers", "h:1", "--tenant-weights", "a"], 2, "error: "),
         (["gateway", "--workers", "h:1", "--tenant-weights", "a=-1"], 1, "error: INVALID_ARGUMENT: tenant_weights: "),
         (["up", "--overcommit", "0"], 1, "error: INVALID_ARGUMENT: gateway.overcommit is 0.0: "),
-        (["worker", "prefill", "--listen", "nowhere"], 2, "error: 'nowhere' is not host:port"),
-        (["worker", "decode", "--listen", "::1:7001"], 2, "error: '::1:7001' is not host:port"),
-        (["worker", "prefill", "--advertise", "10.0.0.7"], 2, "error: '10.0.0.7' is not host:port"),
-        (["worker", "prefill", "--advertise", "10.0.0.7:0"], 2, "error: '10.0.0.7:0' is not host:port"),
-        (["gateway", "--workers", "h:0"], 2, "error: 'h:0' is not host:port"),
-        (["status", "--server", "nowhere"], 2, "error: 'nowhere' is not host:port"),
+        (["worker", "prefill", "--listen", "nowhere"], 2, "error: Invalid value: 'nowhere' is not host:port"),
+        (["worker", "decode", "--listen", "::1:7001"], 2, "error: Invalid value: '::1:7001' is not host:port"),
+        (["worker", "prefill", "--advertise", "10.0.0.7"], 2, "error: Invalid value: '10.0.0.7' is not host:port"),
+        (["worker", "prefill", "--advertise", "10.0.0.7:0"], 2, "error: Invalid value: '10.0.0.7:0' is not host:port"),
+        (["gateway", "--workers", "h:0"], 2, "error: Invalid value: 'h:0' is not host:port"),
+        (["status", "--server", "nowhere"], 2, "error: Invalid value: 'nowhere' is not host:port"),
         (["up", "--host", "a b"], 1, "error: INVALID_ARGUMENT: host is 'a b': 'a b:0' is not host:port"),
         (["drain", "nobody"], 1, "error: NOT_FOUND: no worker 'nobody'; there are: prefill-0, decode-0"),
         (["flip", "decode-0", "prefill"], 1, "error: FAILED_PRECONDITION: decode-0 is the only worker of its role"),

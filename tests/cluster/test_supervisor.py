@@ -110,11 +110,13 @@ def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_up_answer_and_down() -> None:
     launcher = FakeLauncher()
-    supervisor = Supervisor(ClusterConfig(prefill=2, decode=2, port=0), launcher)
+    config = ClusterConfig(prefill=2, decode=2, port=0)
+    supervisor = Supervisor(config, launcher)
     gateway = await supervisor.start()
     assert [worker.name for worker in launcher.workers] == ["prefill-0", "prefill-1", "decode-0", "decode-1"]
     async with Client(gateway.address) as client:
         assert (await client.answer(build_request(prompt="x"))).text == "hello"
+        assert (await client.status()).cluster_id == config.cluster_id
     await supervisor.stop(5)
     assert launcher.closed
     assert all(worker.drained for worker in launcher.workers)
