@@ -23,6 +23,9 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - or a pipe: read it from stdin.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a UTF-8 file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's chat message.")] = False,
+    answer_prefix: Annotated[
+        str | None, typer.Option(help="With --chat: how the answer begins; the model goes on after it.")
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show counts and timings on stderr.")] = False,
     as_json: opt.Json = False,
     temperature: opt.Temperature = None,
@@ -59,7 +62,12 @@ def generate(
     """
     from .client import build_request
 
+    if answer_prefix is not None and not chat:
+        raise typer.BadParameter("an answer has a prefix in a chat only; allowed: with --chat")
     text = read_prompt(prompt, file)
+    messages = [{"role": "user", "content": text}]
+    if answer_prefix is not None:
+        messages.append({"role": "assistant", "content": answer_prefix})
     sampling = {
         "temperature": temperature,
         "top_p": top_p,
@@ -78,10 +86,11 @@ def generate(
     }
     request = build_request(
         prompt=None if chat else text,
-        chat=[{"role": "user", "content": text}] if chat else None,
+        chat=messages if chat else None,
         sampling=sampling,
         codec=codec,
         model=model,
+        continue_final_message=answer_prefix is not None,
     )
     request.request_id = request_id
     events: list[GenerateEvent] = []

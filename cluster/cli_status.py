@@ -18,9 +18,7 @@ NOT_READY = 1
 
 
 def status(
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Model, codec, pages, memory, versions too.")
-    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Model, codec, memory, versions too.")] = False,
     as_json: opt.Json = False,
     server: opt.Server = opt.DEFAULT_SERVER,
 ) -> None:

@@ -39,10 +39,19 @@ def build_request(
     sampling: Mapping[str, Any] | None = None,
     model: str = "",
     codec: str = "",
+    continue_final_message: bool = False,
 ) -> GenerateRequest:
-    """A request with one of the three inputs; `sampling` has fields of SamplingParams, None is unset."""
+    """A request with one of the three inputs; `sampling` has fields of SamplingParams, None is unset.
+
+    With `continue_final_message` the answer goes on where the chat's last message ends.
+    """
     set_sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
-    request = GenerateRequest(model=model, codec=codec, sampling=SamplingParams(**set_sampling))
+    request = GenerateRequest(
+        model=model,
+        codec=codec,
+        sampling=SamplingParams(**set_sampling),
+        continue_final_message=continue_final_message,
+    )
     if prompt is not None:
         request.prompt = prompt
     if chat is not None:

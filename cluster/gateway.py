@@ -11,6 +11,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import grpc.aio
@@ -167,7 +168,7 @@ class Gateway:
         """
         self._cluster_id = cluster_id
         self._listen = listen
-        self._model = model
+        self._model = replace(model, limits=config.input_limits)
         self._workers = tuple(workers)
         self._config = config
         self._server: Server | None = None

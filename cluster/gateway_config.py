@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .jobs.settings import JobsSettings
+from .served import InputLimits
 
 LocalPrefill = Literal["never", "when_cheaper", "always"]
 Policy = Literal["cost", "round-robin", "least-requests", "least-queued-tokens", "prefix-affinity"]
@@ -26,9 +27,21 @@ class GatewayConfig(BaseModel):
     max_request_kv_mib: float | None = Field(default=None, gt=0)  # their KV, as measured on the wire
     max_request_s: float | None = Field(default=None, gt=0)  # from arrival to end
     sign_of_life_s: float = Field(default=10.0, gt=0)  # a silent stream of an answer gets an event without tokens
+    max_prompt_bytes: int = Field(default=1 << 20, ge=1)  # UTF-8 of a prompt or chat; more is refused before any work
+    max_chat_messages: int = Field(default=4096, ge=1)
+    parse_special_tokens: bool = False  # whether a control token that a chat message spells is one, and not text
     preflight: bool = True  # whether a worker must pass a canary request before it gets others (cluster/preflight.py)
     jobs_db: str | None = None  # URL of the database of jobs; none: no jobs
     jobs: JobsSettings = JobsSettings()
+
+    @property
+    def input_limits(self) -> InputLimits:
+        """What the door takes as text."""
+        return InputLimits(
+            max_prompt_bytes=self.max_prompt_bytes,
+            max_chat_messages=self.max_chat_messages,
+            parse_special_tokens=self.parse_special_tokens,
+        )
 
     @field_validator("tenant_weights")
     @classmethod

@@ -1,6 +1,6 @@
 """The door: what a client asked for, checked, tokenized and completed; nothing else goes further in."""
 
-import asyncio
+import functools
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ async def admit(
     default_codec: str,
     local_prefill: LocalPrefill = "never",
 ) -> Admitted:
-    """Checks and completes a request; the tokenizer runs in a thread.
+    """Checks and completes a request; the tokenizer runs in a thread (`tokenizing.py`).
 
     InvalidRequest, NotFound or Unavailable (no workers) with what was wrong and what is allowed.
     """
@@ -110,20 +110,49 @@ def _codec(name: str, offered: Sequence[str]) -> str:
 
 async def _tokenize(request: GenerateRequest, model: ServedModel) -> list[int]:
     kind = request.WhichOneof("input")
+    if request.continue_final_message and kind != "chat":
+        raise InvalidRequest("continue_final_message without a chat; allowed: with the messages of a chat")
     if kind == "tokens":
         return _token_ids(request.tokens, model)
     if kind == "prompt":
-        if not request.prompt:
-            raise InvalidRequest("the prompt is empty; allowed: at least one character")
-        tokens = await asyncio.to_thread(model.tokenizer.encode, request.prompt)
+        tokens = await _encode(request.prompt, model)
     elif kind == "chat":
-        messages = _messages(request.chat, model)
-        tokens = await asyncio.to_thread(model.tokenizer.encode_chat, messages)
+        tokens = await _encode_chat(request.chat, model, continue_final=request.continue_final_message)
     else:
         raise InvalidRequest("the request has no input; allowed: prompt, chat or tokens")
     if not tokens:
         raise InvalidRequest("the prompt is empty once tokenized; allowed: at least one token")
     return tokens
+
+
+async def _encode(prompt: str, model: ServedModel) -> list[int]:
+    if not prompt:
+        raise InvalidRequest("the prompt is empty; allowed: at least one character")
+    size = len(prompt.encode())
+    _check_bytes("prompt", size, model)
+    encode = functools.partial(model.tokenizer.encode, prompt, most_tokens=model.context_length - 1)
+    return await model.line.run(size, encode)
+
+
+async def _encode_chat(chat: Chat, model: ServedModel, *, continue_final: bool) -> list[int]:
+    most = model.limits.max_chat_messages
+    if len(chat.messages) > most:
+        raise InvalidRequest(f"chat.messages has {len(chat.messages)} messages; allowed: at most {most}")
+    size = chat.ByteSize()
+    _check_bytes("chat", size, model)
+    encode = functools.partial(
+        model.tokenizer.encode_chat,
+        _messages(chat, model),
+        most_tokens=model.context_length - 1,
+        continue_final=continue_final,
+        parse_special=model.limits.parse_special_tokens,
+    )
+    return await model.line.run(size, encode)
+
+
+def _check_bytes(what: str, size: int, model: ServedModel) -> None:
+    if size > (most := model.limits.max_prompt_bytes):
+        raise InvalidRequest(f"{what} of {size} bytes; allowed: at most {most}")
 
 
 def _token_ids(tokens: TokenIds, model: ServedModel) -> list[int]:
@@ -133,6 +162,13 @@ def _token_ids(tokens: TokenIds, model: ServedModel) -> list[int]:
     ids = list(tokens.ids)
     _check_vocabulary("tokens", ids, model.vocab_size)
     return ids
+
+
+def _check_length(prompt: int, context: int) -> None:
+    if prompt >= context:
+        raise InvalidRequest(
+            f"prompt of {prompt} tokens; allowed: at most {context - 1} (the model's context is {context})"
+        )
 
 
 def _check_vocabulary(what: str, ids: Sequence[int], vocab_size: int) -> None:
@@ -150,13 +186,6 @@ def _messages(chat: Chat, model: ServedModel) -> list[dict[str, str]]:
     if not model.tokenizer.has_chat_template:
         raise InvalidRequest(f"model {model.name} has no chat template; allowed: prompt or tokens")
     return [{"role": message.role, "content": message.content} for message in chat.messages]
-
-
-def _check_length(prompt: int, context: int) -> None:
-    if prompt >= context:
-        raise InvalidRequest(
-            f"prompt of {prompt} tokens; allowed: at most {context - 1} (the model's context is {context})"
-        )
 
 
 def _fit(sampling: Sampling, prompt: int, context: int, held: tuple[int, int]) -> Sampling:

@@ -2,10 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..proto.errors import InvalidRequest, NotFound, shown
+from .tokenizing import TokenizeLine
 
 
 class TextEncoder(Protocol):
@@ -13,8 +14,10 @@ class TextEncoder(Protocol):
 
     @property
     def has_chat_template(self) -> bool: ...
-    def encode(self, text: str, /) -> list[int]: ...
-    def encode_chat(self, messages: list[dict[str, str]], /) -> list[int]: ...
+    def encode(self, text: str, /, *, most_tokens: int) -> list[int]: ...
+    def encode_chat(
+        self, messages: list[dict[str, str]], /, *, most_tokens: int, continue_final: bool, parse_special: bool
+    ) -> list[int]: ...
 
 
 class TextDecoder(Protocol):
@@ -34,6 +37,15 @@ class StopMatcher(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InputLimits:
+    """What a gateway takes as text (`gateway_config.py` says more)."""
+
+    max_prompt_bytes: int = 1 << 20
+    max_chat_messages: int = 4096
+    parse_special_tokens: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServedModel:
     """The one model that a gateway answers for."""
 
@@ -45,6 +57,8 @@ class ServedModel:
     tokenizer: TextEncoder
     new_decoder: Callable[[], TextDecoder]
     new_stops: Callable[[Sequence[str]], StopMatcher]
+    limits: InputLimits = InputLimits()
+    line: TokenizeLine = field(default_factory=TokenizeLine)
 
     def check_name(self, name: str) -> None:
         """NotFound unless `name` is empty or this model's."""
@@ -59,8 +73,9 @@ def load_served_model(source: str) -> ServedModel:
 
     described = describe_model(source)
     tokenizer = Tokenizer(described.path)
+    _ = tokenizer.bound  # takes a while once, as the first chat does; no client should wait for them
     if tokenizer.has_chat_template:
-        with contextlib.suppress(InvalidRequest):  # the first use imports much; no client should wait for that
+        with contextlib.suppress(InvalidRequest):
             tokenizer.encode_chat([{"role": "user", "content": "hello"}])
     return ServedModel(
         name=described.name,

@@ -5,17 +5,25 @@ written by it, so its tokenizer.json is read directly: importing `AutoTokenizer`
 """
 
 import codecs
+import functools
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
 
 from ..proto.errors import InvalidRequest
+from .byte_alphabet import BYTE_OF
 from .cache import Note
+from .chat_template import END, START, ChatTemplate
+from .marked_text import MarkedText
+from .text_bounds import TextBound, bound_of
+
+# One text at a time uses one core, and a process that used its threads once warns at every fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROLES = ("system", "user", "assistant")
 
@@ -42,18 +50,34 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a prompt, with the special tokens that the model wants around it."""
-        return self._backend.encode(text).ids
+    @functools.cached_property
+    def bound(self) -> TextBound | None:
+        """What is known of a text's tokens by its length alone. Takes up to half a second once."""
+        return bound_of(self._backend)
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The token ids of a conversation, up to where the assistant's next message begins.
+    def encode(self, text: str, *, most_tokens: int | None = None) -> list[int]:
+        """The token ids of a prompt, with the special tokens that the model wants around it.
 
-        Messages: {"role": "system" | "user" | "assistant", "content": text}. InvalidRequest where there is no chat
-        template, a role is not one of these, or the template refuses the conversation.
+        A control token that the text spells is that token: a prompt is what the model sees, as it is. The interpreter's
+        lock is free meanwhile. InvalidRequest where the text is so long that it has more than `most_tokens` for sure.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
+        return self._encode(text, most_tokens, add_special_tokens=True)
 
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        most_tokens: int | None = None,
+        continue_final: bool = False,
+        parse_special: bool = False,
+    ) -> list[int]:
+        """The token ids of a conversation, up to where the assistant's next message begins, or with `continue_final`
+        up to the end of the last message, which the model continues.
+
+        Messages: {"role": "system" | "user" | "assistant", "content": text}. A control token that a message spells is
+        text, unless `parse_special`. InvalidRequest where there is no chat template, a role is not one of these, the
+        template refuses the conversation, or it has more than `most_tokens` for sure.
+        """
         if self._template is None:
             raise InvalidRequest("the model has no chat template; allowed: a prompt, or token ids")
         if not messages:
@@ -61,16 +85,30 @@ class Tokenizer:
         for message in messages:
             if message["role"] not in ROLES:
                 raise InvalidRequest(f"a message with role {message['role']!r}; allowed: {', '.join(ROLES)}")
-        try:
-            (text,), _ = render_jinja_template(
-                conversations=[list(messages)],
-                chat_template=self._template,
-                add_generation_prompt=True,
-                **self._special,
+        template, marked = self._chat
+        text = template.render(messages, continue_final=continue_final, parse_special=parse_special)
+        if parse_special or not (START in text or END in text):
+            return self._encode(text, most_tokens, add_special_tokens=False)
+        self._check_length(text, most_tokens)
+        return marked.encode(text)
+
+    def _encode(self, text: str, most_tokens: int | None, *, add_special_tokens: bool) -> list[int]:
+        self._check_length(text, most_tokens)
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def _check_length(self, text: str, most_tokens: int | None) -> None:
+        if most_tokens is not None and self.bound and (fewest := self.bound.fewest_tokens(text)) > most_tokens:
+            raise InvalidRequest(
+                f"prompt of {len(text)} characters, {fewest} tokens or more; allowed: at most {most_tokens}"
             )
-        except TemplateError as error:
-            raise InvalidRequest(f"the model's chat template refuses the conversation: {error}") from None
-        return self._backend.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _chat(self) -> tuple[ChatTemplate, MarkedText]:
+        added = self._backend.get_added_tokens_decoder().values()
+        template = ChatTemplate(
+            self._template or "", self._special, [(token.content, token.special) for token in added]
+        )
+        return template, MarkedText(self._backend, template.control_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens in the middle of a text; special tokens have none."""
@@ -91,8 +129,8 @@ class Tokenizer:
         token = self._backend.id_to_token(token_id) or ""
         if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):  # byte fallback, of SentencePiece
             return bytes.fromhex(byte[1])
-        if all(char in _BYTE_OF for char in token):  # byte-level BPE
-            return bytes(_BYTE_OF[char] for char in token)
+        if all(char in BYTE_OF for char in token):  # byte-level BPE
+            return bytes(BYTE_OF[char] for char in token)
         return text.encode()
 
 
@@ -147,19 +185,6 @@ class StopStrings:
             if any(stop.startswith(text[-count:]) for stop in self._stops):
                 return count
         return 0
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes the 256 bytes as: printable Latin-1 for itself, others from U+0100 on.
-
-    Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.2, and its code.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
 
 
 def _read_converted(folder: Path) -> tuple[Backend, str | None, dict[str, Any]]:

@@ -40,11 +40,19 @@ class ByteText:
 
     has_chat_template = True
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, most_tokens: int | None = None) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        return list("".join(f"<{message['role']}>{message['content']}" for message in messages).encode())
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        most_tokens: int | None = None,
+        continue_final: bool = False,
+        parse_special: bool = False,
+    ) -> list[int]:
+        text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        return list((text + ("..." if continue_final else "")).encode())
 
 
 class ByteDecoder:

@@ -92,6 +92,14 @@ def test_status(server: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert [worker["worker_id"] for worker in json.loads(out)["workers"]] == ["prefill-0", "decode-0"]
 
 
+def test_generate_goes_on_after_the_beginning_of_an_answer(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = outcome(capsys, "generate", "--server", server, "--json", "--chat", "--answer-prefix", "Well,", "hi")
+    assert code == 0
+    assert json.loads(out)["usage"]["prompt_tokens"] == len("<user>hi<assistant>Well,...")
+    code, _, err = outcome(capsys, "generate", "--server", server, "--answer-prefix", "Well,", "hi")
+    assert (code, "an answer has a prefix in a chat only" in err) == (2, True)
+
+
 def test_chat_sends_the_whole_conversation(
     server: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,8 +8,8 @@ from scripted import CODECS, ByteText, served
 from isthmus.cluster.board import Board, board_of
 from isthmus.cluster.client import build_request
 from isthmus.cluster.pool import WorkerLoad
-from isthmus.cluster.request import Admitted, admit
-from isthmus.cluster.served import ServedModel
+from isthmus.cluster.request import Admitted, admit, examine
+from isthmus.cluster.served import InputLimits, ServedModel
 from isthmus.kvtransfer.codec_names import codec_names
 from isthmus.proto.errors import InvalidRequest, IsthmusError, NotFound, Unavailable
 from isthmus.proto.generation_pb2 import GenerateRequest
@@ -55,6 +55,50 @@ async def test_what_the_client_says_is_kept() -> None:
 async def test_chat_goes_through_the_template() -> None:
     admitted = await let_in(build_request(chat=[{"role": "user", "content": "hi"}]))
     assert bytes(admitted.prompt_token_ids) == b"<user>hi"
+
+
+async def test_a_chat_may_go_on_in_its_last_message() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well,"}]
+    admitted = await let_in(build_request(chat=messages, continue_final_message=True))
+    assert bytes(admitted.prompt_token_ids) == b"<user>hi<assistant>Well,..."
+    message = await refusal(build_request(prompt="x", continue_final_message=True), InvalidRequest)
+    assert message == "continue_final_message without a chat; allowed: with the messages of a chat"
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (build_request(prompt="é" * 51), "prompt of 102 bytes; allowed: at most 101"),
+        (build_request(chat=[{"role": "user", "content": "é" * 51}]), "chat of 112 bytes; allowed: at most 101"),
+        (
+            build_request(chat=[{"role": "user", "content": "x"}] * 4),
+            "chat.messages has 4 messages; allowed: at most 3",
+        ),
+        (
+            build_request(token_ids=[999] * 1000),
+            "prompt of 1000 tokens; allowed: at most 999 (the model's context is 1000)",
+        ),
+    ],
+)
+async def test_sizes_are_bounded_before_any_work(request_: GenerateRequest, message: str) -> None:
+    class Untouched(ByteText):
+        def encode(self, text: str, **_how: Any) -> list[int]:
+            raise AssertionError("tokenized")
+
+        def encode_chat(self, messages: Any, **_how: Any) -> list[int]:
+            raise AssertionError("tokenized")
+
+    model = served(tokenizer=Untouched(), limits=InputLimits(max_prompt_bytes=101, max_chat_messages=3))
+    assert await refusal(request_, InvalidRequest, model=model) == message
+    with pytest.raises(InvalidRequest) as raised:  # what jobs ask
+        await examine(request_, model)
+    assert str(raised.value) == message
+
+
+async def test_what_fits_the_bounds_is_let_in() -> None:
+    model = served(limits=InputLimits(max_prompt_bytes=100, max_chat_messages=3))
+    assert len((await let_in(build_request(prompt="é" * 50), model=model)).prompt_token_ids) == 100
+    await let_in(build_request(chat=[{"role": "user", "content": "x"}] * 3), model=model)
 
 
 @pytest.mark.parametrize(
