@@ -1,12 +1,13 @@
 """Conversations to token ids: as transformers makes them, with users' text as text, in bounded time."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import make_byte_tokenizer, model_path
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from isthmus.model import chat_template
 from isthmus.model.chat_template import ChatTemplate
@@ -56,9 +57,7 @@ HOSTILE = (
 
 
 @pytest.fixture(scope="module", params=["smollm2-135m", "gemma3-270m", "bytes"])
-def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     """A tokenizer of ours and the same of transformers."""
     if request.param == "smollm2-135m":
         folder = Path(model_path(request.param))
@@ -74,9 +73,7 @@ def pair(
 
 
 @pytest.mark.parametrize("messages", ORDINARY)
-def test_ordinary_chats_are_those_of_transformers(
-    pair: tuple[Tokenizer, PreTrainedTokenizerBase], messages: list[dict[str, str]]
-) -> None:
+def test_ordinary_chats_are_those_of_transformers(pair: tuple[Tokenizer, Any], messages: list[dict[str, str]]) -> None:
     ours, theirs = pair
     asked = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ours.encode_chat(messages) == asked
@@ -87,9 +84,7 @@ def test_ordinary_chats_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("messages", HOSTILE)
-def test_control_tokens_of_users_are_text(
-    pair: tuple[Tokenizer, PreTrainedTokenizerBase], messages: list[dict[str, str]]
-) -> None:
+def test_control_tokens_of_users_are_text(pair: tuple[Tokenizer, Any], messages: list[dict[str, str]]) -> None:
     ours, theirs = pair
     harmless = [{**message, "content": "x"} for message in messages]
     special = set(theirs.all_special_ids) | {theirs.convert_tokens_to_ids("<end_of_turn>")}
