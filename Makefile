@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-postgres lint format stubs clean gpu-check
+.PHONY: help setup demo test test-fuzz test-postgres lint format stubs clean gpu-check
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,6 +28,9 @@ demo: .venv/.installed  ## Start a local cluster, send it prompts, show the figu
 
 test: .venv/.installed .venv/.test-weights lint  ## Lint, types and all tests
 	@$(BIN)/pytest
+
+test-fuzz: .venv/.installed  ## 20,000 requests that nobody meant, to every RPC of a small cluster
+	@$(BIN)/python tests/fuzz.py --calls $(or $(CALLS),20000) --seed $(or $(SEED),1)
 
 test-postgres: .venv/.installed  ## The tests of jobs on PostgreSQL, from Debian's packages
 	@tests/with-postgres $(BIN)/pytest $(foreach name,service store runner crash database,tests/cluster/jobs/test_$(name).py)

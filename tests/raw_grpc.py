@@ -4,18 +4,21 @@ HTTP/2 as far as one call needs it: literal headers without Huffman codes, no fl
 """
 
 import asyncio
+import re
 import struct
 from dataclasses import dataclass, field
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, CONTINUATION = 0, 1, 3, 4, 6, 7, 9
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
+_STATUS = re.compile(rb"grpc-status[\x01\x02]([0-9]{1,2})")  # in full, for it is the first one of its connection
 
 
 @dataclass
 class RawAnswer:
-    """What came back: messages, and whether the stream was ended by the other side."""
+    """What came back: messages, the status where one was told, and how the other side ended the stream."""
 
+    status: int | None = None
     messages: list[bytes] = field(default_factory=list)
     ended: bool = False
     reset: bool = False
@@ -58,6 +61,8 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
             writer.write(_frame(PING, ACK, 0, payload))
         elif kind == DATA:
             received += payload
+        elif kind == HEADERS and (told := _STATUS.search(payload)):
+            answer.status = int(told[1])
         elif kind in (RST_STREAM, GOAWAY):
             answer.ended = answer.reset = True
         if kind in (DATA, HEADERS) and flags & END_STREAM:
