@@ -96,6 +96,7 @@ class WorkerSeat:
         self._prepared: Worker | None = None  # for the other role, while a flip is under way
         self._tasks = Tasks()
         self._flipping: asyncio.Task[None] | None = None
+        self._changing = asyncio.Lock()
         self._process, self._roles = secrets.token_hex(8), itertools.count(1)
 
     @property
@@ -139,7 +140,9 @@ class WorkerSeat:
 
     async def _flip_logged(self, role: Role) -> None:
         with contextlib.suppress(Incompatible):  # the log and the report have it
-            await self._flip(role)
+            async with self._changing:
+                if role != self.role:
+                    await self._flip(role)
 
     async def prepare_flip(self, role: WorkerRole.ValueType) -> bool:
         """Makes the worker of the other role, but for its pool; whether a flip to this role changes anything.
@@ -158,9 +161,10 @@ class WorkerSeat:
 
     async def take_role(self, role: Role) -> None:
         """Changes the role at once, whatever runs; Incompatible where it cannot, and goes on in its own."""
-        if role != self.role:
-            await self._prepare(role)
-            await self._flip(role)
+        async with self._changing:  # two orders at a time would build two workers at one address
+            if role != self.role:
+                await self._prepare(role)
+                await self._flip(role)
 
     async def _prepare(self, role: Role) -> None:
         assert self._worker is not None, "not started"

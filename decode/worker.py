@@ -236,6 +236,8 @@ class DecodeWorker(DecodeServicer):
         tokens = len(request.prompt_token_ids)
         if not 1 <= tokens < model.context_length:
             raise InvalidRequest(f"a prompt of {tokens} tokens; allowed: 1 to {model.context_length - 1}")
+        if len(request.emitted_token_ids) >= model.context_length:
+            raise InvalidRequest(f"{len(request.emitted_token_ids)} emitted tokens are more than the model's context")
         if max((*request.prompt_token_ids, *request.emitted_token_ids)) >= model.vocab_size:
             raise InvalidRequest(f"a token id is out of the vocabulary of {model.vocab_size}")
         return self._codecs.get(request.codec)

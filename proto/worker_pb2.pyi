@@ -382,7 +382,7 @@ class ModelReport(_message.Message):
     fingerprint: _builtins.str
     architecture: _builtins.str
     path: _builtins.str
-    """folder on the worker's host"""
+    """folder on the worker's host; the gateway tells nobody"""
     context_length: _builtins.int
     vocab_size: _builtins.int
     def __init__(

@@ -66,22 +66,30 @@ class Fleet:
     seats: list[WorkerSeat]
     spare: Gateway  # of the second cluster
     spare_seats: list[WorkerSeat]
+    spare_addresses: tuple[str, ...] = ()  # of these, for good
     expected: list[int] = field(default_factory=list)  # the canary's tokens
     methods: list[Method] = field(default_factory=list)
     channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
     valid: Mapping[str, Sequence[Message]] = field(default_factory=dict)  # requests, by their type
     known: dict[str, list[str]] = field(default_factory=dict)  # values of string fields
+    replaced: list[WorkerSeat] = field(default_factory=list)
     _replacing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def replace_lost(self) -> None:
         """Starts workers of the second cluster anew where they were drained for good."""
         async with self._replacing:
+            for seat in self.replaced:  # an order that it was still following may have built another worker
+                await seat.stop()
             for number, seat in enumerate(self.spare_seats):
                 if seat.emptied.is_set():
-                    listen = seat.address
                     await seat.stop()
+                    self.replaced.append(seat)
+                    listen = self.spare_addresses[number]
                     self.spare_seats[number] = fresh = _seat(seat.role, f"spare-{number}", listen)
-                    await fresh.start()
+                    try:
+                        await fresh.start()
+                    except OSError:  # that other worker has the address: next time
+                        fresh.emptied.set()
 
     async def left_behind(self, tasks: int, within_s: float = 30) -> list[str]:
         """What is still held once nothing runs any more, after at most `within_s`."""
@@ -161,13 +169,13 @@ def _seat(role: Any, name: str, listen: str = "127.0.0.1:0") -> WorkerSeat:
 
 
 async def _stop(fleet: Fleet) -> None:
-    for seat in (*fleet.seats, *fleet.spare_seats):
+    for seat in (*fleet.seats, *fleet.spare_seats, *fleet.replaced):
         await seat.stop()
 
 
 def _describe(fleet: Fleet) -> None:
     prefill, decode = (seat.address for seat in fleet.seats)
-    spares = tuple(seat.address for seat in fleet.spare_seats)
+    spares = fleet.spare_addresses = tuple(seat.address for seat in fleet.spare_seats)
     main = dict.fromkeys(GATEWAY, (fleet.gateway.address,))
     main |= {"Prefill": (prefill,), "Decode": (decode,), "Worker": (prefill, decode)}
     orders = {"Cluster": (fleet.spare.address,), "Worker": spares}

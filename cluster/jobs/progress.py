@@ -137,7 +137,8 @@ class _Change:
     def blame(self, error: JobError | None) -> None:
         """Keeps the first error of the job."""
         if error is not None and self._values["error_code"] is None:
-            self._values |= {"error_code": error.code, "error_message": error.message}
+            message = error.message.replace("\0", "\N{REPLACEMENT CHARACTER}")  # PostgreSQL keeps no NUL
+            self._values |= {"error_code": error.code, "error_message": message}
 
     def enter(self, state: JobState) -> None:
         """A new state, as an event."""

@@ -27,6 +27,9 @@ from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_UNREACHABLE,
     WORKER_ROLE_DECODE,
     WORKER_ROLE_PREFILL,
+    DrainWorkerRequest,
+    FlipWorkerRequest,
+    ScaleRequest,
 )
 
 
@@ -303,6 +306,31 @@ async def test_a_name_of_any_length_is_not_found() -> None:
                     await client.model(name)
                 assert raised.value.code() is grpc.StatusCode.NOT_FOUND
                 assert (raised.value.details() or "").endswith(f"({len(name)} characters) here; available: bytes")
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "told"),
+    [
+        (
+            "DrainWorker",
+            DrainWorkerRequest(worker="decode-0", timeout_s=float("inf")),
+            "timeout_s is inf; allowed: 0 to",
+        ),
+        ("DrainWorker", DrainWorkerRequest(worker="decode-0", timeout_s=1e10), "timeout_s is 1e+10; allowed: 0 to"),
+        ("DrainWorker", DrainWorkerRequest(worker="decode-0", timeout_s=float("nan")), "timeout_s is nan; allowed"),
+        ("FlipWorker", FlipWorkerRequest(worker="decode-0", role=1, timeout_s=-1), "timeout_s is -1; allowed"),
+        ("Scale", ScaleRequest(decode=2, timeout_s=1e300), "timeout_s is 1e+300; allowed: 0 to 86400 seconds"),
+        ("Scale", ScaleRequest(decode=(1 << 32) - 1), "decode is 4294967295; allowed: at most 1000 workers"),
+        ("FlipWorker", FlipWorkerRequest(worker="decode-0", role=99), "role is 99; allowed: 1 (prefill), 2 (decode)"),  # pyright: ignore
+        ("FlipWorker", FlipWorkerRequest(worker="decode-0"), "role is 0; allowed: 1 (prefill), 2 (decode)"),
+    ],
+)
+async def test_orders_that_cannot_be_are_refused_by_name(method: str, request_: Any, told: str) -> None:
+    async with scripted_cluster(says("hello")) as cluster, Client(cluster.gateway.address) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await getattr(client.cluster, method)(request_)
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (raised.value.details() or "").startswith(told)
 
 
 async def test_clients_see_no_paths_of_the_workers() -> None:

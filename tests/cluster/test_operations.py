@@ -63,6 +63,17 @@ async def seats(*roles: str) -> AsyncIterator[Seats]:
             await seat.stop()
 
 
+async def test_two_orders_to_flip_at_a_time_are_one_flip() -> None:
+    async with seats("prefill", "prefill", "decode") as cluster:
+        seat = cluster.seats[1]
+        assert await seat.prepare_flip(WORKER_ROLE_DECODE)
+        seat.flip(WORKER_ROLE_DECODE)
+        await asyncio.gather(seat.take_role("decode"), seat.take_role("decode"))
+        assert seat.role == "decode"
+        report = await cluster.gateway.operations.flip("worker-1", WORKER_ROLE_DECODE, 5)
+        assert report.role == WORKER_ROLE_DECODE
+
+
 async def test_a_worker_changes_its_role_and_back_on_the_same_weights() -> None:
     async with seats("prefill", "prefill", "decode") as cluster:
         before = (await cluster.client.answer(REQUEST)).token_ids

@@ -154,6 +154,16 @@ async def test_an_error_that_lasts_ends_the_request(url: str) -> None:
         )
 
 
+async def test_an_error_with_a_nul_can_be_kept(url: str) -> None:
+    async def before(request: GenerateRequest, position: int) -> None:
+        raise InvalidRequest("the template says a\0b")
+
+    async with jobs_server(url, before) as server:
+        job = await server.stub.SubmitJob(submission("one"))
+        ended = await server.ended(job.job_id)
+        assert ended.error.message == "the template says a\N{REPLACEMENT CHARACTER}b"
+
+
 async def test_interactive_jobs_start_first_and_jobs_take_turns(url: str) -> None:
     hold = Hold(0)
     async with jobs_server(url, hold, max_running=1) as server:
