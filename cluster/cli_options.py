@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..model import dtypes
+
 if TYPE_CHECKING:
     from .client import Client
 
@@ -75,7 +77,13 @@ ModelSource = Annotated[
         show_default="smollm2-135m",
     ),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (what the device is fast at).")]
+Dtype = Annotated[
+    dtypes.Dtype | None,
+    typer.Option(
+        help="Of weights; auto: what the device is fast at; float16: GPUs only.",
+        show_default="auto",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or auto.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of torch in each worker; default: cores / workers.")]
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..decode.config import DecodeConfig
 from ..kvtransfer.codec_names import DEFAULT_CODEC, codec_names
+from ..model.dtypes import Dtype
 from ..prefill.config import PrefillConfig
 from ..proto.addresses import HostPort, checked_address
 from ..proto.errors import InvalidRequest
@@ -49,7 +50,7 @@ class ClusterConfig(BaseModel):
     balance: str | None = None  # a file of `isthmus calibrate --out` on every host; default: each host makes its own
     host: str = "127.0.0.1"  # that the gateway listens on
     port: int = Field(DEFAULT_PORT, ge=0, le=65535)  # 0 picks a free one
-    dtype: str = "auto"  # of weights and KV: float32, bfloat16, float16, or what the device is fast at
+    dtype: Dtype = "auto"  # of weights, and of KV where the device computes in it (model/dtypes.py)
     device: str = "auto"  # cpu, cuda, or a GPU where there is one
     threads: int | None = Field(None, ge=1)  # of torch in each worker; default: cores / workers
     # In the names of Ray actors, which several clusters may share one Ray for; default: drawn at each start.

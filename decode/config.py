@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..kvtransfer.codec_names import DEFAULT_CODEC
+from ..model.dtypes import Dtype
 from ..proto.addresses import checked_address
 
 
@@ -17,7 +18,7 @@ class DecodeConfig(BaseModel):
     listen: str = "127.0.0.1:0"  # host:port; port 0 picks a free one
     advertise: str | None = None  # host:port told to others; default: as bound, for all interfaces the one outward
     name: str | None = None  # of this worker in reports; default: role, host and port
-    dtype: str = "auto"  # of weights, and of KV where the device computes in it: bf16, fp32, what is fastest
+    dtype: Dtype = "auto"  # of weights, and of KV where the device computes in it (model/dtypes.py)
     device: str = "auto"  # cpu, cuda, cuda:1, or a GPU where there is one
     threads: int = Field(1, ge=1)  # of torch; set before it is imported
     codecs: tuple[str, ...] = ()  # that requests may ask for; empty: all

@@ -9,14 +9,16 @@ from collections.abc import Callable
 
 import torch
 
+from ..kernels.fast_paths import compiles_allowed
+
 Call = Callable[[], object]
 Record = Callable[[Call], Call]
 """Runs a call and records it; what it returns does the same again. RuntimeError where it cannot be recorded."""
 
 
 def recorder(device: torch.device) -> Record | None:
-    """What records for that device; None where nothing is to be gained (a CPU)."""
-    return CudaRecorder(device) if device.type == "cuda" else None
+    """What records for that device; None where nothing is to be gained (a CPU), or nothing compiled is to run."""
+    return CudaRecorder(device) if device.type == "cuda" and compiles_allowed() else None
 
 
 class CudaRecorder:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.paged_attention import PagedKV, paged_attention_reference
+from ..kernels.triton_path import has_triton
 from ..kvtransfer.allocator import PageAllocator
 from ..kvtransfer.codec_checks import check_finite
 from ..kvtransfer.codec_tq import TqCodec
@@ -341,10 +342,11 @@ class PackedStore:
             layout, pool = self._codec.layout(layer), self._packed[layer]
             pack(keys, values, raw_P * self._page_tokens, *gains, layout, pool, packed_P)
             return
-        rows = (raw_P[:, None] * self._page_tokens + torch.arange(self._page_tokens)).flatten()
+        tokens = torch.arange(self._page_tokens, device=raw_P.device)
+        rows = (raw_P[:, None] * self._page_tokens + tokens).flatten()
         self._packed[layer][packed_P] = self._codec.encode(layer, keys[rows], values[rows])
 
 
 def uses_triton(device: torch.device) -> bool:
     """Whether the kernels run; elsewhere their PyTorch references do."""
-    return device.type == "cuda"
+    return device.type == "cuda" and has_triton(device)

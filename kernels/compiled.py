@@ -78,8 +78,18 @@ def _folder() -> Path | None:
     return folder
 
 
+def target_cpu() -> tuple[str, str]:
+    """Name and features, as LLVM writes them, of the CPU that is compiled for: this one, or what
+    `$NUMBA_CPU_NAME` and `$NUMBA_CPU_FEATURES` say."""
+    name, features = _config.CPU_NAME, _config.CPU_FEATURES
+    return (
+        llvm.get_host_cpu_name() if name is None else name,
+        llvm.get_host_cpu_features().flatten() if features is None else features,
+    )
+
+
 def _key(sources: Iterable[Path]) -> str:
-    key = hashlib.sha256(f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}".encode())
+    key = hashlib.sha256(" ".join(target_cpu()).encode())
     for path in sources:
         key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return key.hexdigest()[:16]

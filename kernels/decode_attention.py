@@ -9,6 +9,7 @@ dimension, N stretches.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .compiled import compiled
 from .exponential import exp_fp32
+from .fast_paths import FastPath, alike, spread
 from .numbers import np_view, number
 from .threads import in_parts
 
@@ -44,8 +46,32 @@ class Stretches:
 def decode_attention(q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, stretches: Stretches, scale: float) -> Tensor:
     """Each row's attention over all tokens of its stretches: [B, query heads, D] in the dtype of `q_BHD`.
 
-    fp32 or bf16 on a CPU, the same for all three; sums are fp32.
+    fp32 or bf16 on a CPU, the same for all three; sums are fp32. A row's result does not depend on the other rows.
     """
+    if has_decode_attention(q_BHD.dtype):
+        return _compiled_attention(q_BHD, keys_SHD, values_SHD, stretches, scale)
+    return decode_attention_reference(q_BHD, keys_SHD, values_SHD, stretches, scale)
+
+
+def decode_attention_reference(
+    q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, stretches: Stretches, scale: float
+) -> Tensor:
+    """The same in PyTorch, row by row, each with copies of its own keys and values, so that no row's result depends on
+    the others or on where the pool holds it."""
+    out_BHD = torch.empty_like(q_BHD)
+    for row in range(len(q_BHD)):
+        parts = range(stretches.of[row], stretches.of[row + 1])
+        slots_N = torch.cat([torch.arange(n := int(stretches.slots[i]), n + int(stretches.tokens[i])) for i in parts])
+        k_HND, v_HND = (x[slots_N].float().transpose(0, 1).contiguous() for x in (keys_SHD, values_SHD))
+        q_HGD = q_BHD[row].float().view(len(k_HND), -1, q_BHD.shape[2])
+        weight_HGN = (q_HGD @ k_HND.transpose(1, 2) * scale).softmax(-1)
+        out_BHD[row] = (weight_HGN @ v_HND).view(q_BHD.shape[1:])
+    return out_BHD
+
+
+def _compiled_attention(
+    q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, stretches: Stretches, scale: float
+) -> Tensor:
     q = np_view(q_BHD.float().contiguous())
     out = np.empty_like(q)
     keys, values = np_view(keys_SHD), np_view(values_SHD)
@@ -58,11 +84,25 @@ def decode_attention(q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, stretc
     return torch.from_numpy(out).to(q_BHD.dtype)
 
 
-def compile_decode_attention(dtype: torch.dtype) -> None:
-    """Compiles it for keys and values of that dtype, or reads it from disk, so that no request waits for that."""
-    if dtype in (torch.float32, torch.bfloat16):
-        x = torch.zeros(1, 1, 16, dtype=dtype)
-        decode_attention(x, x, x, Stretches.gather([((0, 1),)]), 1.0)
+def has_decode_attention(dtype: torch.dtype) -> bool:
+    """Whether it is compiled for queries, keys and values of that dtype. The first call compiles it, or reads it from
+    disk, so that no request waits for that."""
+    path = _COMPILED.get(dtype)
+    return path is not None and path()
+
+
+def _works(dtype: torch.dtype) -> bool:
+    """Two rows of two stretches and of one; 2 KV heads for 4 query heads."""
+    inputs = spread(2, 4, 16, dtype=dtype), spread(9, 2, 16, dtype=dtype), spread(9, 2, 16, dtype=dtype) + 1
+    stretches = Stretches.gather([((0, 3), (5, 2)), ((2, 4),)])
+    fast, plain = (f(*inputs, stretches, 0.5) for f in (_compiled_attention, decode_attention_reference))
+    return alike(fast, plain, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+_COMPILED = {
+    dtype: FastPath(f"compiled attention of {name} tokens", partial(_works, dtype))
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+}
 
 
 @compiled(fastmath=True, error_model="numpy")

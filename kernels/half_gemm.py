@@ -12,13 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .half_tile import COLUMNS, has_half_tiles, multiply_panels
+from .fast_paths import alike, fast_path, spread
+from .half_tile import COLUMNS, MOST_ROWS, may_compile, multiply_panels
 from .huge_pages import zeros_in_huge_pages
 from .threads import in_parts
 
 Panels = NDArray[np.uint16]  # bits of fp16, [P, I, C]
-
-__all__ = ["compile_half_gemm", "half_matmul", "has_half_tiles", "pack_half"]
 
 
 def pack_half(weight_OI: Tensor) -> Panels:
@@ -42,7 +41,13 @@ def half_matmul(x_TI: Tensor, packed_PIC: Panels, outputs: int) -> Tensor:
     return out_TO
 
 
-def compile_half_gemm() -> None:
-    """Compiles it, or reads it from disk, so that no request waits for that."""
-    if has_half_tiles():
-        half_matmul(torch.ones(1, 1), pack_half(torch.ones(1, 1)), 1)
+@fast_path("products with fp16 weights")
+def _half_products() -> bool:
+    """A full tile, one that is not, and a panel with more columns than outputs."""
+    x_TI, weight_OI = spread(MOST_ROWS + 1, 5), spread(COLUMNS + 1, 5).half().float()
+    return alike(half_matmul(x_TI, pack_half(weight_OI), len(weight_OI)), x_TI @ weight_OI.T)
+
+
+def has_half_tiles() -> bool:
+    """Whether `half_matmul` is used here. The first call compiles it, or reads it from disk, and tries it."""
+    return may_compile() and _half_products()

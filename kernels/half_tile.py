@@ -8,17 +8,16 @@ the bit however many rows there are.
 
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .compiled import compiled
+from .compiled import compiled, target_cpu
 
-_CPU = llvm.get_host_cpu_features()
-_WIDE = bool(_CPU.get("avx512f"))
+_FEATURES = frozenset(target_cpu()[1].split(","))
+_WIDE = "+avx512f" in _FEATURES
 LANES = 16 if _WIDE else 8  # numbers of a vector
 COLUMNS = 2 * LANES  # outputs of a tile
 # Of a tile: with its two sums a row they fill the registers (32 or 16), less those for two weights and one input.
@@ -34,9 +33,12 @@ _ADDRESS = ir.IntType(8).as_pointer()
 _ALL_LANES = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
 
 
-def has_half_tiles() -> bool:
-    """Whether this CPU has the instructions (x86: AVX2, FMA, F16C)."""
-    return all(_CPU.get(name) for name in ("avx2", "fma", "f16c"))
+def may_compile() -> bool:
+    """Whether the CPU that is compiled for has the instructions (x86: AVX2, FMA, F16C).
+
+    Only a reason not to try: without them LLVM looks for functions that are not there, which ends the process.
+    """
+    return {"+avx2", "+fma", "+f16c"} <= _FEATURES
 
 
 def _half_tile(typingctx, x, weights, out, rows, terms, out_stride):

@@ -1,9 +1,9 @@
 """Products of 8-bit matrices on a CPU, exact."""
 
-from functools import cache
-
 import torch
 from torch import Tensor
+
+from .fast_paths import fast_path
 
 # Private, and not in every build of PyTorch.
 _INT_MM = getattr(torch, "_int_mm", None)
@@ -21,11 +21,18 @@ def int8_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out.copy_(torch.mm(a.float(), b.float()))
 
 
-@cache
 def _is_fast() -> bool:
-    """Whether oneDNN does it with the VNNI instructions; tried once, because other CPUs may saturate sums of pairs."""
+    """Whether PyTorch's own product is used. Without VNNI instructions it is right and slow, which no try can tell."""
     if _INT_MM is None or _HAS_VNNI is None or not (torch.backends.mkldnn.is_available() and _HAS_VNNI()):
         return False
+    return _int8_products()
+
+
+@fast_path("8-bit products")
+def _int8_products() -> bool:
+    """On numbers at which some CPUs saturate sums of pairs."""
+    assert _INT_MM is not None
     a = torch.arange(-128, 128).repeat(64).to(torch.int8).view(64, 256)
     b = a.flip(1).T
-    return torch.equal(_INT_MM(a, b).float(), a.float() @ b.float())
+    out = torch.empty(64, 64, dtype=torch.int32)
+    return torch.equal(_INT_MM(a, b, out=out).float(), a.float() @ b.float())

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .compiled import compiled
-from .half_gemm import Panels
+from .fast_paths import fast_path, spread
+from .half_gemm import Panels, half_matmul, has_half_tiles, pack_half
 from .half_tile import BLOCK_ROWS, multiply_panels
-from .row_ops import norm_rows, rotate_rows, silu_rows
+from .row_ops import gated_silu, has_row_ops, norm_rows, rms_norm, rotate_heads, rotate_rows, silu_rows
 
 Numbers = NDArray[np.float32]
 
@@ -39,6 +40,25 @@ def rows_after_attention(
     attended = attended_THD.contiguous().numpy()
     _after_attention(x_TN.numpy(), attended, out, norm_N, eps, gate_up, down, out_TN.numpy())
     return out_TN
+
+
+def has_layer_halves() -> bool:
+    """Whether these functions are used here; the first call compiles them, or reads them from disk."""
+    return has_half_tiles() and has_row_ops() and _halves()
+
+
+@fast_path("layers in two compiled calls")
+def _halves() -> bool:
+    """Against the operations that they are made of, to the bit: 3 rows, 2 heads of 4."""
+    x_TN, norm_N, cos_TD, sin_TD = spread(3, 8), spread(8) + 2, spread(3, 4), spread(3, 4) + 1
+    square, wide, back = (pack_half(spread(*shape).half().float()) for shape in ((8, 8), (12, 8), (8, 6)))
+    wanted_THD = half_matmul(rms_norm(x_TN, norm_N, 1e-6), square, 8).view(3, 2, 4)
+    rotate_heads(wanted_THD, 1, cos_TD, sin_TD)
+    heads_THD = heads_of_rows(x_TN, norm_N.numpy(), 1e-6, square, 2, 1, cos_TD, sin_TD)
+    mixed_TN = x_TN + half_matmul(wanted_THD.view(3, 8), square, 8)
+    both = half_matmul(rms_norm(mixed_TN, norm_N, 1e-6), wide, 12)
+    out_TN = rows_after_attention(x_TN, wanted_THD, norm_N.numpy(), 1e-6, square, wide, back)
+    return torch.equal(heads_THD, wanted_THD) and torch.equal(out_TN, mixed_TN + half_matmul(gated_silu(both), back, 8))
 
 
 @compiled(error_model="numpy")

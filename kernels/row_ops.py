@@ -16,14 +16,15 @@ from torch import Tensor
 
 from .compiled import compiled
 from .exponential import exp_fp32
+from .fast_paths import alike, fast_path, spread
 from .threads import in_parts
 
 _WORK = 8  # products that one number, read and written, counts as (`threads.in_parts`)
 
 
 def compiles(x: Tensor) -> bool:
-    """Whether these functions take the tensor: fp32 in one piece on a CPU."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+    """Whether these functions work here and take the tensor: fp32 in one piece on a CPU."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous() and has_row_ops()
 
 
 def gated_silu(x_T2I: Tensor) -> Tensor:
@@ -62,12 +63,18 @@ def rotate_reference(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return torch.addcmul(x_THD * cos_TD.unsqueeze(1), swapped_THD, sin_TD.unsqueeze(1))
 
 
-def compile_row_ops() -> None:
-    """Compiles them, or reads them from disk, so that no request waits for that."""
-    x = torch.zeros(1, 2, 4)
-    gated_silu(x)
-    rms_norm(x, torch.ones(4), 1e-6)
-    rotate_heads(x, 1, x[:, 0], x[:, 0])
+@fast_path("compiled norm, activation and rotation")
+def has_row_ops() -> bool:
+    """The first call compiles them, or reads them from disk, so that no request waits for that."""
+    x, weight, cos, sin = spread(3, 2, 34), spread(34) + 2, spread(3, 34), spread(3, 34) + 1
+    wanted = torch.cat((rotate_reference(x[:, :1], cos, sin), x[:, 1:]), dim=1)
+    rotated = x.clone()
+    rotate_heads(rotated, 1, cos, sin)
+    return (
+        alike(gated_silu(x), gated_silu_reference(x))
+        and alike(rms_norm(x, weight, 1e-6), F.rms_norm(x, (34,), weight, 1e-6))
+        and alike(rotated, wanted)
+    )
 
 
 @compiled(fastmath=True, error_model="numpy")

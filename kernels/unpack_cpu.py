@@ -10,11 +10,12 @@ from torch import Tensor
 
 from .codebook import magnitude_steps
 from .compiled import compiled
+from .fast_paths import FastPath, alike, spread
 from .layout import PageLayout
 from .numbers import from_scale16_bits, np_view, number, stored
-from .pack import Rotations
+from .pack import Rotations, pack_reference
 from .pack_cpu import pack_cpu
-from .rotation import paley_factor
+from .rotation import hadamard, paley_factor
 from .threads import in_parts
 from .tiles import U, rotate, to_centroids, transpose
 from .unpack import LARGE, unpack_reference
@@ -55,16 +56,29 @@ def unpack_cpu(
     return dense[0], dense[1]
 
 
-def compile_pages(dtype: torch.dtype) -> None:
-    """Compiles packing and unpacking for pages of that dtype, or reads them from disk, so that no request waits for
-    that."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return
+def packs_compiled(dtype: torch.dtype) -> bool:
+    """Whether `pack_cpu` and `unpack_cpu` are used for pages of that dtype. The first call compiles them, or reads them
+    from disk, so that no request waits for that."""
+    return _COMPILED[torch.bfloat16 if dtype == torch.bfloat16 else torch.float32]()
+
+
+def _works(dtype: torch.dtype) -> bool:
     layout = PageLayout(head_dim=8, page_tokens=8, key_bits=4, value_bits=4)
-    square, row = torch.eye(8), torch.ones(8)
-    rotations = Rotations(square[None], square, row[None], row, row[None], row)
-    x_THD = torch.eye(8, dtype=dtype)[:, None]
-    unpack_cpu(pack_cpu(x_THD, x_THD, rotations, layout), rotations, layout, dtype)
+    matrix, row = hadamard(8).float() / 8**0.5, torch.full((8,), 8**-0.5)
+    ones = torch.ones(8)
+    rotations = Rotations(matrix.T[None].contiguous(), matrix.T.contiguous(), row[None], row, ones[None], ones)
+    x_THD = spread(16, 1, 8, dtype=dtype)
+    fast, plain = (pack(x_THD, x_THD, rotations, layout) for pack in (pack_cpu, pack_reference))
+    dense = unpack_cpu(plain, rotations, layout, dtype), unpack_reference(plain, rotations, layout, dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    same = all(alike(*pair, tolerance) for pair in zip(*dense, strict=True))
+    return same and int((fast != plain).sum()) <= 2  # the last bit of a sum may move a code
+
+
+_COMPILED = {
+    dtype: FastPath(f"compiled packing of {name} pages", partial(_works, dtype))
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+}
 
 
 @compiled(error_model="numpy")

@@ -17,7 +17,7 @@ from ..kernels.pack_cpu import pack_cpu
 from ..kernels.rotation import hadamard, head_dims, signs
 from ..kernels.shapes import LayerShape
 from ..kernels.unpack import unpack_reference
-from ..kernels.unpack_cpu import unpack_cpu
+from ..kernels.unpack_cpu import packs_compiled, unpack_cpu
 from ..proto.errors import Corrupt, InvalidRequest
 from .codec_checks import check_finite, check_packed, check_pages
 from .codec_names import TQ_BITS
@@ -87,7 +87,8 @@ class TqCodec:
     def encode(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> Tensor:
         check_pages(self._shapes[layer], self._page_tokens, k_THD, v_THD)
         try:
-            pack = pack_cpu if k_THD.device.type == "cpu" else pack_reference
+            compiled = k_THD.device.type == "cpu" and packs_compiled(k_THD.dtype)
+            pack = pack_cpu if compiled else pack_reference
             return pack(k_THD, v_THD, self.rotations(layer, k_THD.device), self._layouts[layer])
         except NotFinite:
             check_finite(layer, k_THD, v_THD)  # raises, and says where
@@ -95,7 +96,8 @@ class TqCodec:
 
     def decode(self, layer: int, packed_PB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         check_packed(packed_PB, self.page_bytes(layer))
-        unpack = unpack_cpu if packed_PB.device.type == "cpu" else unpack_reference
+        compiled = packed_PB.device.type == "cpu" and packs_compiled(dtype)
+        unpack = unpack_cpu if compiled else unpack_reference
         return unpack(packed_PB, self.rotations(layer, packed_PB.device), self._layouts[layer], dtype)
 
 

@@ -71,7 +71,7 @@ class PageFormat:
     @property
     def raw_encoding(self) -> str:
         """Of pages that are not packed: bf16, or what was computed where the codec packs nothing."""
-        return F32 if not self.codec.packs and self.dtype == torch.float32 else BF16
+        return exact_encoding(self.dtype) if not self.codec.packs else BF16
 
     def key(self, page_hash: bytes, *, packed: bool) -> PageKey:
         """The key of a full page."""
@@ -106,6 +106,11 @@ class PageFormat:
         parts = [decode_raw(page.layer(layer), self.layers[layer], page.encoding) for page in pages]
         keys, values = zip(*parts, strict=True)
         return torch.cat(keys), torch.cat(values)
+
+
+def exact_encoding(dtype: torch.dtype) -> str:
+    """The encoding of raw pages that loses nothing: fp32 holds fp16 too."""
+    return BF16 if dtype == torch.bfloat16 else F32
 
 
 def raw_bytes(layer: LayerShape, tokens: int, encoding: str) -> int:

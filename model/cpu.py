@@ -1,20 +1,27 @@
 """What makes a transformers model fast on a CPU without changing what it computes."""
 
 import ctypes
+import logging
 import re
+import time
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from ..kernels.decode_attention import compile_decode_attention
-from ..kernels.half_gemm import compile_half_gemm
-from ..kernels.row_ops import compile_row_ops
-from ..kernels.unpack_cpu import compile_pages
+from ..kernels.chunk_attention import has_flash
+from ..kernels.decode_attention import has_decode_attention
+from ..kernels.fast_paths import SETTING, alike, compiles_allowed, spread, works
+from ..kernels.half_gemm import has_half_tiles
+from ..kernels.row_ops import has_row_ops
+from ..kernels.unpack_cpu import packs_compiled
 from .fused_layer import fuse_layers
 from .fusion import fuse
 from .linear import pack_linear_layers
+
+log = logging.getLogger(__name__)
 
 # glibc, malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -24,18 +31,24 @@ _KEEP_BYTES = 1 << 30
 def speed_up(net: PreTrainedModel) -> None:
     """Prepares a loaded model on a CPU: fused and packed weights, memory that is kept. Outputs stay the same.
 
-    Weights of linear layers that fp16 holds are kept in it alone; others then lie in memory twice.
+    Weights of linear layers that fp16 holds are kept in it alone; others then lie in memory twice. Each of these is
+    tried here, or read from disk and tried, so that no request waits for that; what does not work stays plain, and the
+    log says why. With ISTHMUS_COMPILED=never all of it stays plain.
     """
+    keep_freed_memory()
+    if not compiles_allowed():
+        log.warning("%s=never: the model runs through plain PyTorch, without compiled, fused or packed parts", SETTING)
+        return
     if net.dtype == torch.float32:
-        compile_row_ops()
-        compile_half_gemm()
+        has_row_ops()
+        has_half_tiles()
     with torch.inference_mode():
         fuse(net)
         pack_linear_layers(net)
         fuse_layers(net)
-    compile_decode_attention(net.dtype)
-    compile_pages(net.dtype)
-    keep_freed_memory()
+    has_flash(net.dtype)
+    has_decode_attention(net.dtype)
+    packs_compiled(net.dtype)
 
 
 def keep_freed_memory() -> None:
@@ -58,9 +71,35 @@ def keep_freed_memory() -> None:
 
 @cache
 def computes_bf16() -> bool:
-    """Whether the CPU multiplies bf16 natively (x86: AMX or AVX512_BF16; ARM: BF16)."""
+    """Whether the CPU multiplies bf16 natively, so that a model of bf16 is run in it: a product in bf16 is right and
+    takes no longer than in fp32.
+
+    It decides in what numbers a model is computed, not whether a fast path is taken, so that it does not depend on
+    ISTHMUS_COMPILED. A CPU that names no such units (x86: AMX or AVX512_BF16; ARM: BF16) is not tried: it emulates
+    them.
+    """
+    return _names_bf16_units() and works("arithmetic in bf16", _bf16_is_native)
+
+
+def _names_bf16_units() -> bool:
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
     return re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", cpuinfo) is not None
+
+
+def _bf16_is_native() -> bool:
+    """Native units take half the time of fp32 or less, emulation of them twice or more: the best of five is clear on a
+    busy machine too. RuntimeError where it is emulated."""
+    x, weight, best_s = spread(64, 512), spread(512, 512), dict[torch.dtype, float]()
+    wide, narrow = (x, weight), (x.bfloat16(), weight.bfloat16())
+    if not alike(F.linear(*narrow).float(), F.linear(*wide), 2e-2):
+        return False
+    for x, weight in (wide, narrow) * 5:
+        start = time.perf_counter()
+        F.linear(x, weight)
+        best_s[x.dtype] = min(best_s.get(x.dtype, float("inf")), time.perf_counter() - start)
+    if best_s[torch.bfloat16] > best_s[torch.float32]:
+        raise RuntimeError("slower than fp32: it is emulated")
+    return True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..kernels.layer_halves import heads_of_rows, rows_after_attention
+from ..kernels.layer_halves import has_layer_halves, heads_of_rows, rows_after_attention
 from ..kernels.row_ops import compiles
 from .attention import attend_rows
 from .fusion import FusedAttention, FusedNorm, GatedMlp
@@ -19,7 +19,8 @@ from .replacing import replace_modules
 
 def fuse_layers(net: PreTrainedModel) -> None:
     """Replaces the layers that fit: fused and packed modules, no biases, no norms of queries and keys."""
-    if torch.get_num_threads() == 1:  # on several they are not used, and would not be compared with what they replace
+    # On several threads they are not used, and would not be compared with what they replace.
+    if torch.get_num_threads() == 1 and has_layer_halves():
         replace_modules(net, _is_llama_layer, FusedLayer)
 
 

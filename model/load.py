@@ -9,35 +9,34 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from ..kernels.fast_paths import WrongSetting, compiles_allowed
 from ..kernels.half_gemm import has_half_tiles
 from ..kernels.shapes import LayerShape
 from ..proto.errors import InvalidRequest
 from . import attention
 from .cpu import computes_bf16, speed_up
 from .describe import describe_model
+from .dtypes import DTYPES, full_name
 from .memory import refuse_hopeless
 from .model import Model
 from .probe import probe_layers
 
-_DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-}
 _loading = threading.Lock()  # transformers sets process-wide defaults (dtype, initialisers) while it loads
 
 
 def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Model:
     """The model of a source (`sources.py` says which there are), ready to run.
 
-    dtype: "bf16", "fp32" or "auto": what the device is fastest in. On a CPU that does not multiply bf16, "bf16" is that
-    of the weights alone: activations and KV are fp32 (`Model.dtype`), which is both faster there and more exact.
+    dtype: one of `dtypes.DTYPES`. On a CPU that does not multiply bf16, "bfloat16" is that of the weights alone:
+    activations and KV are fp32 (`Model.dtype`), which is both faster there and more exact.
     device: "cpu", "cuda", "cuda:1", ... or "auto": the first GPU where there is one.
     NotFound or Unavailable where there is no such model, InvalidRequest where it is there and cannot be served.
     """
     place = _device(device)
-    number = _dtype(dtype, place)
+    try:
+        number = _dtype(dtype, place)
+    except WrongSetting as error:
+        raise InvalidRequest(str(error)) from None
     about = describe_model(source)
     refuse_hopeless(about.path, place)
     with _loading:
@@ -147,13 +146,20 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """Of the weights."""
+    """Of the weights. With ISTHMUS_COMPILED=never, auto is what nearly every machine takes without it: bf16."""
+    plain = not compiles_allowed()  # asked first: it raises for a wrong setting
     if name == "auto":
-        fast = device.type == "cuda" or computes_bf16() or has_half_tiles()
+        fast = device.type == "cuda" or plain or computes_bf16() or has_half_tiles()
         return torch.bfloat16 if fast else torch.float32
-    if name not in _DTYPES:
-        raise InvalidRequest(f"dtype is {name!r}; allowed: auto, bf16, fp32")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise InvalidRequest(f"dtype is {name!r}; allowed: {', '.join(DTYPES)}")
+    number = getattr(torch, full_name(name))
+    if number == torch.float16 and device.type == "cpu":
+        raise InvalidRequest(
+            f"dtype is {name!r}, which runs on GPUs only: CPUs emulate its arithmetic; take bfloat16 or float32 "
+            "(weights that fp16 holds are kept in it anyway)"
+        )
+    return number
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """What a worker tells of its model."""
 
+from ..kernels.fast_paths import SETTING, compiles_allowed
 from ..proto.worker_pb2 import ModelReport, WorkerReport
 from .model import Model
 
@@ -18,5 +19,8 @@ def report_model(report: WorkerReport, model: Model) -> None:
     )
     report.device = str(model.device)
     report.dtype = str(model.dtype).removeprefix("torch.")
-    if model.weight_dtype != model.dtype:
-        report.dtype += f" ({str(model.weight_dtype).removeprefix('torch.')} weights)"
+    notes = [f"{str(model.weight_dtype).removeprefix('torch.')} weights"] if model.weight_dtype != model.dtype else []
+    if not compiles_allowed():
+        notes.append(f"{SETTING}=never")
+    if notes:
+        report.dtype += f" ({', '.join(notes)})"

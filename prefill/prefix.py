@@ -14,10 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
-import torch
-
-from ..kvtransfer.encoded import EncodedPage, EncodedSection
-from ..kvtransfer.frame import BF16, F32
+from ..kvtransfer.encoded import EncodedPage, EncodedSection, exact_encoding
 from ..kvtransfer.page import Section, sections
 from ..kvtransfer.page_cache import PageCache
 from ..kvtransfer.page_store import PageStore
@@ -142,7 +139,7 @@ class PrefixCache:
             for layer in range(len(self._pool.keys)):
                 keys, values = job.prompt.form.decode(layer, pages, self._pool.keys[layer].device)
                 self._pool.write(layer, job.runs, first * self._pool.page_tokens, keys, values)
-            exact = pages[0].encoding == (F32 if self._pool.keys[0].dtype == torch.float32 else BF16)
+            exact = pages[0].encoding == exact_encoding(self._pool.keys[0].dtype)
             for page, source in items:
                 self.table.publish(job.pages[page], job.prompt.page_hash(page) if exact else _decoded(source))
 

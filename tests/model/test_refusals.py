@@ -113,7 +113,9 @@ def test_options_without_effect_are_let_pass() -> None:
 
 def test_bad_devices_and_dtypes_are_named(tmp_path: Path) -> None:
     path = model_path("tiny-llama")
-    with pytest.raises(InvalidRequest, match="dtype is 'int3'; allowed: auto, bf16, fp32"):
+    with pytest.raises(
+        InvalidRequest, match="dtype is 'int3'; allowed: auto, float32, fp32, bfloat16, bf16, float16, fp16"
+    ):
         load_model(path, dtype="int3")
     with pytest.raises(InvalidRequest, match="device is 'gpu'; allowed: auto, cpu, cuda, cuda:N"):
         load_model(path, device="gpu")
