@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fuzz test-postgres lint format stubs clean gpu-check
+.PHONY: help setup demo test test-lanes test-fuzz test-postgres lint format stubs clean gpu-check
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,6 +34,17 @@ test-fuzz: .venv/.installed  ## 20,000 requests that nobody meant, to every RPC 
 
 test-postgres: .venv/.installed  ## The tests of jobs on PostgreSQL, from Debian's packages
 	@tests/with-postgres $(BIN)/pytest $(foreach name,service store runner crash database,tests/cluster/jobs/test_$(name).py)
+
+# What differs with the instructions of a CPU: the model, its kernels, the codecs, exactness. Of no use a second time:
+# Triton's interpreter and PTX, where compiled code is kept, and files and sources, which ask no CPU.
+LANE_TESTS := tests/model tests/kernels tests/kvtransfer tests/test_exactness.py $(foreach name,kernels/test_triton kernels/test_dequant kernels/test_compiled \
+  model/test_sources model/test_starting model/test_tokens model/test_sampling model/test_rates,--ignore=tests/$(name).py)
+AVX2 := +sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe
+
+test-lanes: .venv/.installed .venv/.test-weights  ## Model, kernel and exactness tests held to AVX2, then with nothing compiled
+	@ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=$(AVX2) \
+	  $(BIN)/pytest $(LANE_TESTS)
+	@ISTHMUS_COMPILED=never $(BIN)/pytest $(LANE_TESTS)
 
 lint: .venv/.installed  ## Check style and types
 	@$(BIN)/ruff check

@@ -58,7 +58,7 @@ def penalises(sampling: Sampling) -> bool:
 
 
 def penalise(logits_RV: Tensor, rows: Sequence[PenalisedRow]) -> None:
-    """Changes the logits of some rows, in place: repetition first, then presence and frequency."""
+    """Changes the logits of some rows, in place and in their dtype: repetition first, then presence and frequency."""
     counted = [row.seen.count(row.output_token_ids) for row in rows]
     sizes = [len(tokens) for tokens, _ in counted]
     if not any(sizes):
@@ -67,11 +67,11 @@ def penalise(logits_RV: Tensor, rows: Sequence[PenalisedRow]) -> None:
     flat_N = np.concatenate([tokens + row.index * vocabulary for (tokens, _), row in zip(counted, rows, strict=True)])
     columns = np.array(
         [(s.repetition_penalty, s.presence_penalty, s.frequency_penalty) for s in (row.sampling for row in rows)],
-        dtype=np.float32,
+        dtype=np.float64 if logits_RV.dtype == torch.float64 else np.float32,
     )
     repetition, presence, frequency = np.repeat(columns, sizes, axis=0).T
     count = np.concatenate([counts for _, counts in counted])
-    once = np.where(count > 0, presence + frequency * count, np.float32(0))
+    once = np.where(count > 0, presence + frequency * count, columns.dtype.type(0))
     place_N, factor_N, once_N = (torch.from_numpy(array).to(device) for array in (flat_N, repetition.copy(), once))
     logits = logits_RV.view(-1)
     value_N = logits[place_N]

@@ -16,6 +16,10 @@ The steps, in the order that transformers' `generate` has them:
 A limit keeps or drops tokens of equal probability together, so nothing depends on how a sort orders them. A row's
 result depends on its own logits and options only, never on the rows beside it.
 
+All of this is in fp32 and, where weights are summed, in fp64. Options near their bounds (a temperature of 1e-39) leave
+the range of fp32: a row whose winner is no usual number is drawn once more in fp64, from logits less the greatest one,
+so that a temperature towards 0 comes to be greedy, and tokens that tie are drawn from.
+
 Letters of tensor shapes: R rows, V vocabulary, K most likely tokens, N tokens of a list.
 """
 
@@ -30,6 +34,9 @@ from ..proto.sampling import Sampling
 from .noise import gumbel, place_key
 from .penalties import PenalisedRow, SeenTokens, penalise, penalises
 
+# Above it fp32 adds Gumbel numbers to logits in steps of 2 or more, and may have overflowed on the way.
+_MOST = 2.0**24
+_LEAST_LOGPROB = torch.finfo(torch.float32).min
 _BEST = 1024  # limits are looked for among so many most likely tokens before the whole vocabulary is sorted
 
 
@@ -93,24 +100,40 @@ def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
     """One token for each row. `logits_RV`: float32, row r of `rows[r]`; it is left as it is."""
     assert logits_RV.shape[0] == len(rows), "one row of logits for each request"
     with torch.inference_mode():
-        adjusted_RV = _adjust(logits_RV, rows)
-        drawn = [index for index, row in enumerate(rows) if not row.greedy]
-        if not drawn:
-            token_R = adjusted_RV.argmax(-1)
-        elif len(drawn) == len(rows):
-            token_R = _draw(adjusted_RV, rows)
-        else:
-            token_R = adjusted_RV.argmax(-1)
-            token_R[drawn] = _draw(adjusted_RV[drawn], [rows[index] for index in drawn])
-        tokens = token_R.tolist()
+        token_R, score_R = _choose(_adjust(logits_RV, rows), rows)
+        tokens, scores = token_R.tolist(), score_R.tolist()
+        extreme = [index for index, score in enumerate(scores) if not abs(score) <= _MOST]  # NaN is not
+        if extreme:
+            chosen = _choose_extreme(logits_RV[extreme].double(), [rows[index] for index in extreme])
+            for index, token in zip(extreme, chosen.tolist(), strict=True):
+                tokens[index] = token
         logprobs = _logprobs(logits_RV, rows, tokens)
     return [SampledToken(token, logprobs.get(index)) for index, token in enumerate(tokens)]
 
 
-def _adjust(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Steps 1 and 2; the same tensor where there is nothing to do."""
+def _choose(adjusted_RV: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
+    """Steps 3 to 7: token ids [R] and the scores [R] by which they won."""
+    drawn = [index for index, row in enumerate(rows) if not row.greedy]
+    if len(drawn) == len(rows):
+        return _draw(adjusted_RV, rows)
+    token_R, score_R = _greatest(adjusted_RV)
+    if drawn:
+        token_R[drawn], score_R[drawn] = _draw(adjusted_RV[drawn], [rows[index] for index in drawn])
+    return token_R, score_R
+
+
+def _choose_extreme(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """All steps in fp64: token ids [R]. Where step 2 leaves no token at all, it is left out."""
+    penalised_RV, adjusted_RV = _adjust(logits_RV, rows, rule_out=False), _adjust(logits_RV, rows)
+    greatest_R1 = adjusted_RV.amax(-1, keepdim=True)
+    adjusted_RV = torch.where(greatest_R1 == -torch.inf, penalised_RV, adjusted_RV)
+    return _choose(adjusted_RV - adjusted_RV.amax(-1, keepdim=True), rows)[0]
+
+
+def _adjust(logits_RV: Tensor, rows: Sequence[SampleRow], *, rule_out: bool = True) -> Tensor:
+    """Steps 1 and 2, or 1 alone; the same tensor where there is nothing to do."""
     penalised = [_penalised(index, row) for index, row in enumerate(rows) if penalises(row.sampling)]
-    ruled_out = [(index, token) for index, row in enumerate(rows) for token in sorted(row.ruled_out)]
+    ruled_out = [(index, token) for index, row in enumerate(rows) for token in sorted(row.ruled_out) if rule_out]
     if not penalised and not ruled_out:
         return logits_RV
     adjusted_RV = logits_RV.clone(memory_format=torch.contiguous_format)
@@ -129,8 +152,8 @@ def _penalised(index: int, row: SampleRow) -> PenalisedRow:
     return PenalisedRow(index, row.sampling, seen, row.output_token_ids)
 
 
-def _draw(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Steps 3 to 7: token ids [R].
+def _draw(logits_RV: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
+    """Steps 3 to 7 of rows that are not greedy: token ids [R] and their scores [R].
 
     Limits are looked for in weights of float64, proportional to probabilities. They mostly leave a few tokens, so the
     most likely ones are tried before the whole vocabulary.
@@ -139,16 +162,18 @@ def _draw(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     if not limited:
         return _draw_of_all(logits_RV, rows)
     token_R = torch.empty(len(rows), dtype=torch.long, device=logits_RV.device)
-    token_R[limited], settled = _draw_of_best(logits_RV[limited], [rows[index] for index in limited])
+    score_R = torch.empty(len(rows), dtype=logits_RV.dtype, device=logits_RV.device)
+    token_R[limited], score_R[limited], settled = _draw_of_best(logits_RV[limited], [rows[i] for i in limited])
     done = {index for index, is_settled in zip(limited, settled, strict=True) if is_settled}
     rest = [index for index in range(len(rows)) if index not in done]
     if rest:
-        token_R[rest] = _draw_of_all(logits_RV[rest], [rows[index] for index in rest])
-    return token_R
+        token_R[rest], score_R[rest] = _draw_of_all(logits_RV[rest], [rows[index] for index in rest])
+    return token_R, score_R
 
 
-def _draw_of_best(logits_RV: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, list[bool]]:
-    """Token ids [R] drawn from the most likely tokens, and for which rows these are all that the limits keep."""
+def _draw_of_best(logits_RV: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor, list[bool]]:
+    """Token ids [R] drawn from the most likely tokens, their scores [R], and for which rows these are all that the
+    limits keep."""
     vocabulary = logits_RV.shape[1]
     best = logits_RV.topk(min(_BEST, vocabulary))
     weight_RK = _weights(best.values, best.values[:, :1], rows)
@@ -156,21 +181,22 @@ def _draw_of_best(logits_RV: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor,
     if any(row.sampling.top_p < 1 and not row.sampling.top_k for row in rows):
         total_R1 = _weights(logits_RV, best.values[:, :1], rows).sum(-1, keepdim=True)
     least_R1 = _least_kept(weight_RK, total_R1, rows)
+    # What is NaN, of an infinite logit, counts as kept: its score tells that the row is an extreme one.
     # The list must go on below what is kept: tokens as likely as its last one may stand outside of it.
     settled_R = (weight_RK[:, -1] < least_R1[:, 0]) | (weight_RK.shape[1] == vocabulary)
-    place_R1 = _pick(_scaled(best.values, rows), best.indices, rows, weight_RK >= least_R1)
-    return best.indices.gather(1, place_R1)[:, 0], settled_R.tolist()
+    place_R, score_R = _pick(_scaled(best.values, rows), best.indices, rows, ~(weight_RK < least_R1))
+    return best.indices.gather(1, place_R[:, None])[:, 0], score_R, settled_R.tolist()
 
 
-def _draw_of_all(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Token ids [R] drawn from all that the limits keep."""
+def _draw_of_all(logits_RV: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
+    """Token ids [R] drawn from all that the limits keep, and their scores [R]."""
     kept_RV = None
     if any(row.limited for row in rows):
         weight_RV = _weights(logits_RV, logits_RV.amax(-1, keepdim=True), rows)
         sorted_RV = weight_RV.sort(-1, descending=True).values
-        kept_RV = weight_RV >= _least_kept(sorted_RV, sorted_RV.sum(-1, keepdim=True), rows)
+        kept_RV = ~(weight_RV < _least_kept(sorted_RV, sorted_RV.sum(-1, keepdim=True), rows))
     token_1V = torch.arange(logits_RV.shape[1], device=logits_RV.device)[None]
-    return _pick(_scaled(logits_RV, rows), token_1V, rows, kept_RV)[:, 0]
+    return _pick(_scaled(logits_RV, rows), token_1V, rows, kept_RV)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
@@ -212,12 +238,20 @@ def _least_kept(descending_RK: Tensor, total_R1: Tensor, rows: Sequence[SampleRo
     return least_R1
 
 
-def _pick(scaled_RK: Tensor, token_RK: Tensor, rows: Sequence[SampleRow], kept_RK: Tensor | None) -> Tensor:
-    """Step 7, of the tokens [R, K] or [1, K] that are kept: places [R, 1]."""
+def _pick(
+    scaled_RK: Tensor, token_RK: Tensor, rows: Sequence[SampleRow], kept_RK: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Step 7, of the tokens [R, K] or [1, K] that are kept: places [R] and scores [R]."""
     score_RK = gumbel([row.key for row in rows], token_RK) + scaled_RK
     if kept_RK is not None:
         score_RK = torch.where(kept_RK, score_RK, -torch.inf)
-    return score_RK.argmax(-1, keepdim=True)
+    return _greatest(score_RK)
+
+
+def _greatest(score_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place [R] of the greatest score of each row, and the score [R]."""
+    place_R1 = score_RK.argmax(-1, keepdim=True)
+    return place_R1[:, 0], score_RK.gather(1, place_R1)[:, 0]
 
 
 def _logprobs(logits_RV: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int]) -> dict[int, Logprobs]:
@@ -226,7 +260,7 @@ def _logprobs(logits_RV: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int
     if not asked:
         return {}
     some = torch.tensor(list(asked), device=logits_RV.device)
-    logprob_RV = logits_RV[some].log_softmax(-1)
+    logprob_RV = logits_RV[some].log_softmax(-1).clamp_min(_LEAST_LOGPROB)
     chosen_R1 = torch.tensor([[tokens[index]] for index in asked], device=logits_RV.device)
     chosen = logprob_RV.gather(1, chosen_R1)[:, 0].tolist()
     best = logprob_RV.topk(min(max(asked.values()), logits_RV.shape[1]))
