@@ -18,7 +18,7 @@ from chaos_cluster import ChaosCluster, chaos_cluster
 from chaos_frames import frame_rig, mutate_frames
 from chaos_kills import Faults, compare_runs, hurt_gateway, hurt_links, hurt_workers
 from chaos_load import answer_all, cancel_storm, make_requests
-from report import conditions, write_json
+from report import Report, conditions, say
 
 from isthmus.model.describe import describe_model
 from isthmus.proto.generation_pb2 import GenerateRequest
@@ -108,24 +108,36 @@ async def leaked(cluster: ChaosCluster) -> int:
     return await cluster.leaked_pages(within_s=BASELINE_S)
 
 
-async def main() -> None:
+def main() -> None:
     options = arguments()
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         raise SystemExit(f"no part {', '.join(unknown)}; allowed: {', '.join(PARTS)}")
+    with Report(options.json) as report:
+        report.put(conditions=conditions(**vars_of(options)))
+        asyncio.run(run(report, parts, options))
+
+
+async def run(report: Report, parts: Sequence[str], options: argparse.Namespace) -> None:
+    """All parts in turn; `frames`, which needs no cluster, at the end."""
     results: dict[str, Any] = {}
+
+    def done(part: str, result: dict[str, Any]) -> None:
+        results[part] = result
+        say(f"{part}: {json.dumps(result)}")
+        report.put(**totals(results), parts=results)
+
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         if set(parts) - {"frames"}:
+            say("starting a cluster")
             async with chaos_cluster(options.model, Path(folder), links=True) as cluster:
                 for part in parts:
                     if part != "frames":
-                        results[part] = await run_part(cluster, part, options)
-                        print(part, json.dumps(results[part]), flush=True)
+                        say(f"{part}: begins")
+                        done(part, await run_part(cluster, part, options))
     if "frames" in parts:
         async with frame_rig(str(describe_model(options.model).path), options.seed) as rig:
-            results["frames"] = await mutate_frames(rig, options.frames, options.seed)
-        print("frames", json.dumps(results["frames"]), flush=True)
-    write_json(options.json, {**totals(results), "parts": results, "conditions": conditions(**vars_of(options))})
+            done("frames", await mutate_frames(rig, options.frames, options.seed))
 
 
 def totals(results: dict[str, Any]) -> dict[str, Any]:
@@ -152,4 +164,4 @@ def vars_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evil_prefill import KINDS, LyingPrefill
-from rich.console import Console
-from rich.progress import track
+from report import each
 
 from isthmus.decode.config import DecodeConfig
 from isthmus.decode.worker import DecodeWorker
@@ -102,7 +101,7 @@ async def mutate_frames(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
     await rig.answer(prompts[0], "raw", [rig.liar.address, rig.prefill.address])  # it has an earlier request now
     result, not_refused, wrong = Counter[str](), Counter[str](), Counter[str]()
     before = rig.refused()
-    for number in track(range(count), "lies", console=Console(stderr=True)):
+    for number in each(range(count), "lies"):
         kind, which = KINDS[number % len(KINDS)], (rng.randrange(PROMPTS), codecs[rng.randrange(2)])
         rig.liar.lie = kind
         refused = rig.refused()

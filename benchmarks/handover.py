@@ -9,20 +9,23 @@ ended is told apart: short prompts have one chunk, and most of their pages leave
 
 import asyncio
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import grpc.aio
 import typer
 from processes import free_port, isthmus
-from report import conditions, percentiles, write_json
-from rich.console import Console
-from rich.progress import track
+from report import Report, conditions, each, percentiles, say
 
 from isthmus.cluster.client import Answer, Client, build_request
+from isthmus.proto.serving import open_channel
+from isthmus.proto.worker_pb2 import GetReportRequest, WorkerReport
+from isthmus.proto.worker_pb2_grpc import WorkerStub
 
 PROMPT_TOKENS = (64, 256, 1024)
 LONG_TOKENS = 1024  # prompts that long compute in several chunks, beside which their pages leave
+START = "start_"  # of the counters of a worker's report that tell how it started
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
@@ -39,16 +42,30 @@ async def first_answer(client: Client, within_s: float) -> None:
     raise TimeoutError(f"the cluster did not answer within {within_s:.0f} s")
 
 
-async def measure(client: Client, numbers: range, codec: str) -> list[Answer]:
-    """Runs the requests of those numbers one after the other, cycling through the prompt lengths; none start alike."""
+async def start_phases(workers: Iterable[WorkerReport]) -> dict[str, dict[str, int]]:
+    """Milliseconds of each part of each worker's start, and (`_cpu`) those of a core that it took."""
+    found: dict[str, dict[str, int]] = {}
+    for worker in workers:
+        async with open_channel(worker.address) as channel:
+            report = await WorkerStub(channel).GetReport(GetReportRequest(), timeout=10)
+        of = {name: count for name, count in report.counters.items() if name.startswith(START)}
+        found[report.worker_id] = {
+            name.removeprefix(START).removesuffix("_ms"): count for name, count in sorted(of.items())
+        }
+    return found
+
+
+async def measure(client: Client, numbers: range, codec: str, answers: list[Answer]) -> None:
+    """Runs the requests of those numbers one after the other, cycling through the prompt lengths; none start alike.
+
+    Each answer goes to `answers` when it is there.
+    """
     vocab = (await client.model()).vocab_size
-    answers = []
-    for number in track(numbers, "requests"):
+    for number in each(numbers, "requests"):
         length = PROMPT_TOKENS[number % len(PROMPT_TOKENS)]
         token_ids = [(number * 7919 + position * 104729) % vocab for position in range(length)]
         request = build_request(token_ids=token_ids, sampling=GREEDY | {"max_tokens": 8}, codec=codec)
         answers.append(await client.answer(request, timeout_s=120))
-    return answers
 
 
 def early(answers: list[Answer]) -> float:
@@ -84,18 +101,28 @@ def summarize(answers: list[Answer], start_to_first_token_s: float) -> dict[str,
     }
 
 
-async def run(model: str, requests: int, codec: str, dtype: str) -> dict[str, Any]:
+async def run(report: Report, model: str, requests: int, codec: str, dtype: str) -> None:
     """Brings the cluster up, measures, takes it down."""
     port = free_port()
     begun = time.monotonic()
+    answers: list[Answer] = []
+    say("starting a cluster")
     with isthmus("up", "--model", model, "--port", str(port), "--dtype", dtype):
         async with Client(f"127.0.0.1:{port}") as client:
             await first_answer(client, 180)
             took = time.monotonic() - begun
+            phases = await start_phases((await client.status()).workers)
+            report.put(start_to_first_token_s=round(took, 2), start_phases_ms=phases)
+            for name, of in phases.items():
+                say(f"{name}: " + ", ".join(f"{phase} {ms}" for phase, ms in of.items()))
+            say(f"first token after {took:.1f} s; warming up")
             lengths = len(PROMPT_TOKENS)
-            await measure(client, range(lengths), codec)  # warm up
-            answers = await measure(client, range(lengths, lengths + requests), codec)
-    return summarize(answers, took)
+            await measure(client, range(lengths), codec, [])
+            try:
+                await measure(client, range(lengths, lengths + requests), codec, answers)
+            finally:
+                if len(answers) >= lengths:
+                    report.put(**summarize(answers, took))
 
 
 def main(
@@ -106,10 +133,9 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
     """Measures handover, the gap between tokens 1 and 2, overlap and start-up of a local cluster."""
-    result = asyncio.run(run(model, requests, codec, dtype))
-    result["conditions"] = conditions(model=model, codec=codec, dtype=dtype, prompt_tokens=PROMPT_TOKENS)
-    write_json(json, result)
-    Console().print_json(data=result)
+    with Report(json) as report:
+        report.put(conditions=conditions(model=model, codec=codec, dtype=dtype, prompt_tokens=PROMPT_TOKENS))
+        asyncio.run(run(report, model, requests, codec, dtype))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from processes import ISTHMUS, free_port, ready, worker
-from report import conditions, write_json
-from rich.progress import Progress
+from report import Count, Report, conditions
 
 from isthmus.cluster.client import Client, build_request
 from isthmus.cluster.jobs.client import JobsClient
@@ -100,16 +99,16 @@ def request(prompt: str, max_tokens: int, seed: int) -> GenerateRequest:
     return build_request(prompt=prompt, sampling={"max_tokens": max_tokens, "seed": seed, "temperature": seed % 2})
 
 
-async def crashes(workers: str, jobs: int, tokens: int, kills: int, progress: Progress) -> dict[str, Any]:
+async def crashes(workers: str, jobs: int, tokens: int, kills: int) -> dict[str, Any]:
     """Jobs come in while the gateway is killed; their tokens against those of an undisturbed run."""
     draw = random.Random(11)
     requests = [request(f"Tell me about the number {number}.", tokens, number) for number in range(jobs)]
     lasts_s = 3.0 * kills
-    bar = progress.add_task(f"{jobs} jobs, {kills} kills", total=2 * jobs)
+    bar = Count(f"{jobs} jobs, {kills} kills", 2 * jobs)
     async with gateway(workers) as running, JobsClient(running.address, patience_s=WAIT_S) as client:
         whole = await client.submit(SubmitJobRequest(requests=requests))
         async for event in client.watch(whole.job_id):
-            progress.advance(bar, event.output.finish_reason > 0)
+            bar.advance(event.output.finish_reason > 0)
         undisturbed = [result.token_ids async for result in client.results(whole.job_id)]
 
         async def one(asked: GenerateRequest) -> tuple[str, list[int], int]:
@@ -119,7 +118,7 @@ async def crashes(workers: str, jobs: int, tokens: int, kills: int, progress: Pr
             async for event in client.watch(job.job_id):
                 repeated += len(event.output.token_ids) if event.output.index < len(seen) else 0
                 seen += event.output.token_ids
-            progress.advance(bar)
+            bar.advance()
             return job.job_id, seen, repeated
 
         watching = asyncio.gather(*map(one, requests))
@@ -144,9 +143,9 @@ async def crashes(workers: str, jobs: int, tokens: int, kills: int, progress: Pr
     }
 
 
-async def submissions(count: int, progress: Progress) -> float:
+async def submissions(count: int) -> float:
     """Jobs accepted each second, from 4 connections with 16 callers each; nothing else runs meanwhile."""
-    bar = progress.add_task("submissions", total=count)
+    bar = Count("submissions", count)
     with fake_workers(0, 500, 1) as workers:
         async with gateway(workers) as running, AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(JobsClient(running.address, patience_s=10)) for _ in range(4)]
@@ -156,17 +155,17 @@ async def submissions(count: int, progress: Progress) -> float:
                 for number in numbers:
                     asked = request(f"Tell me about {number}.", 50, number)
                     await client.submit(SubmitJobRequest(requests=[asked], priority=PRIORITY_BATCH))
-                    progress.advance(bar)
+                    bar.advance()
 
             begun_s = time.perf_counter()
             await asyncio.gather(*(caller(client) for client in clients for _ in range(16)))
             return count / (time.perf_counter() - begun_s)
 
 
-async def watching(jobs: int, progress: Progress) -> float:
+async def watching(jobs: int) -> float:
     """Events each second that reach watchers, one for each of so many jobs, from the first token to the last."""
     tokens = 200
-    bar = progress.add_task("watch events", total=jobs * tokens)
+    bar = Count("watch events", jobs * tokens)
     with fake_workers(0, 20, jobs) as workers:
         async with gateway(workers) as running, JobsClient(running.address, patience_s=10) as client:
             times = list[float]()
@@ -175,16 +174,16 @@ async def watching(jobs: int, progress: Progress) -> float:
                 job = await client.submit(SubmitJobRequest(requests=[request(f"Count to {number}.", tokens, number)]))
                 async for _ in client.watch(job.job_id):
                     times.append(time.perf_counter())
-                progress.advance(bar, tokens)
+                bar.advance(tokens)
 
             await asyncio.gather(*map(one, range(jobs)))
     first, last = percentile(times, 5), percentile(times, 95)  # without the ends, where few watch
     return 0.9 * len(times) / (last - first)
 
 
-async def interactive(requests: int, batch: int, progress: Progress) -> dict[str, float]:
+async def interactive(requests: int, batch: int) -> dict[str, float]:
     """TTFT p99 of interactive requests, 4 a second, alone and with a queue of batch requests behind them."""
-    bar = progress.add_task("TTFT beside batch", total=2 * requests)
+    bar = Count("TTFT beside batch", 2 * requests)
     with fake_workers(60, 25, 16) as workers:
         async with (
             gateway(workers) as running,
@@ -199,7 +198,7 @@ async def interactive(requests: int, batch: int, progress: Progress) -> dict[str
                     asked = request(f"Tell me about {number}.", 20, number)
                     asked.priority = PRIORITY_INTERACTIVE
                     answer = await client.answer(asked)
-                    progress.advance(bar)
+                    bar.advance()
                     assert answer.ttft_ms is not None
                     return answer.ttft_ms
 
@@ -224,9 +223,9 @@ async def interactive(requests: int, batch: int, progress: Progress) -> dict[str
     }
 
 
-async def file(workers: str, prompts: int, progress: Progress) -> dict[str, Any]:
+async def file(workers: str, prompts: int) -> dict[str, Any]:
     """`isthmus batch run` of a file, interrupted at a third and at two thirds."""
-    bar = progress.add_task("a file of prompts", total=prompts)
+    bar = Count("a file of prompts", prompts)
     begun_s, computed = time.perf_counter(), await output_tokens(workers)
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder, "in.jsonl"), Path(folder, "out.jsonl")
@@ -239,7 +238,7 @@ async def file(workers: str, prompts: int, progress: Progress) -> dict[str, Any]
                 while process.poll() is None:
                     await asyncio.sleep(0.5)
                     done = len(output.read_text().splitlines()) if output.exists() else 0
-                    progress.update(bar, completed=done)
+                    bar.reach(done)
                     if done >= stop_at:
                         process.send_signal(signal.SIGINT)
                         await asyncio.to_thread(process.wait)
@@ -263,33 +262,30 @@ async def output_tokens(workers: str) -> int:
     return int(sum(report.counters["output_tokens"] for report in reports if report.role == WORKER_ROLE_DECODE))
 
 
-async def without_model(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """The parts in which workers without a model answer at a set pace."""
-    result, only = dict[str, Any](), options.only
+async def without_model(report: Report, options: argparse.Namespace) -> None:
+    """The parts that stand-ins for workers answer."""
+    only = options.only
     if only in (None, "crash"):
         with fake_workers(5, 50, 64) as workers:
-            result |= await crashes(workers, options.jobs, 60, options.kills, progress)
+            report.put(**await crashes(workers, options.jobs, 60, options.kills))
     if only in (None, "submit"):
-        result["submits_per_s"] = round(await submissions(options.submissions, progress), 1)
+        report.put(submits_per_s=round(await submissions(options.submissions), 1))
     if only in (None, "watch"):
-        result["watch_events_per_s"] = round(await watching(options.watched, progress), 1)
+        report.put(watch_events_per_s=round(await watching(options.watched), 1))
     if only in (None, "ttft"):
-        result["ttft_p99_ms"] = await interactive(options.interactive, 5000, progress)
-    return result
+        report.put(ttft_p99_ms=await interactive(options.interactive, 5000))
 
 
-async def with_model(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+async def with_model(report: Report, options: argparse.Namespace) -> None:
     """The parts that SmolLM2 answers."""
-    result = dict[str, Any]()
     async with real_workers() as workers:
         if options.only in (None, "crash"):
-            result |= await crashes(workers, options.jobs, 32, options.kills, progress)
+            report.put(**await crashes(workers, options.jobs, 32, options.kills))
         if options.only in (None, "file"):
-            result["file"] = await file(workers, options.prompts, progress)
-    return result
+            report.put(file=await file(workers, options.prompts))
 
 
-async def main() -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--kills", type=int, default=10)
@@ -303,12 +299,10 @@ async def main() -> None:
     options = parser.parse_args()
     if options.only and options.real != (options.only == "file") and options.only != "crash":
         parser.error(f"--only {options.only} {'needs no' if options.real else 'needs'} --real")
-    with Progress() as progress:
-        result = await (with_model if options.real else without_model)(options, progress)
-    result["conditions"] = conditions()
-    print(json.dumps(result, indent=2))
-    write_json(options.json, result)
+    with Report(options.json) as report:
+        report.put(conditions=conditions())
+        asyncio.run((with_model if options.real else without_model)(report, options))
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

@@ -10,7 +10,6 @@ are medians.
 """
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from report import Report, say
 
 from isthmus.kernels.paged_attention import PagedKV, paged_attention_reference
 from isthmus.kernels.rotation import signs
@@ -43,23 +43,24 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     names = options.codecs.split(",")
-    result: dict[str, object] = {"date": date.today().isoformat(), "torch": torch.__version__}
-    if torch.cuda.is_available():
-        result["device"] = torch.cuda.get_device_name()
-        if options.check:
-            result["check"] = check(names)
-        result |= gpu(names, options.quick)
-    else:
-        result |= {"device": platform.processor() or platform.machine(), "threads": options.threads}
-        result["cpu"] = list(cpu(names))
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    with Report(Path(options.json) if options.json else None) as report:
+        report.put(date=date.today().isoformat(), torch=torch.__version__)
+        if torch.cuda.is_available():
+            report.put(device=torch.cuda.get_device_name())
+            if options.check:
+                say("comparing the kernels with their references")
+                report.put(check=check(names))
+            report.put(**gpu(names, options.quick))
+        else:
+            report.put(device=platform.processor() or platform.machine(), threads=options.threads)
+            for row in cpu(names):
+                report.append("cpu", row)
 
 
 def cpu(names: list[str]) -> Iterator[dict[str, object]]:
     for name in names:
         for heads, dim in CPU_SHAPES:
+            say(f"{name}: {heads} KV heads of {dim}")
             codec = build_codec(name, [LayerShape(kv_heads=heads, head_dim=dim)], PAGE)
             k_THD, v_THD = (torch.randn(2048, heads, dim).bfloat16() for _ in range(2))
             packed = codec.encode(0, k_THD, v_THD)
@@ -95,12 +96,13 @@ def copy_bandwidth() -> float:
 
 def gpu(names: list[str], quick: bool) -> dict[str, object]:
     bandwidth = copy_bandwidth()
-    print(f"copy {bandwidth / 1e9:.0f} GB/s", flush=True)
+    say(f"copy {bandwidth / 1e9:.0f} GB/s")
     rows: list[dict[str, object]] = []
     batches, contexts = ((8,), (32768,)) if quick else ((1, 8, 32), (4096, 32768, 131072))
     for batch in batches:
         for context in contexts:
             if batch * context <= 8 * 131072:
+                say(f"attention: batch {batch}, context {context}")
                 rows += attention_rows(names, batch, context, bandwidth)
                 torch.cuda.empty_cache()
     return {

@@ -16,8 +16,7 @@ from typing import Any
 
 from asking import Answer, ask, decode_request
 from processes import ready, worker
-from report import percentiles
-from rich.progress import track
+from report import each, percentiles, say
 
 from isthmus.proto.decode_pb2_grpc import DecodeStub
 from isthmus.proto.sampling import Sampling
@@ -68,13 +67,13 @@ async def _send(
     begun = time.perf_counter()
     tasks: list[tuple[_Arrival, asyncio.Task[Answer]]] = []
     sent = {True: 0, False: 0}
-    for arrival in track(plan, name):
+    for arrival in each(plan, f"{name}: requests sent"):
         await asyncio.sleep(max(0.0, begun + arrival.at_s - time.perf_counter()))
         stub = stubs[sent[arrival.chat] % len(stubs)]
         sent[arrival.chat] += 1
         request = decode_request(report, arrival.prompt, arrival.sampling, prefill)
         tasks.append((arrival, asyncio.create_task(ask(stub, request))))
-    answers = [(arrival, await task) for arrival, task in track(tasks, f"{name}, answers")]
+    answers = [(arrival, await task) for arrival, task in each(tasks, f"{name}: answers")]
     seconds = max(answer.arrivals_s[-1] for _, answer in answers) - begun
     chats = [answer for arrival, answer in answers if arrival.chat]
     return {
@@ -92,6 +91,7 @@ async def _side(
 ) -> AsyncIterator[tuple[list[DecodeStub], list[str], WorkerReport]]:
     """Workers that are warmed up: stubs of those that decode, addresses of those that only prefill, and a report."""
     async with AsyncExitStack() as stack:
+        say(f"mixed load: starting {' and '.join(roles)} workers")
         addresses = [stack.enter_context(worker(role, model, dtype, threads)) for role in roles]
         reports = await ready(addresses)
         decode = [address for address, role in zip(addresses, roles, strict=True) if role == "decode"]
@@ -111,6 +111,7 @@ async def mixed_load(model: str, dtype: str, threads: int, load: Load) -> dict[s
         rng = random.Random(2)
         alone = [rng.randrange(vocab) for _ in range(load.long_prompt)]
         request = decode_request(report, alone, Sampling(max_tokens=2, ignore_eos=True), prefill)
+        say(f"mixed load: one prompt of {load.long_prompt} tokens alone")
         long_s = (await ask(stubs[0], request)).ttft_ms / 1e3
         plan = arrivals(load, long_s / load.long_busy, vocab)
         sides["disaggregated"] = await _send(stubs, prefill, report, plan, "disaggregated")

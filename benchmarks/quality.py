@@ -13,14 +13,13 @@ balance is calibrated as a worker does it, on the text that the project ships, o
 import argparse
 import ctypes
 import gzip
-import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
 import torch
 from quality_protocols import Cache, Correlation, Divergence, add_served, logits_all, step
-from rich.progress import Progress
+from report import Count, Report
 
 from isthmus.kvtransfer.calibration import calibrate
 from isthmus.kvtransfer.calibration_text import TEXT
@@ -46,27 +45,24 @@ def main() -> None:
         balance = calibrate(model.forward, tokenizer.encode(TEXT), model.layers, PAGE)
     names = options.codecs.split(",")
     codecs = {name: build_codec(name, model.layers, PAGE, balance) for name in names}
-    result = {
-        "model": model.name,
-        "date": date.today().isoformat(),
-        "text": Path(options.text).name,
-        "context": options.context,
-        "served_context": options.served_context,
-        "windows": options.windows,
-        "balance": not options.no_balance,
-    }
-    with Progress() as progress:
+    with Report(Path(options.json) if options.json else None) as report:
+        report.put(
+            model=model.name,
+            date=date.today().isoformat(),
+            text=Path(options.text).name,
+            context=options.context,
+            served_context=options.served_context,
+            windows=options.windows,
+            balance=not options.no_balance,
+        )
         rows: list[dict[str, object]] = []
         for protocol in ("all", "served"):
-            rows += divergence_rows(protocol, model, codecs, ids, options, progress)
-            save(result | {"rows": rows}, options)
-        result["rows"] = rows
-        result["greedy_agreement"] = greedy_agreement(model, codecs, ids, options, progress)
-        save(result, options)
-        result["needle"] = needle(model, codecs, tokenizer, ids, options, progress)
-        save(result, options)
-    for row in result["rows"]:
-        print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else str(value) for key, value in row.items()))
+            rows += divergence_rows(protocol, model, codecs, ids, options)
+            report.put(rows=rows)
+        report.put(greedy_agreement=greedy_agreement(model, codecs, ids, options))
+        report.put(needle=needle(model, codecs, tokenizer, ids, options))
+        if options.plot:
+            plot(report.figures, options.plot)
 
 
 def return_large_memory() -> None:
@@ -74,14 +70,6 @@ def return_large_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
-
-
-def save(result: Mapping[str, object], options: argparse.Namespace) -> None:
-    """Called after every part: an interrupted run leaves what it has measured."""
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
-    if options.plot:
-        plot(result, options.plot)
 
 
 def arguments() -> argparse.Namespace:
@@ -131,19 +119,18 @@ def divergence_rows(
     codecs: dict[str, PageCodec],
     ids: torch.Tensor,
     options: argparse.Namespace,
-    progress: Progress,
 ) -> list[dict[str, object]]:
     length = options.context if protocol == "all" else options.served_context
     count = options.windows if protocol == "all" else options.served_windows
     if not length or not count:
         return []
     windows = windows_of(ids, length, count)
-    task = progress.add_task(f"protocol {protocol}", total=len(windows) * (len(codecs) + 1))
+    task = Count(f"protocol {protocol}", len(windows) * (len(codecs) + 1))
     sums = {name: Divergence() for name in codecs}
     seen = {name: Correlation() for name in codecs}
     for window in windows:
         reference = logits_all(model, window, None, PAGE, Correlation())
-        progress.advance(task)
+        task.advance()
         for name, codec in codecs.items():
             if not codec.packs:
                 sums[name].add(reference, reference, window)
@@ -151,7 +138,7 @@ def divergence_rows(
                 sums[name].add(reference, logits_all(model, window, codec, PAGE, seen[name]), window)
             else:
                 add_served(sums[name], seen[name], reference, model, window, codec, PAGE)
-            progress.advance(task)
+            task.advance()
     rows: list[dict[str, object]] = []
     for name, codec in codecs.items():
         bits = bits_per_value(codec, model)
@@ -171,24 +158,24 @@ def greedy(caches: Sequence[Cache], first: torch.Tensor, count: int) -> torch.Te
 
 
 def greedy_agreement(
-    model: Model, codecs: dict[str, PageCodec], ids: torch.Tensor, options: argparse.Namespace, progress: Progress
+    model: Model, codecs: dict[str, PageCodec], ids: torch.Tensor, options: argparse.Namespace
 ) -> list[dict[str, object]]:
     """Share of equal tokens, and tokens before the first that differs, against raw bf16 pages; prompts are
     computed exactly."""
     if not options.prompts:
         return []
     prompt = 6 * PAGE + 17
-    task = progress.add_task("greedy agreement", total=options.prompts + len(codecs) + 1)
+    task = Count("greedy agreement", options.prompts + len(codecs) + 1)
     caches, first = [], []
     for window in windows_of(ids, prompt, options.prompts):
         cache = Cache(model, None, PAGE, prompt + options.answer_tokens)
         first.append(step([cache], [window], [prompt - 1]).argmax(-1)[0])
         caches.append(cache)
-        progress.advance(task)
+        task.advance()
     exact = greedy([cache.fork(None) for cache in caches], torch.stack(first), options.answer_tokens)
     rows: list[dict[str, object]] = []
     for name, codec in codecs.items():
-        progress.advance(task)
+        task.advance()
         if not codec.packs:
             continue
         answers = greedy([cache.fork(codec) for cache in caches], torch.stack(first), options.answer_tokens)
@@ -204,7 +191,6 @@ def needle(
     tokenizer: Tokenizer,
     ids: torch.Tensor,
     options: argparse.Namespace,
-    progress: Progress,
 ) -> list[dict[str, object]]:
     """Depths at which the right number of ten is the likeliest, and its mean lead over the best wrong one
     in nats."""
@@ -215,7 +201,7 @@ def needle(
     special = len(tokenizer.encode("")) if len(tokenizer.encode("")) < 2 else 0  # a token that begins every text
     endings = [ending[special:] for ending in endings]
     filler = ids[: options.context - 64]
-    task = progress.add_task("needle", total=options.needles)
+    task = Count("needle", options.needles)
     judged: dict[str, PageCodec | None] = {"raw": None, **codecs}
     leads: dict[str, list[float]] = {name: [] for name in judged}
     for depth in range(options.needles):
@@ -231,7 +217,7 @@ def needle(
             scores = [score(fork, torch.cat([prompt[-1:], ending])) for ending in endings]
             wrong = max(s for i, s in enumerate(scores) if i != right)
             leads[name].append(scores[right] - wrong)
-        progress.advance(task)
+        task.advance()
     return [
         {"codec": name, "found": sum(x > 0 for x in lead), "of": len(lead), "mean_lead": sum(lead) / len(lead)}
         for name, lead in leads.items()

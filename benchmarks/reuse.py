@@ -26,9 +26,7 @@ from typing import Annotated, Any
 
 import typer
 from processes import ready, worker
-from report import conditions, write_json
-from rich.console import Console
-from rich.progress import Progress
+from report import Report, conditions, each
 
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto.common_pb2 import TransferStats
@@ -113,10 +111,10 @@ class Measured:
         return {name: statistics.median(getattr(one, name) for one in self.stats) for name in fields}
 
 
-async def measure(pair: Pair, place: str, codec: str, requests: int, progress: Progress) -> dict[int, Measured]:
+async def measure(pair: Pair, place: str, codec: str, requests: int) -> dict[int, Measured]:
     """One request for each prefix; by length of the ending."""
     measured = {ending: Measured() for ending in ENDINGS}
-    for number in progress.track(range(requests), description=place):
+    for number in each(range(requests), place):
         for ending, of in measured.items():
             prompt = make_prompt(pair.vocab_size, number, place, ending)
             took, transfer = await pair.first_token(prompt, codec, local=place == "decode_held")
@@ -132,13 +130,14 @@ async def stored(folder: Path, pages: int) -> None:
             await asyncio.sleep(0.1)
 
 
-async def run(model: str, dtype: str, codec: str, requests: int) -> dict[str, Any]:
-    """All places in turn; returns the figures of the JSON."""
+async def run(report: Report, model: str, dtype: str, codec: str, requests: int) -> None:
+    """All places in turn."""
     measured: dict[str, dict[int, Measured]] = {}
-    with tempfile.TemporaryDirectory() as store, Progress() as progress:
+    with tempfile.TemporaryDirectory() as store:
 
         async def at(pair: Pair, place: str) -> None:
-            measured[place] = await measure(pair, place, codec, requests, progress)
+            measured[place] = await measure(pair, place, codec, requests)
+            report.put(ttft_ms={name: of[ENDINGS[0]].median_ms for name, of in measured.items()})
 
         with worker("prefill", model, dtype, 1, "--store-dir", store) as prefill:
             with worker("decode", model, dtype, 1) as decode:
@@ -156,7 +155,7 @@ async def run(model: str, dtype: str, codec: str, requests: int) -> dict[str, An
             async with pair_of(prefill, decode) as pair:
                 await at(pair, "store_after_restart")
     by_ending = {ending: summarize({place: measured[place][ending] for place in PLACES}) for ending in ENDINGS}
-    return by_ending[ENDINGS[0]] | {"goals": GOALS, "by_ending_tokens": by_ending}
+    report.put(**by_ending[ENDINGS[0]], goals=GOALS, by_ending_tokens=by_ending)
 
 
 def summarize(measured: dict[str, Measured]) -> dict[str, Any]:
@@ -178,18 +177,18 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
     """Measures the time to the first token with a prefix of 2,000 tokens held in each place, against recompute."""
-    result = asyncio.run(run(model, dtype, codec, requests))
-    result["conditions"] = conditions(
-        model=model,
-        codec=codec,
-        dtype=dtype,
-        requests=requests,
-        prefix_tokens=PREFIX_TOKENS,
-        ending_tokens=ENDINGS,
-        threads_per_worker=1,
-    )
-    write_json(json, result)
-    Console().print_json(data=result)
+    with Report(json) as report:
+        about = conditions(
+            model=model,
+            codec=codec,
+            dtype=dtype,
+            requests=requests,
+            prefix_tokens=PREFIX_TOKENS,
+            ending_tokens=ENDINGS,
+            threads_per_worker=1,
+        )
+        report.put(conditions=about)
+        asyncio.run(run(report, model, dtype, codec, requests))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from idle import idle_share
 from queue_model import BLOCK, PREFILL, STEP, Arrival, Simulation, compute_ms
-from report import conditions, write_json
+from report import Report, conditions, say
 
 from isthmus.cluster.board import Board
 from isthmus.cluster.costs import Demand
@@ -212,24 +212,22 @@ def main() -> None:
     parser.add_argument("--idle", type=int, default=0, help="idle workers whose watching is measured; 0: not")
     parser.add_argument("--requests", type=int, default=None, help="of each trace; all where not given")
     args = parser.parse_args()
-    measured = {str(workers): speeds(workers, args.seconds) for workers in (16, 1024)}
-    decisions, placements = ({count: round(pair[i]) for count, pair in measured.items()} for i in (0, 1))
-    print("decisions per second", decisions, "placements per second", placements, flush=True)
-    result = {
-        "conditions": conditions(seconds=args.seconds, replay_workers=args.workers, replay_requests=args.requests),
-        "decisions_per_s": decisions,
-        "placements_per_s": placements,
-    }
-    if args.idle:
-        result["idle_workers"] = args.idle
-        result["idle_workers_cpu_share"] = round(idle_share(args.idle, IDLE_S), 4)
-        print(f"{args.idle} idle workers take {result['idle_workers_cpu_share']:.2%} of a core", flush=True)
-    result["replay"] = []
-    for path, load in product(args.trace, args.load or LOADS):
-        for row in replayed(path, load, args):
-            result["replay"].append(row)
-            print(row, flush=True)
-    write_json(args.json, result)
+    with Report(args.json) as report:
+        about = conditions(seconds=args.seconds, replay_workers=args.workers, replay_requests=args.requests)
+        report.put(conditions=about, decisions_per_s={}, placements_per_s={})
+        for workers in (16, 1024):
+            say(f"decisions with {workers} workers")
+            decisions, placements = speeds(workers, args.seconds)
+            report.figures["decisions_per_s"][str(workers)] = round(decisions)
+            report.figures["placements_per_s"][str(workers)] = round(placements)
+        if args.idle:
+            say(f"{args.idle} idle workers")
+            report.put(idle_workers=args.idle, idle_workers_cpu_share=round(idle_share(args.idle, IDLE_S), 4))
+        report.put(replay=[])
+        for path, load in product(args.trace, args.load or LOADS):
+            say(f"replay of {path.name} at load {load}")
+            for row in replayed(path, load, args):
+                report.append("replay", row)
 
 
 if __name__ == "__main__":

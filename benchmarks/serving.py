@@ -23,9 +23,7 @@ from asking import Answer, ask, decode_request
 from baseline import Baseline
 from mixed import Load, mixed_load
 from processes import ready, worker
-from report import conditions, percentiles, write_json
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from report import Report, conditions, percentiles, say
 
 from isthmus.proto.decode_pb2_grpc import DecodeStub
 from isthmus.proto.sampling import Sampling
@@ -72,31 +70,42 @@ def make_prompt(number: int, length: int, vocab: int) -> list[int]:
 async def compare_decode(
     ours: Workers, baselines: dict[str, Baseline], vocab: int, batch: int, steps: int, rounds: int
 ) -> dict[str, Any]:
-    """One row of the decode table."""
-    rate, gaps, theirs = [], [], {dtype: [] for dtype in baselines}
+    """One row of the decode table. A baseline that came to its bound is not measured again."""
+    rate, gaps, theirs, bounded = [], [], {dtype: [] for dtype in baselines}, {}
     for turn in range(rounds):
+        say(f"decode, batch {batch}: round {turn + 1} of {rounds}")
         prompts = [make_prompt(1 + turn * batch + row, DECODE_PROMPT, vocab) for row in range(batch)]
         tokens_per_s, some = await ours.decode(prompts, steps)
         rate.append(tokens_per_s)
         gaps += some
-        for dtype, baseline in baselines.items():
-            theirs[dtype].append(batch / statistics.median(baseline.decode(prompts, steps)))
-    return {"batch": batch} | row(rate, theirs) | {"itl_ms": percentiles(gaps)}
+        for dtype in [name for name in baselines if name not in bounded]:
+            say(f"decode, batch {batch}: round {turn + 1} of {rounds}, transformers in {dtype}")
+            times = baselines[dtype].decode(prompts, steps)
+            theirs[dtype].append(batch / statistics.median(times))
+            if len(times) < steps - 1:
+                bounded[dtype] = {"steps": len(times)}
+    return {"batch": batch} | row(rate, theirs) | {"baselines_bounded": bounded, "itl_ms": percentiles(gaps)}
 
 
 async def compare_prefill(
     ours: Workers, baselines: dict[str, Baseline], vocab: int, length: int, rounds: int
 ) -> dict[str, Any]:
-    """One row of the prefill table."""
-    rate, ttft, theirs = [], [], {dtype: [] for dtype in baselines}
+    """One row of the prefill table. A baseline that came to its bound is not measured again."""
+    rate, ttft, theirs, bounded = [], [], {dtype: [] for dtype in baselines}, {}
     for turn in range(rounds):
+        say(f"prefill, {length} tokens: round {turn + 1} of {rounds}")
         prompt = make_prompt(turn + length, length, vocab)
         seconds, ttft_ms = await ours.prefill(prompt)
         rate.append(length / seconds)
         ttft.append(ttft_ms)
-        for dtype, baseline in baselines.items():
-            theirs[dtype].append(length / baseline.prefill(prompt))
-    return {"prompt": length} | row(rate, theirs) | {"ttft_ms": round(statistics.median(ttft), 1)}
+        for dtype in [name for name in baselines if name not in bounded]:
+            say(f"prefill, {length} tokens: round {turn + 1} of {rounds}, transformers in {dtype}")
+            tokens, seconds = baselines[dtype].prefill(prompt)
+            theirs[dtype].append(tokens / seconds)
+            if tokens < length:
+                bounded[dtype] = {"prompt": tokens}
+    figures = {"baselines_bounded": bounded, "ttft_ms": round(statistics.median(ttft), 1)}
+    return {"prompt": length} | row(rate, theirs) | figures
 
 
 def row(ours: list[float], theirs: dict[str, list[float]]) -> dict[str, Any]:
@@ -118,30 +127,37 @@ def weight_dtype(report: WorkerReport) -> str:
 
 
 async def run(
-    *, model: str, dtype: str, threads: int, batches: list[int], prompts: list[int], steps: int, rounds: int
-) -> dict[str, Any]:
+    report: Report,
+    *,
+    model: str,
+    dtype: str,
+    threads: int,
+    batches: list[int],
+    prompts: list[int],
+    steps: int,
+    rounds: int,
+    baseline_s: float,
+) -> None:
     """Starts the workers, compares, stops them."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    say(f"starting a prefill and a decode worker for {model}")
     with worker("prefill", model, dtype, threads) as prefill, worker("decode", model, dtype, threads) as decode:
-        _, report = await ready([prefill, decode])
-        vocab = report.model.vocab_size
-        dtypes = dict.fromkeys([weight_dtype(report), "float32"])
-        baselines = {name: Baseline(report.model.path, name, threads) for name in dtypes}
+        _, about = await ready([prefill, decode])
+        vocab = about.model.vocab_size
+        baselines: dict[str, Baseline] = {}
+        for name in dict.fromkeys([weight_dtype(about), "float32"]):
+            say(f"loading transformers' model in {name}")
+            baselines[name] = Baseline(about.model.path, name, threads, baseline_s)
+        report.put(threads=threads, dtype=about.dtype)
         async with open_channel(decode) as channel:
-            ours = Workers(DecodeStub(channel), prefill, report)
-            await ours.prefill(make_prompt(1, 64, vocab))  # warm up
+            ours = Workers(DecodeStub(channel), prefill, about)
+            say("warming up")
+            await ours.prefill(make_prompt(1, 64, vocab))
             for baseline in baselines.values():
                 baseline.decode([[1, 2, 3]], 3)
-            decoded, prefilled = [], []
-            with Progress(*columns) as progress:
-                task = progress.add_task("comparing", total=len(batches) + len(prompts))
-                for batch in batches:
-                    decoded.append(await compare_decode(ours, baselines, vocab, batch, steps, rounds))
-                    progress.advance(task)
-                for length in prompts:
-                    prefilled.append(await compare_prefill(ours, baselines, vocab, length, rounds))
-                    progress.advance(task)
-    return {"threads": threads, "dtype": report.dtype, "decode": decoded, "prefill": prefilled}
+            for batch in batches:
+                report.append("decode", await compare_decode(ours, baselines, vocab, batch, steps, rounds))
+            for length in prompts:
+                report.append("prefill", await compare_prefill(ours, baselines, vocab, length, rounds))
 
 
 def main(
@@ -153,29 +169,35 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="How often each figure is taken; the median counts.")] = 3,
     new_tokens: Annotated[int, typer.Option(min=8, help="Steps of a decode figure.")] = 16,
     mixed_s: Annotated[float, typer.Option(min=0, help="Seconds of mixed load on each side; 0 for none.")] = 40,
+    baseline_s: Annotated[
+        float, typer.Option(min=0, help="Bound of one figure of transformers; then fewer tokens.")
+    ] = 60,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
     """Compares decode and prefill speed with transformers, and disaggregated with colocated workers."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     batches, prompts = [n for n in batch or [1, 8, 16, 32] if n], [n for n in prompt or [64, 512, 1024, 2048] if n]
-    result: dict[str, Any] = {"threads": threads}
-    if batches or prompts:
-        result = asyncio.run(
-            run(
-                model=model,
-                dtype=dtype,
-                threads=threads,
-                batches=batches,
-                prompts=prompts,
-                steps=new_tokens,
-                rounds=requests,
-            )
+    with Report(json) as report:
+        about = conditions(
+            model=model, requests=requests, new_tokens=new_tokens, mixed_s=mixed_s, baseline_s=baseline_s
         )
-    if mixed_s:
-        result["mixed"] = asyncio.run(mixed_load(model, dtype, threads, Load(seconds=mixed_s)))
-    result["conditions"] = conditions(model=model, requests=requests, new_tokens=new_tokens, mixed_s=mixed_s)
-    write_json(json, result)
-    Console().print_json(data=result)
+        report.put(threads=threads, conditions=about)
+        if batches or prompts:
+            asyncio.run(
+                run(
+                    report,
+                    model=model,
+                    dtype=dtype,
+                    threads=threads,
+                    batches=batches,
+                    prompts=prompts,
+                    steps=new_tokens,
+                    rounds=requests,
+                    baseline_s=baseline_s,
+                )
+            )
+        if mixed_s:
+            report.put(mixed=asyncio.run(mixed_load(model, dtype, threads, Load(seconds=mixed_s))))
 
 
 if __name__ == "__main__":

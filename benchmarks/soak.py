@@ -21,16 +21,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Annotated, Any
+from typing import Annotated
 
 import grpc.aio
 import typer
 import yaml
 from asking import ask, decode_request
 from processes import Running, ready, running_worker
-from report import conditions, write_json
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
+from report import Report, conditions, each, say
 
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeStub
@@ -114,7 +112,7 @@ class Soak:
     async def differing(self) -> int:
         """How many of the sample give other tokens alone."""
         wrong = 0
-        for request, token_ids in track(self.finished, "run again one by one"):
+        for request, token_ids in each(self.finished, "run again one by one"):
             wrong += (await ask(self.stub, request)).token_ids != token_ids
         return wrong
 
@@ -133,18 +131,18 @@ async def leaked_pages(address: str, within_s: float = 10) -> int:
             await asyncio.sleep(0.1)
 
 
-async def load_for(soak: Soak, seconds: float, at_once: int, workers: dict[str, Running]) -> list[dict[str, int]]:
+async def load_for(
+    report: Report, soak: Soak, seconds: float, at_once: int, workers: dict[str, Running]
+) -> list[dict[str, int]]:
     """Keeps the load up; resident MB of each worker after each twelfth of the time."""
     until, resident = time.monotonic() + seconds, list[dict[str, int]]()
     senders = [asyncio.create_task(soak.keep_sending(until)) for _ in range(at_once)]
-    columns = (TextColumn("{task.fields[requests]} requests"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("soak", total=seconds, requests=0)
-        while (left := until - time.monotonic()) > 0:
-            if seconds - left >= seconds * (len(resident) + 1) / LOOKS:
-                resident.append({role: worker.rss_mb() for role, worker in workers.items()})
-            progress.update(task, completed=seconds - left, requests=soak.counts["requests"])
-            await asyncio.sleep(min(left, 0.25))
+    while (left := until - time.monotonic()) > 0:
+        if seconds - left >= seconds * (len(resident) + 1) / LOOKS:
+            resident.append({role: worker.rss_mb() for role, worker in workers.items()})
+            say(f"{soak.counts['requests']} requests; {left:.0f} s left; resident MB {resident[-1]}")
+            report.put(outcomes=dict(soak.counts), resident_mb=resident)
+        await asyncio.sleep(min(left, 0.25))
     await asyncio.gather(*senders)
     return resident
 
@@ -159,8 +157,8 @@ def settings(**values: float) -> Iterator[str]:
 
 
 async def run(
-    model: str, dtype: str, minutes: float, at_once: int, longest: int, reruns: int, seed: int
-) -> dict[str, Any]:
+    report: Report, model: str, dtype: str, minutes: float, at_once: int, longest: int, reruns: int, seed: int
+) -> None:
     """Starts the workers, loads them, looks what is left."""
     with (
         settings(pool_tokens=POOL_TOKENS, host_cache_gib=HOST_CACHE_GIB) as of_prefill,
@@ -169,16 +167,17 @@ async def run(
         running_worker("decode", model, dtype, 1, "--config", of_decode) as decode,
     ):
         workers = {"prefill": prefill, "decode": decode}
-        _, report = await ready([prefill.address, decode.address])
+        say("starting a prefill and a decode worker")
+        _, about = await ready([prefill.address, decode.address])
         async with open_channel(decode.address) as channel:
-            soak = Soak(DecodeStub(channel), prefill.address, report, random.Random(seed), longest, reruns)
-            resident = await load_for(soak, 60 * minutes, at_once, workers)
+            soak = Soak(DecodeStub(channel), prefill.address, about, random.Random(seed), longest, reruns)
+            resident = await load_for(report, soak, 60 * minutes, at_once, workers)
             leaked = {role: await leaked_pages(worker.address) for role, worker in workers.items()}
             end = {role: worker.rss_mb() for role, worker in workers.items()}
             wrong = await soak.differing()
         early = resident[LOOKS // 3 - 1]
         peak = {role: worker.peak_rss_mb() for role, worker in workers.items()}
-    return {
+    figures = {
         "minutes": minutes,
         "requests": soak.counts["requests"],
         "rss_mb": {"start": sum(early.values()), "end": sum(end.values())},
@@ -195,6 +194,7 @@ async def run(
             for role in workers
         },
     }
+    report.put(**figures)
 
 
 def main(
@@ -209,11 +209,10 @@ def main(
 ) -> None:
     """Loads two workers at random and looks for leaks and wrong tokens."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    result = asyncio.run(run(model, dtype, minutes, at_once, longest, reruns, seed))
-    result["conditions"] = conditions(model=model, dtype=dtype, at_once=at_once, longest=longest, seed=seed)
-    write_json(json, result)
-    Console().print_json(data=result)
-    if result["leaked_pages"] or result["rerun"]["differing"]:
+    with Report(json) as report:
+        report.put(conditions=conditions(model=model, dtype=dtype, at_once=at_once, longest=longest, seed=seed))
+        asyncio.run(run(report, model, dtype, minutes, at_once, longest, reruns, seed))
+    if report.figures["leaked_pages"] or report.figures["rerun"]["differing"]:
         raise typer.Exit(1)
 
 

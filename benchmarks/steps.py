@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import conditions, write_json
+from report import Report, conditions, each
 
 from isthmus.decode.graphs import recorder
 from isthmus.decode.packed_store import PackedStore
@@ -39,14 +39,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of each kind")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    model = load_model(options.model, device=options.device)
-    rows = []
-    for batch in options.batch or [1, 8, 32]:
-        rows.append(compare(model, batch, options.context, options.steps))
-        print(rows[-1], flush=True)
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
-    about = conditions(model=options.model, device=device, context=options.context, steps=options.steps)
-    write_json(options.json, {**about, "rows": rows})
+    with Report(options.json) as report:
+        model = load_model(options.model, device=options.device)
+        device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
+        report.put(**conditions(model=options.model, device=device, context=options.context, steps=options.steps))
+        for batch in each(options.batch or [1, 8, 32], "batches"):
+            report.append("rows", compare(model, batch, options.context, options.steps))
 
 
 def compare(model: Model, batch: int, context: int, steps: int) -> dict[str, Any]:

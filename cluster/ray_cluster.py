@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..proto.addresses import HostPort, parse_address
@@ -140,7 +140,8 @@ class RayCluster:
 
         options: dict[str, Any] = {"address": self._config.address} if joins else self._local_options()
         try:
-            ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
+            with _no_helpers():
+                ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             what = f"join Ray at {self._config.address}" if joins else "start Ray"
             hint = " (where that Ray asks for a token, set RAY_AUTH_TOKEN to its own)" if joins else ""
@@ -199,6 +200,25 @@ class ActorHost(WorkerHost):
         host = ray.util.get_node_ip_address() if bound.is_any else bound.host
         listen = {"listen": str(HostPort(host, bound.port))}
         super().__init__(role, {**settings, **listen}, {**other, **listen})
+
+
+@contextlib.contextmanager
+def _no_helpers() -> Iterator[None]:
+    """Without the processes of a local Ray that serve nothing here: autoscaler, dashboard, forwarder of logs.
+
+    Each imports for two seconds of a core while workers want to start. Ray has no settings for it.
+    """
+    from ray._private.node import Node
+
+    names = [name for name in ("start_monitor", "start_log_monitor", "start_api_server") if hasattr(Node, name)]
+    before = {name: getattr(Node, name) for name in names}
+    for name in names:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
 def _silence_raylet() -> None:

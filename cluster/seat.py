@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ValidationError
 
-from ..model.starting import gently
+from ..model.starting import gently, phase
 from ..proto.errors import Incompatible, InvalidRequest, IsthmusError
 from ..proto.hosting import Drained, WorkerServer
 from ..proto.tasks import Tasks
@@ -113,7 +113,9 @@ class WorkerSeat:
 
     async def start(self) -> None:
         """Loads the model and serves. Raises what that raises."""
-        await self._seat(await gently(make_worker, self.role, self._settings[self.role]), None)
+        with phase("imports"):
+            worker = await gently(make_worker, self.role, self._settings[self.role])
+        await self._seat(worker, None)
 
     async def drain(self, timeout_s: float) -> Drained:
         """Takes no new work, waits at most so long for what runs, and hands over the rest."""

@@ -28,7 +28,7 @@ from ..model.load import load_model
 from ..model.memory import require_memory, size_of
 from ..model.model import Model
 from ..model.reporting import report_model
-from ..model.starting import gently
+from ..model.starting import gently, phase
 from ..model.tokens import Tokenizer
 from ..proto import decode_pb2
 from ..proto.addresses import parse_address
@@ -85,16 +85,17 @@ class DecodeWorker(DecodeServicer):
         """Makes what serving `model` needs, but for pool, engine and server. Raises what is wrong with the settings."""
         config = self.config
         self._model = model
-        balance = await gently(
-            ensure_balance,
-            balance_path(cache_root(), model.fingerprint, config.page_tokens),
-            model.fingerprint,
-            model.forward,
-            lambda text: Tokenizer(model.path).encode(text),
-            model.layers,
-            config.page_tokens,
-            config.balance,
-        )
+        with phase("balance"):
+            balance = await gently(
+                ensure_balance,
+                balance_path(cache_root(), model.fingerprint, config.page_tokens),
+                model.fingerprint,
+                model.forward,
+                lambda text: Tokenizer(model.path).encode(text),
+                model.layers,
+                config.page_tokens,
+                config.balance,
+            )
         names = (config.default_codec,) if keeps_packed(config, model.device.type) else config.codecs
         self._codecs = CodecSet(names, config.default_codec, model.layers, config.page_tokens, balance)
         self._memory = plan_memory(config, size_of(model))

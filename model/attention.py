@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 
 from ..proto.errors import InvalidRequest
+from .lean_imports import AttentionInterface
 
 NAME = "isthmus"
 

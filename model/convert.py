@@ -13,8 +13,8 @@ from typing import Any
 import gguf
 import torch
 from tokenizers import pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as hf_logging
+
+from .lean_imports import AutoModelForCausalLM, PreTrainedModel, hf_logging
 
 # Tokens that end a turn in a chat format. A GGUF file names one end token only, and it may be the other one.
 _TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>", "<|eom_id|>", "<|end|>")
@@ -52,6 +52,8 @@ def convert(file: Path, folder: Path) -> None:
 def _read_tokenizer(file: Path, metadata: Any) -> Any:
     def said(key: str) -> Any:
         return metadata[f"tokenizer.ggml.{key}"].contents() if f"tokenizer.ggml.{key}" in metadata else None
+
+    from transformers import AutoTokenizer  # after the lean imports
 
     tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     backend = tokenizer.backend_tokenizer

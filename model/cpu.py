@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 
 from ..kernels.chunk_attention import has_flash
 from ..kernels.decode_attention import has_decode_attention
@@ -19,6 +18,7 @@ from ..kernels.row_ops import has_row_ops
 from ..kernels.unpack_cpu import packs_compiled
 from .fused_layer import fuse_layers
 from .fusion import fuse
+from .lean_imports import PreTrainedModel
 from .linear import pack_linear_layers
 
 log = logging.getLogger(__name__)

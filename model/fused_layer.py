@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..kernels.layer_halves import has_layer_halves, heads_of_rows, rows_after_attention
 from ..kernels.row_ops import compiles
 from .attention import attend_rows
 from .fusion import FusedAttention, FusedNorm, GatedMlp
+from .lean_imports import PreTrainedModel
 from .linear import HalfLinear
 from .replacing import replace_modules
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..kernels.row_ops import compiles, gated_silu, rms_norm, rotate_heads, rotate_reference
 from .attention import attend_rows
+from .lean_imports import PreTrainedModel
 from .replacing import Make, close, replace_modules
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from ..kernels.fast_paths import WrongSetting, compiles_allowed
 from ..kernels.half_gemm import has_half_tiles
@@ -17,9 +15,11 @@ from . import attention
 from .cpu import computes_bf16, speed_up
 from .describe import describe_model
 from .dtypes import DTYPES, full_name
+from .lean_imports import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, hf_logging, lean
 from .memory import refuse_hopeless
 from .model import Model
 from .probe import probe_layers
+from .starting import phase
 
 _loading = threading.Lock()  # transformers sets process-wide defaults (dtype, initialisers) while it loads
 
@@ -39,15 +39,18 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Mod
         raise InvalidRequest(str(error)) from None
     about = describe_model(source)
     refuse_hopeless(about.path, place)
-    with _loading:
-        net = _load_net(about.path, number, place)
+    with _loading, lean():
+        with phase("load"):
+            net = _load_net(about.path, number, place)
         weights = number
         if place.type == "cpu":
-            if not computes_bf16():
-                net, number = net.float(), torch.float32
-            speed_up(net)
+            with phase("speed_up"):
+                if not computes_bf16():
+                    net, number = net.float(), torch.float32
+                speed_up(net)
         config = net.config.get_text_config(decoder=True)
-        layers = _probe(net, about.architecture, config.num_hidden_layers, about.context_length)
+        with phase("probe"):
+            layers = _probe(net, about.architecture, config.num_hidden_layers, about.context_length)
     return Model(
         name=about.name,
         fingerprint=about.fingerprint,

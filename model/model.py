@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from ..kernels.shapes import LayerShape
 from .attention import Attend, attending
+from .lean_imports import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..kernels.shapes import LayerShape
 from ..proto.errors import InvalidRequest
 from . import attention
+from .lean_imports import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 _PROBE = "isthmus-probe"
 _NEAR = 17  # position of the token that must not change: small, and with every rotary frequency at work

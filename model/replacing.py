@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .attention import attending, see_oneself
+from .lean_imports import PreTrainedModel
 
 log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from ..kernels.fast_paths import SETTING, compiles_allowed
 from ..proto.worker_pb2 import ModelReport, WorkerReport
 from .model import Model
+from .starting import start_counters
 
 
 def report_model(report: WorkerReport, model: Model) -> None:
@@ -24,3 +25,5 @@ def report_model(report: WorkerReport, model: Model) -> None:
         notes.append(f"{SETTING}=never")
     if notes:
         report.dtype += f" ({', '.join(notes)})"
+    for name, count in start_counters().items():
+        report.counters[name] = count

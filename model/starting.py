@@ -8,14 +8,39 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 NICENESS = 5  # a third of what a thread at 0 gets of a core that both want; all of it where nobody else does
+
+
+_phases: dict[str, tuple[float, float]] = {}  # of this process, in order: seconds that passed, seconds of a core
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Around a part of a start: how long it takes is in the worker's reports from then on."""
+    begun_s, used_s = time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        passed, used = _phases.get(name, (0.0, 0.0))
+        _phases[name] = passed + time.perf_counter() - begun_s, used + time.process_time() - used_s
+
+
+def start_counters() -> dict[str, int]:
+    """`start_NAME_ms` and `start_NAME_cpu_ms` of each phase; the cores' time is that of all threads of the process."""
+    return {
+        f"start_{name}{kind}_ms": round(1e3 * seconds)
+        for name, both in _phases.items()
+        for kind, seconds in zip(("", "_cpu"), both, strict=True)
+    }
 
 
 async def gently(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -35,7 +35,7 @@ from ..model.load import load_model
 from ..model.memory import GIB, require_memory, size_of
 from ..model.model import Model
 from ..model.reporting import report_model
-from ..model.starting import gently
+from ..model.starting import gently, phase
 from ..model.tokens import Tokenizer
 from ..proto import prefill_pb2
 from ..proto.errors import Exhausted, InvalidRequest
@@ -89,16 +89,17 @@ class PrefillWorker(PrefillServicer):
         """Makes what serving `model` needs, but for pool, engine and server. Raises what is wrong with the settings."""
         config = self.config
         self._model = model
-        balance = await gently(
-            ensure_balance,
-            balance_path(cache_root(), model.fingerprint, config.page_tokens),
-            model.fingerprint,
-            model.forward,
-            lambda text: Tokenizer(model.path).encode(text),
-            model.layers,
-            config.page_tokens,
-            config.balance,
-        )
+        with phase("balance"):
+            balance = await gently(
+                ensure_balance,
+                balance_path(cache_root(), model.fingerprint, config.page_tokens),
+                model.fingerprint,
+                model.forward,
+                lambda text: Tokenizer(model.path).encode(text),
+                model.layers,
+                config.page_tokens,
+                config.balance,
+            )
         self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens, balance)
         self._memory = plan_memory(config, size_of(model))
         require_memory(self._memory.budgets, model.device)
