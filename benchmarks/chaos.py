@@ -18,6 +18,7 @@ from chaos_cluster import ChaosCluster, chaos_cluster
 from chaos_frames import frame_rig, mutate_frames
 from chaos_kills import Faults, compare_runs, hurt_gateway, hurt_links, hurt_workers
 from chaos_load import answer_all, cancel_storm, make_requests
+from chaos_poison import hang, poison
 from report import Report, conditions, say
 
 from isthmus.model.describe import describe_model
@@ -26,7 +27,7 @@ from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import FlipWorkerRequest, WorkerRole
 from isthmus.proto.worker_pb2_grpc import ClusterStub
 
-PARTS = ("flip", "kill", "stop", "gateway", "cut", "delayed", "throttled", "storm", "frames")
+PARTS = ("flip", "kill", "stop", "gateway", "cut", "delayed", "throttled", "storm", "poison", "hang", "frames")
 LINKS = ("cut", "delayed", "throttled")
 BASELINE_S = 5.0
 GATEWAY_TIMES = 4  # more seconds between two kills of the gateway: an answer begins anew with it, and takes seconds
@@ -37,7 +38,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file to write the result to")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--parts", default=",".join(PARTS), help="of: " + ", ".join(PARTS))
-    parser.add_argument("--requests", type=int, default=200, help="of the part `kill`; the others have a quarter")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=200,
+        help="of the part `kill`; half in `poison`, a tenth in `hang`, else a quarter",
+    )
     parser.add_argument("--at-once", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=48, help="of the longest answer; the shortest has half")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the longest prompt")
@@ -62,10 +68,15 @@ def requests_of(options: argparse.Namespace, count: int) -> list[GenerateRequest
     )
 
 
-async def run_part(cluster: ChaosCluster, part: str, options: argparse.Namespace) -> dict[str, Any]:
+async def run_part(cluster: ChaosCluster, part: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One part on a running cluster."""
     if part == "flip":
         return await flips(cluster)
+    if part == "poison":
+        return await poison(cluster, requests_of(options, options.requests // 2), folder, at_once=options.at_once)
+    if part == "hang":
+        hung = requests_of(options, max(8, options.requests // 10))
+        return await hang(cluster, hung, folder, at_once=options.at_once)
     faults, common = Faults(), {"every_s": options.every, "seed": options.seed}
     requests = requests_of(options, options.requests if part == "kill" else max(8, options.requests // 4))
     if part == "storm":
@@ -130,11 +141,11 @@ async def run(report: Report, parts: Sequence[str], options: argparse.Namespace)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         if set(parts) - {"frames"}:
             say("starting a cluster")
-            async with chaos_cluster(options.model, Path(folder), links=True) as cluster:
+            async with chaos_cluster(options.model, Path(folder), links=True, faults=Path(folder)) as cluster:
                 for part in parts:
                     if part != "frames":
                         say(f"{part}: begins")
-                        done(part, await run_part(cluster, part, options))
+                        done(part, await run_part(cluster, part, options, Path(folder)))
     if "frames" in parts:
         async with frame_rig(str(describe_model(options.model).path), options.seed) as rig:
             done("frames", await mutate_frames(rig, options.frames, options.seed))
@@ -156,6 +167,7 @@ def totals(results: dict[str, Any]) -> dict[str, Any]:
         "pause_p99_s": results.get("kill", {}).get("pause_p99_s"),
         "refused_frames": lies.get("refused_frames"),
         "wrong_tokens": lies.get("wrong_tokens"),
+        **{part: results[part] for part in ("poison", "hang") if part in results},
     }
 
 

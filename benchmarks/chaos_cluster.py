@@ -40,11 +40,15 @@ def _processes() -> ForkServerContext:
     return context
 
 
-def _child(arguments: Sequence[str], log: Path) -> None:
-    """`isthmus ARGUMENTS` in this process, with its output in a file."""
+def _child(arguments: Sequence[str], log: Path, faults: Path | None) -> None:
+    """`isthmus ARGUMENTS` in this process, with its output in a file; `faults`: see `chaos_poison.install`."""
     with log.open("ab") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
+    if faults is not None:
+        from chaos_poison import install
+
+        install(faults)
     run(list(arguments))
 
 
@@ -58,12 +62,13 @@ class Node:
     arguments: tuple[str, ...]
     log: Path
     process: ForkServerProcess | None = None
+    faults: Path | None = None  # the folder whose files arm faults in this process
     starts: int = 0
     stopped: bool = False  # by SIGSTOP
 
     def start(self) -> None:
         """Starts the process (again)."""
-        self.process = _processes().Process(target=_child, args=(self.arguments, self.log), daemon=True)
+        self.process = _processes().Process(target=_child, args=(self.arguments, self.log, self.faults), daemon=True)
         self.process.start()
         self.starts, self.stopped = self.starts + 1, False
 
@@ -163,6 +168,7 @@ async def chaos_cluster(
     prefill: int = 2,
     decode: int = 2,
     links: bool = False,
+    faults: Path | None = None,
     worker_options: Sequence[str] = (),
     gateway_options: Sequence[str] = (),
 ) -> AsyncIterator[ChaosCluster]:
@@ -177,7 +183,7 @@ async def chaos_cluster(
         for number in range(count):
             name, address = f"{role}-{number}", f"127.0.0.1:{_free_port()}"
             arguments = ("worker", role, "--listen", address, "--name", name, *own)
-            nodes.append(Node(name, role, address, arguments, folder / f"{name}.log"))
+            nodes.append(Node(name, role, address, arguments, folder / f"{name}.log", faults=faults))
             if links:
                 cluster.links[name] = BadLink(address)
                 await cluster.links[name].start()

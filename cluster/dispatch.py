@@ -23,13 +23,17 @@ from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeStub
 from ..proto.errors import (
     STATUS_OF,
+    Blamed,
     Corrupt,
+    EngineFailed,
     Exhausted,
     Expired,
     Incompatible,
     InvalidRequest,
     IsthmusError,
+    Lost,
     Unavailable,
+    why_lost,
 )
 from ..proto.generation_pb2 import GenerateEvent
 from ..proto.serving import BUG, INVALID_METADATA, TraceContext
@@ -42,6 +46,7 @@ from .request import Admitted
 from .retry import Failures
 from .router import Placement, route
 from .session import Session
+from .suspicion import Suspicion
 from .watch import Fleet
 
 log = logging.getLogger(__name__)
@@ -103,22 +108,29 @@ class Dispatcher:
         *,
         time_left: TimeLeft,
         trace: TraceContext = (),
+        suspicion: Suspicion | None = None,
     ) -> None:
         """Brings a session to its end; `pass_on` gets every event for the client, and no token twice.
 
-        `prepared` is its request, as of when it came.
+        `prepared` is its request, as of when it came, and `suspicion` what is known of it from earlier runs.
 
         A decode worker that is lost, full or of no use costs nothing but time: the request goes on on another one,
-        or on the same one once that is back. Raises the IsthmusError that ended the request; the inner call is
-        cancelled in every case.
+        or on the same one once that is back. One that engines die of ends with Blamed (`suspicion.py`). Raises the
+        IsthmusError that ended the request; the inner call is cancelled in every case.
         """
         try:
-            await self._run(session, prepared, pass_on, time_left, trace)
+            await self._run(session, prepared, pass_on, time_left, trace, suspicion or Suspicion())
         finally:
             self._fleet.moving.end(session.request.call_id)
 
     async def _run(
-        self, session: Session, prepared: Prepared, pass_on: PassOn, time_left: TimeLeft, trace: TraceContext
+        self,
+        session: Session,
+        prepared: Prepared,
+        pass_on: PassOn,
+        time_left: TimeLeft,
+        trace: TraceContext,
+        suspicion: Suspicion,
     ) -> None:
         failures = Failures(limit=self._config.replays, wait_s=self._config.restart_wait_s)
         hashed, demand = prepared.hashed, prepared.demand
@@ -131,12 +143,14 @@ class Dispatcher:
             if (placement.page_tokens, placement.codec_hash) != (hashed.page_tokens, hashed.codec_hash):
                 hashed = self._hash(session.request, placement.page_tokens, placement.codec_hash)
             message = self._message(session, placement, hashed.hashes, failures.count)
+            message.alone = suspicion.alone
             try:
                 await self._call(session, placement, message, pass_on, time_left(), trace)
                 self._fleet.snapshot().saw_answer(len(session.token_ids))
                 return
             except LOST as error:
                 self._note_failure(session, placement.decode, error, failures)
+                self._suspect(session, error, suspicion)
 
     def explain(self, request: Admitted) -> tuple[Candidate, ...]:
         """What a request would cost where; raises what `route` raises."""
@@ -201,6 +215,8 @@ class Dispatcher:
                 continue
 
     def _note_failure(self, session: Session, worker: str, error: IsthmusError, failures: Failures) -> None:
+        if isinstance(error, EngineFailed) and error.at:
+            worker = error.at  # the prefill worker's engine, and not that of the one who says it
         failures.add(worker, error, time.monotonic(), self._fleet.incarnation(worker))
         if not isinstance(error, Exhausted):
             self._fleet.failed(worker)
@@ -213,6 +229,17 @@ class Dispatcher:
             "output_tokens": len(session.token_ids),
         }
         log.info("placing a request again", extra={"fields": fields})
+
+    def _suspect(self, session: Session, error: IsthmusError, suspicion: Suspicion) -> None:
+        request_id = session.request.request_id
+        before = suspicion.alone
+        try:
+            suspicion.failed(request_id, error, len(session.token_ids))
+        except Blamed as blamed:
+            log.error("a request is blamed", extra={"fields": {"request_id": request_id, "why": str(blamed)}})
+            raise
+        if suspicion.alone and not before:
+            log.warning("a request is tried alone", extra={"fields": {"request_id": request_id, "why": str(error)}})
 
     async def _call(
         self,
@@ -257,7 +284,7 @@ class Dispatcher:
             task = asyncio.current_task()
             if not lost or (task is not None and task.cancelling()):
                 raise
-            raise Unavailable(f"decode worker {worker} gives no sign of life") from None
+            raise Lost(f"decode worker {worker} gives no sign of life") from None
         finally:
             call.cancel()
 
@@ -311,6 +338,6 @@ def _translated(error: grpc.aio.AioRpcError, worker: str) -> Exception:
     # gRPC's own names for a stream or connection that broke; a bug in the worker says that it is one.
     broken = code is grpc.StatusCode.INTERNAL or (code is grpc.StatusCode.UNKNOWN and not details.startswith(BUG))
     if code is grpc.StatusCode.UNAVAILABLE or broken:
-        return Unavailable(f"decode worker {worker}: {details}")
+        return why_lost(f"decode worker {worker}: {details}", error.trailing_metadata())
     known = ERROR_OF.get(code)
     return known(details) if known is not None else RuntimeError(f"decode worker {worker}: {code.name}: {details}")

@@ -19,6 +19,7 @@ from .request import Admitted, admit
 from .router import offered_codecs
 from .served import ServedModel
 from .session import Session, new_session
+from .suspicion import Suspicion
 from .watch import Fleet
 
 log = logging.getLogger(__name__)
@@ -65,13 +66,15 @@ class Generator:
         time_left: TimeLeft = no_deadline,
         trace: TraceContext = (),
         arrived_s: float | None = None,
+        suspicion: Suspicion | None = None,
     ) -> Session:
         """Answers a request: `pass_on` gets every event as it comes, the last one with usage and timings.
 
         `emitted` are tokens of the output that were passed on before, under the same seed: the answer goes on
         after them, in text, stop strings and indexes too, and none of them is passed on again. `arrived_s` is on
-        the clock of time.monotonic(). Raises the IsthmusError that ended the request, and what `pass_on` raises;
-        cancelling the task cancels the request everywhere.
+        the clock of time.monotonic(). `suspicion` is what earlier runs of the request have shown. Raises the
+        IsthmusError that ended the request, and what `pass_on` raises; cancelling the task cancels the request
+        everywhere.
         """
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
         session = new_session(request, self._model, arrived_s)
@@ -81,7 +84,9 @@ class Generator:
             left = self._bounded(time_left, arrived_s)
             prepared = functools.cache(lambda: self._dispatcher.prepare(request))
             async with self._door.inside(request, left, lambda: self._dispatcher.expect(request, prepared())):
-                await self._dispatcher.run(session, prepared(), pass_on, time_left=left, trace=trace)
+                await self._dispatcher.run(
+                    session, prepared(), pass_on, time_left=left, trace=trace, suspicion=suspicion
+                )
             status = "OK"
         except IsthmusError as error:
             status = f"{status_of(error).name}: {error}"

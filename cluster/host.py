@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from ..proto.errors import Unavailable
 from .config import Role
 from .seat import WorkerSeat, settings_of_both
 
@@ -31,10 +30,6 @@ def thread_settings(threads: int) -> dict[str, str]:
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Restarting(Unavailable):
-    """A worker is not there now, but is coming back."""
 
 
 def end_process() -> None:
@@ -68,11 +63,6 @@ class WorkerHost:
             return 0, 0
         drained = asyncio.run_coroutine_threadsafe(self._seat.drain(timeout_s), self._loop).result()
         return drained.finished, drained.handed_over
-
-    def flip(self, role: Role) -> None:
-        """Gives a worker that has just been started the role it had before; nothing where it has it."""
-        self._address.result()
-        asyncio.run_coroutine_threadsafe(self._seat.take_role(role), self._loop).result()
 
     def stop(self) -> None:
         """Ends the worker at once; returns when it is gone."""

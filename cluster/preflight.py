@@ -25,6 +25,7 @@ from ..proto.backoff import backoff_s
 from ..proto.common_pb2 import PRIORITY_STANDARD, SamplingParams, TokenLogprobs, TransferStats
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeStub
+from ..proto.errors import EngineFailed, why_lost
 from ..proto.tasks import Tasks
 from ..proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerReport
 from .served import ServedModel
@@ -46,7 +47,9 @@ TENANTS = ("preflight.moved", "preflight.local")  # apart: the local computation
 
 
 class _Failed(Exception):
-    """A canary that went wrong; the text says how."""
+    """A canary that went wrong; the text says how. `by`: the address of the one whose engine died, if one did."""
+
+    by = ""
 
 
 @dataclass
@@ -141,7 +144,9 @@ class Preflight:
                 self._background.note("canary", error, f"{prefill.worker_id} {decode.worker_id}")
                 reason = f"a bug of the gateway ({type(error).__name__}); see its log"
             for worker, partner in ((prefill, decode), (decode, prefill)):
-                if self._note(worker, partner) >= PATIENCE or not isinstance(error, TimeoutError | KeyError):
+                told = isinstance(error, _Failed) and error.by in ("", worker.address)
+                unexpected = not isinstance(error, _Failed | TimeoutError | KeyError)
+                if self._note(worker, partner) >= PATIENCE or told or unexpected:
                     self._fleet.judge(worker, f"its canary with {partner.worker_id} failed: {reason}")
             log.warning(
                 "a canary failed",
@@ -235,7 +240,11 @@ class Preflight:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise TimeoutError from None
             how = "computing it locally" if not prefill else f"with codec {codec}"
-            raise _Failed(f"{how}: {error.code().name}: {' '.join((error.details() or '').split())}") from None
+            failed = _Failed(f"{how}: {error.code().name}: {' '.join((error.details() or '').split())}")
+            why = why_lost("", error.trailing_metadata())
+            if isinstance(why, EngineFailed):
+                failed.by = why.at or decode.address
+            raise failed from None
         finally:
             call.cancel()
         return told

@@ -1,4 +1,7 @@
-"""Workers as Ray actors: Ray starts, places, names and restarts them. No request ever passes through it."""
+"""Workers as Ray actors: Ray starts, places and names them. No request ever passes through it.
+
+Ray restarts none of them: it would do so at once, again and again, and the supervisor does it with growing pauses.
+"""
 
 import asyncio
 import contextlib
@@ -11,11 +14,10 @@ from ..proto.addresses import HostPort, parse_address
 from ..proto.errors import AlreadyExists, IsthmusError, Unavailable
 from ..proto.orders import Drained
 from .config import ClusterConfig, Role
-from .host import Restarting, WorkerHost, end_process, thread_settings, usable_cores
+from .host import WorkerHost, end_process, thread_settings, usable_cores
 
 log = logging.getLogger(__name__)
 
-MAX_RESTARTS = 5  # of one worker, after that it stays dead
 OBJECT_STORE_BYTES = 100 << 20  # nothing of ours is kept there
 NAMESPACE = "isthmus"
 
@@ -34,7 +36,7 @@ HEAD_MISSES = 3  # in a row, of a head that is gone
 
 
 class RayWorker:
-    """One worker actor, restarted by Ray when its process dies."""
+    """One worker actor, for the life of its process."""
 
     def __init__(self, name: str, actor: Any) -> None:
         self.name = name
@@ -56,10 +58,6 @@ class RayWorker:
         """Takes no new work, waits at most so long for what runs, and hands over the rest."""
         return Drained(*await self._call("drain", timeout_s))
 
-    async def flip(self, role: Role) -> None:
-        """Gives it a role after a restart, which brought back the one that it was started with."""
-        await self._call("flip", role)
-
     async def stop(self) -> None:
         """Ends it for good."""
         import ray
@@ -74,8 +72,8 @@ class RayWorker:
         except RayTaskError as error:
             known = isinstance(error.cause, IsthmusError | OSError)
             raise error.cause if known else Unavailable(_last_line(error)) from None
-        except ActorUnavailableError:
-            raise Restarting(f"worker {self.name} is being restarted") from None
+        except ActorUnavailableError as error:
+            raise Unavailable(f"worker {self.name} cannot be reached: {_last_line(error)}") from None
         except ActorDiedError as error:
             raise Unavailable(f"worker {self.name} died for good: {_last_line(error)}") from None
         except RayError as error:
@@ -98,7 +96,9 @@ class RayCluster:
         await asyncio.shield(self._starting)
 
     async def launch(self, role: Role, name: str) -> RayWorker:
-        """Asks for one worker; it is there when its `address` returns."""
+        """Asks for one worker; it is there when its `address` returns. Unavailable where Ray's head is gone."""
+        if self._config.address is None and not await self._head_answers():
+            raise Unavailable("Ray's head is gone: no worker can be started")
         return await asyncio.to_thread(self._launch, role, name)
 
     async def lost(self) -> None:
@@ -108,17 +108,20 @@ class RayCluster:
         """
         if self._config.address is not None:
             await asyncio.Event().wait()
-        host, port = parse_address(self._head)
         missed = 0
         while missed < HEAD_MISSES:
             await asyncio.sleep(HEAD_LOOK_S)
-            try:
-                async with asyncio.timeout(HEAD_LOOK_S):
-                    _, writer = await asyncio.open_connection(host, port)
-                writer.close()
-                missed = 0
-            except (OSError, TimeoutError):
-                missed += 1
+            missed = 0 if await self._head_answers() else missed + 1
+
+    async def _head_answers(self) -> bool:
+        host, port = parse_address(self._head)
+        try:
+            async with asyncio.timeout(HEAD_LOOK_S):
+                _, writer = await asyncio.open_connection(host, port)
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return True
 
     async def close(self) -> None:
         """Ends all workers, and the Ray that was started."""
@@ -174,7 +177,7 @@ class RayCluster:
             # On the local Ray, which is ours alone, a cluster may be scaled past what was counted at its start.
             "num_cpus": self.threads if joins else 0,
             "num_gpus": self._gpus,
-            "max_restarts": MAX_RESTARTS,
+            "max_restarts": 0,
             "max_concurrency": 4,  # waiting for the address or the end must not keep `drain` out
         }
         if joins:

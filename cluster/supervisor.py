@@ -1,23 +1,25 @@
 """A whole cluster in one place: the gateway in this process, workers wherever the launcher puts them.
 
 Start: the launcher (Ray) and the gateway's tokenizer side by side, then all workers side by side. After
-that one task for each worker follows it: when its process dies and comes back elsewhere, the gateway is
-told the new address. Where the launcher itself is lost (Ray's head died), the workers go on; once one of
-them is lost too, and cannot be started again, everything but the gateway is started anew. Stop: no new
-requests, the running ones end, then the workers, then the launcher.
+that one task for each worker follows it: when its process dies it is started anew, at once as a rule and after
+growing pauses where it ends again and again, and the gateway is told the new address. Where the launcher itself is
+lost (Ray's head died), the workers go on; once one of them is lost too, everything but the gateway is started anew.
+Stop: no new requests, the running ones end, then the workers, then the launcher.
 """
 
 import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+from ..proto.backoff import Lives
 from ..proto.errors import Exhausted, Incompatible, IsthmusError, NotFound, Unavailable
 from ..proto.orders import Drained
 from ..proto.tasks import Tasks
@@ -30,14 +32,14 @@ from ..proto.worker_pb2 import (
 )
 from .config import ClusterConfig, Role
 from .gateway import Gateway
-from .host import Restarting
 from .seat import ROLE_OF
 from .served import ServedModel, load_served_model
 from .steps import Step
 
 log = logging.getLogger(__name__)
 
-RESTART_PAUSE_S = 0.5
+RESTART_PAUSE_S, LAST_RESTART_PAUSE_S = 0.5, 60.0  # before a worker that ended is started anew
+HEALTHY_S = 60.0  # a worker that was there for so long may end again without a longer pause
 REBUILD_DRAIN_S = (
     5.0  # for requests on the workers that are left, when all are started anew; then they are placed again
 )
@@ -55,7 +57,6 @@ class RunningWorker(Protocol):
     async def address(self) -> str: ...
     async def wait_closed(self) -> None: ...
     async def drain(self, timeout_s: float) -> Drained: ...
-    async def flip(self, role: Role) -> None: ...
     async def stop(self) -> None: ...
 
 
@@ -77,6 +78,8 @@ class _Kept:
     address: str = ""
     follower: asyncio.Task[None] | None = None
     down: bool = False  # it died and is not back
+    starting: asyncio.Task[None] | None = None  # anew
+    lives: Lives = field(default_factory=lambda: Lives(RESTART_PAUSE_S, LAST_RESTART_PAUSE_S, HEALTHY_S))
 
 
 class Supervisor:
@@ -145,6 +148,7 @@ class Supervisor:
         self._kept.append(kept)
         kept.address = await kept.worker.address()
         assert self.gateway is not None
+        kept.lives.began(time.monotonic())
         self.gateway.fleet.add(kept.address)
         kept.follower = self._tasks.start("follow a worker", partial(self._follow, kept), about=name)
 
@@ -230,12 +234,16 @@ class Supervisor:
             if not kept.down:  # else an earlier try to have it back ended in an exception
                 await kept.worker.wait_closed()
                 log.warning("a worker died", extra={"fields": fields})
+                kept.lives.ended(time.monotonic())
+                self.gateway.fleet.notes[kept.address] = lambda: kept.lives.reason(time.monotonic())
                 kept.down = True
                 self._died.set()
             fresh = await self._back(kept)
             if fresh is None:
                 return
             kept.down = False
+            kept.lives.began(time.monotonic())
+            self.gateway.fleet.notes.pop(kept.address, None)
             if fresh != kept.address:
                 self.gateway.fleet.add(fresh)
                 await self.gateway.fleet.remove(kept.address)
@@ -243,23 +251,28 @@ class Supervisor:
             log.warning("a worker is back", extra={"fields": {**fields, "address": fresh}})
 
     async def _back(self, kept: _Kept) -> str | None:
-        """The new address of a worker that died; None where it does not come back."""
-        worker = kept.worker
-        while True:
-            await asyncio.sleep(RESTART_PAUSE_S)
+        """The new address of a worker that died, once it is started anew; None where nothing can be started."""
+        with contextlib.suppress(IsthmusError, OSError):
+            return await kept.worker.address()  # it was only out of reach
+        while not self._headless:
+            await asyncio.sleep(kept.lives.next_s - time.monotonic())
             try:
-                address = await worker.address()
-                try:
-                    await worker.flip(kept.role)
-                except Incompatible as error:  # it serves in the role that it was started with
-                    log.error("a worker keeps a role", extra={"fields": {"worker": worker.name, "why": str(error)}})
-                    kept.role = "decode" if kept.role == "prefill" else "prefill"
-                return address
-            except Restarting:
-                continue
+                kept.starting = asyncio.create_task(self._start_anew(kept), name=f"start {kept.worker.name} anew")
+                await asyncio.shield(kept.starting)  # a start that has begun is not ended by who waits for it
+                return await kept.worker.address()
             except (IsthmusError, OSError) as error:
-                log.error("a worker is lost", extra={"fields": {"worker": worker.name, "why": str(error)}})
-                return None
+                kept.lives.ended(time.monotonic())
+                fields = {"worker": kept.worker.name, "why": str(error), "ends": kept.lives.ends}
+                log.error("a worker could not be started anew", extra={"fields": fields})
+        return None
+
+    async def _start_anew(self, kept: _Kept) -> None:
+        with contextlib.suppress(IsthmusError, OSError, TimeoutError):
+            async with asyncio.timeout(GONE_S):
+                await kept.worker.stop()  # whatever is left of it
+        kept.worker = await self._launcher.launch(kept.role, kept.worker.name)
+        if kept not in self._kept:  # it was drained, or all are started anew
+            await kept.worker.stop()
 
     async def _guard_launcher(self) -> None:
         """Builds everything but the gateway anew where the launcher is lost and then a worker; until cancelled."""

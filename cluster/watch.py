@@ -62,6 +62,7 @@ class Fleet:
         self._changed = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
         self.moving = Moving()
+        self.notes: dict[str, Callable[[], str]] = {}  # what whoever starts workers has to say of one that is away
         self.served_s: float | None = None  # when there were workers of both roles last, at a change; None: never
 
     def add(self, address: str) -> None:
@@ -80,6 +81,7 @@ class Fleet:
         """Forgets a worker: at once, so that one that is added at the same address meanwhile is another one."""
         if self._workers.pop(address, None) is None:
             return
+        self.notes.pop(address, None)
         stream, channel = self._streams.pop(address), self._channels.pop(address)
         for outliers in self._outliers.values():
             outliers.remove(address)
@@ -129,7 +131,9 @@ class Fleet:
             status.CopyFrom(worker.report or WorkerReport(worker_id=worker.address))
             status.address = worker.address
             if worker.problem:
-                status.health, status.reason = WORKER_HEALTH_UNREACHABLE, worker.problem
+                note = self.notes.get(worker.address)
+                reason = f"{note()} ({worker.problem})" if note is not None else worker.problem
+                status.health, status.reason = WORKER_HEALTH_UNREACHABLE, reason
             elif worker.address in self._reasons:
                 status.health, status.reason = WORKER_HEALTH_INCOMPATIBLE, self._reasons[worker.address]
             elif worker.ready and not self._is_fit(worker):

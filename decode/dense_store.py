@@ -13,6 +13,7 @@ from ..kvtransfer.page_table import PageTable, runs_of
 from ..kvtransfer.pool import DensePool
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..model.model import Model
+from ..model.out_of_memory import no_memory
 from ..proto.errors import IsthmusError
 from ..proto.worker_pb2 import PageCounts
 from .pages import final_pages, page_to_pack
@@ -218,6 +219,9 @@ class DenseStore:
                     self._pack(advance.sequence, page)
             except IsthmusError as error:
                 failed.append((advance.sequence, error))
+                continue
+            except Exception as error:
+                failed.append((advance.sequence, no_memory(error, "page")))
                 continue
             if advance.completes_page(page_tokens):
                 self.publish(advance.sequence, advance.end)

@@ -2,17 +2,19 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..model.engine import EngineThread
 from ..model.model import Model
+from ..model.out_of_memory import is_out_of_memory, no_memory
 from ..model.rates import Rates
-from ..model.sampling import sample
-from ..proto.errors import IsthmusError, Unavailable, without_paths
+from ..model.sampling import SampledToken, sample
+from ..proto.errors import EngineFailed, Exhausted, IsthmusError, Unavailable, without_paths
 from .admission import Admission
 from .config import DecodeConfig
 from .padded_steps import PaddedSteps
@@ -21,6 +23,8 @@ from .runner import DecodeRunner
 from .scheduler import DecodeScheduler, SequenceId, State
 from .sequence import Advance, DecodeSequence, Token
 from .store import KvStore
+
+log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 IDLE_DECODE_BYTES = 32 * MIB  # decoded between two looks at the inbox where no batch waits for its step
@@ -69,6 +73,7 @@ class DecodeEngine:
         self._runner = DecodeRunner(model, store, padded)
         self._sequences: dict[SequenceId, DecodeSequence] = {}
         self._arrivals: deque[_Arrived | _Start] = deque()
+        self._in_step: list[DecodeSequence] = []  # whom a failure of the engine now is put down to
         self._on_failure = on_failure
         self._planner = StepPlanner(
             *(model, store),
@@ -164,12 +169,26 @@ class DecodeEngine:
             self._loop.call_soon_threadsafe(sequence.stream.admit)
         took_in = self._take_in(self._decode_bytes if self._scheduler.count(State.RUNNING) else IDLE_DECODE_BYTES)
         sequences = [self._sequences[id] for id in self._scheduler.batch()]
-        work = self._planner.plan(sequences, [self._sequences[id] for id in self._scheduler.receiving()])
-        work = self.admission.with_room(work)
-        if work:
-            self._planner.open_prompts(work)
-            self._advance(work)
-        return took_in or bool(work)
+        awaited = [self._sequences[id] for id in self._scheduler.receiving()]
+        for plan in self._planner.plans(sequences, awaited):
+            if work := self.admission.with_room(plan):
+                if opened := self._open_prompts(work):
+                    self._advance(opened)
+                return True
+        return took_in
+
+    def _open_prompts(self, work: Sequence[Advance]) -> list[Advance]:
+        """Prepares first chunks; those for whose prompt there is no memory end, and are left out."""
+        opened = []
+        for advance in work:
+            self._in_step = [advance.sequence]
+            try:
+                self._planner.open_prompt(advance)
+                opened.append(advance)
+            except Exception as error:
+                self._end(advance.sequence, no_memory(error, "prompt"))
+        self._in_step = []
+        return opened
 
     def _take_in(self, byte_budget: int) -> bool:
         """Decodes received sections into the pool, and starts sequences that are complete."""
@@ -191,10 +210,14 @@ class DecodeEngine:
         sequence = arrival.sequence
         if sequence.id not in self._sequences:
             return
+        self._in_step = [sequence]
         try:
             self._store.receive(sequence, arrival.receiver, arrival.section)
         except IsthmusError as error:
             self._end(sequence, error)
+        except Exception as error:
+            self._end(sequence, no_memory(error, "transfer"))
+        self._in_step = []
 
     def _start(self, start: _Start) -> None:
         sequence, prompt = start.sequence, len(start.sequence.prompt)
@@ -211,23 +234,56 @@ class DecodeEngine:
         self._scheduler.run(sequence.id)
 
     def _advance(self, work: list[Advance]) -> None:
-        """One step: a token for each sequence that samples, delivered to all handlers in one go."""
-        eos, context = self._model.eos_token_ids, self._model.context_length
+        """One step, or two halves of it where there is no memory for the whole; what there is none for by itself ends.
+
+        A step that failed for that has changed nothing but KV of its own tokens, which is written again.
+        """
+        self._in_step = [advance.sequence for advance in work]
         started_s, pages = time.monotonic(), self._store.in_use
-        logits_RV = self._runner.run(work)
+        with self.thread.computing(sum(advance.end - advance.start for advance in work)):
+            drawn = self._compute(work)
+            if drawn is not None:
+                self._hand_over(work, drawn)
+                self._measure(work, pages, time.monotonic() - started_s)
+        self._in_step = []
+        if drawn is not None:
+            return
+        self.counters["out_of_memory"] += 1
+        if len(work) > 1:
+            self._advance(work[: len(work) // 2])
+            self._advance(work[len(work) // 2 :])
+        else:
+            tokens = work[0].end - work[0].start
+            self._end(work[0].sequence, Exhausted(f"no memory here for a step of {tokens} tokens of one request"))
+
+    def _compute(self, work: Sequence[Advance]) -> list[SampledToken] | None:
+        """The tokens of those that sample, in order; None where there is no memory for the step."""
+        eos = self._model.eos_token_ids
+        batch = [advance.sequence for advance in work if advance.samples]
+        try:
+            logits_RV = self._runner.run(work)
+            return sample(logits_RV, [sequence.sample_row(eos) for sequence in batch]) if batch else []
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("no memory for a step", extra={"fields": {"requests": len(work), "why": str(error)}})
+            return None
+
+    def _hand_over(self, work: Sequence[Advance], drawn: Sequence[SampledToken]) -> None:
+        """What follows a step that was computed: tokens are delivered to all handlers in one go."""
+        eos, context = self._model.eos_token_ids, self._model.context_length
+        batch = [advance.sequence for advance in work if advance.samples]
         for advance in work:
             self._finish_chunk(advance)
         for sequence, error in self._store.end_step([a for a in work if a.sequence.id in self._sequences]):
             self._end(sequence, error)
-        batch = [advance.sequence for advance in work if advance.samples]
-        drawn = sample(logits_RV, [sequence.sample_row(eos) for sequence in batch]) if batch else []
         tokens = []
         for sequence, token in zip(batch, drawn, strict=True):
             if sequence.id not in self._sequences:
                 continue
             if not sequence.output:
                 sequence.timing.sampled_s, sequence.timing.sampled_unix_ns = time.monotonic(), time.time_ns()
-            sequence.output.append(token.token_id)
+            sequence.drew(token.token_id)
             finish = sequence.finish_reason(token.token_id, len(sequence.output), eos, context)
             if finish is not None:
                 self._finish(sequence)
@@ -236,7 +292,6 @@ class DecodeEngine:
         self.counters["steps"] += 1
         self.counters["graph_steps"] = self._runner.graph_steps
         self.counters["output_tokens"] += len(tokens)
-        self._measure(work, pages, time.monotonic() - started_s)
 
     def _finish(self, sequence: DecodeSequence) -> None:
         """Leaves the pages of a complete answer for the conversation's next turn."""
@@ -266,8 +321,10 @@ class DecodeEngine:
 
     def _fail(self, error: BaseException) -> None:
         self.failure = f"the decode engine failed: {type(error).__name__}: {without_paths(str(error))}"
+        failed = [sequence for sequence in self._in_step if sequence.id in self._sequences]
         for sequence in list(self._sequences.values()):
-            self._loop.call_soon_threadsafe(sequence.stream.put, Unavailable(self.failure))
+            told = EngineFailed(self.failure, len(failed)) if sequence in failed else Unavailable(self.failure)
+            self._loop.call_soon_threadsafe(sequence.stream.put, told)
         self._loop.call_soon_threadsafe(self._has_room.set)
         self._on_failure(self.failure)
 

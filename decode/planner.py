@@ -1,7 +1,7 @@
 """From running requests to the work of the next step; opens prompts that are computed here."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..kvtransfer.page import packed_range
 from ..model.chunks import chunk_tokens_for
@@ -9,7 +9,7 @@ from ..model.model import Model
 from ..proto.priority import BATCH_RANK
 from .local_prompt import LocalPrompt, needs_raw
 from .sequence import Advance, DecodeSequence
-from .steps import Backlog, plan_step
+from .steps import Backlog, plan_step, take_turns
 from .store import KvStore
 
 
@@ -20,15 +20,38 @@ class StepPlanner:
         """`local_tokens`: of prompts that may be computed here at once, beside the pool."""
         self._model, self._store, self._local_tokens = model, store, local_tokens
         self._page_tokens, self._chunk_tokens = page_tokens, max(page_tokens, chunk_tokens)
+        self._turn = 0
         self._idle_chunk_tokens = max(self._chunk_tokens, chunk_tokens_for(model.device, page_tokens))
 
-    def plan(self, running: Sequence[DecodeSequence], awaited: Sequence[DecodeSequence] = ()) -> list[Advance]:
-        """The work of a step in which all of these may take part; `awaited` will join a later one."""
+    def plans(
+        self, running: Sequence[DecodeSequence], awaited: Sequence[DecodeSequence] = ()
+    ) -> Iterator[list[Advance]]:
+        """What the next step may be, in this order: one of these is made. `awaited` will join a later one."""
+        self._turn += 1
+        for group in take_turns(running, self._turn):
+            elsewhere = [sequence for sequence in running if _is_opened(sequence) and sequence not in group]
+            if work := self.plan(group, awaited, elsewhere):
+                yield work
+
+    def plan(
+        self,
+        running: Sequence[DecodeSequence],
+        awaited: Sequence[DecodeSequence] = (),
+        elsewhere: Sequence[DecodeSequence] = (),
+    ) -> list[Advance]:
+        """The work of a step in which all `running` may take part; `elsewhere`: others whose prompts are open."""
         now_s = time.monotonic()
         backlogs = [self._backlog(sequence, now_s) for sequence in running]
         budget = self._budget(backlogs, awaited)
         by_id = {sequence.id: sequence for sequence in running}
-        chunks = plan_step(backlogs, page_tokens=self._page_tokens, budget=budget, raw_tokens=self._local_tokens)
+        raw_left = self._local_tokens - sum(self._raw_tokens(sequence) for sequence in elsewhere)
+        chunks = plan_step(
+            *(backlogs,),
+            page_tokens=self._page_tokens,
+            budget=budget,
+            opened_elsewhere=len(elsewhere),
+            raw_tokens=raw_left,
+        )
         return [Advance(by_id[chunk.sequence], chunk.start, chunk.end) for chunk in chunks]
 
     def _budget(self, backlogs: Sequence[Backlog], awaited: Sequence[DecodeSequence]) -> int:
@@ -40,12 +63,11 @@ class StepPlanner:
             return self._chunk_tokens
         return self._idle_chunk_tokens
 
-    def open_prompts(self, work: Sequence[Advance]) -> None:
+    def open_prompt(self, advance: Advance) -> None:
         """Prepares what the first chunk of a prompt needs."""
-        for advance in work:
-            if advance.in_prompt and not advance.sequence.timing.began_s:
-                advance.sequence.timing.began_s = time.monotonic()
-                self._open(advance.sequence, advance.end)
+        if advance.in_prompt and not advance.sequence.timing.began_s:
+            advance.sequence.timing.began_s = time.monotonic()
+            self._open(advance.sequence, advance.end)
 
     def _open(self, sequence: DecodeSequence, end: int) -> None:
         model, tokens = self._model, len(sequence.prompt)
@@ -60,20 +82,27 @@ class StepPlanner:
                 sequence.local.fill(layer, *self._store.read_held(sequence, layer))
 
     def _backlog(self, sequence: DecodeSequence, now_s: float) -> Backlog:
-        computed, prompt = sequence.computed, len(sequence.prompt)
-        opened = bool(sequence.timing.began_s) and computed < prompt
         return Backlog(
             sequence=sequence.id,
-            computed=computed,
+            computed=sequence.computed,
             known=sequence.length,
-            prompt=prompt,
-            opened=opened,
+            prompt=len(sequence.prompt),
+            opened=_is_opened(sequence),
             rank=sequence.rank,
             waited_s=now_s - sequence.arrived_s,
-            raw_tokens=prompt if sequence.local or (not opened and self._may_need_raw(sequence)) else 0,
+            raw_tokens=self._raw_tokens(sequence),
         )
+
+    def _raw_tokens(self, sequence: DecodeSequence) -> int:
+        """Of a prompt that takes memory beside the pool, or may come to; 0 for others."""
+        takes = sequence.local or (not _is_opened(sequence) and self._may_need_raw(sequence))
+        return len(sequence.prompt) if takes else 0
 
     def _may_need_raw(self, sequence: DecodeSequence) -> bool:
         """Whether a prompt that has not begun may need memory beside the pool."""
         prompt = len(sequence.prompt)
         return needs_raw(sequence.codec, self._model.dtype, sequence.computed, prompt, self._page_tokens)
+
+
+def _is_opened(sequence: DecodeSequence) -> bool:
+    return bool(sequence.timing.began_s) and sequence.computed < len(sequence.prompt)

@@ -18,6 +18,8 @@ from .local_prompt import LocalPrompt
 from .pages import holdable_tokens
 from .scheduler import SequenceId
 
+ALONE_TOKENS = 2  # drawn in steps of its own: the first may be one that was drawn before, and not passed on
+
 
 @dataclass(frozen=True)
 class Token:
@@ -90,6 +92,7 @@ class DecodeSequence:
     stream: TokenStream
     output: list[int] = field(default_factory=list)  # at first: what a lost decode worker has emitted
     rank: int = STANDARD_RANK  # of its priority
+    _drawn: int = 0  # tokens, here
     addresses: PageAddresses | None = None  # of its full pages; None: it shares none
     held: int = 0  # tokens of the prompt, whole pages, that were in the pool when it was admitted
     computed: int = 0  # tokens whose KV is in the pool
@@ -98,6 +101,13 @@ class DecodeSequence:
     timing: LocalTiming = field(default_factory=LocalTiming)
     arrived_s: float = field(default_factory=time.monotonic)
     released: bool = False
+    alone: bool = False  # in steps of its own: an engine died that computed it
+
+    def drew(self, token: int) -> None:
+        """Notes a token that was drawn here. A request that goes on has shown that it is no danger to others."""
+        self.output.append(token)
+        self._drawn += 1
+        self.alone = self.alone and self._drawn < ALONE_TOKENS
 
     def tokens_at_most(self, context_length: int) -> int:
         """How many tokens it can come to hold, which is what it reserves pages for."""

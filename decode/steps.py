@@ -6,6 +6,7 @@ output of a lost decode worker that is replayed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from ..proto.priority import BATCH_RANK
 from .scheduler import SequenceId
@@ -40,6 +41,15 @@ class Backlog:
         return self.known > self.prompt and self.rank < BATCH_RANK
 
 
+class HasAlone(Protocol):
+    """A request that may have to be in steps of its own."""
+
+    alone: bool
+
+
+Alone = TypeVar("Alone", bound=HasAlone)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Tokens [start, end) of one request."""
@@ -49,8 +59,22 @@ class Chunk:
     end: int
 
 
+def take_turns(sequences: Sequence[Alone], turn: int) -> list[list[Alone]]:
+    """Who may be in one step together, in the order of whose turn it is: each that is `alone`, and all the others."""
+    groups = [[sequence] for sequence in sequences if sequence.alone]
+    if others := [sequence for sequence in sequences if not sequence.alone]:
+        groups.append(others)
+    first = turn % len(groups) if groups else 0
+    return groups[first:] + groups[:first]
+
+
 def plan_step(
-    backlogs: Sequence[Backlog], *, page_tokens: int, budget: int, raw_tokens: int | None = None
+    backlogs: Sequence[Backlog],
+    *,
+    page_tokens: int,
+    budget: int,
+    opened_elsewhere: int = 0,
+    raw_tokens: int | None = None,
 ) -> list[Chunk]:
     """The chunks of the next step: a token of each request that is not behind, then `budget` tokens for the others.
 
@@ -59,12 +83,12 @@ def plan_step(
     has not.
     A chunk of output ends with the page that its first token lies in, because the next page's tokens must find that
     one as it was when they were first drawn (packed, where it has become old by then). Chunks of a prompt end with
-    a page or with the prompt.
+    a page or with the prompt. `opened_elsewhere`: prompts of requests that take no part in this step.
     Prompts that are computed here take `raw_tokens` of memory beside the pool at most (None: no bound); the first that
     has to wait for it keeps those behind it from beginning.
     """
     chunks = [Chunk(b.sequence, b.computed, b.known) for b in backlogs if not b.behind]
-    open_prompts = sum(b.opened for b in backlogs)
+    open_prompts = opened_elsewhere + sum(b.opened for b in backlogs)
     raw_left = None if raw_tokens is None else raw_tokens - sum(b.raw_tokens for b in backlogs if b.opened)
     resumed = False
     for backlog in sorted((b for b in backlogs if b.behind), key=lambda b: (not b.begun, _urgency(b))):

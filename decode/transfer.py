@@ -19,7 +19,18 @@ from ..kvtransfer.hashing import page_salt, prompt_hash
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..proto.common_pb2 import TransferStats
 from ..proto.decode_pb2 import DecodeRequest
-from ..proto.errors import Corrupt, Exhausted, Expired, Incompatible, InvalidRequest, NotFound, Unavailable
+from ..proto.errors import (
+    Corrupt,
+    EngineFailed,
+    Exhausted,
+    Expired,
+    Incompatible,
+    InvalidRequest,
+    Lost,
+    NotFound,
+    Unavailable,
+    why_lost,
+)
 from ..proto.prefill_pb2 import FirstToken, KvFrame, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillStub
 from ..proto.serving import INVALID_METADATA, TraceContext, open_channel
@@ -39,6 +50,7 @@ _KNOWN = {
 }
 
 
+LOSSES = 2  # of prefill workers, with no word, over one request: no further one is risked before the gateway knows
 SILENCE_S = 10.0  # of a prefill worker, which says each second that it goes on; a slow link may hold that back
 
 
@@ -102,7 +114,9 @@ class Transfer:
 
         Returns the transfer's statistics, or None where the output ended with the first token. A candidate that
         cannot be reached, refuses for lack of room or sends corrupt frames is followed by the next; a corrupt
-        transfer is tried once more where there is no other. Where the request names none, or none is left and it
+        transfer is tried once more where there is no other. A prefill engine that failed over this very request is no
+        reason to ask the next one: `EngineFailed` is for the gateway to judge, and so are LOSSES workers that went away
+        over it and did not say why. Where the request names none, or none is left and it
         allows that, the engine computes the prompt here: the statistics then lack what is known only with the first
         token (see `finish_local`). Otherwise the last candidate's error where none is left.
         """
@@ -113,6 +127,7 @@ class Transfer:
         if len(candidates) == 1:
             candidates *= 2
         error: Exception = Unavailable("no prefill worker was asked")
+        lost = 0
         for attempt, address in enumerate(candidates, start=1):
             if attempt > 1 and not isinstance(error, Corrupt) and address == candidates[0]:
                 break  # only a corrupt transfer is worth a second try with the same worker
@@ -120,6 +135,9 @@ class Transfer:
                 return await self._attempt(attempt, address, first, time_left())
             except (Corrupt, Unavailable, Exhausted, Incompatible, NotFound) as failed:
                 self.counters["transfers_failed"] += 1
+                lost += isinstance(failed, Lost)
+                if isinstance(failed, EngineFailed) or lost >= LOSSES:
+                    raise
                 self.counters["frames_refused"] += isinstance(failed, Corrupt)
                 error = failed
         if self.request.allow_local_prefill:
@@ -160,9 +178,11 @@ class Transfer:
         )
         known = TransferStats(partial=True, attempt=attempt, held_tokens=self.sequence.held)
         call = stub.Prefill(self._request(attempt), timeout=timeout_s, metadata=self.trace or None)
+        begun = False
         tail_s, tail_bytes = 0.0, 0  # since the first token: nothing but the link holds these frames back
         try:
             while isinstance(event := await _next_event(call, address), PrefillEvent):
+                begun = True
                 if event.HasField("accepted"):
                     known.prefill_worker = event.accepted.worker_id
                 elif event.HasField("frame"):
@@ -187,7 +207,7 @@ class Transfer:
                     return stats
             raise Corrupt("the stream ended with no commit")
         except grpc.aio.AioRpcError as error:
-            raise _as_ours(address, error) from error
+            raise _as_ours(address, error, begun=begun) from error
         finally:
             call.cancel()
 
@@ -239,6 +259,7 @@ class Transfer:
             priority=self.request.priority,
             tenant=self.request.tenant,
             resumes=bool(self.request.emitted_token_ids),
+            alone=self.request.alone,
         )
 
 
@@ -257,14 +278,17 @@ async def _next_event(call: Any, address: str) -> object:
         async with asyncio.timeout(SILENCE_S):
             return await call.read()
     except TimeoutError:
-        raise Unavailable(f"prefill worker {address} gives no sign of life for {SILENCE_S:g} s") from None
+        raise Lost(f"prefill worker {address} gives no sign of life for {SILENCE_S:g} s") from None
 
 
-def _as_ours(address: str, error: grpc.aio.AioRpcError) -> Exception:
-    """The error of our tree for what a prefill worker answered."""
+def _as_ours(address: str, error: grpc.aio.AioRpcError, *, begun: bool) -> Exception:
+    """The error of our tree for what a prefill worker answered; one that had not `begun` did not die of the request."""
     text = f"prefill worker {address}: {error.details()}"
     if error.code() is grpc.StatusCode.INTERNAL and error.details() == INVALID_METADATA:
         return InvalidRequest("the request has metadata that cannot be passed on")  # no worker has seen it
     if error.code() in _KNOWN:
         return _KNOWN[error.code()](text)
+    if begun and error.code() is grpc.StatusCode.UNAVAILABLE:
+        why = why_lost(f"{text} (UNAVAILABLE)", error.trailing_metadata())
+        return EngineFailed(str(why), why.participants, why.at or address) if isinstance(why, EngineFailed) else why
     return Unavailable(f"{text} ({error.code().name})")

@@ -159,6 +159,7 @@ class DecodeWorker(DecodeServicer):
                 output=list(request.emitted_token_ids),
                 rank=rank_of(request.priority),
                 addresses=self._addresses(request, codec),
+                alone=request.alone,
             )
             sequence.check_emitted(self._model.eos_token_ids, self._model.context_length)
             self._scheduler.check_fits(sequence.tokens_at_most(self._model.context_length), self._waiting)
@@ -254,6 +255,7 @@ class DecodeWorker(DecodeServicer):
         report.waiting_requests = self._waiting
         report.waiting_tokens = self._scheduler.waiting_tokens
         report.running_requests = self._engine.running()
+        report.step_ms = int(self._engine.thread.step_s * 1e3)
         report.host_buffer_bytes = self._engine.admission.saved_bytes
         report.memory.extend(
             self._memory.uses(

@@ -1,23 +1,25 @@
 """The prefill engine: takes prompts, computes them in chunks, sends pages and first tokens."""
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
 from ..kvtransfer.pool import DensePool
 from ..model.engine import EngineThread
 from ..model.model import Model
+from ..model.out_of_memory import is_out_of_memory
 from ..model.rates import Rates
-from ..model.sampling import SampleRow, sample
-from ..proto.errors import Expired, IsthmusError, Unavailable, without_paths
+from ..model.sampling import SampledToken, SampleRow, sample
+from ..proto.errors import EngineFailed, Exhausted, Expired, IsthmusError, Unavailable, without_paths
 from ..proto.prefill_pb2 import FirstToken
 from ..proto.priority import RESUMED_RANK
 from .job import PrefillJob
 from .prefix import PrefixCache
 from .runner import PrefillRunner
 from .scheduler import Chunk, JobId, PrefillScheduler
+
+log = logging.getLogger(__name__)
 
 INTERRUPTIONS = 4  # of one step, each a step of its own: what ends jobs, and the worker, waits for the end of that one
 
@@ -42,6 +44,7 @@ class PrefillEngine:
         self._runner = PrefillRunner(model, pool, self._between_layers)
         self._jobs: dict[JobId, PrefillJob] = {}
         self._resuming: deque[PrefillJob] = deque()  # submitted, and not heard of by the engine thread
+        self._in_step: list[PrefillJob] = []  # whom a failure of the engine now is put down to
         self._may_interrupt = 0  # how many more steps may come between the layers of the one in work
         self.counters: Counter[str] = Counter()
         self.rates = Rates()
@@ -83,6 +86,7 @@ class PrefillEngine:
             cached=self._prefixes.guess(job),
             rank=job.rank,
             deadline_s=job.deadline_s,
+            alone=job.alone,
         )
 
     def _add_resuming(self) -> None:
@@ -123,17 +127,55 @@ class PrefillEngine:
         interruptible = all(job.rank > RESUMED_RANK for job, _ in work)
         self._may_interrupt = may_interrupt = INTERRUPTIONS if interruptible else 0
         started_s = time.monotonic()
-        logits_RV = self._runner.run(work)
-        self.counters["prompt_tokens"] += sum(chunk.end - chunk.start for chunk in chunks)
-        self._finish_chunks(work)
-        self._finish_prompts([job for job, chunk in work if chunk.last], logits_RV)
-        if self._may_interrupt == may_interrupt:
+        if self._advance(work) and self._may_interrupt == may_interrupt:
             self.rates.computed([(chunk.start, chunk.end) for chunk in chunks], time.monotonic() - started_s)
         return True
 
+    def _advance(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> bool:
+        """Computes chunks, or two halves of them where there is no memory for all; whether it was done in one go.
+
+        A single one that there is no memory for ends its job.
+        """
+        interrupted, self._in_step = self._in_step, [job for job, _ in work]
+        tokens = sum(chunk.end - chunk.start for _, chunk in work)
+        with self.thread.computing(tokens):
+            drawn = self._run(work)
+            if drawn is not None:
+                self.counters["prompt_tokens"] += tokens
+                self._finish_chunks(work)
+                self._finish_prompts([job for job, chunk in work if chunk.last], drawn)
+        self._in_step = interrupted
+        if drawn is not None:
+            return True
+        self.counters["out_of_memory"] += 1
+        if len(work) > 1:
+            self._advance(work[: len(work) // 2])
+            self._advance(work[len(work) // 2 :])
+        else:
+            self._end(work[0][0], Exhausted(f"no memory here for a step of {tokens} tokens of one prompt"))
+        return False
+
+    def _run(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> list[SampledToken] | None:
+        """The first tokens of the prompts that are complete now, in order; None where there is no memory for the step.
+
+        What a step that failed for that has written, and sent, is as it will be when it is made again.
+        """
+        done = [job for job, chunk in work if chunk.last]
+        eos = self._model.eos_token_ids
+        try:
+            logits_RV = self._runner.run(work)
+            return sample(logits_RV, [SampleRow(job.sampling, job.token_ids, [], eos) for job in done]) if done else []
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("no memory for a step", extra={"fields": {"prompts": len(work), "why": str(error)}})
+            return None
+
     def _admit(self, job_id: JobId) -> int | None:
         job = self._jobs[job_id]
+        interrupted, self._in_step = self._in_step, [job]
         cached = self._prefixes.admit(job)
+        self._in_step = interrupted
         if cached is not None:
             job.started_s = time.monotonic()
             self.counters["cached_tokens"] += job.cached_tokens
@@ -143,6 +185,7 @@ class PrefillEngine:
     def _finish_chunks(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> None:
         """Keeps the pages that are complete now; ends jobs that failed."""
         for job, chunk in work:
+            job.due = None
             if job.failure is not None:
                 self.counters["prompts_failed"] += 1
                 self._end(job, job.failure)
@@ -150,12 +193,8 @@ class PrefillEngine:
                 self._prefixes.keep(job, chunk.start, chunk.end)
                 job.outbox.put((), flush=True)
 
-    def _finish_prompts(self, done: list[PrefillJob], logits_RV: Tensor) -> None:
-        """Samples the first tokens, which overtake all waiting frames; the commits follow the last of these."""
-        if not done:
-            return
-        eos = self._model.eos_token_ids
-        tokens = sample(logits_RV, [SampleRow(job.sampling, job.token_ids, [], eos) for job in done])
+    def _finish_prompts(self, done: Sequence[PrefillJob], tokens: Sequence[SampledToken]) -> None:
+        """Sends the first tokens, which overtake all waiting frames; the commits follow the last of these."""
         sampled_s, sampled_ns = time.monotonic(), time.time_ns()
         for job, token in zip(done, tokens, strict=True):
             if job.failure:
@@ -174,6 +213,8 @@ class PrefillEngine:
 
     def _fail(self, error: BaseException) -> None:
         self.failure = f"the prefill engine failed: {type(error).__name__}: {without_paths(str(error))}"
+        failed = [job for job in self._in_step if job.id in self._jobs]
         for job in list(self._jobs.values()):
-            job.outbox.fail(Unavailable(self.failure))
+            told = EngineFailed(self.failure, len(failed)) if job in failed else Unavailable(self.failure)
+            job.outbox.fail(told)
         self._on_failure(self.failure)

@@ -7,7 +7,7 @@ from ..kvtransfer.allocator import Run
 from ..kvtransfer.encoded import EncodedPage, PageFormat, PageKey
 from ..kvtransfer.frame import PACKED
 from ..kvtransfer.hashing import hash_of_page
-from ..kvtransfer.page import packed_range
+from ..kvtransfer.page import Section, packed_range
 from ..kvtransfer.page_table import runs_of
 from ..kvtransfer.sender import KvSender
 from ..proto.common_pb2 import TransferStats
@@ -83,6 +83,9 @@ class PrefillJob:
     fetched: frozenset[bytes] = frozenset()  # hashes of pages that came from the store for this request
     cached_tokens: int = 0  # sent and not computed: the pages were here,
     stored_tokens: int = 0  # or in the store
+    alone: bool = False  # in steps of its own: an engine died that computed it
+    due: list[Section] | None = None  # sections of the chunk in work,
+    layers_sent: int = 0  # and how many layers of these are in the outbox already
     failure: IsthmusError | None = None  # its KV cannot be sent (a NaN, say)
 
     @property
@@ -92,6 +95,12 @@ class PrefillJob:
     def own(self, pages: list[int]) -> None:
         """Notes its pages of the pool."""
         self.pages, self.runs = pages, runs_of(pages)
+
+    def begin_chunk(self, end: int) -> list[Section]:
+        """The sections that leave with the chunk that ends there; the same ones where it is computed once more."""
+        if self.due is None:
+            self.due, self.layers_sent = self.sender.advance(end), 0
+        return self.due
 
     def stats(self, *, sampled_unix_ns: int, sampled_s: float, written_before: int) -> TransferStats:
         """What the transfer cost, but for what is known only when all frames are made."""

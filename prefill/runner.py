@@ -35,7 +35,7 @@ class PrefillRunner:
             positions += range(chunk.start, chunk.end)
             if chunk.last:
                 last_rows.append(len(token_ids) - 1)
-        due = [job.sender.advance(chunk.end) for job, chunk in work]
+        due = [job.begin_chunk(chunk.end) for job, chunk in work]
         attend = self._attend(work, spans, due)
         device = self._model.device
         return self._model.forward(
@@ -64,12 +64,18 @@ class PrefillRunner:
         return attend
 
     def _send_layer(self, job: PrefillJob, layer: int, due: list[Section]) -> None:
-        """A page that cannot be encoded ends its own job only: `job.failure` says why."""
+        """A page that cannot be encoded ends its own job only: `job.failure` says why.
+
+        A chunk that is computed once more sends no layer twice.
+        """
+        if layer < job.layers_sent:
+            return
         encoded: list[EncodedSection] = []
         try:
             for section in due if job.failure is None else []:
                 keys, values = self._pool.read(layer, job.runs, section.start, section.end)
                 encoded.append(job.sender.encode(layer, section, keys, values))
             job.outbox.put(encoded)
+            job.layers_sent = layer + 1
         except IsthmusError as error:
             job.failure = error

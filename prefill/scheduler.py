@@ -30,6 +30,7 @@ class _Prompt:
     rank: int
     deadline_s: float | None
     computed: int  # or found in a cache; a guess until it is admitted
+    alone: bool  # in steps of its own
     admitted: bool = False
 
     @property
@@ -44,6 +45,7 @@ class PrefillScheduler:
     - Prompts of answers that resume (their decode worker was lost) go before all, in steps of their own.
     - A prompt whose deadline can be met, but only if it is computed now, goes before others of its rank; one whose
       deadline is over is dropped.
+    - A prompt that is `alone` shares its steps with nobody.
     - A long prompt delays a short one by the chunk in work and no more. So that short ones cannot starve it, waiting
       earns a prompt `ageing_tokens_per_s`: the one that is first when that counts gets a quarter of each step.
     - A prompt gets all its pages with its first chunk and keeps them to its last, so that two half-computed prompts
@@ -72,9 +74,10 @@ class PrefillScheduler:
         cached: int = 0,
         rank: int = STANDARD_RANK,
         deadline_s: float | None = None,
+        alone: bool = False,
     ) -> None:
         """Queues a prompt. `cached`: how many of its tokens will probably not have to be computed."""
-        self._prompts[job] = _Prompt(job, tokens, now_s, rank, deadline_s, cached)
+        self._prompts[job] = _Prompt(job, tokens, now_s, rank, deadline_s, cached, alone)
 
     def remove(self, job: JobId) -> None:
         """Forgets a prompt, computed or not."""
@@ -96,7 +99,7 @@ class PrefillScheduler:
         if resumed := step.chunks():
             return resumed
         if aged := self._aged(now_s):
-            step.give(aged, self._aged_share())
+            step.give(aged, self._aged_share(whole_steps=aged.alone))
         for prompt in sorted(self._prompts.values(), key=lambda p: self._turn(p, now_s, tokens_per_s)):
             step.give(prompt, step.budget)
         return step.chunks()
@@ -125,10 +128,10 @@ class PrefillScheduler:
         claims = [p for p in prompts if p.rank < BATCH_RANK] or prompts
         return min(claims, key=lambda p: p.remaining - self._ageing * (now_s - p.arrived_s), default=None)
 
-    def _aged_share(self) -> int:
-        """A quarter of each step, or every fourth step where a quarter is less than a page."""
+    def _aged_share(self, *, whole_steps: bool) -> int:
+        """A quarter of each step, or every fourth step: where a quarter is less than a page, or nobody may share it."""
         self._steps += 1
-        return self._share or (self._chunk_tokens if self._steps % 4 == 0 else 0)
+        return (0 if whole_steps else self._share) or (self._chunk_tokens if self._steps % 4 == 0 else 0)
 
 
 class _Step:
@@ -137,12 +140,15 @@ class _Step:
     def __init__(self, budget: int, page_tokens: int, admit: Admit) -> None:
         self.budget, self._page_tokens, self._admit = budget, page_tokens, admit
         self._may_admit = True
+        self._is_taken = False  # by a prompt that shares it with nobody
         self._starts: dict[JobId, int] = {}
         self._worked: dict[JobId, _Prompt] = {}
 
     def give(self, prompt: _Prompt, limit: int) -> None:
         """The next tokens of a prompt, at most `limit`: whole pages, or all that remain."""
         if limit < self._page_tokens and limit < prompt.remaining:
+            return
+        if self._worked and prompt.job not in self._worked and (prompt.alone or self._is_taken):
             return
         if not prompt.admitted and not self._admitted(prompt):
             return
@@ -152,6 +158,7 @@ class _Step:
         if take:
             self._starts.setdefault(prompt.job, prompt.computed)
             self._worked[prompt.job] = prompt
+            self._is_taken = prompt.alone
             prompt.computed += take
             self.budget -= take
 

@@ -208,6 +208,7 @@ class PrefillWorker(PrefillServicer):
             sender=KvSender(form, hashes, len(token_ids), request.held_pages * form.page_tokens),
             outbox=Outbox(asyncio.get_running_loop(), binding),
             rank=rank_of(request.priority, resumes=request.resumes),
+            alone=request.alone,
             deadline_s=None if time_left_s is None else time.monotonic() + time_left_s,
         )
 
@@ -251,6 +252,7 @@ class PrefillWorker(PrefillServicer):
         report.waiting_requests = self._engine.waiting + self._buffer.waiting
         report.running_requests = self._engine.active - self._engine.waiting
         report.waiting_tokens = self._scheduler.waiting_tokens + self._buffer.waiting_tokens
+        report.step_ms = int(self._engine.thread.step_s * 1e3)
         report.host_buffer_bytes = self._buffered()
         report.memory.extend(
             self._memory.uses(

@@ -9,6 +9,9 @@
     ├── Incompatible        two sides differ in protocol, model or codec parameters
     ├── Exhausted           no room now: try again later
     ├── Unavailable         the other side is not there, or is going away
+    │   ├── EngineFailed    an engine died, or hung, in a step that computed this very request
+    │   └── Lost            the connection broke, or fell silent, and nobody said why
+    ├── Blamed              engines died while they computed this request and no other: it is not tried again
     ├── Corrupt             received bytes are not what they claim to be: refused, never used
     └── Expired             the deadline passed before the work was done
 
@@ -17,8 +20,13 @@ not an IsthmusError is a bug, stays UNKNOWN for the client and is logged with it
 """
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import grpc
+
+ERROR_KEY = "isthmus-error"  # trailing metadata of every status that one of ours has made: the class of the error
+ENGINE_FAILED_KEY = "isthmus-engine-failed"  # the number of requests in the failed step, and the worker's address
 
 
 class IsthmusError(Exception):
@@ -26,6 +34,10 @@ class IsthmusError(Exception):
 
     retry_after_s: float | None = None  # where the same request may succeed, after so long
     private: str = ""  # what the server's log shall say besides, and no client hear: paths, addresses of databases
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Trailing metadata of its status; there is at least what shows that a server of ours made it."""
+        return ((ERROR_KEY, type(self).__name__),)
 
 
 class InvalidRequest(IsthmusError):
@@ -60,6 +72,28 @@ class Unavailable(IsthmusError):
     """The one who should answer cannot."""
 
 
+class EngineFailed(Unavailable):
+    """An engine failed in a step in which it computed this request.
+
+    `participants` requests were in that step; `at` is the address of the worker where the one who tells it is another.
+    """
+
+    def __init__(self, text: str, participants: int, at: str = "") -> None:
+        super().__init__(text)
+        self.participants, self.at = participants, at
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (*super().metadata(), (ENGINE_FAILED_KEY, f"{self.participants} {self.at}".strip()))
+
+
+class Lost(Unavailable):
+    """The other side is gone and has not said why: its process may have died of this very request."""
+
+
+class Blamed(IsthmusError):
+    """Engines died of this request."""
+
+
 class Corrupt(IsthmusError):
     """Received pages do not match what was asked for, or were damaged on the way."""
 
@@ -77,6 +111,7 @@ STATUS_OF: dict[type[IsthmusError], grpc.StatusCode] = {
     Incompatible: grpc.StatusCode.FAILED_PRECONDITION,  # after IllegalState: what a worker's status is read as
     Exhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
+    Blamed: grpc.StatusCode.INTERNAL,
     Corrupt: grpc.StatusCode.DATA_LOSS,
     Expired: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
@@ -98,3 +133,12 @@ def without_paths(text: str) -> str:
 
 
 _PATH = re.compile(r"(?<![\w.:/-])(?:/[^\s/'\":,;()]+){2,}/?")
+
+
+def why_lost(text: str, trailing: Iterable[tuple[str, Any]] | None) -> Unavailable:
+    """The error for a call that ended as UNAVAILABLE, by the metadata that came with its status."""
+    told = {key: str(value) for key, value in trailing or ()}
+    if ENGINE_FAILED_KEY in told:
+        participants, _, at = told[ENGINE_FAILED_KEY].partition(" ")
+        return EngineFailed(text, int(participants) if participants.isdecimal() else 1, at)
+    return Unavailable(text) if told.get(ERROR_KEY, Lost.__name__) != Lost.__name__ else Lost(text)

@@ -158,7 +158,8 @@ async def _abort(error: Exception, method: str, context: grpc.aio.ServicerContex
     if isinstance(error, IsthmusError):
         if error.private:
             log.warning("refused %s", method, extra={"fields": {"why": str(error), "private": error.private}})
-        await context.abort(status_of(error), cut(str(error)))
+        metadata = (*(context.trailing_metadata() or ()), *error.metadata())
+        await context.abort(status_of(error), cut(str(error)), metadata)
     await context.abort(grpc.StatusCode.UNKNOWN, note_bug(method, error))
 
 

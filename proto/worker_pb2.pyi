@@ -490,6 +490,7 @@ class WorkerReport(_message.Message):
     UPTIME_MS_FIELD_NUMBER: _builtins.int
     PREFILL_RATE_FIELD_NUMBER: _builtins.int
     STEP_RATE_FIELD_NUMBER: _builtins.int
+    STEP_MS_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     ADVERTISE_FIELD_NUMBER: _builtins.int
     FLIP_FAILURE_FIELD_NUMBER: _builtins.int
@@ -516,6 +517,8 @@ class WorkerReport(_message.Message):
     dtype: _builtins.str
     threads: _builtins.int
     uptime_ms: _builtins.int
+    step_ms: _builtins.int
+    """so long is the engine's step in work already; 0: none is"""
     instance: _builtins.str
     """drawn at each start and each flip of the worker"""
     advertise: _builtins.str
@@ -576,6 +579,7 @@ class WorkerReport(_message.Message):
         uptime_ms: _builtins.int = ...,
         prefill_rate: Global___PrefillRate | None = ...,
         step_rate: Global___StepRate | None = ...,
+        step_ms: _builtins.int = ...,
         instance: _builtins.str = ...,
         advertise: _builtins.str = ...,
         flip_failure: _builtins.str = ...,
@@ -584,7 +588,7 @@ class WorkerReport(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pages", b"pages", "prefill_rate", b"prefill_rate", "step_rate", b"step_rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "advertise", b"advertise", "codecs", b"codecs", "counters", b"counters", "default_codec", b"default_codec", "device", b"device", "dtype", b"dtype", "flip_failure", b"flip_failure", "health", b"health", "host_buffer_bytes", b"host_buffer_bytes", "instance", b"instance", "link_bytes_per_ms", b"link_bytes_per_ms", "memory", b"memory", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "prefill_rate", b"prefill_rate", "protocol_version", b"protocol_version", "reason", b"reason", "role", b"role", "running_requests", b"running_requests", "step_rate", b"step_rate", "threads", b"threads", "uptime_ms", b"uptime_ms", "version", b"version", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "advertise", b"advertise", "codecs", b"codecs", "counters", b"counters", "default_codec", b"default_codec", "device", b"device", "dtype", b"dtype", "flip_failure", b"flip_failure", "health", b"health", "host_buffer_bytes", b"host_buffer_bytes", "instance", b"instance", "link_bytes_per_ms", b"link_bytes_per_ms", "memory", b"memory", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "prefill_rate", b"prefill_rate", "protocol_version", b"protocol_version", "reason", b"reason", "role", b"role", "running_requests", b"running_requests", "step_ms", b"step_ms", "step_rate", b"step_rate", "threads", b"threads", "uptime_ms", b"uptime_ms", "version", b"version", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -63,6 +63,7 @@ class ScriptedGenerator:
         *,
         emitted: Sequence[int],
         time_left: Callable[[], float | None],
+        suspicion: Any,
     ) -> None:
         prompt = request.call_id
         self.asked.append((prompt, len(emitted)))

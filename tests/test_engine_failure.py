@@ -1,7 +1,9 @@
 """An engine that fails tells everybody who asks, and its worker is red: nothing hangs."""
 
 import asyncio
+import contextlib
 import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -11,7 +13,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from harness import Pair, worker_pair
 from models import model_path
 
+from isthmus.cluster.client import Client, build_request
+from isthmus.cluster.gateway import Gateway
+from isthmus.cluster.gateway_config import GatewayConfig
+from isthmus.cluster.served import load_served_model
+from isthmus.decode.config import DecodeConfig
+from isthmus.decode.runner import DecodeRunner
+from isthmus.decode.worker import DecodeWorker
+from isthmus.model import stamps
 from isthmus.model.engine import EngineThread
+from isthmus.prefill.config import PrefillConfig
+from isthmus.prefill.runner import PrefillRunner
+from isthmus.prefill.worker import PrefillWorker
+from isthmus.proto.errors import ENGINE_FAILED_KEY, ERROR_KEY
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import WorkerHealth
@@ -65,3 +79,207 @@ def test_the_thread_still_runs_what_is_posted_after_a_failure() -> None:
     assert both.wait(5)
     thread.stop()
     assert seen == ["first", "broken"]
+
+
+POISON = 7  # the first token of prompts that engines die of
+MODEL = "tiny-llama"
+
+
+def is_poison(work: Sequence[Any]) -> bool:
+    """Whether a step of either role computes such a prompt."""
+    prompts = [part[0].token_ids if isinstance(part, tuple) else part.sequence.prompt for part in work]
+    return any(prompt[0] == POISON for prompt in prompts)
+
+
+async def told(pair: Pair, prompt: list[int]) -> tuple[grpc.StatusCode, dict[str, str]]:
+    """How a request ended that failed: code and trailing metadata."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await pair.generate(prompt, GREEDY)
+    return caught.value.code(), {key: str(value) for key, value in caught.value.trailing_metadata() or ()}
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_who_was_in_the_step_is_told_so_and_nobody_else(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with worker_pair(model_path(MODEL), decode={"max_batch": 1}) as pair:
+        runner = getattr(pair, role)._engine._runner
+        run = runner.run
+
+        def dies(work: Sequence[Any]) -> Any:
+            if is_poison(work):
+                raise RuntimeError("device lost")
+            return run(work)
+
+        monkeypatch.setattr(runner, "run", dies)
+        first = asyncio.create_task(told(pair, [POISON, 2, 3]))
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(told(pair, [1, 2, 3]))  # for the only place of the batch
+        code, metadata = await first
+        assert code is grpc.StatusCode.UNAVAILABLE
+        at = f" {pair.prefill.address}" if role == "prefill" else ""
+        assert metadata[ENGINE_FAILED_KEY] == f"1{at}"
+        code, metadata = await waiting
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert (metadata.get(ENGINE_FAILED_KEY), metadata[ERROR_KEY]) == (None, "Unavailable")
+
+
+@contextlib.asynccontextmanager
+async def cluster(workers: int = 3, **gateway: Any) -> AsyncIterator[tuple[Client, list[Any]]]:
+    """A gateway and so many workers of each role, all in this process."""
+    path = model_path(MODEL)
+    own: dict[str, Any] = {"model": path, "dtype": "fp32"}
+    running: list[Any] = []
+    for number in range(workers):
+        running.append(PrefillWorker(PrefillConfig(**own, name=f"prefill-{number}")))
+        running.append(DecodeWorker(DecodeConfig(**own, name=f"decode-{number}")))
+    for worker in running:
+        await worker.start()
+    config = GatewayConfig(**{"preflight": False, **gateway})
+    door = Gateway("127.0.0.1:0", load_served_model(path), [worker.address for worker in running], config)
+    await door.start()
+    try:
+        async with asyncio.timeout(20):
+            while len(door.fleet.snapshot().prefill) + len(door.fleet.snapshot().decode) < len(running):
+                await door.fleet.change.wait()
+        async with Client(door.address) as client:
+            yield client, running
+    finally:
+        await door.stop()
+        for worker in running:
+            await worker.stop()
+
+
+def asked(number: int, first: int = 20) -> Any:
+    sampling = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
+    request = build_request(token_ids=[first, *range(number, number + 90)], sampling=sampling, codec="raw")
+    request.request_id = f"request-{number}"
+    return request
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode", "local prompt"])
+async def test_a_poisonous_request_costs_two_engines_and_nobody_else(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = PrefillRunner if where == "prefill" else DecodeRunner
+    run = runner.run
+
+    def dies(self: Any, work: Sequence[Any]) -> Any:
+        if is_poison(work):
+            raise RuntimeError("device lost")
+        return run(self, work)
+
+    async with cluster(local_prefill="always" if where == "local prompt" else "never") as (client, workers):
+        calm = [(await client.answer(asked(number))).token_ids for number in range(8)]
+        monkeypatch.setattr(runner, "run", dies)
+        others = [asyncio.create_task(client.answer(asked(number), timeout_s=60)) for number in range(4)]
+        poison = asyncio.create_task(client.answer(asked(100, POISON), timeout_s=60))
+        others += [asyncio.create_task(client.answer(asked(number), timeout_s=60)) for number in range(4, 8)]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await poison
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert "request-100 is not tried again" in (caught.value.details() or "")
+        assert [answer.token_ids for answer in await asyncio.gather(*others)] == calm
+        assert sum(worker._engine.failure is not None for worker in workers) == 2
+        blamed = [record for record in caplog.records if record.message == "a request is blamed"]
+        assert [record.__dict__["fields"]["request_id"] for record in blamed] == ["request-100"]
+
+
+@pytest.fixture
+def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """What a blocked step waits for, until the test ends; engines take it for stuck soon."""
+    monkeypatch.setattr(stamps, "MEASURED", 0)
+    monkeypatch.setattr(stamps, "STUCK_S", 2.0)
+    released = threading.Event()
+    yield released
+    released.set()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_stuck_engine_is_out_and_its_requests_go_on(
+    role: str, release: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = PrefillRunner if role == "prefill" else DecodeRunner
+    run, stuck = runner.run, list[Any]()
+
+    def hangs(self: Any, work: Sequence[Any]) -> Any:
+        if not stuck and is_poison(work):
+            stuck.append(self)
+            release.wait()
+        return run(self, work)
+
+    async with cluster(2, local_prefill="never") as (client, workers):
+        requests = [asked(0, POISON), asked(1)]
+        calm = [(await client.answer(request)).token_ids for request in requests]
+        monkeypatch.setattr(runner, "run", hangs)
+        ended = {worker.server.name: asyncio.Event() for worker in workers}
+        for worker in workers:
+            worker.server.end_process = ended[worker.server.name].set
+        answers = await asyncio.gather(*(client.answer(request, timeout_s=60) for request in requests))
+        assert [answer.token_ids for answer in answers] == calm
+        (failed,) = (worker for worker in workers if worker._engine.failure)
+        assert failed._engine._runner is stuck[0]
+        assert "stuck in a step" in failed.server.report().reason
+        await asyncio.wait_for(ended[failed.server.name].wait(), 5)
+        release.set()
+
+
+async def test_a_prefill_step_without_memory_is_made_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[*range(1, 100)], [*range(2, 140)]]
+    async with worker_pair(model_path(MODEL)) as pair:
+        engine = pair.prefill._engine
+        runner, seen, gate = engine._runner, list[int](), threading.Event()
+        send, run = runner._send_layer, runner.run
+
+        def full(job: Any, layer: int, due: Any) -> None:
+            send(job, layer, due)
+            if layer == 1 and seen[-1] > 1:  # after frames of two layers have left
+                raise MemoryError
+
+        def counted(work: Sequence[Any]) -> Any:
+            seen.append(len(work))
+            return run(work)
+
+        def hold() -> None:
+            gate.wait()
+
+        monkeypatch.setattr(runner, "_send_layer", full)
+        monkeypatch.setattr(runner, "run", counted)
+        engine.thread.post(hold)
+        tasks = [asyncio.create_task(pair.generate(prompt, GREEDY)) for prompt in prompts]
+        async with asyncio.timeout(20):
+            while len(engine.thread._inbox) < 2:
+                await asyncio.sleep(0.01)
+        gate.set()
+        answers = [answer.token_ids for answer in await asyncio.gather(*tasks)]
+        assert seen[:3] == [2, 1, 1]
+        assert pair.decode._counters["transfers_failed"] == 0
+        assert engine.counters["out_of_memory"] == 1
+    async with worker_pair(model_path(MODEL)) as pair:
+        assert [(await pair.generate(prompt, GREEDY)).token_ids for prompt in prompts] == answers
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")],
+)
+async def test_a_decode_step_without_memory_ends_one_request_at_most(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[1, 2, 3, 4], [5, 6, 8], [POISON, 9]]
+    async with worker_pair(model_path(MODEL)) as pair:
+        calm = [(await pair.generate(prompt, GREEDY)).token_ids for prompt in prompts]
+        runner = pair.decode._engine._runner
+        run = runner.run
+
+        def small(work: Sequence[Any]) -> Any:
+            if len(work) > 1 or is_poison(work):
+                run(work)  # what such a step has written is written again
+                raise error
+            return run(work)
+
+        monkeypatch.setattr(runner, "run", small)
+        asking = [asyncio.create_task(pair.generate(prompt, GREEDY)) for prompt in prompts]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asking[2]
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert [(await answer).token_ids for answer in asking[:2]] == calm[:2]
+        assert not pair.decode._engine.failure

@@ -12,6 +12,7 @@ from ...proto.generation_pb2 import GenerateEvent, GenerateRequest
 from ...proto.jobs_pb2 import JobError, JobOutput, JobResult
 from ...proto.serving import note_bug
 from ..request import Admitted
+from ..suspicion import Suspicion
 from .recorder import Recorder
 from .states import JobState
 
@@ -34,6 +35,7 @@ class Generator(Protocol):
         *,
         emitted: Sequence[int],
         time_left: Callable[[], float | None],
+        suspicion: Suspicion,
     ) -> Any: ...
 
 
@@ -68,15 +70,16 @@ class Answer:
     async def run(self, generator: Generator, time_left: Callable[[], float | None]) -> None:
         """Returns when the end is given to the recorder, or the deadline has passed.
 
-        No worker and no room are no reason to give up before that: the request is tried again, from where it is.
+        No worker and no room are no reason to give up before that: the request is tried again, from where it is. One
+        that engines die of is (`cluster/suspicion.py`).
         """
-        pause_s = FIRST_PAUSE_S
+        pause_s, suspicion = FIRST_PAUSE_S, Suspicion()
         while True:
             had = len(self._result.token_ids)
             try:
                 admitted = await generator.admit(self._request)
                 emitted = list(self._result.token_ids)
-                await generator.run(admitted, self._pass_on, emitted=emitted, time_left=time_left)
+                await generator.run(admitted, self._pass_on, emitted=emitted, time_left=time_left, suspicion=suspicion)
                 return
             except (Unavailable, Exhausted) as error:
                 fields = {"job_id": self._job_id, "item": self._item, "why": str(error)}

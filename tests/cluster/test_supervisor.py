@@ -19,15 +19,13 @@ from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 
 @dataclass
 class FakeWorker:
-    """A worker whose process can be made to die: it comes back at another address."""
+    """A worker whose process can be made to die, once."""
 
     name: str
+    role: Role
     worker: Scripted
-    restarts: int = 1
     drained: bool = False
     ended: bool = False
-    flips: list[Role] = field(default_factory=list)
-    keeps_role: bool = False
     died: asyncio.Event = field(default_factory=asyncio.Event)
     starting: Exception | None = None
     start_task: asyncio.Task[None] | None = None
@@ -46,20 +44,12 @@ class FakeWorker:
     async def die(self) -> None:
         await self.worker.stop()
         self.worker.server = None
-        self.restarts -= 1
-        if self.restarts < 0:
-            self.starting = Unavailable("died for good")
-        died, self.died = self.died, asyncio.Event()
-        died.set()
+        self.starting = Unavailable("died")
+        self.died.set()
 
     async def drain(self, timeout_s: float) -> Drained:
         self.drained = True
         return Drained(finished=2, handed_over=1)
-
-    async def flip(self, role: Role) -> None:
-        self.flips.append(role)
-        if self.keeps_role:
-            raise Incompatible("cannot become another worker: no room")
 
     async def stop(self) -> None:
         self.ended = True
@@ -74,6 +64,7 @@ class FakeLauncher:
 
     workers: list[FakeWorker] = field(default_factory=list)
     failing: str = ""
+    broken: int = 0  # launches that fail
     closed: bool = False
     starts: int = 0
     head_died: asyncio.Event = field(default_factory=asyncio.Event)
@@ -88,7 +79,10 @@ class FakeLauncher:
 
     async def launch(self, role: Role, name: str) -> FakeWorker:
         kind = WORKER_ROLE_PREFILL if role == "prefill" else WORKER_ROLE_DECODE
-        worker = FakeWorker(name, Scripted(report_of(kind, worker_id=name), says("hello")))
+        if self.broken:
+            self.broken -= 1
+            raise Unavailable("no room")
+        worker = FakeWorker(name, role, Scripted(report_of(kind, worker_id=name), says("hello")))
         if name == self.failing:
             worker.starting = NotFound("no such model")
         self.workers.append(worker)
@@ -160,7 +154,6 @@ async def test_without_its_head_the_cluster_goes_on_and_is_built_anew_once_a_wor
         with pytest.raises(Unavailable, match="head is gone"):
             await gateway.operations.scale(2, None, 5)
         assert (launcher.starts, launcher.workers) == (1, first)
-        first[1].restarts = 0
         await first[1].die()
         asked = asyncio.create_task(client.answer(build_request(prompt="x"), timeout_s=30))
         async with asyncio.timeout(20):
@@ -172,17 +165,52 @@ async def test_without_its_head_the_cluster_goes_on_and_is_built_anew_once_a_wor
     await supervisor.stop(0)
 
 
-async def test_a_worker_that_died_for_good_stays_in_the_status(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_worker_that_ends_again_and_again_is_started_after_growing_pauses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor_module, "RESTART_PAUSE_S", 0.02)
     launcher = FakeLauncher()
     supervisor = Supervisor(ClusterConfig(port=0), launcher)
     gateway = await supervisor.start()
-    launcher.workers[1].restarts = 0
-    await launcher.workers[1].die()
+    reasons = set[str]()
+    for ends in range(6):  # more than any fixed number of lives was
+        launched = len(launcher.workers)
+        launcher.broken = int(ends == 3)  # a start that fails counts as an end
+        await launcher.workers[-1 if ends else 1].die()
+        reasons.clear()
+        async with asyncio.timeout(20):
+            while True:
+                now = {status.reason for status in gateway.fleet.statuses() if status.reason}
+                if len(launcher.workers) > launched and not now:
+                    break
+                reasons |= now
+                await asyncio.sleep(0.005)
+        times = "once" if ends == 0 else f"{ends + 1 + (ends >= 3)} times"
+        assert any(f"ended {times}; " in reason for reason in reasons), reasons
+    assert any("ended 7 times; next start in 1 s" in reason for reason in reasons), reasons
+    assert names(supervisor) == ["prefill-0", "decode-0"]
+    await supervisor.stop(0)
+
+
+async def test_a_worker_that_is_being_started_anew_can_be_drained(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = FakeLauncher()
+    supervisor = Supervisor(ClusterConfig(decode=2, port=0), launcher)
+    gateway = await supervisor.start()
+    gate, launch = asyncio.Event(), launcher.launch
+
+    async def slow(role: Role, name: str) -> FakeWorker:
+        gate.set()
+        await asyncio.sleep(0.2)
+        return await launch(role, name)
+
+    monkeypatch.setattr(launcher, "launch", slow)
+    await launcher.workers[2].die()
     async with asyncio.timeout(10):
-        while "a worker is lost" not in caplog.text:
+        await gate.wait()
+        await gateway.operations.drain("decode-1", 1)
+        while not launcher.workers[-1].ended or len(launcher.workers) < 4:
             await asyncio.sleep(0.02)
-    statuses = gateway.fleet.statuses()
-    assert [status.worker_id for status in statuses] == ["prefill-0", "decode-0"]
+    assert names(supervisor) == ["prefill-0", "decode-0"]
     await supervisor.stop(0)
 
 
@@ -244,26 +272,10 @@ async def test_a_flipped_worker_that_died_comes_back_in_its_new_role() -> None:
     supervisor.flipped(decode.worker.address, WORKER_ROLE_PREFILL)
     await decode.die()
     async with asyncio.timeout(10):
-        while not decode.flips:
+        while len(launcher.workers) < 4:
             await asyncio.sleep(0.02)
-    assert decode.flips == ["prefill"]
+    assert (launcher.workers[3].name, launcher.workers[3].role) == ("decode-1", "prefill")
     assert gateway.operations.keeper is supervisor
-    await supervisor.stop(0)
-
-
-async def test_a_flipped_worker_that_died_and_cannot_take_its_role_again_is_kept_in_its_first() -> None:
-    launcher = FakeLauncher()
-    supervisor = Supervisor(ClusterConfig(decode=2, port=0), launcher)
-    gateway = await supervisor.start()
-    decode = launcher.workers[2]
-    supervisor.flipped(decode.worker.address, WORKER_ROLE_PREFILL)
-    before, decode.keeps_role = decode.worker.address, True
-    await decode.die()
-    async with asyncio.timeout(10):
-        while before in [status.address for status in gateway.fleet.statuses()]:
-            await asyncio.sleep(0.02)
-    assert [kept.role for kept in supervisor._kept] == ["prefill", "decode", "decode"]
-    assert names(supervisor) == ["prefill-0", "decode-0", "decode-1"]
     await supervisor.stop(0)
 
 
@@ -285,7 +297,7 @@ def raise_once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
     monkeypatch.setattr(owner, name, raising)
 
 
-@pytest.mark.parametrize("method", ["wait_closed", "flip"])
+@pytest.mark.parametrize("method", ["wait_closed", "stop"])
 async def test_the_follower_of_a_worker_goes_on_after_an_exception(
     monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -296,7 +308,7 @@ async def test_the_follower_of_a_worker_goes_on_after_an_exception(
         gateway = await supervisor.start()
         decode = launcher.workers[1]
         before = decode.worker.address
-        await until(lambda: method == "flip" or gateway.failures)
+        await until(lambda: method == "stop" or gateway.failures)
         await asyncio.sleep(0.2)  # it follows again
         await decode.die()
         await until(lambda: [status.address for status in gateway.fleet.statuses()][1:] not in ([before], []))

@@ -59,7 +59,8 @@ class Side:
     def step(self) -> Tensor:
         """Logits of all requests, in order."""
         work = self._planner.plan(list(self.sequences.values()))
-        self._planner.open_prompts(work)
+        for advance in work:
+            self._planner.open_prompt(advance)
         logits = self.runner.run(work).clone()
         for advance in work:
             sequence = advance.sequence

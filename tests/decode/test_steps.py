@@ -1,5 +1,7 @@
+from dataclasses import dataclass
+
 from isthmus.decode.scheduler import SequenceId
-from isthmus.decode.steps import OPEN_PROMPTS, Backlog, Chunk, plan_step
+from isthmus.decode.steps import OPEN_PROMPTS, Backlog, Chunk, plan_step, take_turns
 from isthmus.proto.priority import BATCH_RANK
 
 A, B, C = SequenceId(1), SequenceId(2), SequenceId(3)
@@ -68,3 +70,26 @@ def test_a_prompt_begins_once_there_is_memory_for_it() -> None:
     assert plan(long, short, budget=999, raw_tokens=260) == [Chunk(B, 0, 200), Chunk(C, 0, 250)]
     pool_alone = backlog(C, 0, 150, 150)
     assert plan(opened, pool_alone, budget=999, raw_tokens=300) == [Chunk(C, 0, 150), Chunk(A, 64, 300)]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A request that may have to be alone."""
+
+    name: str
+    alone: bool = False
+
+
+def test_who_is_alone_shares_no_step_and_takes_turns_with_the_others():
+    a, b, c, d = Named("a"), Named("b", alone=True), Named("c"), Named("d", alone=True)
+    assert take_turns([a, b, c, d], 0) == [[b], [d], [a, c]]
+    assert take_turns([a, b, c, d], 1) == [[d], [a, c], [b]]
+    assert take_turns([a, b, c, d], 5) == [[a, c], [b], [d]]
+    assert take_turns([a, c], 3) == [[a, c]]
+    assert take_turns([], 3) == []
+
+
+def test_prompts_of_requests_in_other_steps_count_as_open():
+    prompt = backlog(A, 0, 64, 64)
+    assert plan_step([prompt], page_tokens=64, budget=64, opened_elsewhere=OPEN_PROMPTS) == []
+    assert plan_step([prompt], page_tokens=64, budget=64, opened_elsewhere=OPEN_PROMPTS - 1) == [Chunk(A, 0, 64)]

@@ -197,3 +197,32 @@ def test_long_prompts_never_delay_a_short_one_by_more_than_the_chunk_in_work(see
         assert [chunk.last for chunk in plan.plan(now_s, RATE, everything) if chunk.job == short] == [True]
         plan.remove(short)
         now_s += 0.5
+
+
+def test_a_prompt_that_is_alone_shares_its_steps_with_nobody():
+    plan = scheduler()
+    plan.add(A, 64, now_s=0)
+    plan.add(B, 100, now_s=0, alone=True)
+    plan.add(C, 128, now_s=0)
+    steps = [plan.plan(0, RATE, everything) for _ in range(4)]
+    assert all(len(step) == 1 for step in steps if any(chunk.job == B for chunk in step))
+    assert {chunk.job for step in steps for chunk in step if chunk.last} == {A, B, C}
+    assert [chunk.job for step in steps for chunk in step].count(B) == 1
+
+
+def test_a_long_prompt_that_is_alone_neither_starves_nor_starves_others():
+    plan = scheduler()
+    plan.add(A, 1000, now_s=0, alone=True)
+    steps, done = 0, set[JobId]()
+    while A not in done:
+        short = JobId(10 + steps)
+        plan.add(short, 64, now_s=steps)
+        step = plan.plan(float(steps), RATE, everything)
+        assert len({chunk.job for chunk in step}) == 1 or all(chunk.job != A for chunk in step)
+        for chunk in step:
+            if chunk.last:
+                plan.remove(chunk.job)
+                done.add(chunk.job)
+        steps += 1
+        assert steps < 40
+    assert len(done) > steps // 2, "others went on meanwhile"

@@ -8,7 +8,7 @@ from served_jobs import answer_to, jobs_server
 
 from isthmus.cluster.jobs.manager import Jobs
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, Priority, SamplingParams
-from isthmus.proto.errors import Exhausted, InvalidRequest, Unavailable
+from isthmus.proto.errors import Blamed, Exhausted, InvalidRequest, IsthmusError, Unavailable
 from isthmus.proto.generation_pb2 import GenerateRequest
 from isthmus.proto.jobs_pb2 import (
     JOB_STATE_FAILED,
@@ -140,18 +140,26 @@ async def test_no_worker_and_no_room_are_waited_for(url: str) -> None:
         assert server.generator.asked == [("one", 0), ("one", 4), ("one", 4), ("one", 4)]
 
 
-async def test_an_error_that_lasts_ends_the_request(url: str) -> None:
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (InvalidRequest("too odd"), grpc.StatusCode.INVALID_ARGUMENT),
+        (Blamed("engines died of it"), grpc.StatusCode.INTERNAL),
+    ],
+)
+async def test_an_error_that_lasts_ends_the_request(url: str, error: IsthmusError, code: grpc.StatusCode) -> None:
     async def before(request: GenerateRequest, position: int) -> None:
-        raise InvalidRequest("too odd")
+        raise error
 
     async with jobs_server(url, before) as server:
         job = await server.stub.SubmitJob(submission("one"))
         ended = await server.ended(job.job_id)
         assert (ended.state, ended.error.code, ended.error.message) == (
             JOB_STATE_FAILED,
-            grpc.StatusCode.INVALID_ARGUMENT.name,
-            "too odd",
+            code.name,
+            str(error),
         )
+        assert len(server.generator.asked) == 1, "it is not tried again"
 
 
 async def test_an_error_with_a_nul_can_be_kept(url: str) -> None:
