@@ -66,12 +66,12 @@ def kept(weights: list[float], s: Sampling, slack: float) -> set[int]:
         kth = descending[min(s.top_k, len(weights)) - 1]
         least, descending = max(least, kth * (1 - slack)), [w for w in descending if w >= kth]
     if s.top_p < 1:
-        wanted, total = s.top_p * sum(descending) * (1 + slack), 0.0
-        for weight in descending:
-            total += weight
+        wanted, total, last = s.top_p * sum(descending) * (1 + slack), 0.0, 0.0
+        for last in descending:
+            total += last
             if total >= wanted:
                 break
-        least = max(least, weight * (1 - slack))
+        least = max(least, last * (1 - slack))
     return {token for token, weight in enumerate(weights) if weight >= min(least, 1.0)}
 
 
