@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 LOOK_S = 0.25  # between two looks at whether a step goes on
-STUCK_S = 7.0  # of a step that should take no time
-TIMES = 10.0  # so many times longer than expected may it take beyond that
+STUCK_S = 6.5  # of a step that should take no time
+TIMES = 6.0  # so many times longer than expected may it take beyond that
 UNMEASURED_S, UNMEASURED_TOKEN_S = 300.0, 1.0  # of the first steps: kernels may have to be compiled for them
 MEASURED = 3  # steps after which what a token takes is known
 STEP_TOKENS = 16  # what a step takes beside its tokens, in tokens
