@@ -54,7 +54,8 @@ class OrderServicer(ReportServicer):
         self.orders: Orders | None = None
 
     async def Drain(self, request: DrainRequest, context: grpc.aio.ServicerContext) -> DrainResponse:
-        return await self._drain_then(self._owner().left, _seconds(request), context)
+        orders, timeout_s = self._owner(), _seconds(request)
+        return await self._drain_then(orders.left, timeout_s, context)
 
     async def Flip(self, request: FlipRequest, context: grpc.aio.ServicerContext) -> DrainResponse:
         orders, timeout_s = self._owner(), _seconds(request)

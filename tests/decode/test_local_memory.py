@@ -6,6 +6,7 @@ import pytest
 from harness import Answer, Pair, worker_pair
 from models import model_path
 
+from isthmus.decode.sequence import Advance
 from isthmus.proto.sampling import Sampling
 
 GREEDY = Sampling(temperature=0, max_tokens=4, ignore_eos=True)
@@ -28,13 +29,13 @@ async def test_local_prompts_take_their_budget_at_most(pool: str) -> None:
     decode = own | {"pool": pool, "pool_tokens": 8192, "prefix_cache": 0, "chunk_tokens": 64, "max_batch": 8}
     async with worker_pair(model_path("tiny-llama"), prefill=own, decode=decode) as pair:
         engine, taken = pair.decode._engine, list[int]()
-        open_prompts = engine._planner.open_prompts
+        open_prompt = engine._planner.open_prompt
 
-        def watched(work: object) -> None:
-            open_prompts(work)  # pyright: ignore[reportArgumentType]
+        def watched(advance: Advance) -> None:
+            open_prompt(advance)
             taken.append(engine.local_bytes)
 
-        engine._planner.open_prompts = watched
+        engine._planner.open_prompt = watched
         prompts = [[(7 * position + length) % 500 for position in range(length)] for length in LENGTHS]
         alone = [(await here(pair, prompt)).token_ids for prompt in prompts]
         one_token = pair.decode._memory.kv.local_token_bytes
