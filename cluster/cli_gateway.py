@@ -57,14 +57,17 @@ FLAGS: dict[str, Any] = {
         float | None, _flag("KV of one request on the wire.", "no bound", min=0, metavar="MIB")
     ],
     "max_request_s": Annotated[float | None, _flag("One request from arrival to end.", "no bound", min=0, metavar="S")],
+    "sign_of_life_s": Annotated[
+        float | None, _flag("Silence after which an answer's stream gets an empty event.", "10", min=0, metavar="S")
+    ],
     "max_prompt_bytes": Annotated[int | None, _flag("UTF-8 of a prompt or chat.", "1048576", min=1, metavar="N")],
     "max_chat_messages": Annotated[int | None, _flag("Messages of a chat.", "4096", min=1, metavar="N")],
-    "parse_special_tokens": Annotated[
+    "parse_special": Annotated[
         bool | None,
         _flag(
-            "A control token that a chat message spells is one, not text.",
-            "no-parse-special-tokens",
-            "--parse-special-tokens/--no-parse-special-tokens",
+            "Control tokens that a chat message spells are that, or text.",
+            "no",
+            "--parse-special",
         ),
     ],
     "preflight": Annotated[

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..decode.config import DecodeConfig
+from ..prefill.config import PrefillConfig
 from .config import CONFIG_OF, Role
 
 if TYPE_CHECKING:
-    from ..model.memory import Budget
+    from ..model.memory import Budget, ModelSize
     from ..proto.worker_pb2 import ClusterStatus, MemoryUse
 
 
@@ -18,8 +20,9 @@ def show_plan(role: Role, settings: Mapping[str, Any]) -> None:
     from ..model.blueprint import blueprint
     from ..model.memory import device_bytes, machine_bytes, require_memory
 
-    size = blueprint(settings["model"], dtype=settings["dtype"], device=settings["device"])
-    budgets = _budgets(role, settings, size)
+    config = CONFIG_OF[role](**settings)
+    size = blueprint(config.model, dtype=config.dtype, device=config.device)
+    budgets = _budgets(config, size)
     for line in _plan_lines(budgets):
         print(line)
     if size.device.type != "cpu":
@@ -34,18 +37,13 @@ def memory_lines(cluster: "ClusterStatus") -> list[str]:
     return [line for name, uses in owners if uses for line in (f"{name}:", *map(_use_line, uses))]
 
 
-def _budgets(role: Role, settings: Mapping[str, Any], size: Any) -> "Sequence[Budget]":
-    config = CONFIG_OF[role](**settings)
-    if role == "prefill":
-        from ..prefill.config import PrefillConfig
+def _budgets(config: PrefillConfig | DecodeConfig, size: "ModelSize") -> "Sequence[Budget]":
+    if isinstance(config, PrefillConfig):
         from ..prefill.memory import plan_memory
 
-        assert isinstance(config, PrefillConfig)
         return plan_memory(config, size).budgets
-    from ..decode.config import DecodeConfig
     from ..decode.memory import plan_memory
 
-    assert isinstance(config, DecodeConfig)
     return plan_memory(config, size).budgets
 
 

@@ -29,7 +29,7 @@ class GatewayConfig(BaseModel):
     sign_of_life_s: float = Field(default=10.0, gt=0)  # a silent stream of an answer gets an event without tokens
     max_prompt_bytes: int = Field(default=1 << 20, ge=1)  # UTF-8 of a prompt or chat; more is refused before any work
     max_chat_messages: int = Field(default=4096, ge=1)
-    parse_special_tokens: bool = False  # whether a control token that a chat message spells is one, and not text
+    parse_special: bool = False  # whether a control token that a chat message spells is one, and not text
     preflight: bool = True  # whether a worker must pass a canary request before it gets others (cluster/preflight.py)
     jobs_db: str | None = None  # URL of the database of jobs; none: no jobs
     jobs: JobsSettings = JobsSettings()
@@ -40,7 +40,7 @@ class GatewayConfig(BaseModel):
         return InputLimits(
             max_prompt_bytes=self.max_prompt_bytes,
             max_chat_messages=self.max_chat_messages,
-            parse_special_tokens=self.parse_special_tokens,
+            parse_special=self.parse_special,
         )
 
     @field_validator("tenant_weights")

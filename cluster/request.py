@@ -145,7 +145,7 @@ async def _encode_chat(chat: Chat, model: ServedModel, *, continue_final: bool) 
         _messages(chat, model),
         most_tokens=model.context_length - 1,
         continue_final=continue_final,
-        parse_special=model.limits.parse_special_tokens,
+        parse_special=model.limits.parse_special,
     )
     return await model.line.run(size, encode)
 

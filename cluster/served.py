@@ -42,7 +42,7 @@ class InputLimits:
 
     max_prompt_bytes: int = 1 << 20
     max_chat_messages: int = 4096
-    parse_special_tokens: bool = False
+    parse_special: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

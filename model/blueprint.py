@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM
 
+from ..kernels.fast_paths import compiles_allowed
 from ..kernels.half_gemm import has_half_tiles
 from ..kernels.shapes import LayerShape
 from ..proto.errors import InvalidRequest
@@ -39,13 +40,15 @@ def blueprint(source: str, *, dtype: str = "auto", device: str = "auto") -> Mode
 
 def _weights_on_cpu(net: torch.nn.Module, weights: torch.dtype) -> int:
     """Linear layers lie there twice, as they are and in the layout that is fast, or once in fp16 (`linear.py`)."""
+    itemsize = weights.itemsize if computes_bf16() else 4
+    if not compiles_allowed():
+        return itemsize * _count(net)
     linear = sum(layer.weight.numel() for layer in net.modules() if isinstance(layer, torch.nn.Linear))
     if has_half_tiles() and weights == torch.bfloat16 and not computes_bf16():
         tied = {id(layer.weight) for layer in net.modules() if isinstance(layer, torch.nn.Linear)}
         others = sum(parameter.numel() for parameter in net.parameters() if id(parameter) not in tied)
         embedding = sum(e.weight.numel() for e in net.modules() if isinstance(e, torch.nn.Embedding))
         return 2 * linear + 4 * max(others, embedding)
-    itemsize = weights.itemsize if computes_bf16() else 4
     return itemsize * (_count(net) + linear)
 
 

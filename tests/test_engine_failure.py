@@ -104,15 +104,23 @@ async def test_who_was_in_the_step_is_told_so_and_nobody_else(role: str, monkeyp
         runner = getattr(pair, role)._engine._runner
         run = runner.run
 
+        begun, go = threading.Event(), threading.Event()
+
         def dies(work: Sequence[Any]) -> Any:
             if is_poison(work):
+                begun.set()
+                assert go.wait(60)
                 raise RuntimeError("device lost")
             return run(work)
 
         monkeypatch.setattr(runner, "run", dies)
         first = asyncio.create_task(told(pair, [POISON, 2, 3]))
-        await asyncio.sleep(0)
+        assert await asyncio.to_thread(begun.wait, 60)
         waiting = asyncio.create_task(told(pair, [1, 2, 3]))  # for the only place of the batch
+        async with asyncio.timeout(60):
+            while not pair.decode.server.report().waiting_requests:
+                await asyncio.sleep(0.01)
+        go.set()
         code, metadata = await first
         assert code is grpc.StatusCode.UNAVAILABLE
         at = f" {pair.prefill.address}" if role == "prefill" else ""

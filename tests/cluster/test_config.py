@@ -51,7 +51,9 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, text: str | bytes, messag
 
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
-    assert load_config(written(tmp_path, ""), {}) == ClusterConfig()
+    config = load_config(written(tmp_path, ""), {})
+    assert config == ClusterConfig(cluster_id=config.cluster_id)
+    assert config.cluster_id != ClusterConfig().cluster_id, "drawn for each"
 
 
 def test_worker_settings_from_file_and_flags(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ async def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         server = cluster.gateway.address
         assert await asyncio.to_thread(run, ["explain", "hello", "--server", server]) == 0
         shown = capsys.readouterr().out
-        assert "→" in shown and "policy cost" in shown
+        assert shown.startswith("chosen  decode") and "\nyes " in shown and "policy cost" in shown
         assert await asyncio.to_thread(run, ["explain", "hello", "--json", "--server", server]) == 0
         table = json.loads(capsys.readouterr().out)
         assert [line["prefill"] for line in table["candidates"]] == [cluster.prefill.address, ""]

@@ -100,7 +100,7 @@ async def test_a_template_that_runs_away_holds_up_nobody(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("parsed", "first"), [(False, False), (True, True)])
 async def test_control_tokens_in_messages_are_a_setting(parsed: bool, first: bool) -> None:
-    settings = {"parse_special_tokens": parsed}
+    settings = {"parse_special": parsed}
     async with (
         scripted_cluster(says("ok"), model=smollm2(), **settings) as cluster,
         Client(cluster.gateway.address) as client,

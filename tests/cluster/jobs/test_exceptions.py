@@ -167,9 +167,9 @@ async def test_an_answer_that_cannot_be_resumed_fails(url: str, monkeypatch: pyt
     raises(monkeypatch, JobStore, "outputs", always)
     async with jobs_server(url) as second:
         ended = await second.ended(job.job_id)
-        assert (ended.state, ended.error.message) == (
+        assert (ended.state, ended.error.message.partition(",")[0]) == (
             JOB_STATE_FAILED,
-            "internal error (ValueError); see the gateway's log",
+            "internal error",
         )
 
 
