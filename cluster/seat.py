@@ -96,7 +96,6 @@ class WorkerSeat:
         self._prepared: Worker | None = None  # for the other role, while a flip is under way
         self._tasks = Tasks()
         self._flipping: asyncio.Task[None] | None = None
-        self._changing = asyncio.Lock()
         self._process, self._roles = secrets.token_hex(8), itertools.count(1)
 
     @property
@@ -135,16 +134,16 @@ class WorkerSeat:
         self.emptied.set()
 
     def flip(self, role: WorkerRole.ValueType) -> None:
-        """Was drained for it: begins to change the role. Two such orders at once are one."""
+        """Was drained for it: begins to change the role. Two such orders at once are one: they would build two workers
+        at one address."""
         if self._flipping is None or self._flipping.done():
             about = f"to {ROLE_OF[role]}"
             self._flipping = self._tasks.once("flip", partial(self._flip_logged, ROLE_OF[role]), about=about)
 
     async def _flip_logged(self, role: Role) -> None:
         with contextlib.suppress(Incompatible):  # the log and the report have it
-            async with self._changing:
-                if role != self.role:
-                    await self._flip(role)
+            if role != self.role:
+                await self._flip(role)
 
     async def prepare_flip(self, role: WorkerRole.ValueType) -> bool:
         """Makes the worker of the other role, but for its pool; whether a flip to this role changes anything.
@@ -160,13 +159,6 @@ class WorkerSeat:
             return False
         await self._prepare(wanted)
         return True
-
-    async def take_role(self, role: Role) -> None:
-        """Changes the role at once, whatever runs; Incompatible where it cannot, and goes on in its own."""
-        async with self._changing:  # two orders at a time would build two workers at one address
-            if role != self.role:
-                await self._prepare(role)
-                await self._flip(role)
 
     async def _prepare(self, role: Role) -> None:
         assert self._worker is not None, "not started"

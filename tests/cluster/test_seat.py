@@ -15,7 +15,6 @@ from isthmus.cluster.config import CONFIG_OF, SHARED, ClusterConfig, Role, load_
 from isthmus.cluster.seat import WorkerSeat, settings_of_both
 from isthmus.decode.worker import DecodeWorker
 from isthmus.prefill.worker import PrefillWorker
-from isthmus.proto.errors import Incompatible
 from isthmus.proto.hosting import Drained
 from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import (
@@ -162,8 +161,6 @@ async def test_a_worker_that_cannot_be_built_goes_on_in_its_role(role: Role, mon
                 await asyncio.sleep(0.02)
         assert (report.flip_failure, report.address, report.worker_id) == ("no room for the pool", address, "mine")
         assert seat.role == role
-        with pytest.raises(Incompatible, match=r"cannot become a .* worker: no room for the pool"):
-            await seat.take_role(OTHER[role])
         assert seat.address == address
 
 
