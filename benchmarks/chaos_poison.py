@@ -21,6 +21,7 @@ POISON, HANG_PREFILL, HANG_DECODE = 0, 1, 2  # first tokens of prompts, which `m
 HANGS = {"prefill": HANG_PREFILL, "decode": HANG_DECODE}
 SHORT = 16  # tokens of the prompts whose step is blocked
 LOOK_S = 0.05
+GIVE_UP_S = 300.0
 
 
 def install(folder: Path) -> None:
@@ -102,9 +103,12 @@ async def hang(
     for role in HANGS:
         (folder / f"hang-{role}").touch()
         looking = asyncio.create_task(_detected_s(cluster, folder / f"blocked-{role}"))
-        roughs += await answer_all(cluster.gateway.address, requests, at_once=at_once)
-        calms += calm
-        detected[role] = round(await looking, 2)
+        try:
+            roughs += await answer_all(cluster.gateway.address, requests, at_once=at_once)
+            calms += calm
+            detected[role] = round(await looking, 2)
+        finally:
+            looking.cancel()
         await cluster.wait_ready()
     return {
         "requests": len(roughs),
@@ -118,11 +122,15 @@ async def hang(
 
 
 async def _detected_s(cluster: ChaosCluster, blocked: Path) -> float:
-    """Seconds from the moment at which a step was blocked until the gateway uses its worker no more."""
-    while not blocked.exists() or not blocked.read_text():
-        await asyncio.sleep(LOOK_S)
-    while len(await cluster.ready()) == len(cluster.workers):
-        await asyncio.sleep(LOOK_S)
+    """Seconds from the moment at which a step was blocked until the gateway uses its worker no more.
+
+    TimeoutError where no step came to be blocked, or nobody noticed.
+    """
+    async with asyncio.timeout(GIVE_UP_S):
+        while not blocked.exists() or not blocked.read_text():
+            await asyncio.sleep(LOOK_S)
+        while len(await cluster.ready()) == len(cluster.workers):
+            await asyncio.sleep(LOOK_S)
     return time.time() - float(blocked.read_text())
 
 

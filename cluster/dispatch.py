@@ -56,6 +56,8 @@ LOST = (Unavailable, Exhausted, Corrupt, Incompatible)  # another decode worker 
 AFFINITY_TOKENS = 64  # prompts that share so many first tokens go to the same workers when loads are equal
 LOOK_AGAIN_S = 0.25  # while nothing can be placed and no worker's health changes
 
+NO_CONNECTION = "failed to connect to all addresses"  # in gRPC's words
+
 PassOn = Callable[[GenerateEvent], Awaitable[None]]
 TimeLeft = Callable[[], float | None]  # seconds to the request's deadline, None without one
 
@@ -216,7 +218,7 @@ class Dispatcher:
 
     def _note_failure(self, session: Session, worker: str, error: IsthmusError, failures: Failures) -> None:
         if isinstance(error, EngineFailed) and error.at:
-            worker = error.at  # the prefill worker's engine, and not that of the one who says it
+            worker = self._fleet.known_as(error.at)  # the prefill worker's engine, and not that of the one who says it
         failures.add(worker, error, time.monotonic(), self._fleet.incarnation(worker))
         if not isinstance(error, Exhausted):
             self._fleet.failed(worker)
@@ -337,6 +339,8 @@ def _translated(error: grpc.aio.AioRpcError, worker: str) -> Exception:
         return InvalidRequest("the request has metadata that cannot be passed on")  # no worker has seen it
     # gRPC's own names for a stream or connection that broke; a bug in the worker says that it is one.
     broken = code is grpc.StatusCode.INTERNAL or (code is grpc.StatusCode.UNKNOWN and not details.startswith(BUG))
+    if details.startswith(NO_CONNECTION):
+        return Unavailable(f"decode worker {worker}: {details}")  # it has not seen the request, and did not die of it
     if code is grpc.StatusCode.UNAVAILABLE or broken:
         return why_lost(f"decode worker {worker}: {details}", error.trailing_metadata())
     known = ERROR_OF.get(code)

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -158,11 +157,11 @@ class Gateway:
         model: ServedModel,
         workers: Iterable[str] = (),
         config: GatewayConfig = DEFAULTS,
-        failures: "Counter[str] | None" = None,
+        owner: Tasks | None = None,
         *,
         cluster_id: str = "",
     ) -> None:
-        """`failures`: where exceptions of background tasks are counted, those of the gateway's owner among them.
+        """`owner`: background tasks of whoever runs the gateway, which are counted and looked at as its own.
 
         `cluster_id`: what `isthmus status` shows; "" where the workers are a given list.
         """
@@ -173,7 +172,8 @@ class Gateway:
         self._config = config
         self._server: Server | None = None
         self._jobs: Jobs | None = None
-        self.failures = Counter[str]() if failures is None else failures
+        self._owner = owner or Tasks()
+        self.failures = self._owner.failures
         self._tasks = Tasks(self.failures)
         self.ready = asyncio.Event()
 
@@ -272,7 +272,7 @@ class Gateway:
 
     def _failing(self) -> list[str]:
         """Background tasks that fail again and again, and without which no request is served as it should be."""
-        return [*self.fleet.tasks.failing, *self._tasks.failing]
+        return [*self.fleet.tasks.failing, *self._tasks.failing, *self._owner.failing]
 
     def _jobs_failing(self) -> list[str]:
         return self._jobs.failing if self._jobs is not None else []

@@ -5,6 +5,7 @@ whoever started the workers (the supervisor) can start more, and knows that one 
 """
 
 import asyncio
+import contextlib
 from typing import Protocol
 
 import grpc.aio
@@ -86,19 +87,28 @@ class Operations:
         same = [other for other in self._fleet.statuses() if other.role == status.role]
         if len(same) == 1:
             raise Incompatible(f"{status.worker_id} is the only worker of its role; start another one first")
-        stub = WorkerStub(self._channel(status.address))
+        flipping = asyncio.create_task(self._flip(status, role, timeout_s), name=f"flip {status.worker_id}")
+        flipping.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait for it any more
+        return await asyncio.shield(flipping)  # the worker goes on too where the caller goes away
+
+    async def _flip(self, status: WorkerReport, role: WorkerRole.ValueType, timeout_s: float) -> WorkerReport:
+        stub, address = WorkerStub(self._channel(status.address)), status.address
+        self._note_role(address, role)
         try:
             await stub.Flip(FlipRequest(role=role, timeout_s=timeout_s), timeout=timeout_s + _ANSWER_S)
-        except grpc.aio.AioRpcError as error:
-            raise _as_ours(status.address, error) from None
-        if self.keeper is not None:
-            self.keeper.flipped(status.address, role)
-        try:
             return await self._ready(status, role)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:  # the order may be carried out still
+                self._note_role(address, status.role)
+            raise _as_ours(address, error) from None
         except Incompatible:
-            if self.keeper is not None:
-                self.keeper.flipped(status.address, status.role)
+            self._note_role(address, status.role)
             raise
+
+    def _note_role(self, address: str, role: WorkerRole.ValueType) -> None:
+        if self.keeper is not None:
+            with contextlib.suppress(NotFound):  # it was drained, or started anew elsewhere
+                self.keeper.flipped(address, role)
 
     async def scale(self, prefill: int | None, decode: int | None, timeout_s: float = DRAIN_S) -> ScaleResponse:
         """Changes the number of workers; Incompatible where they are a given list."""

@@ -243,7 +243,7 @@ class Preflight:
             failed = _Failed(f"{how}: {error.code().name}: {' '.join((error.details() or '').split())}")
             why = why_lost("", error.trailing_metadata())
             if isinstance(why, EngineFailed):
-                failed.by = why.at or decode.address
+                failed.by = self._fleet.known_as(why.at) if why.at else decode.address
             raise failed from None
         finally:
             call.cancel()

@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -92,8 +91,7 @@ class Supervisor:
         self._kept: list[_Kept] = []
         self._headless = False  # the launcher is lost
         self._died = asyncio.Event()  # a worker, since then
-        self._failures = Counter[str]()  # of background tasks, the gateway's too
-        self._tasks = Tasks(self._failures)
+        self._tasks = Tasks()
         self.gateway: Gateway | None = None
 
     async def start(self) -> Gateway:
@@ -117,6 +115,7 @@ class Supervisor:
     async def stop(self, drain_s: float) -> None:
         """Drains for at most `drain_s`, then ends everything."""
         await self._tasks.stop()
+        await self._starts_ended()
         if self.gateway is not None:
             await self.gateway.drain(drain_s)
             await self.gateway.stop()
@@ -130,7 +129,7 @@ class Supervisor:
             model: ServedModel = await asyncio.to_thread(load_served_model, self._config.model)
             config = self._config
             self.gateway = Gateway(
-                config.listen, model, config=config.gateway, failures=self._failures, cluster_id=config.cluster_id
+                config.listen, model, config=config.gateway, owner=self._tasks, cluster_id=config.cluster_id
             )
             await self.gateway.start()
             return self.gateway
@@ -266,6 +265,11 @@ class Supervisor:
                 log.error("a worker could not be started anew", extra={"fields": fields})
         return None
 
+    async def _starts_ended(self) -> None:
+        """Waits for workers that are being started anew: what comes next would not know of them."""
+        if starting := [kept.starting for kept in self._kept if kept.starting is not None and not kept.starting.done()]:
+            await asyncio.wait(starting, timeout=GONE_S)
+
     async def _start_anew(self, kept: _Kept) -> None:
         with contextlib.suppress(IsthmusError, OSError, TimeoutError):
             async with asyncio.timeout(GONE_S):
@@ -303,6 +307,7 @@ class Supervisor:
         await asyncio.gather(*drains, return_exceptions=True)
         for kept in self._kept:
             await fleet.remove(kept.address)
+        await self._starts_ended()
         self._kept.clear()
         try:
             await self._launcher.close()

@@ -106,6 +106,10 @@ class Fleet:
         workers = [(address, self._workers.get(address)) for address in addresses]
         return [address if worker is None else worker.peer_address for address, worker in workers]
 
+    def known_as(self, peer_address: str) -> str:
+        """The address here of a worker that others dial at `peer_address`."""
+        return self._known_as.get(peer_address, peer_address)
+
     def incarnation(self, address: str) -> int:
         """A number that changes when a worker was away and is back; 0 where it is gone or was never reached."""
         worker = self._workers.get(address)

@@ -165,8 +165,11 @@ class DecodeEngine:
             assert not self._store.in_use and not self.admission.saved_bytes, "pages are in use with no request"
 
     def _step(self) -> bool:
-        for sequence in self.admission.admit():
-            self._loop.call_soon_threadsafe(sequence.stream.admit)
+        if queue := self._scheduler.queue():
+            with self.thread.computing(sum(self._sequences[id].length for id in queue), measured=False):
+                admitted = self.admission.admit()
+            for sequence in admitted:
+                self._loop.call_soon_threadsafe(sequence.stream.admit)
         took_in = self._take_in(self._decode_bytes if self._scheduler.count(State.RUNNING) else IDLE_DECODE_BYTES)
         sequences = [self._sequences[id] for id in self._scheduler.batch()]
         awaited = [self._sequences[id] for id in self._scheduler.receiving()]

@@ -58,9 +58,12 @@ class EngineThread:
             self._thread.join(timeout_s)
 
     @contextlib.contextmanager
-    def computing(self, tokens: int) -> Iterator[None]:
-        """Around what computes so many tokens, in the engine thread: it may take the longer, the more they are."""
-        outer = self.stamps.begin(time.monotonic(), tokens)
+    def computing(self, tokens: int, *, measured: bool = True) -> Iterator[None]:
+        """Around what computes so many tokens, in the engine thread: it may take the longer, the more they are.
+
+        `measured=False`: it moves or decodes their KV, and says nothing of what a token takes to compute.
+        """
+        outer = self.stamps.begin(time.monotonic(), tokens, measured=measured)
         try:
             yield
         finally:

@@ -33,12 +33,9 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Mod
     NotFound or Unavailable where there is no such model, InvalidRequest where it is there and cannot be served.
     """
     place = _device(device)
-    try:
-        number = _dtype(dtype, place)
-    except WrongSetting as error:
-        raise InvalidRequest(str(error)) from None
+    number = _dtype(dtype, place)
     about = describe_model(source)
-    refuse_hopeless(about.path, place)
+    refuse_hopeless(about.path, place, number)
     with _loading, lean():
         with phase("load"):
             net = _load_net(about.path, number, place)
@@ -150,7 +147,10 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     """Of the weights. With ISTHMUS_COMPILED=never, auto is what nearly every machine takes without it: bf16."""
-    plain = not compiles_allowed()  # asked first: it raises for a wrong setting
+    try:
+        plain = not compiles_allowed()
+    except WrongSetting as error:
+        raise InvalidRequest(str(error)) from None
     if name == "auto":
         fast = device.type == "cuda" or plain or computes_bf16() or has_half_tiles()
         return torch.bfloat16 if fast else torch.float32

@@ -4,7 +4,9 @@ Budgets are known before anything is allocated; on a CPU the system commits memo
 the budgets are what it can come to.
 """
 
+import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,10 +137,19 @@ def excess(budgets: Sequence[Budget], device: torch.device) -> str:
     return on_device or on_host
 
 
-def refuse_hopeless(folder: Path, device: torch.device) -> None:
-    """InvalidRequest where the weights in a folder alone are more than the device holds: known before they are read."""
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    require_memory([Budget(name="weights", nbytes=weights)], device)
+def refuse_hopeless(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """InvalidRequest where the weights in a folder alone are more than the device holds: known before they are read.
+
+    Files may hold them in a wider dtype than the one that they are loaded in, twice as wide at most; a folder may have
+    them twice, under other names (`consolidated.safetensors`): what transformers reads is counted.
+    """
+    index = folder / "model.safetensors.index.json"
+    files = {file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated")}
+    with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):  # who loads it says so
+        files &= {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+    weights = sum(file.stat().st_size for file in files)
+    narrowed = weights if dtype == torch.float32 else weights // 2
+    require_memory([Budget(name="weights", nbytes=narrowed)], device)
 
 
 def gib(count: int) -> str:

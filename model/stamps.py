@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 LOOK_S = 0.25  # between two looks at whether a step goes on
-STUCK_S = 6.5  # of a step that should take no time
-TIMES = 6.0  # so many times longer than expected may it take beyond that
+STUCK_S = 5.0  # of a step that should take no time
+TIMES = 5.0  # so many times longer than expected may it take beyond that
 UNMEASURED_S, UNMEASURED_TOKEN_S = 300.0, 1.0  # of the first steps: kernels may have to be compiled for them
 MEASURED = 3  # steps after which what a token takes is known
 STEP_TOKENS = 16  # what a step takes beside its tokens, in tokens
@@ -17,6 +17,7 @@ class Stamp:
 
     began_s: float
     tokens: int  # that it computes; 0: it computes none
+    measured: bool = True  # whether the time it takes tells what a token takes
 
 
 class Stamps:
@@ -33,20 +34,21 @@ class Stamps:
         self._seen: Stamp | None = None
         self._looks = 0
 
-    def begin(self, now_s: float, tokens: int) -> Stamp | None:
+    def begin(self, now_s: float, tokens: int, *, measured: bool = True) -> Stamp | None:
         """Work begins; returns what it interrupts, for `end`."""
-        outer, self.current = self.current, Stamp(now_s, tokens)
+        outer, self.current = self.current, Stamp(now_s, tokens, measured)
         return outer
 
     def end(self, now_s: float, outer: Stamp | None) -> None:
-        """Work has ended, well or not; what it interrupted goes on, and has its whole time again."""
+        """Work has ended, well or not; what it interrupted goes on, and has its whole time again, but tells no more
+        what a token takes."""
         done = self.current
-        if done is not None and done.tokens:
+        if done is not None and done.tokens and done.measured:
             token_s = (now_s - done.began_s) / (done.tokens + STEP_TOKENS)
             weight = max(_NEWEST, 1 / (self._measured + 1))
             self._token_s += weight * (token_s - self._token_s)
             self._measured += 1
-        self.current = Stamp(now_s, outer.tokens) if outer is not None else None
+        self.current = Stamp(now_s, outer.tokens, measured=False) if outer is not None else None
 
     def clear(self) -> None:
         """The thread is between two pieces of work."""

@@ -174,7 +174,8 @@ class PrefillEngine:
     def _admit(self, job_id: JobId) -> int | None:
         job = self._jobs[job_id]
         interrupted, self._in_step = self._in_step, [job]
-        cached = self._prefixes.admit(job)
+        with self.thread.computing(len(job.token_ids), measured=False):
+            cached = self._prefixes.admit(job)
         self._in_step = interrupted
         if cached is not None:
             job.started_s = time.monotonic()

@@ -54,7 +54,7 @@ def parse_address(text: str, *, to_dial: bool = False, what: str = "") -> HostPo
     `what` goes before the text in the error.
     """
     host, colon, port = text.rpartition(":")
-    hint = "host:port, an IPv6 host in brackets ([::1]:7001)"
+    hint = "host:port, an IPv6 host in brackets ([::1]:7001), 0.0.0.0 for every interface"
     if not colon or not _PORT.fullmatch(port) or int(port) > 65535 or (to_dial and not int(port)):
         raise InvalidRequest(f"{what}{shown(text)} is not {hint}")
     if host.startswith("[") and host.endswith("]"):

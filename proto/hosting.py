@@ -45,7 +45,7 @@ class WorkerServer:
     def name(self) -> str:
         """The worker's id: the configured name, or one made of role, host and port."""
         role = WorkerRole.Name(self._role).removeprefix("WORKER_ROLE_").lower()
-        return self._name or f"{role}-{socket.gethostname()}-{parse_address(self.address).port}"
+        return self._name or f"{role}-{socket.gethostname()}-{parse_address(self.address or self._listen).port}"
 
     @property
     def orders(self) -> Orders | None:
@@ -69,6 +69,7 @@ class WorkerServer:
     ) -> None:
         """Starts serving; OSError where the address cannot be bound. `fill_report` completes each report."""
         self._fill = fill_report
+        others = await asyncio.to_thread(address_for_others, parse_address(self._listen))
         worker_service = worker_pb2.DESCRIPTOR.services_by_name["Worker"]
         self._server = await start_server(
             self._listen,
@@ -77,7 +78,7 @@ class WorkerServer:
                 worker_service: lambda server: add_WorkerServicer_to_server(self._reports, server),
             },
         )
-        self.address = self._advertise or str(await asyncio.to_thread(address_for_others, parse_address(self.bound)))
+        self.address = self._advertise or str(others._replace(port=self._server.port))
         await self._server.set_serving(True)
 
     @contextmanager

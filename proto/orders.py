@@ -70,7 +70,7 @@ class OrderServicer(ReportServicer):
         try:
             drained = await asyncio.shield(draining)
         except asyncio.CancelledError:
-            draining.add_done_callback(lambda _: follow())
+            draining.add_done_callback(lambda done: None if done.cancelled() or done.exception() else follow())
             raise
         _after(context, follow)
         return DrainResponse(finished=drained.finished, handed_over=drained.handed_over)

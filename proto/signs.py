@@ -16,8 +16,14 @@ T = TypeVar("T")
 async def kept_alive(
     write: Callable[[T], Awaitable[None]], sign: Callable[[], T], every_s: float
 ) -> AsyncIterator[Callable[[T], Awaitable[None]]]:
-    """What to write with instead of `write`: where nothing is written for `every_s`, `sign` makes what is."""
+    """What to write with instead of `write`: where nothing is written for `every_s`, `sign` makes what is.
+
+    Ends the block with the IsthmusError of a sign that could not be written.
+    """
     tasks, one_at_once, last_s = Tasks(), asyncio.Lock(), time.monotonic()
+    stalled: list[IsthmusError] = []
+    handler = asyncio.current_task()
+    assert handler is not None
 
     async def pass_on(message: T) -> None:
         nonlocal last_s
@@ -31,11 +37,23 @@ async def kept_alive(
             if left_s > 0:
                 await asyncio.sleep(left_s)
             else:
-                with contextlib.suppress(IsthmusError):  # nobody reads: what writes next is told
-                    await pass_on(sign())
+                message = sign()
+                try:
+                    await pass_on(message)
+                except IsthmusError as error:  # nobody reads
+                    stalled.append(error)
+                    handler.cancel()
+                    return
+                except Exception:  # the client is gone: gRPC ends the handler
+                    return
 
     tasks.once("signs of life", signs)
     try:
         yield pass_on
+    except asyncio.CancelledError:
+        if not stalled:
+            raise
+        handler.uncancel()
+        raise stalled[0] from None
     finally:
         await tasks.stop()

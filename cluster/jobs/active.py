@@ -23,6 +23,7 @@ class ActiveJob:
         self.pending: deque[Mapping[Any, Any]] = deque(claimed.requests or ())
         self.all_loaded = claimed.requests is not None
         self.last_item = -1  # that was read
+        self.bugs = 0  # in reading it
         self.running: dict[int, asyncio.Task[None]] = {}
         self._tenant = claimed.tenant
         self._deadline_us = claimed.deadline_us

@@ -16,6 +16,7 @@ import grpc.aio
 
 from ...proto.errors import InvalidRequest
 from ...proto.jobs_pb2 import Job, JobResult, SubmitJobRequest
+from ...proto.serving import BUG
 from .batch_lines import BadLine, Line, read_lines
 from .batch_output import BatchFiles
 from .client import JobsClient
@@ -25,9 +26,9 @@ from .submission import new_submission
 POLL_S = 0.5
 FULL_PAUSE_S = 2.0  # before a submission that found no room is tried again
 PIECE_BYTES = 2 << 20
-# What may be one request's fault: UNKNOWN is a bug of the gateway, which another request need not come upon.
+# What may be one request's fault.
 REFUSED = (
-    *(grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNKNOWN),
+    *(grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND),
     *(grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.OUT_OF_RANGE),
 )
 TOO_LARGE = "larger than max"  # in gRPC's words for a message that is beyond a limit
@@ -216,8 +217,11 @@ class BatchRun:
 
 def _is_refused(error: grpc.aio.AioRpcError) -> bool:
     """Whether it would be refused again, whoever asked and whenever."""
-    too_large = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and TOO_LARGE in (error.details() or "")
-    return too_large or error.code() in REFUSED
+    code, details = error.code(), error.details() or ""
+    too_large = code is grpc.StatusCode.RESOURCE_EXHAUSTED and TOO_LARGE in details
+    # A bug of the gateway, which another request need not come upon; gRPC says UNKNOWN of broken streams too.
+    bug = code is grpc.StatusCode.UNKNOWN and details.startswith(BUG)
+    return too_large or bug or code in REFUSED
 
 
 def check_lines(source: Path, served: str, instead: str) -> int:

@@ -105,22 +105,21 @@ class Recorder:
                 if len(by_job) > 1:
                     return frozenset().union(*await asyncio.gather(*map(self._record, by_job.values())))
                 bugs += 1
-                if bugs >= TRIES and await self._given_up(made[0].job_id, error):
+                if bugs >= TRIES:  # this gateway has nothing more to do with it, and goes on with the others
+                    await self._give_up(made[0].job_id, error)
                     return frozenset(by_job)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LAST_RETRY_S)
 
-    async def _given_up(self, job_id: str, bug: Exception) -> bool:
-        """Ends a job as FAILED; whether it has ended."""
+    async def _give_up(self, job_id: str, bug: Exception) -> None:
+        """Ends a job as FAILED, where that can be recorded."""
         why = f"its output cannot be recorded ({type(bug).__name__}); see the gateway's log"
         try:
             await self._store.fail(job_id, self._owner, JobError(code="UNKNOWN", message=why))
         except (IllegalState, NotFound):
-            return True
+            return
         except Exception as error:
             self._tasks.note("jobs recorder", error, job_id)
-            return False
-        return True
 
     def _progress(self, job_id: str, item: int, *, urgent: bool) -> Progress:
         self._all_recorded.clear()

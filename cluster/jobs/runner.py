@@ -17,13 +17,13 @@ from typing import Any
 from ...proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
 from ...proto.errors import IsthmusError
 from ...proto.generation_pb2 import GenerateRequest
-from ...proto.jobs_pb2 import JobEvent, JobOutput
+from ...proto.jobs_pb2 import JobError, JobEvent, JobOutput
 from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import WorkerReport
 from .active import ActiveJob
 from .answer import Answer, Generator
 from .capacity import LOOK_S, BatchRoom, look
-from .recorder import Recorder
+from .recorder import TRIES, Recorder
 from .settings import JobsSettings
 from .states import JobState
 from .store import JobStore
@@ -104,8 +104,8 @@ class Runner:
     async def _join(self) -> None:
         self._id = secrets.token_hex(12)
         self._recorder = Recorder(self._store, self._id, self._drop, self._background)
-        self._recording = self._background.start("jobs recorder", self._recorder.run)
         await self._store.join(self._id, self._address)
+        self._recording = self._background.start("jobs recorder", self._recorder.run)
         self._look_for_work()
 
     async def _end_recording(self) -> None:
@@ -164,9 +164,15 @@ class Runner:
         except IsthmusError:
             self._ready[job.priority].appendleft(job)
             raise
-        except Exception:  # a bug: it shall not be in the way of the others
-            self._ready[job.priority].append(job)
-            raise
+        except Exception as error:  # a bug: it shall not be in the way of the others
+            job.bugs += 1
+            if job.bugs < TRIES:
+                self._ready[job.priority].append(job)
+                raise
+            self._background.note("jobs schedule", error, job.job_id)
+            why = f"its requests cannot be read ({type(error).__name__}); see the gateway's log"
+            await self._store.fail(job.job_id, self._id, JobError(code="UNKNOWN", message=why))
+            self._drop(job.job_id)
 
     def _run(self, job: ActiveJob, row: Mapping[Any, Any]) -> None:
         item, about = row["item"], f"{job.job_id}.{row['item']}"

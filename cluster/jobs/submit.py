@@ -95,13 +95,15 @@ def _count_in(tx: Tx, tenant: str, tokens: int, bytes_in: int, limits: JobsSetti
     ):
         if after[name] > limit:
             raise Exhausted(f"{who} would have {after[name]} {what}; allowed: at most {limit}: {way_out}")
+    if before.pop("is_new", False):
+        tx.unflushed.execute(insert(TENANTS), {"tenant": tenant, **before})
     before |= after
     added = {"b_tokens": tokens, "b_bytes": bytes_in}
     tx.later(_COUNT_IN, [{"b_tenant": tenant, **added}])
 
 
 def _counts(tx: Tx, tenant: str, max_tenants: int) -> dict[str, Any]:
-    """The counts of a tenant, a row of its own from now on, as this transaction has left them.
+    """The counts of a tenant as this transaction has left them; `is_new` where it has no row yet.
 
     Exhausted where it is new and there are too many: anybody can name a tenant.
     """
@@ -111,7 +113,7 @@ def _counts(tx: Tx, tenant: str, max_tenants: int) -> dict[str, Any]:
         if found is None:
             if (tenants := tx.unflushed.execute(_TENANTS).scalar_one()) >= max_tenants:
                 raise Exhausted(f"{tenants} tenants have jobs here; allowed: at most {max_tenants}: delete ended jobs")
-            tx.unflushed.execute(insert(TENANTS), {"tenant": tenant, **counts})
+            counts["is_new"] = True
         tx.gathered[tenant] = counts
     return tx.gathered[tenant]
 

@@ -77,6 +77,29 @@ async def test_two_orders_to_flip_at_a_time_are_one_flip() -> None:
         assert (seat.role, seat.server.instance.partition(".")[2]) == ("decode", "2")  # its second worker, no third
 
 
+class Noting:
+    """Whoever keeps workers, and is told of their roles."""
+
+    def __init__(self) -> None:
+        self.roles: list[int] = []
+
+    def flipped(self, address: str, role: int) -> None:
+        self.roles.append(role)
+
+
+async def test_a_flip_whose_caller_goes_away_is_known_to_whoever_keeps_the_workers() -> None:
+    async with seats("prefill", "prefill", "decode") as cluster:
+        cluster.gateway.operations.keeper = keeper = Noting()  # pyright: ignore[reportAttributeAccessIssue]
+        flipping = asyncio.create_task(cluster.gateway.operations.flip("worker-1", WORKER_ROLE_DECODE, 5))
+        while not keeper.roles:
+            await asyncio.sleep(0)
+        flipping.cancel()
+        async with asyncio.timeout(30):
+            while [status.role for status in cluster.gateway.fleet.statuses()].count(WORKER_ROLE_DECODE) < 2:
+                await asyncio.sleep(0.02)
+        assert (cluster.seats[1].role, keeper.roles) == ("decode", [WORKER_ROLE_DECODE])
+
+
 async def test_a_worker_changes_its_role_and_back_on_the_same_weights() -> None:
     async with seats("prefill", "prefill", "decode") as cluster:
         before = (await cluster.client.answer(REQUEST)).token_ids

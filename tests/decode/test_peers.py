@@ -17,7 +17,7 @@ async def test_so_many_channels_stay_open_with_no_call(monkeypatch: pytest.Monke
             await others.enter_async_context(peers.calling(f"127.0.0.1:{port}"))
         assert len(peers) == 11, "all of them are used"
         await others.aclose()
-        assert list(peers._peers) == ["127.0.0.1:1", *(f"127.0.0.1:{port}" for port in (9, 10, 11))] or len(peers) == 4
+        assert list(peers._peers) == ["127.0.0.1:1", *(f"127.0.0.1:{port}" for port in (9, 10, 11))]
         async with peers.calling("127.0.0.1:1") as again:
             assert type(again) is type(first)
             assert peers._peers["127.0.0.1:1"].calls == 2
