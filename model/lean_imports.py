@@ -94,6 +94,8 @@ with lean():
 
     for _name in ("generation.utils", "modeling_layers", "masking_utils", "quantizers.auto"):
         importlib.import_module(f"transformers.{_name}")  # what every model's own module imports
+    # What PyTorch asks for where weights get their shapes before their memory; here it is shared by forked processes.
+    importlib.import_module("torch.fx.experimental.symbolic_shapes")
 
 __all__ = [
     "AttentionInterface",
