@@ -70,8 +70,10 @@ async def three_prefill_workers() -> AsyncIterator[Gateway]:
             await worker.stop()
 
 
-async def test_nobody_is_put_aside_for_answers_of_one_token() -> None:
+async def test_nobody_is_put_aside_for_answers_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
     async with three_prefill_workers() as gateway, Client(gateway.address) as client:
+        blamed: list[str] = []
+        monkeypatch.setattr(gateway.fleet, "failed", blamed.append)
 
         async def answer(number: int, timeout_s: float = 30, **sampling: object) -> None:
             request = build_request(token_ids=[number + 3, *PROMPT], sampling={**GREEDY, **sampling})
@@ -97,5 +99,9 @@ async def test_nobody_is_put_aside_for_answers_of_one_token() -> None:
                     build_request(token_ids=[number, *PROMPT], sampling={**GREEDY, "max_tokens": 700}), timeout_s=0.05
                 )
         assert board.wire_bytes(gateway.fleet.default_codec()) == bytes_per_token
-        assert [status.reason for status in gateway.fleet.statuses()] == [""] * 4
-        assert not any(load.suspect for load in board.prefill.loads.values())
+        assert not blamed
+        async with asyncio.timeout(30):  # a busy machine may be late with a report
+            while [status.reason for status in gateway.fleet.statuses()] != [""] * 4 or any(
+                load.suspect for load in board.prefill.loads.values()
+            ):
+                await asyncio.sleep(0.05)
