@@ -26,7 +26,6 @@ FRAME_MESSAGE_LIMIT = 16 * MIB  # a frame is at most 4 MiB, but a page of a larg
 
 BUG = "internal error"  # how the details of a status begin that stands for a bug of the server
 INVALID_METADATA = "Invalid metadata"  # gRPC's details beside INTERNAL, of a call that it refused to send
-_CALL_OVER = "ExecuteBatchError"  # what gRPC raises, and does not export, for a write to a call that has ended
 _STOP_LIMIT_S = 5.0
 _MAX_DETAILS = 2000  # bytes as encoded; details travel as a header, and gRPC refuses 8 KiB of them at random
 _MAX_TRACE = 512  # bytes of a value of the trace context
@@ -156,7 +155,7 @@ async def _abort(error: Exception, method: str, context: grpc.aio.ServicerContex
     """Ends a call with the status of an error; of a bug the caller learns nothing but where the log tells of it."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    if type(error).__name__ == _CALL_OVER:
+    if isinstance(error, grpc.aio.InternalError):  # what gRPC raises for a write to a call that has ended
         log.info("%s: whoever called is gone", method)
         raise asyncio.CancelledError from None
     if isinstance(error, IsthmusError):
