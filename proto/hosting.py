@@ -158,9 +158,9 @@ class WorkerServer:
         left = set(self._running)
         for task in left:
             self._handed_over.add(task)
+            task.add_done_callback(self._handed_over.discard)  # it may end later than is waited for, and tells then too
             task.cancel()
         await self._until_idle(HAND_OVER_S)
-        self._handed_over -= left
         return Drained(finished=len(begun - left), handed_over=len(left))
 
     async def _until_idle(self, timeout_s: float) -> None:
