@@ -98,7 +98,8 @@ async def test_nobody_is_put_aside_for_answers_of_one_token(monkeypatch: pytest.
                 await client.answer(
                     build_request(token_ids=[number, *PROMPT], sampling={**GREEDY, "max_tokens": 700}), timeout_s=0.05
                 )
-        assert board.wire_bytes(gateway.fleet.default_codec()) == bytes_per_token
+        # A prompt that was moved in full before its time was over counts, and names in headers are not all as long.
+        assert board.wire_bytes(gateway.fleet.default_codec()) == pytest.approx(bytes_per_token, rel=0.02)
         assert not blamed
         async with asyncio.timeout(30):  # a busy machine may be late with a report
             while [status.reason for status in gateway.fleet.statuses()] != [""] * 4 or any(
