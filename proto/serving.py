@@ -26,6 +26,7 @@ FRAME_MESSAGE_LIMIT = 16 * MIB  # a frame is at most 4 MiB, but a page of a larg
 
 BUG = "internal error"  # how the details of a status begin that stands for a bug of the server
 INVALID_METADATA = "Invalid metadata"  # gRPC's details beside INTERNAL, of a call that it refused to send
+_LAST_WRITE_S = 2.0  # for a message that is under way when its handler is cancelled
 _STOP_LIMIT_S = 5.0
 _MAX_DETAILS = 2000  # bytes as encoded; details travel as a header, and gRPC refuses 8 KiB of them at random
 _MAX_TRACE = 512  # bytes of a value of the trace context
@@ -72,11 +73,20 @@ class Stalled(Expired):
 
 
 async def write_in_time(context: grpc.aio.ServicerContext, message: Any) -> None:
-    """Writes to a stream; Stalled where its reader takes nothing for STALL_S: what it holds is wanted by others."""
+    """Writes to a stream; Stalled where its reader takes nothing for STALL_S: what it holds is wanted by others.
+
+    A cancellation waits a moment for the message: gRPC sends no status beside one, and the caller would hear nothing.
+    """
+    writing = asyncio.ensure_future(context.write(message))
+    writing.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         async with asyncio.timeout(STALL_S):
-            await context.write(message)
+            await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing], timeout=_LAST_WRITE_S)
+        raise
     except TimeoutError:
+        writing.cancel()
         raise Stalled(f"nothing was read from this stream for {STALL_S:g} s") from None
 
 
