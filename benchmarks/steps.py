@@ -62,7 +62,10 @@ def compare(model: Model, batch: int, context: int, steps: int) -> dict[str, Any
         sequence = DecodeSequence(SequenceId(number), [5] * context, sampling, codec, TokenStream(), output=[5])
         assert store.admit(sequence, tokens, tokens)
         sequences.append(sequence)
-    kinds = {"graph": DecodeRunner(model, store, padded), "plain": DecodeRunner(model, store)}
+    kinds = {
+        kind: DecodeRunner(model, store, steps_of, before_layer=lambda: None)
+        for kind, steps_of in (("graph", padded), ("plain", None))
+    }
     times = {kind: list[float]() for kind in kinds}
     for kind, runner in [*kinds.items()] * (steps + 2):
         times[kind].append(step_s(runner, store, sequences))

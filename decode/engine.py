@@ -70,7 +70,6 @@ class DecodeEngine:
         on_failure: Callable[[str], None],
     ) -> None:
         self._model, self._store, self._scheduler = model, store, scheduler
-        self._runner = DecodeRunner(model, store, padded)
         self._sequences: dict[SequenceId, DecodeSequence] = {}
         self._arrivals: deque[_Arrived | _Start] = deque()
         self._in_step: list[DecodeSequence] = []  # whom a failure of the engine now is put down to
@@ -98,6 +97,7 @@ class DecodeEngine:
         self.rates = Rates()
         self.failure: str | None = None
         self.thread = EngineThread("decode-engine", self._step, self._fail)
+        self._runner = DecodeRunner(model, store, padded, before_layer=self.thread.reach_part)
 
     # From the event loop's thread.
 

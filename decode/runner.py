@@ -1,6 +1,6 @@
 """Computes a step: the newest token of each running request, and chunks of those whose KV is behind."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from .store import Attend, KvStore
 class DecodeRunner:
     """One forward pass over a ragged batch. The engine thread alone uses it."""
 
-    def __init__(self, model: Model, store: KvStore, padded: PaddedSteps | None = None) -> None:
-        self._model, self._store, self._padded = model, store, padded
+    def __init__(
+        self, model: Model, store: KvStore, padded: PaddedSteps | None = None, *, before_layer: Callable[[], None]
+    ) -> None:
+        """`before_layer` is called before each layer's attention; within recorded steps nothing is."""
+        self._model, self._store, self._padded, self._before_layer = model, store, padded, before_layer
         self.graph_steps = 0  # that were recorded ones
 
     def run(self, work: Sequence[Advance]) -> Tensor:
@@ -48,11 +51,12 @@ class DecodeRunner:
         pooled = [advance for advance in order if not (advance.in_prompt and advance.sequence.local)]
         own = order[len(pooled) :]
         in_pool = self._store.begin_step(pooled) if pooled else None
-        if not own and in_pool:
-            return in_pool
         pooled_rows = sum(advance.end - advance.start for advance in pooled)
 
         def attend(layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float) -> Tensor:
+            self._before_layer()
+            if not own and in_pool:
+                return in_pool(layer, q_THD, k_THD, v_THD, scale)
             row, outs = pooled_rows, []
             if in_pool:
                 outs.append(in_pool(layer, q_THD[:row], k_THD[:row], v_THD[:row], scale))

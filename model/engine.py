@@ -69,6 +69,10 @@ class EngineThread:
         finally:
             self.stamps.end(time.monotonic(), outer)
 
+    def reach_part(self) -> None:
+        """Called between parts of what is computed, in the engine thread: each may take its own time (`Stamps`)."""
+        self.stamps.reach(time.monotonic())
+
     @property
     def step_s(self) -> float:
         """For how long the piece of work has gone on that the thread is at; 0 where it sleeps."""

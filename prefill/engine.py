@@ -111,7 +111,8 @@ class PrefillEngine:
         return self._compute(self._scheduler.plan(now_s, self.rates.tokens_per_s, self._admit))
 
     def _between_layers(self) -> None:
-        """Computes prompts of answers that resume and came during a step of others, which then goes on."""
+        """A sign that the step goes on; computes prompts of answers that resume and came during a step of others."""
+        self.thread.reach_part()
         if self._resuming and self._may_interrupt:
             self._add_resuming()
             left = self._may_interrupt

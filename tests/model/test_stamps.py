@@ -47,3 +47,25 @@ def test_what_was_interrupted_has_its_whole_time_again() -> None:
     stamps.end(6.1, outer)
     for _ in range(int(STUCK_S / LOOK_S)):
         assert stamps.look() is None
+
+
+def test_the_bound_is_that_of_the_longest_part() -> None:
+    """Steps of ten parts of one second, but for one of three: a part is taken for stuck after five times three."""
+    stamps = Stamps()
+    for _ in range(MEASURED):
+        now_s = 0.0
+        stamps.begin(now_s, 84)
+        for part_s in (1, 1, 1, 3, 1, 1, 1, 1, 1, 1):
+            now_s += part_s
+            stamps.reach(now_s)
+        stamps.end(now_s, None)
+    assert STUCK_S + 3 * TIMES <= looks_until_stuck(stamps, 84) < STUCK_S + 3 * TIMES + 1
+
+
+def test_a_step_whose_parts_go_on_is_never_stuck() -> None:
+    stamps = measured(0.001)
+    stamps.begin(0.0, 1)
+    for layer in range(1000):
+        for _ in range(int(STUCK_S / LOOK_S)):
+            assert stamps.look() is None
+        stamps.reach(STUCK_S * layer)
