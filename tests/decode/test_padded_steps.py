@@ -101,7 +101,7 @@ def step(plain: Side, padded: Side, check: Callable[[Tensor, Tensor], None]) -> 
 
 
 def joins_padded(model: Model) -> int:
-    """How many of the steps in which requests join are padded: that of the prompt of one token, where the model computes
+    """How many of the steps in which requests join are padded: that of a prompt of one token, where the model computes
     in the pool's own numbers, so that the prompt needs no copy beside it."""
     return int(model.dtype == torch.bfloat16)
 
