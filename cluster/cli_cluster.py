@@ -198,7 +198,7 @@ def _run_worker(
 ) -> None:
     opt.configure_logs(log_level)
     from .config import load_worker_settings
-    from .host import end_process, thread_settings, usable_cores
+    from .host import activity, end_process, thread_settings, usable_cores
     from .seat import WorkerSeat, settings_of_both
 
     for flag in ("listen", "advertise"):
@@ -211,11 +211,16 @@ def _run_worker(
 
         return show_plan(role, settings)
     from .service import run_service
+    from .steps import ShownSteps, telling
 
     seat = WorkerSeat(role, settings_of_both(role, settings), end_process)
 
+    async def doing() -> str:
+        return activity()
+
     async def start() -> None:
-        await seat.start()
+        with ShownSteps() as shown, shown.step(f"model {settings['model']}") as tell:
+            await telling(seat.start(), doing, tell)
         opt.say(f"{role} worker for {settings['model']} on {seat.address}")
 
     async def stop(timeout_s: float) -> None:

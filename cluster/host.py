@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from ..model.starting import current_phase
 from .config import Role
 from .seat import WorkerSeat, settings_of_both
 
@@ -38,6 +39,29 @@ def end_process() -> None:
     os._exit(FAILED)
 
 
+_DOING = {
+    "imports": "importing PyTorch and transformers",
+    "load": "reading weights",
+    "speed_up": "packing weights",
+    "probe": "trying the model's layers",
+    "balance": "reading the calibration",
+}
+
+
+def activity() -> str:
+    """What the start of a worker in this process is at, in a few words; "" where there is nothing to tell."""
+    phase = current_phase()
+    if phase in ("", "imports"):
+        return _DOING.get(phase, "")
+    from ..kernels.compiling import is_compiling  # imported by the worker
+    from ..kvtransfer.calibration_progress import calibrated_share
+
+    share = calibrated_share()
+    if share is not None:
+        return f"calibrating the tq- codecs for this model, once: {share:.0%}"
+    return "compiling kernels for this CPU, once" if is_compiling() else _DOING[phase]
+
+
 class WorkerHost:
     """Runs one worker from its construction to `stop`. Methods block and may be called from any thread."""
 
@@ -56,6 +80,10 @@ class WorkerHost:
     def address(self) -> str:
         """host:port, once the worker serves. Raises what its start raised."""
         return self._address.result()
+
+    def activity(self) -> str:
+        """What its start is at, in a few words; "" where there is nothing to tell."""
+        return activity()
 
     def drain(self, timeout_s: float) -> tuple[int, int]:
         """Takes no new work and waits for what runs, at most so long: how many ended, and were handed over."""

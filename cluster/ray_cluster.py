@@ -49,6 +49,10 @@ class RayWorker:
         """
         return await self._call("address")
 
+    async def activity(self) -> str:
+        """What its start is at, in a few words; "" where there is nothing to tell."""
+        return await self._call("activity")
+
     async def wait_closed(self) -> None:
         """Returns when the process that runs the worker now has ended, for whatever reason."""
         with contextlib.suppress(IsthmusError):
@@ -178,7 +182,7 @@ class RayCluster:
             "num_cpus": self.threads if joins else 0,
             "num_gpus": self._gpus,
             "max_restarts": 0,
-            "max_concurrency": 4,  # waiting for the address or the end must not keep `drain` out
+            "max_concurrency": 5,  # waiting for the address or the end must not keep others out
         }
         if joins:
             options["runtime_env"] = {"env_vars": thread_settings(self.threads)}

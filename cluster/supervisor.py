@@ -13,7 +13,6 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -33,7 +32,7 @@ from .config import ClusterConfig, Role
 from .gateway import Gateway
 from .seat import ROLE_OF
 from .served import ServedModel, load_served_model
-from .steps import Step
+from .steps import Step, Tell, telling, unseen
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +53,7 @@ class RunningWorker(Protocol):
     name: str
 
     async def address(self) -> str: ...
+    async def activity(self) -> str: ...  # what its start is at
     async def wait_closed(self) -> None: ...
     async def drain(self, timeout_s: float) -> Drained: ...
     async def stop(self) -> None: ...
@@ -84,7 +84,7 @@ class _Kept:
 class Supervisor:
     """Starts, follows, scales and stops a cluster. Call `stop` whatever happened in `start`."""
 
-    def __init__(self, config: ClusterConfig, launcher: Launcher, step: Step = nullcontext) -> None:
+    def __init__(self, config: ClusterConfig, launcher: Launcher, step: Step = unseen) -> None:
         self._config = config
         self._launcher = launcher
         self._step = step
@@ -139,13 +139,13 @@ class Supervisor:
             await self._launcher.start()
 
     async def _start_worker(self, role: Role, name: str) -> None:
-        with self._step(name):
-            await self._launch(role, name)
+        with self._step(name) as tell:
+            await self._launch(role, name, tell)
 
-    async def _launch(self, role: Role, name: str) -> None:
+    async def _launch(self, role: Role, name: str, tell: Tell = lambda doing: None) -> None:
         kept = _Kept(await self._launcher.launch(role, name), role)
         self._kept.append(kept)
-        kept.address = await kept.worker.address()
+        kept.address = await telling(kept.worker.address(), kept.worker.activity, tell)
         assert self.gateway is not None
         kept.lives.began(time.monotonic())
         self.gateway.fleet.add(kept.address)

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..kernels.attention import Span, ragged_attention
 from ..kernels.shapes import LayerShape
 from ..proto.errors import Corrupt, InvalidRequest
-from .calibration_progress import told
+from .calibration_progress import noted
 from .calibration_text import TEXT
 
 CALIBRATION_VERSION = 2
@@ -167,7 +167,7 @@ def ensure_balance(
     given: str | None = None,
 ) -> list[Tensor]:
     """The balance in the file `given`, if any, or else at `path`, or else one that is made from the text that the
-    project ships, and kept there. Standard error tells how far that is.
+    project ships, and kept there. `calibrated_share` tells how far that is.
 
     Of several workers that find the file missing one makes it, and the others wait. InvalidRequest where the file
     `given` is missing, Corrupt where it is of another model.
@@ -185,6 +185,6 @@ def ensure_balance(
         found = load_balance(path, fingerprint)
         if found is not None:
             return found
-        with told("calibrating the tq- codecs for this model, once") as progress:
+        with noted() as progress:
             balance = calibrate(forward, encode(TEXT), layers, page_tokens, progress)
         return save_balance(path, fingerprint, balance)

@@ -1,30 +1,27 @@
-"""How far a calibration is, on standard error."""
+"""How far a calibration in this process is."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import Progress
-
-_LINES = 4
+_share: float | None = None
 
 
 @contextmanager
-def told(what: str) -> Iterator[Callable[[int, int], None]]:
-    """`progress(done, of)`, which draws a bar on a terminal, and writes a line at each quarter elsewhere."""
-    if sys.stderr.isatty():
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, of: bar.update(task, completed=done, total=of)
-        return
-    written = 0
+def noted() -> Iterator[Callable[[int, int], None]]:
+    """Around a calibration: `progress(done, of)`."""
+    global _share
 
-    def write(done: int, of: int) -> None:
-        nonlocal written
-        if done * _LINES // of > written:
-            written = done * _LINES // of
-            print(f"{what}: {100 * done // of} %", file=sys.stderr, flush=True)
+    def progress(done: int, of: int) -> None:
+        global _share
+        _share = done / of
 
-    print(what, file=sys.stderr, flush=True)
-    yield write
+    _share = 0.0
+    try:
+        yield progress
+    finally:
+        _share = None
+
+
+def calibrated_share() -> float | None:
+    """The share that is done of the calibration that runs; None where none does. From any thread."""
+    return _share

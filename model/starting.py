@@ -21,17 +21,25 @@ NICENESS = 5  # a third of what a thread at 0 gets of a core that both want; all
 
 
 _phases: dict[str, tuple[float, float]] = {}  # of this process, in order: seconds that passed, seconds of a core
+_current = ""
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     """Around a part of a start: how long it takes is in the worker's reports from then on."""
-    begun_s, used_s = time.perf_counter(), time.process_time()
+    global _current
+    begun_s, used_s, _current = time.perf_counter(), time.process_time(), name
     try:
         yield
     finally:
+        _current = ""
         passed, used = _phases.get(name, (0.0, 0.0))
         _phases[name] = passed + time.perf_counter() - begun_s, used + time.process_time() - used_s
+
+
+def current_phase() -> str:
+    """The part of its start that this process is in; "" for none."""
+    return _current
 
 
 def start_counters() -> dict[str, int]:

@@ -38,6 +38,9 @@ class FakeWorker:
             await asyncio.shield(self.start_task)  # as elsewhere: who waits may go, the worker starts all the same
         return self.worker.address
 
+    async def activity(self) -> str:
+        return "reading weights"
+
     async def wait_closed(self) -> None:
         await self.died.wait()
 
