@@ -35,6 +35,7 @@ LOOK_S = 0.1  # between two looks at whether a process lives
 def _processes() -> ForkServerContext:
     """Where processes come from. Each worker computes in one thread, which has to be said before torch is imported."""
     os.environ.update(thread_settings(1))
+    os.environ.setdefault("ISTHMUS_BF16", "never")  # answers are compared: none may depend on its batch
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, __name__])
     return context

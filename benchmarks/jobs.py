@@ -301,6 +301,7 @@ def main() -> None:
         parser.error(f"--only {options.only} {'needs no' if options.real else 'needs'} --real")
     with Report(options.json) as report:
         report.put(conditions=conditions())
+        os.environ.setdefault("ISTHMUS_BF16", "never")  # answers are compared: see ISTHMUS_BF16 in docs/performance.md
         asyncio.run((with_model if options.real else without_model)(report, options))
 
 

@@ -30,9 +30,14 @@ class WrongSetting(ValueError):
 @cache
 def compiles_allowed() -> bool:
     """Whether fast paths may be taken, by `$ISTHMUS_COMPILED`; WrongSetting where that is neither auto nor never."""
-    value = os.environ.get(SETTING) or "auto"
+    return is_allowed(SETTING)
+
+
+def is_allowed(setting: str) -> bool:
+    """Whether an environment variable allows what it is about: auto does, never does not; else WrongSetting."""
+    value = os.environ.get(setting) or "auto"
     if value not in _VALUES:
-        raise WrongSetting(f"{SETTING} is {value!r}; allowed: {', '.join(_VALUES)}")
+        raise WrongSetting(f"{setting} is {value!r}; allowed: {', '.join(_VALUES)}")
     return value == "auto"
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ..kernels.chunk_attention import has_flash
 from ..kernels.decode_attention import has_decode_attention
-from ..kernels.fast_paths import SETTING, alike, compiles_allowed, spread, works
+from ..kernels.fast_paths import SETTING, alike, compiles_allowed, is_allowed, spread, works
 from ..kernels.half_gemm import has_half_tiles
 from ..kernels.row_ops import has_row_ops
 from ..kernels.unpack_cpu import packs_compiled
@@ -22,6 +22,8 @@ from .lean_imports import PreTrainedModel
 from .linear import pack_linear_layers
 
 log = logging.getLogger(__name__)
+
+BF16_SETTING = "ISTHMUS_BF16"  # never: a CPU's bf16 units stay unused, and sums do not depend on the batch
 
 # glibc, malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -76,9 +78,9 @@ def computes_bf16() -> bool:
 
     It decides in what numbers a model is computed, not whether a fast path is taken, so that it does not depend on
     ISTHMUS_COMPILED. A CPU that names no such units (x86: AMX or AVX512_BF16; ARM: BF16) is not tried: it emulates
-    them.
+    them. With ISTHMUS_BF16=never its units are not used; WrongSetting where that is neither auto nor never.
     """
-    return _names_bf16_units() and works("arithmetic in bf16", _bf16_is_native)
+    return is_allowed(BF16_SETTING) and _names_bf16_units() and works("arithmetic in bf16", _bf16_is_native)
 
 
 def _names_bf16_units() -> bool:

@@ -148,11 +148,11 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     """Of the weights. With ISTHMUS_COMPILED=never, auto is what nearly every machine takes without it: bf16."""
     try:
-        plain = not compiles_allowed()
+        plain, units = not compiles_allowed(), computes_bf16()
     except WrongSetting as error:
         raise InvalidRequest(str(error)) from None
     if name == "auto":
-        fast = device.type == "cuda" or plain or computes_bf16() or has_half_tiles()
+        fast = device.type == "cuda" or plain or units or has_half_tiles()
         return torch.bfloat16 if fast else torch.float32
     if name not in DTYPES:
         raise InvalidRequest(f"dtype is {name!r}; allowed: {', '.join(DTYPES)}")

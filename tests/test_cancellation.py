@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -97,8 +98,8 @@ async def test_a_storm_of_cancels_at_random_moments() -> None:
 
 async def test_a_deadline_ends_a_request_at_every_hop() -> None:
     async with worker_pair(model_path("tiny-llama")) as pair:
-        for timeout_s in (0.01, 0.05, 0.2):
-            call = pair.call(pair.request(PROMPT, LONG), timeout_s=timeout_s)
+        for prompt, timeout_s in ((PROMPT, 0.01), (PROMPT, 0.05), (PROMPT[:100], 0.2)):  # in prefill, then in decode
+            call = pair.call(pair.request(prompt, replace(LONG, max_tokens=900)), timeout_s=timeout_s)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 while await call.read():
                     pass

@@ -9,9 +9,10 @@ from models import model_path
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from isthmus.kernels.fast_paths import compiles_allowed
+from isthmus.kernels.fast_paths import WrongSetting, compiles_allowed
 from isthmus.kernels.half_gemm import has_half_tiles
-from isthmus.model.cpu import speed_up
+from isthmus.model import cpu
+from isthmus.model.cpu import computes_bf16, speed_up
 from isthmus.model.fused_layer import FusedLayer
 from isthmus.model.fusion import FusedAttention, FusedNorm, GatedMlp
 from isthmus.model.linear import BlockedLinear, HalfLinear, fits_half, has_blocked, packed_linear
@@ -182,3 +183,16 @@ def test_bf16_weights_compute_in_fp32_where_the_cpu_has_no_bf16(monkeypatch: pyt
     assert [type(m) for m in model.net.modules()].count(HalfLinear) == 3 * 4 + 1
     plain = load("tiny-llama", bf16_weights=True)
     torch.testing.assert_close(logits(model.net, 5), logits(plain, 5), atol=5e-5, rtol=1e-4)
+
+
+def test_bf16_units_stay_unused_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = computes_bf16.__wrapped__
+    monkeypatch.setattr(cpu, "_names_bf16_units", lambda: True)
+    monkeypatch.setattr(cpu, "_bf16_is_native", lambda: True)
+    monkeypatch.delenv(cpu.BF16_SETTING, raising=False)
+    assert asked()
+    monkeypatch.setenv(cpu.BF16_SETTING, "never")
+    assert not asked()
+    monkeypatch.setenv(cpu.BF16_SETTING, "no")
+    with pytest.raises(WrongSetting, match="ISTHMUS_BF16 is 'no'; allowed: auto, never"):
+        asked()
