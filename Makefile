@@ -33,15 +33,17 @@ test-fuzz: .venv/.installed  ## 20,000 requests that nobody meant, to every RPC 
 	@$(BIN)/python tests/fuzz.py --calls $(or $(CALLS),20000) --seed $(or $(SEED),1)
 
 test-postgres: .venv/.installed  ## The tests of jobs on PostgreSQL, from Debian's packages
-	@tests/with-postgres $(BIN)/pytest $(foreach name,service store runner crash database,tests/cluster/jobs/test_$(name).py)
+	@tests/with-postgres $(BIN)/pytest $(foreach name,service/test_service store/test_store \
+    running/test_runner test_crash database/test_database,tests/cluster/jobs/$(name).py)
 
 # What differs with the instructions of a CPU: the model, its kernels, the codecs, exactness. Of no use a second time:
 # Triton's interpreter and PTX, where compiled code is kept, files, sources and texts, which ask no CPU. Of the real
 # models one is enough.
 LANE_TESTS := tests/model tests/kernels tests/kvtransfer tests/test_exactness.py \
-  $(foreach name,kernels/test_triton kernels/test_dequant kernels/test_compiled kvtransfer/test_page_store \
-    model/test_sources model/test_starting model/test_tokens model/test_sampling model/test_rates model/test_chat \
-    model/test_text_bounds model/test_lean_imports,--ignore=tests/$(name).py) \
+  $(foreach name,kernels/test_triton kernels/pages/test_dequant kernels/cpu/test_compiled \
+    kvtransfer/storage/test_page_store model/load/test_sources model/test_starting model/test_sampling \
+    model/text/test_tokens model/text/test_chat model/text/test_text_bounds \
+    model/test_lean_imports,--ignore=tests/$(name).py) \
   --deselect 'tests/test_exactness.py::test_greedy_output_is_that_of_transformers[gemma3-270m]'
 AVX2 := +sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe
 

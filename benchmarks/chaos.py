@@ -21,9 +21,9 @@ from chaos_load import answer_all, cancel_storm, make_requests
 from chaos_poison import hang, poison
 from report import Report, conditions, say
 
-from isthmus.model.describe import describe_model
+from isthmus.model.load.describe import describe_model
 from isthmus.proto.generation_pb2 import GenerateRequest
-from isthmus.proto.serving import open_channel
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.worker_pb2 import FlipWorkerRequest, WorkerRole
 from isthmus.proto.worker_pb2_grpc import ClusterStub
 

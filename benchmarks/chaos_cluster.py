@@ -20,14 +20,14 @@ from pathlib import Path
 import grpc.aio
 from tcp_proxy import BadLink
 
-from isthmus.cluster.cli import run
-from isthmus.cluster.host import thread_settings
-from isthmus.proto.serving import open_channel
+from isthmus.cluster.cli.main import run
+from isthmus.cluster.launch.host import thread_settings
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, GetReportRequest, GetStatusRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import ClusterStub, WorkerStub
 
 START_S = 240.0  # of a loaded machine
-PRELOADED = ("isthmus.prefill.worker", "isthmus.decode.worker", "isthmus.cluster.gateway")
+PRELOADED = ("isthmus.prefill.worker", "isthmus.decode.worker", "isthmus.cluster.frontend.gateway")
 LOOK_S = 0.1  # between two looks at whether a process lives
 
 

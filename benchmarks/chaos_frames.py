@@ -18,8 +18,8 @@ from isthmus.prefill.config import PrefillConfig
 from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeStub
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.sampling import Sampling
-from isthmus.proto.serving import open_channel
 
 TOKENS = 4
 PROMPTS = 8

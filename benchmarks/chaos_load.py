@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import grpc
 import grpc.aio
 
-from isthmus.cluster.client import build_request
+from isthmus.cluster.client.client import build_request
 from isthmus.proto.generation_pb2 import GenerateEvent, GenerateRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
-from isthmus.proto.serving import open_channel
+from isthmus.proto.rpc.server import open_channel
 
 RETRY_S = 0.5  # a client's, after UNAVAILABLE: the gateway was lost
 

@@ -26,7 +26,7 @@ GIVE_UP_S = 300.0
 
 def install(folder: Path) -> None:
     """Has the runners of this process raise, or block for good, over such prompts while files in `folder` say so."""
-    from isthmus.decode.runner import DecodeRunner
+    from isthmus.decode.stepping.runner import DecodeRunner
     from isthmus.prefill.runner import PrefillRunner
 
     def fault(role: str, firsts: set[int]) -> None:

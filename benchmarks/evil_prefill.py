@@ -10,7 +10,7 @@ from isthmus.kvtransfer.frame import FrameHeader, frame_checksum
 from isthmus.proto import prefill_pb2
 from isthmus.proto.prefill_pb2 import KvFrame, PrefillEvent, PrefillRequest
 from isthmus.proto.prefill_pb2_grpc import PrefillServicer, PrefillStub, add_PrefillServicer_to_server
-from isthmus.proto.serving import Server, open_channel, start_server
+from isthmus.proto.rpc.server import Server, open_channel, start_server
 
 Events = list[PrefillEvent]
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"]

@@ -15,14 +15,13 @@ from contextlib import asynccontextmanager
 
 import grpc.aio
 
-from isthmus.cluster.served import load_served_model
+from isthmus.cluster.text.served import load_served_model
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto import decode_pb2, worker_pb2
 from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, PRIORITY_BATCH, TransferStats
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
-from isthmus.proto.reporting import ReportServicer
-from isthmus.proto.serving import Server, start_server
+from isthmus.proto.rpc.server import Server, start_server
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_ROLE_DECODE,
@@ -32,6 +31,7 @@ from isthmus.proto.worker_pb2 import (
     WorkerReport,
 )
 from isthmus.proto.worker_pb2_grpc import add_WorkerServicer_to_server
+from isthmus.worker.report_service import ReportServicer
 
 PAGES, PAGE_TOKENS = 10_000, 64
 CHUNK_S = 0.02  # of a prompt, computed in one go: others come between two of them

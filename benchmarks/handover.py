@@ -18,8 +18,8 @@ import typer
 from processes import free_port, isthmus
 from report import Report, conditions, each, percentiles, say
 
-from isthmus.cluster.client import Answer, Client, build_request
-from isthmus.proto.serving import open_channel
+from isthmus.cluster.client.client import Answer, Client, build_request
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.worker_pb2 import GetReportRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import WorkerStub
 

@@ -14,12 +14,11 @@ import time
 import psutil
 from processes import free_port, isthmus
 
-from isthmus.cluster.served import load_served_model
-from isthmus.kvtransfer.codec_names import DEFAULT_CODEC
+from isthmus.cluster.text.served import load_served_model
+from isthmus.kvtransfer.codecs.names import DEFAULT_CODEC
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto import worker_pb2
-from isthmus.proto.reporting import ReportServicer
-from isthmus.proto.serving import Server, open_channel, start_server
+from isthmus.proto.rpc.server import Server, open_channel, start_server
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_ROLE_DECODE,
@@ -33,6 +32,7 @@ from isthmus.proto.worker_pb2 import (
     WorkerReport,
 )
 from isthmus.proto.worker_pb2_grpc import ClusterStub, add_WorkerServicer_to_server
+from isthmus.worker.report_service import ReportServicer
 
 MODEL = "smollm2-135m"  # whose tokenizer the gateway has
 START_S, SETTLE_S = 60.0, 3.0

@@ -26,9 +26,9 @@ from typing import Any
 from processes import ISTHMUS, free_port, ready, worker
 from report import Count, Report, conditions
 
-from isthmus.cluster.client import Client, build_request
-from isthmus.cluster.jobs.client import JobsClient
-from isthmus.cluster.measures import percentile
+from isthmus.cluster.client.client import Client, build_request
+from isthmus.cluster.client.jobs import JobsClient
+from isthmus.cluster.client.measures import percentile
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE
 from isthmus.proto.generation_pb2 import GenerateRequest
 from isthmus.proto.jobs_pb2 import JOB_STATE_SUCCEEDED, SubmitJobRequest

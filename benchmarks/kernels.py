@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from report import Report, say
 
-from isthmus.kernels.paged_attention import PagedKV, paged_attention_reference
+from isthmus.kernels.attention.paged import PagedKV, paged_attention_reference
 from isthmus.kernels.rotation import signs
 from isthmus.kernels.shapes import LayerShape
-from isthmus.kvtransfer.codec_names import TQ_BITS
-from isthmus.kvtransfer.codec_tq import SEED_KEYS, SEED_VALUES, TqCodec
-from isthmus.kvtransfer.codecs import build_codec
+from isthmus.kvtransfer.codecs.names import TQ_BITS
+from isthmus.kvtransfer.codecs.registry import build_codec
+from isthmus.kvtransfer.codecs.tq import SEED_KEYS, SEED_VALUES, TqCodec
 
 PAGE = 64
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -125,8 +125,8 @@ def tq(name: str) -> TqCodec:
 
 def page_rates(name: str, bandwidth: float) -> dict[str, object]:
     """Rates over 65,536 tokens of one layer: 268 MB of bf16, several times the second-level cache."""
-    from isthmus.kernels.pack_triton import pack
-    from isthmus.kernels.unpack_triton import unpack
+    from isthmus.kernels.pages.pack_triton import pack
+    from isthmus.kernels.pages.unpack_triton import unpack
 
     codec, device, pages = tq(name), torch.device("cuda"), 1024
     k_THD, v_THD = (torch.randn(pages * PAGE, KV_HEADS, DIM, device=device).bfloat16() for _ in range(2))
@@ -177,7 +177,7 @@ def make_cache(name: str, batch: int, context: int) -> tuple[PagedKV, TqCodec]:
 
 
 def attention_rows(names: list[str], batch: int, context: int, bandwidth: float) -> list[dict[str, object]]:
-    from isthmus.kernels.paged_attention_triton import paged_attention
+    from isthmus.kernels.attention.paged_triton import paged_attention
 
     q_BQHD = torch.randn(batch, 1, HEADS, DIM, device="cuda").bfloat16()
     baselines = dense_times(q_BQHD, batch, context)
@@ -239,11 +239,11 @@ def dense_times(q_BQHD: torch.Tensor, batch: int, context: int) -> dict[str, flo
 
 def check(names: list[str]) -> list[dict[str, object]]:
     """Relative errors of the kernels against the references on this GPU."""
-    from isthmus.kernels.pack import pack_reference
-    from isthmus.kernels.pack_triton import pack
-    from isthmus.kernels.paged_attention_triton import paged_attention
-    from isthmus.kernels.unpack import unpack_reference
-    from isthmus.kernels.unpack_triton import unpack
+    from isthmus.kernels.attention.paged_triton import paged_attention
+    from isthmus.kernels.pages.pack import pack_reference
+    from isthmus.kernels.pages.pack_triton import pack
+    from isthmus.kernels.pages.unpack import unpack_reference
+    from isthmus.kernels.pages.unpack_triton import unpack
 
     def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
         return float((got.double() - wanted.double()).norm() / wanted.double().norm())

@@ -19,8 +19,8 @@ from processes import ready, worker
 from report import each, percentiles, say
 
 from isthmus.proto.decode_pb2_grpc import DecodeStub
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.sampling import Sampling
-from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import WorkerReport
 
 

@@ -21,12 +21,12 @@ import torch
 from quality_protocols import Cache, Correlation, Divergence, add_served, logits_all, step
 from report import Count, Report
 
-from isthmus.kvtransfer.calibration import calibrate
-from isthmus.kvtransfer.calibration_text import TEXT
-from isthmus.kvtransfer.codecs import PageCodec, build_codec, codec_names
-from isthmus.model.load import load_model
+from isthmus.kvtransfer.calibration.balance import calibrate
+from isthmus.kvtransfer.calibration.text import TEXT
+from isthmus.kvtransfer.codecs.registry import PageCodec, build_codec, codec_names
+from isthmus.model.load.loader import load_model
 from isthmus.model.model import Model
-from isthmus.model.tokens import Tokenizer
+from isthmus.model.text.tokenizer import Tokenizer
 
 PAGE = 64
 FAMILIES = ("tq-", "turboquant-mse", "turboquant-prod", "turboquant-", "polarquant", "fp8")

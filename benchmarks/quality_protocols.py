@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from isthmus.kernels.attention import Span, ragged_attention
-from isthmus.kvtransfer.codecs import PageCodec
+from isthmus.kernels.attention.dense import Span, ragged_attention
+from isthmus.kvtransfer.codecs.registry import PageCodec
 from isthmus.model.model import Model
 
 SINK_TOKENS = 4  # stay raw in the protocol `all`

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-from isthmus.cluster.board import Board
-from isthmus.cluster.costs import Demand
 from isthmus.cluster.gateway_config import LocalPrefill, Policy
-from isthmus.cluster.pool import PrefillTime, StepTime, WorkerLoad
-from isthmus.cluster.prefixes import Steps
-from isthmus.cluster.router import Placement, route
+from isthmus.cluster.router.board import Board
+from isthmus.cluster.router.costs import Demand
+from isthmus.cluster.router.prefixes import Steps
+from isthmus.cluster.router.router import Placement, route
+from isthmus.cluster.router.table import PrefillTime, StepTime, WorkerLoad
 
 REPORT_S = 0.1
 PAGE, CHUNK = 64, 512

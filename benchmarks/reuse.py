@@ -32,8 +32,8 @@ from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto.common_pb2 import TransferStats
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeStub
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.sampling import Sampling
-from isthmus.proto.serving import open_channel
 
 PREFIX_TOKENS, ENDINGS = 2000, (24, 8)  # of the first one are the figures at the top of the JSON
 GOALS = {"decode_held": 20.0, "prefill_held": 15.0, "store_after_restart": 10.0}

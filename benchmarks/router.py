@@ -33,11 +33,11 @@ from idle import idle_share
 from queue_model import BLOCK, PREFILL, STEP, Arrival, Simulation, compute_ms
 from report import Report, conditions, say
 
-from isthmus.cluster.board import Board
-from isthmus.cluster.costs import Demand
 from isthmus.cluster.gateway_config import LocalPrefill, Policy
-from isthmus.cluster.pool import Pool, WorkerLoad
-from isthmus.cluster.router import route
+from isthmus.cluster.router.board import Board
+from isthmus.cluster.router.costs import Demand
+from isthmus.cluster.router.router import route
+from isthmus.cluster.router.table import Pool, WorkerLoad
 
 REPORTS_S = 10  # of each worker; as often as they may, were they never idle
 IDLE_S = 20.0

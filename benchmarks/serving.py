@@ -26,8 +26,8 @@ from processes import ready, worker
 from report import Report, conditions, percentiles, say
 
 from isthmus.proto.decode_pb2_grpc import DecodeStub
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.sampling import Sampling
-from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import WorkerReport
 
 DECODE_PROMPT = 64

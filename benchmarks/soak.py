@@ -32,8 +32,8 @@ from report import Report, conditions, each, say
 
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeStub
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.sampling import Sampling
-from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import GetReportRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import WorkerStub
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from report import Report, conditions, each
 
-from isthmus.decode.graphs import recorder
-from isthmus.decode.packed_store import PackedStore
-from isthmus.decode.padded_steps import PaddedSteps
-from isthmus.decode.runner import DecodeRunner
-from isthmus.decode.scheduler import SequenceId
-from isthmus.decode.sequence import Advance, DecodeSequence, TokenStream
-from isthmus.kvtransfer.codec_tq import TqCodec
-from isthmus.model.load import load_model
+from isthmus.decode.pool.packed import PackedStore
+from isthmus.decode.sequences.scheduler import SequenceId
+from isthmus.decode.sequences.sequence import Advance, DecodeSequence, TokenStream
+from isthmus.decode.stepping.graphs import recorder
+from isthmus.decode.stepping.padded_steps import PaddedSteps
+from isthmus.decode.stepping.runner import DecodeRunner
+from isthmus.kvtransfer.codecs.tq import TqCodec
+from isthmus.model.load.loader import load_model
 from isthmus.model.model import Model
 from isthmus.proto.sampling import Sampling
 

@@ -5,7 +5,7 @@ import contextlib
 import random
 from collections.abc import AsyncIterator
 
-from isthmus.proto.addresses import parse_address
+from isthmus.proto.rpc.addresses import parse_address
 
 CHUNK = 16 << 10
 

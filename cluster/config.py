@@ -10,11 +10,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..decode.config import DecodeConfig
-from ..kvtransfer.codec_names import DEFAULT_CODEC, codec_names
+from ..kvtransfer.codecs.names import DEFAULT_CODEC, codec_names
 from ..model.dtypes import Dtype
 from ..prefill.config import PrefillConfig
-from ..proto.addresses import HostPort, checked_address
 from ..proto.errors import InvalidRequest
+from ..proto.rpc.addresses import HostPort, checked_address
 from .gateway_config import GatewayConfig
 from .jobs.settings import chosen_url
 

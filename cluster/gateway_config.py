@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .jobs.settings import JobsSettings
-from .served import InputLimits
+from .text.served import InputLimits
 
 LocalPrefill = Literal["never", "when_cheaper", "always"]
 Policy = Literal["cost", "round-robin", "least-requests", "least-queued-tokens", "prefix-affinity"]
@@ -30,7 +30,7 @@ class GatewayConfig(BaseModel):
     max_prompt_bytes: int = Field(default=1 << 20, ge=1)  # UTF-8 of a prompt or chat; more is refused before any work
     max_chat_messages: int = Field(default=4096, ge=1)
     parse_special: bool = False  # whether a control token that a chat message spells is one, and not text
-    preflight: bool = True  # whether a worker must pass a canary request before it gets others (cluster/preflight.py)
+    preflight: bool = True  # whether a worker must pass a canary before it gets requests (cluster/fleet/preflight.py)
     jobs_db: str | None = None  # URL of the database of jobs; none: no jobs
     jobs: JobsSettings = JobsSettings()
 

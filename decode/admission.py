@@ -8,10 +8,10 @@ are moved to host memory as they are and come back before anything that came lat
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from .saved import SavedPages
-from .scheduler import DecodeScheduler, SequenceId, State
-from .sequence import Advance, DecodeSequence
-from .store import KvStore
+from .pool.base import KvStore
+from .pool.saved import SavedPages
+from .sequences.scheduler import DecodeScheduler, SequenceId, State
+from .sequences.sequence import Advance, DecodeSequence
 
 
 class Admission:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..kernels.shapes import LayerShape
-from ..kvtransfer.pool import token_bytes
+from ..kvtransfer.pool.dense import token_bytes
 from ..proto.errors import InvalidRequest
 from .config import DecodeConfig
-from .raw_slots import raw_slots
+from .pool.raw_slots import raw_slots
 
 GIB = 1 << 30
 

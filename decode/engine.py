@@ -9,20 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
-from ..model.engine import EngineThread
 from ..model.model import Model
-from ..model.out_of_memory import is_out_of_memory, no_memory
-from ..model.rates import Rates
 from ..model.sampling import SampledToken, sample
 from ..proto.errors import EngineFailed, Exhausted, IsthmusError, Unavailable, without_paths
+from ..worker.engine import EngineThread
+from ..worker.out_of_memory import is_out_of_memory, no_memory
+from ..worker.rates import Rates
 from .admission import Admission
 from .config import DecodeConfig
-from .padded_steps import PaddedSteps
-from .planner import StepPlanner
-from .runner import DecodeRunner
-from .scheduler import DecodeScheduler, SequenceId, State
-from .sequence import Advance, DecodeSequence, Token
-from .store import KvStore
+from .pool.base import KvStore
+from .sequences.scheduler import DecodeScheduler, SequenceId, State
+from .sequences.sequence import Advance, DecodeSequence, Token
+from .stepping.padded_steps import PaddedSteps
+from .stepping.planner import StepPlanner
+from .stepping.runner import DecodeRunner
 
 log = logging.getLogger(__name__)
 

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..model.chunks import chunk_tokens_for
 from ..model.memory import GIB, PROCESS_BYTES, Budget, ModelSize
 from ..proto.worker_pb2 import MemoryUse
+from ..worker.chunks import chunk_tokens_for
 from .budget import KvBudget
 from .config import DecodeConfig
-from .stores import budget_of
+from .pool_choice import budget_of
 
 PAGES, RAW, LOCAL, SAVED, INBOX = "KV pages", "raw pages", "local prompts", "preempted", "inbox"
 

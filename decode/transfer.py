@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from ..kernels.shapes import LayerShape
-from ..kvtransfer.codecs import PageCodec
+from ..kvtransfer.codecs.registry import PageCodec
 from ..kvtransfer.encoded import raw_bytes
 from ..kvtransfer.frame import BF16, PROTOCOL_VERSION, Binding
 from ..kvtransfer.hashing import page_salt, prompt_hash
@@ -33,12 +33,12 @@ from ..proto.errors import (
 )
 from ..proto.prefill_pb2 import FirstToken, KvFrame, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillStub
-from ..proto.serving import INVALID_METADATA, TraceContext, open_channel
+from ..proto.rpc.server import INVALID_METADATA, TraceContext, open_channel
 
 if TYPE_CHECKING:
     from ..proto.prefill_pb2_grpc import PrefillAsyncStub
 from .engine import DecodeEngine
-from .sequence import DecodeSequence
+from .sequences.sequence import DecodeSequence
 
 # InvalidRequest and Expired are final: another prefill worker would say the same. After the rest the next one is asked.
 _KNOWN = {

@@ -17,38 +17,38 @@ from collections import Counter
 
 import grpc.aio
 
-from ..kvtransfer.calibration import balance_path, ensure_balance
-from ..kvtransfer.codecs import PageCodec
+from ..kvtransfer.calibration.balance import balance_path, ensure_balance
+from ..kvtransfer.codecs.registry import PageCodec
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..kvtransfer.hashing import page_salt
 from ..kvtransfer.page_addresses import PageAddresses
 from ..kvtransfer.pairing import CodecSet, require_same
 from ..model.cache import cache_root
-from ..model.load import load_model
+from ..model.load.loader import load_model
 from ..model.memory import require_memory, size_of
 from ..model.model import Model
-from ..model.reporting import report_model
 from ..model.starting import gently, phase
-from ..model.tokens import Tokenizer
+from ..model.text.tokenizer import Tokenizer
 from ..proto import decode_pb2
-from ..proto.addresses import parse_address
 from ..proto.common_pb2 import TransferStats
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ..proto.decode_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
 from ..proto.errors import InvalidRequest
-from ..proto.hosting import Drained, WorkerServer
 from ..proto.names import MAX_CALL_NAME, check_name
 from ..proto.prefill_pb2 import FirstToken
 from ..proto.priority import rank_of
+from ..proto.rpc.addresses import parse_address
+from ..proto.rpc.server import trace_context, write_in_time
 from ..proto.sampling import Sampling
-from ..proto.serving import trace_context, write_in_time
 from ..proto.worker_pb2 import WorkerReport, WorkerRole
+from ..worker.report_model import report_model
+from ..worker.server import Drained, WorkerServer
 from .config import DecodeConfig
 from .engine import DecodeEngine
 from .memory import plan_memory
-from .scheduler import DecodeScheduler, SequenceId
-from .sequence import DecodeSequence, Token, TokenStream
-from .stores import keeps_packed, make_store, record_steps
+from .pool_choice import keeps_packed, make_store, record_steps
+from .sequences.scheduler import DecodeScheduler, SequenceId
+from .sequences.sequence import DecodeSequence, Token, TokenStream
 from .transfer import PrefillPeers, Transfer, finish_local
 
 MAX_PREFILL_ADDRESSES = 64  # that a request may name: a gateway names eight

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.shapes import LayerShape
-from .codecs import PageCodec
+from .codecs.registry import PageCodec
 from .frame import BF16, F32, PACKED, RAW_BYTES, SectionHeader
 
 

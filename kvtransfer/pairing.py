@@ -6,10 +6,10 @@ from torch import Tensor
 
 from ..kernels.shapes import LayerShape
 from ..proto.errors import Incompatible, InvalidRequest, NotFound, shown
-from ..proto.serving import FRAME_MESSAGE_LIMIT
+from ..proto.rpc.server import FRAME_MESSAGE_LIMIT
 from ..proto.worker_pb2 import WorkerReport
-from .codec_names import codec_names
-from .codecs import PageCodec, build_codec
+from .codecs.names import codec_names
+from .codecs.registry import PageCodec, build_codec
 from .encoded import raw_bytes
 from .frame import F32, PROTOCOL_VERSION
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..kernels.shapes import LayerShape
 from ..proto.errors import Corrupt
 from ..proto.prefill_pb2 import FirstToken, KvCommit, KvFrame
-from .codecs import PageCodec
+from .codecs.registry import PageCodec
 from .encoded import decode_raw, raw_bytes
 from .frame import (
     BF16,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .codec_checks import check_finite
+from .codecs.checks import check_finite
 from .encoded import EncodedPage, EncodedSection, PageFormat, encode_raw, raw_bytes
 from .frame import BF16, F32, MAX_FRAME_BYTES, SectionHeader
 from .hashing import hash_of_page

@@ -6,7 +6,7 @@ so that several models of one process can run at once.
 
 While serving no mask is made: a name that is not in transformers' `AttentionMaskInterface` gets None for each mask,
 without the look for packed sequences (a device synchronisation per mask) that a registered name costs. What a layer's
-tokens see is found out once, at load (`probe.py`), and belongs to its `LayerShape`.
+tokens see is found out once, at load (`load/probe.py`), and belongs to its `LayerShape`.
 
 Letters of tensor shapes: T tokens of the ragged batch, H heads, D head dimension.
 """

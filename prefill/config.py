@@ -2,9 +2,9 @@
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..kvtransfer.codec_names import DEFAULT_CODEC
+from ..kvtransfer.codecs.names import DEFAULT_CODEC
 from ..model.dtypes import Dtype
-from ..proto.addresses import checked_address
+from ..proto.rpc.addresses import checked_address
 
 
 class PrefillConfig(BaseModel):

@@ -5,15 +5,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from ..kvtransfer.pool import DensePool
-from ..model.engine import EngineThread
+from ..kvtransfer.pool.dense import DensePool
 from ..model.model import Model
-from ..model.out_of_memory import is_out_of_memory
-from ..model.rates import Rates
 from ..model.sampling import SampledToken, SampleRow, sample
 from ..proto.errors import EngineFailed, Exhausted, Expired, IsthmusError, Unavailable, without_paths
 from ..proto.prefill_pb2 import FirstToken
 from ..proto.priority import RESUMED_RANK
+from ..worker.engine import EngineThread
+from ..worker.out_of_memory import is_out_of_memory
+from ..worker.rates import Rates
 from .job import PrefillJob
 from .prefix import PrefixCache
 from .runner import PrefillRunner

@@ -3,12 +3,12 @@
 import time
 from dataclasses import dataclass, field
 
-from ..kvtransfer.allocator import Run
 from ..kvtransfer.encoded import EncodedPage, PageFormat, PageKey
 from ..kvtransfer.frame import PACKED
 from ..kvtransfer.hashing import hash_of_page
 from ..kvtransfer.page import Section, packed_range
-from ..kvtransfer.page_table import runs_of
+from ..kvtransfer.pool.allocator import Run
+from ..kvtransfer.pool.table import runs_of
 from ..kvtransfer.sender import KvSender
 from ..proto.common_pb2 import TransferStats
 from ..proto.errors import IsthmusError

@@ -16,10 +16,10 @@ from itertools import groupby
 
 from ..kvtransfer.encoded import EncodedPage, EncodedSection, exact_encoding
 from ..kvtransfer.page import Section, sections
-from ..kvtransfer.page_cache import PageCache
-from ..kvtransfer.page_store import PageStore
-from ..kvtransfer.page_table import PageTable
-from ..kvtransfer.pool import DensePool
+from ..kvtransfer.pool.cache import PageCache
+from ..kvtransfer.pool.dense import DensePool
+from ..kvtransfer.pool.table import PageTable
+from ..kvtransfer.storage.store import PageStore
 from ..proto.errors import IsthmusError
 from .job import PrefillJob, Prompt
 

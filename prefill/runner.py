@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.attention import Span, ragged_attention
+from ..kernels.attention.dense import Span, ragged_attention
 from ..kvtransfer.encoded import EncodedSection
 from ..kvtransfer.page import Section
-from ..kvtransfer.pool import DensePool
+from ..kvtransfer.pool.dense import DensePool
 from ..model.model import Model
 from ..proto.errors import IsthmusError
 from .job import PrefillJob

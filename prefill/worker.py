@@ -19,34 +19,34 @@ from pathlib import Path
 
 import grpc.aio
 
-from ..kvtransfer.calibration import balance_path, ensure_balance
-from ..kvtransfer.codecs import PageCodec
+from ..kvtransfer.calibration.balance import balance_path, ensure_balance
+from ..kvtransfer.codecs.registry import PageCodec
 from ..kvtransfer.encoded import PageFormat
 from ..kvtransfer.frame import PROTOCOL_VERSION, Binding
 from ..kvtransfer.hashing import page_hashes, page_salt, prompt_hash
-from ..kvtransfer.page_cache import PageCache
-from ..kvtransfer.page_store import PageStore
 from ..kvtransfer.pairing import CodecSet, require_same
-from ..kvtransfer.pool import DensePool
+from ..kvtransfer.pool.cache import PageCache
+from ..kvtransfer.pool.dense import DensePool
 from ..kvtransfer.sender import KvSender
+from ..kvtransfer.storage.store import PageStore
 from ..model.cache import cache_root
-from ..model.chunks import chunk_tokens_for
-from ..model.load import load_model
+from ..model.load.loader import load_model
 from ..model.memory import GIB, require_memory, size_of
 from ..model.model import Model
-from ..model.reporting import report_model
 from ..model.starting import gently, phase
-from ..model.tokens import Tokenizer
+from ..model.text.tokenizer import Tokenizer
 from ..proto import prefill_pb2
 from ..proto.errors import Exhausted, InvalidRequest
-from ..proto.hosting import Drained, WorkerServer
 from ..proto.names import MAX_CALL_NAME, check_name
 from ..proto.prefill_pb2 import PrefillAccepted, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillServicer, add_PrefillServicer_to_server
 from ..proto.priority import rank_of
+from ..proto.rpc.server import write_in_time
 from ..proto.sampling import Sampling
-from ..proto.serving import write_in_time
 from ..proto.worker_pb2 import PageCounts, WorkerReport, WorkerRole
+from ..worker.chunks import chunk_tokens_for
+from ..worker.report_model import report_model
+from ..worker.server import Drained, WorkerServer
 from .config import PrefillConfig
 from .engine import PrefillEngine
 from .job import PrefillJob, Prompt

@@ -16,7 +16,7 @@
     └── Expired             the deadline passed before the work was done
 
 The text of an error is for the person who reads it: one line, what was wrong and what is allowed. Anything that is
-not an IsthmusError is a bug, stays UNKNOWN for the client and is logged with its trace (`serving.py`).
+not an IsthmusError is a bug, stays UNKNOWN for the client and is logged with its trace (`rpc/server.py`).
 """
 
 import re

@@ -623,7 +623,7 @@ Global___MemoryUse: _TypeAlias = MemoryUse  # noqa: Y015
 
 @_typing.final
 class PrefillRate(_message.Message):
-    """Measured averages: recent measurements count most (model/rates.py). Not set before anything was measured.
+    """Measured averages: recent measurements count most (worker/rates.py). Not set before anything was measured.
     A chunk of n tokens after c tokens of context takes ms + n * ms_per_token + n * (c + n/2) / 1000 * ms_per_token_ktoken.
     """
 

@@ -24,7 +24,7 @@ from fuzz_values import Values, parsed
 from google.protobuf.message import Message
 from raw_grpc import raw_call
 
-from isthmus.cluster.client import Client
+from isthmus.cluster.client.client import Client
 
 FORBIDDEN = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
 AT_ONCE = 16  # calls

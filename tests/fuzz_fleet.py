@@ -16,20 +16,20 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from models import model_path
 
-from isthmus.cluster.client import Client, build_request
-from isthmus.cluster.gateway import Gateway
+from isthmus.cluster.client.client import Client, build_request
+from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.cluster.jobs.settings import JobsSettings
-from isthmus.cluster.seat import WorkerSeat, settings_of_both
-from isthmus.cluster.served import load_served_model
+from isthmus.cluster.launch.seat import WorkerSeat, settings_of_both
+from isthmus.cluster.text.served import load_served_model
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto import common_pb2, decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, worker_pb2
 from isthmus.proto.common_pb2 import PRIORITY_BATCH
 from isthmus.proto.generation_pb2 import Chat, ChatMessage
 from isthmus.proto.jobs_pb2 import ListJobsRequest
 from isthmus.proto.jobs_pb2_grpc import JobsStub
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.sampling import Sampling
-from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 
 MODEL = "tiny-llama"

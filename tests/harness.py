@@ -17,8 +17,8 @@ from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.common_pb2 import FinishReason, TransferStats
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeStub
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.sampling import Sampling
-from isthmus.proto.serving import open_channel
 
 LOOK_S = 0.02  # between two looks at whether pages are back
 

@@ -61,7 +61,7 @@ def model_path(name: str) -> str:
     """What to give `load_model` for a name of TINY_MODELS or REAL_MODELS; a model's folder is made if need be."""
     if name in TINY_MODELS:
         return str(made(name, lambda folder: make_tiny(tiny_config(*_CONFIGS[name]), folder)))
-    from isthmus.model.describe import describe_model
+    from isthmus.model.load.describe import describe_model
 
     return str(describe_model(name).path)
 

@@ -16,8 +16,8 @@ from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.common_pb2 import Priority, TransferStats
 from isthmus.proto.prefill_pb2 import PrefillEvent, PrefillRequest
 from isthmus.proto.prefill_pb2_grpc import PrefillStub
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.sampling import Sampling
-from isthmus.proto.serving import open_channel
 
 _numbers = itertools.count()
 

@@ -8,16 +8,15 @@ from typing import Any
 
 import grpc.aio
 
-from isthmus.cluster.gateway import Gateway
+from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
-from isthmus.cluster.served import ServedModel
+from isthmus.cluster.text.served import ServedModel
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto import decode_pb2, worker_pb2
 from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, TransferStats
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
-from isthmus.proto.reporting import ReportServicer
-from isthmus.proto.serving import Server, start_server
+from isthmus.proto.rpc.server import Server, start_server
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_ROLE_DECODE,
@@ -28,6 +27,7 @@ from isthmus.proto.worker_pb2 import (
     WorkerReport,
 )
 from isthmus.proto.worker_pb2_grpc import add_WorkerServicer_to_server
+from isthmus.worker.report_service import ReportServicer
 
 FINGERPRINT = "f" * 32
 CODECS = {"raw": "r0", "tq-k4v4": "t0"}
@@ -73,7 +73,7 @@ class ByteDecoder:
 
 def served(**changes: Any) -> ServedModel:
     """The model of bytes: 256 tokens, a context of 1,000."""
-    from isthmus.model.tokens import StopStrings
+    from isthmus.model.text.tokenizer import StopStrings
 
     fields: dict[str, Any] = {
         "name": "bytes",

@@ -11,16 +11,16 @@ from typing import Any
 import grpc.aio
 from scripted import Script, report_of, served
 
-from isthmus.cluster.jobs.manager import SERVICE, Jobs
+from isthmus.cluster.jobs.service.manager import SERVICE, Jobs
 from isthmus.cluster.jobs.settings import JobsSettings
-from isthmus.cluster.request import Admitted, examine
-from isthmus.cluster.session import new_session
+from isthmus.cluster.requests.request import Admitted, examine
+from isthmus.cluster.requests.session import new_session
 from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.generation_pb2 import GenerateEvent, GenerateRequest
 from isthmus.proto.jobs_pb2 import GetJobRequest, GetResultRequest, Job, JobEvent, JobResult, WatchJobRequest
 from isthmus.proto.jobs_pb2_grpc import JobsStub
-from isthmus.proto.serving import open_channel, start_server
+from isthmus.proto.rpc.server import open_channel, start_server
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerReport
 
 ENDED = (3, 4, 5, 6)

@@ -13,22 +13,22 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from harness import Pair, worker_pair
 from models import model_path
 
-from isthmus.cluster.client import Client, build_request
-from isthmus.cluster.gateway import Gateway
+from isthmus.cluster.client.client import Client, build_request
+from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
-from isthmus.cluster.served import load_served_model
+from isthmus.cluster.text.served import load_served_model
 from isthmus.decode.config import DecodeConfig
-from isthmus.decode.runner import DecodeRunner
+from isthmus.decode.stepping.runner import DecodeRunner
 from isthmus.decode.worker import DecodeWorker
-from isthmus.model import stamps
-from isthmus.model.engine import EngineThread
 from isthmus.prefill.config import PrefillConfig
 from isthmus.prefill.runner import PrefillRunner
 from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.errors import ENGINE_FAILED_KEY, ERROR_KEY
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.sampling import Sampling
-from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import WorkerHealth
+from isthmus.worker import stamps
+from isthmus.worker.engine import EngineThread
 
 GREEDY = Sampling(temperature=0, max_tokens=5, ignore_eos=True)
 

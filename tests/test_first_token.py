@@ -9,10 +9,10 @@ import pytest
 from harness import worker_pair
 from models import model_path
 
-from isthmus.cluster.client import Client, build_request
-from isthmus.cluster.gateway import Gateway
+from isthmus.cluster.client.client import Client, build_request
+from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
-from isthmus.cluster.served import load_served_model
+from isthmus.cluster.text.served import load_served_model
 from isthmus.decode.config import DecodeConfig
 from isthmus.decode.worker import DecodeWorker
 from isthmus.prefill.config import PrefillConfig

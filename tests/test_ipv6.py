@@ -7,10 +7,10 @@ import pytest
 from harness import worker_pair
 from models import model_path
 
-from isthmus.cluster.client import Client, build_request
-from isthmus.cluster.gateway import Gateway
-from isthmus.cluster.served import load_served_model
-from isthmus.proto.addresses import parse_address
+from isthmus.cluster.client.client import Client, build_request
+from isthmus.cluster.frontend.gateway import Gateway
+from isthmus.cluster.text.served import load_served_model
+from isthmus.proto.rpc.addresses import parse_address
 
 MODEL = model_path("tiny-llama")
 SAMPLING = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}

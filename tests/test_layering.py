@@ -12,9 +12,10 @@ ALLOWED = {
     "kernels": set(),
     "model": {"kernels", "proto"},
     "kvtransfer": {"kernels", "proto"},
-    "prefill": {"model", "kvtransfer", "kernels", "proto"},
-    "decode": {"model", "kvtransfer", "kernels", "proto"},
-    "cluster": {"prefill", "decode", "model", "kvtransfer", "kernels", "proto"},
+    "worker": {"model", "kernels", "proto"},
+    "prefill": {"worker", "model", "kvtransfer", "kernels", "proto"},
+    "decode": {"worker", "model", "kvtransfer", "kernels", "proto"},
+    "cluster": {"prefill", "decode", "worker", "model", "kvtransfer", "kernels", "proto"},
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

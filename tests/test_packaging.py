@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("cluster", "decode", "kernels", "kvtransfer", "model", "prefill", "proto")
+FOLDERS = ("cluster", "decode", "kernels", "kvtransfer", "model", "prefill", "proto", "worker")
 
 
 def test_listed_packages_are_the_folders_with_code() -> None:

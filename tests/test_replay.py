@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from models import model_path
 
-from isthmus.cluster.client import Answer, Client, build_request
-from isthmus.cluster.gateway import Gateway
+from isthmus.cluster.client.client import Answer, Client, build_request
+from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
-from isthmus.cluster.served import load_served_model
+from isthmus.cluster.text.served import load_served_model
 from isthmus.decode.config import DecodeConfig
 from isthmus.decode.worker import DecodeWorker
 from isthmus.prefill.config import PrefillConfig

@@ -15,7 +15,7 @@ from models import model_path
 
 from isthmus.proto.generation_pb2 import GenerateRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
-from isthmus.proto.serving import open_channel
+from isthmus.proto.rpc.server import open_channel
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 # The last bits of a sum depend on who shares a batch. With a lossy codec they can become a step of a code, and a drawn

@@ -6,7 +6,7 @@ import pytest
 from harness import Answer, Pair, worker_pair
 from models import model_path
 
-from isthmus.decode.sequence import Advance
+from isthmus.decode.sequences.sequence import Advance
 from isthmus.proto.sampling import Sampling
 
 GREEDY = Sampling(temperature=0, max_tokens=4, ignore_eos=True)

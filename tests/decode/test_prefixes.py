@@ -6,8 +6,8 @@ import pytest
 from harness import Answer, Pair, worker_pair
 from models import model_path
 
-from isthmus.decode.dense_store import DenseStore
-from isthmus.decode.pages import final_pages, holdable_tokens
+from isthmus.decode.pool.dense import DenseStore
+from isthmus.decode.sequences.pages import final_pages, holdable_tokens
 from isthmus.proto.sampling import Sampling
 
 POOLS = [("raw", "dense"), ("tq-k4v4", "dense"), ("tq-k4v4", "packed")]

@@ -10,12 +10,12 @@ from models import model_path
 
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto.errors import InvalidRequest
-from isthmus.proto.orders import OrderServicer
 from isthmus.proto.prefill_pb2 import PrefillRequest
 from isthmus.proto.prefill_pb2_grpc import PrefillStub
+from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.sampling import Sampling
-from isthmus.proto.serving import open_channel
 from isthmus.proto.worker_pb2 import DrainRequest, FlipRequest
+from isthmus.worker.orders import OrderServicer
 
 SAMPLING = Sampling(temperature=0, max_tokens=3, ignore_eos=True)
 

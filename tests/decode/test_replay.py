@@ -11,8 +11,8 @@ import pytest
 from harness import Answer, Pair, worker_pair
 from models import model_path
 
-from isthmus.kernels.half_gemm import has_half_tiles
-from isthmus.model.cpu import computes_bf16
+from isthmus.kernels.cpu.half_gemm import has_half_tiles
+from isthmus.model.cpu.speed_up import computes_bf16
 from isthmus.proto.common_pb2 import FinishReason
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.sampling import Sampling

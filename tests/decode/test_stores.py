@@ -8,7 +8,7 @@ from harness import worker_pair
 from models import model_path
 
 from isthmus.decode.config import DecodeConfig
-from isthmus.decode.stores import keeps_packed
+from isthmus.decode.pool_choice import keeps_packed
 from isthmus.proto.errors import InvalidRequest
 from isthmus.proto.sampling import Sampling
 
@@ -40,7 +40,7 @@ async def test_the_same_tokens_from_the_triton_kernels(monkeypatch: pytest.Monke
     short = Sampling(temperature=0, max_tokens=9, ignore_eos=True)
     tokens = []
     for interpreted in (False, True):
-        monkeypatch.setattr("isthmus.decode.packed_store.uses_triton", lambda device, yes=interpreted: yes)
+        monkeypatch.setattr("isthmus.decode.pool.packed.uses_triton", lambda device, yes=interpreted: yes)
         async with worker_pair(model_path("tiny-llama"), prefill=own, decode=own | {"pool": "packed"}) as pair:
             tokens.append((await pair.generate(list(range(3, 61)), short, "tq-k4v4")).token_ids)
     assert tokens[0] == tokens[1]

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.kernels.layout import PageLayout
-from isthmus.kernels.pack import Rotations, pack_reference
-from isthmus.kernels.pack_triton import pack
-from isthmus.kernels.paged_attention import PagedKV, gather_sequence, paged_attention_reference
-from isthmus.kernels.paged_attention_triton import paged_attention
+from isthmus.kernels.attention.paged import PagedKV, gather_sequence, paged_attention_reference
+from isthmus.kernels.attention.paged_triton import paged_attention
+from isthmus.kernels.pages.layout import PageLayout
+from isthmus.kernels.pages.pack import Rotations, pack_reference
+from isthmus.kernels.pages.pack_triton import pack
+from isthmus.kernels.pages.unpack import unpack_reference
+from isthmus.kernels.pages.unpack_triton import unpack
 from isthmus.kernels.rotation import signs
-from isthmus.kernels.unpack import unpack_reference
-from isthmus.kernels.unpack_triton import unpack
-from isthmus.kvtransfer.codec_tq import SEED_KEYS, SEED_VALUES, build_rotations
+from isthmus.kvtransfer.codecs.tq import SEED_KEYS, SEED_VALUES, build_rotations
 
 # The interpreter computes lanes that are masked off, infinities among them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

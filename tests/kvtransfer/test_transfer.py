@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from isthmus.kernels.shapes import LayerShape
-from isthmus.kvtransfer.codecs import build_codec
+from isthmus.kvtransfer.codecs.registry import build_codec
 from isthmus.kvtransfer.encoded import PageFormat
 from isthmus.kvtransfer.frame import MAX_FRAME_BYTES, Binding, FrameHeader, FrameWriter, frame_checksum
 from isthmus.kvtransfer.hashing import page_hashes, page_salt

@@ -9,7 +9,7 @@ from naive_attention import NaiveCache
 from transformers import AutoModelForCausalLM
 
 from isthmus.kernels.shapes import LayerShape
-from isthmus.model.load import load_model
+from isthmus.model.load.loader import load_model
 from isthmus.model.model import Model
 
 # Tokens of three sequences in three forwards: a chunked prompt, one that joins late, one token at a time.

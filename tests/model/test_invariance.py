@@ -7,9 +7,9 @@ import torch
 from models import model_path
 from torch import Tensor
 
-from isthmus.kernels.attention import Span, ragged_attention
-from isthmus.kernels.half_gemm import has_half_tiles
-from isthmus.model.load import load_model
+from isthmus.kernels.attention.dense import Span, ragged_attention
+from isthmus.kernels.cpu.half_gemm import has_half_tiles
+from isthmus.model.load.loader import load_model
 from isthmus.model.model import Model
 
 PROMPT, OUTPUT, MATE = 330, 40, 150  # tokens
@@ -47,7 +47,7 @@ class Cache:
 @pytest.mark.parametrize("name", ["tiny-llama", "smollm2-135m"])
 def test_alone_or_not_whole_or_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32, on weights of bf16: a CPU that multiplies bf16 would compute in that, and its sums go by batches."""
-    monkeypatch.setattr("isthmus.model.load.computes_bf16", lambda: False)
+    monkeypatch.setattr("isthmus.model.load.loader.computes_bf16", lambda: False)
     model = load_model(model_path(name), dtype="bf16", device="cpu")
     drawn = torch.randint(3, model.vocab_size, (PROMPT + OUTPUT + MATE,), generator=torch.Generator().manual_seed(3))
     prompt, output, mate = (part.tolist() for part in drawn.split([PROMPT, OUTPUT, MATE]))

@@ -18,7 +18,7 @@ def run(code: str) -> str:
 def test_a_model_is_loaded_and_run_without_dynamo_and_distributed_tensors() -> None:
     code = f"""
 import sys
-from isthmus.model.load import load_model
+from isthmus.model.load.loader import load_model
 model = load_model({model_path("tiny-llama")!r}, dtype="fp32")
 print(sorted(set({HEAVY!r}) & set(sys.modules)))
 """
@@ -39,8 +39,8 @@ print(distributed == hasattr(torch._C, "_c10d_init"), int(twice(torch.tensor(3))
 def test_the_gateway_knows_a_converted_model_without_torch() -> None:
     code = """
 import sys
-import isthmus.cluster.supervisor, isthmus.cluster.ray_cluster
-from isthmus.cluster.served import load_served_model
+import isthmus.cluster.launch.supervisor, isthmus.cluster.launch.ray_cluster
+from isthmus.cluster.text.served import load_served_model
 load_served_model("smollm2-135m")
 print([name for name in ("torch", "numba", "transformers.modeling_utils") if name in sys.modules])
 """

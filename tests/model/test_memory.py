@@ -10,8 +10,8 @@ from models import model_path
 from isthmus.decode.config import DecodeConfig
 from isthmus.decode.memory import plan_memory as plan_decode
 from isthmus.model import memory
-from isthmus.model.blueprint import blueprint
-from isthmus.model.load import load_model
+from isthmus.model.load.blueprint import blueprint
+from isthmus.model.load.loader import load_model
 from isthmus.model.memory import GIB, Budget, excess, machine_bytes, refuse_hopeless, require_memory, size_of
 from isthmus.prefill.config import PrefillConfig
 from isthmus.prefill.memory import plan_memory as plan_prefill

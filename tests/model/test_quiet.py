@@ -7,9 +7,9 @@ from typing import NoReturn
 import pytest
 from models import model_path
 
-from isthmus.model.describe import describe_model
-from isthmus.model.load import load_model
-from isthmus.model.tokens import Tokenizer
+from isthmus.model.load.describe import describe_model
+from isthmus.model.load.loader import load_model
+from isthmus.model.text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("name", ["tiny-mixtral", "smollm2-135m"])

@@ -12,8 +12,8 @@ import grpc.aio
 from processes import ISTHMUS, free_port
 from scripted import Scripted, report_of
 
-from isthmus.cluster.jobs.client import JobsClient
-from isthmus.cluster.served import load_served_model
+from isthmus.cluster.client.jobs import JobsClient
+from isthmus.cluster.text.served import load_served_model
 from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, SamplingParams, TransferStats
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.generation_pb2 import GenerateRequest

@@ -9,12 +9,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scripted import says, scripted_cluster
 from served_jobs import QUICK, answer_to, jobs_server
 
-from isthmus.cluster import gateway as gateway_module
-from isthmus.cluster.jobs import recorder as recorder_module
-from isthmus.cluster.jobs import runner as runner_module
-from isthmus.cluster.jobs.active import ActiveJob
-from isthmus.cluster.jobs.hub import Hub
-from isthmus.cluster.jobs.store import JobStore
+from isthmus.cluster.frontend import gateway as gateway_module
+from isthmus.cluster.jobs.running import recorder as recorder_module
+from isthmus.cluster.jobs.running import runner as runner_module
+from isthmus.cluster.jobs.running.active import ActiveJob
+from isthmus.cluster.jobs.store.hub import Hub
+from isthmus.cluster.jobs.store.store import JobStore
 from isthmus.proto import tasks as tasks_module
 from isthmus.proto.common_pb2 import SamplingParams
 from isthmus.proto.generation_pb2 import GenerateRequest
@@ -25,7 +25,7 @@ from isthmus.proto.jobs_pb2 import (
     JobEvent,
     SubmitJobRequest,
 )
-from isthmus.proto.serving import open_channel
+from isthmus.proto.rpc.server import open_channel
 
 TOKENS = 8
 

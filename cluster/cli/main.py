@@ -1,0 +1,91 @@
+"""The command `isthmus`: its commands, and how every one of them ends.
+
+Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted. An error is one line on stderr, with the name
+of its gRPC status. Commands import what they need when they run, so that `--help` is fast.
+"""
+
+import os
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from . import calibrate, cluster, explain, gateway, generate, operate, status
+from .jobs import batch, jobs
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="isthmus",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Disaggregated prefill/decode inference: compressed KV pages over plain TCP.",
+    epilog="Start with [bold]isthmus demo[/], or [bold]isthmus up[/] and then [bold]isthmus generate[/].",
+)
+app.command("up")(cluster.up)
+app.command("generate")(generate.generate)
+app.command("chat")(generate.chat)
+app.command("status")(status.status)
+app.command("explain")(explain.explain)
+app.command("drain")(operate.drain)
+app.command("flip")(operate.flip)
+app.command("scale")(operate.scale)
+app.command("models")(status.models)
+app.command("calibrate")(calibrate.calibrate)
+app.command("demo")(cluster.demo)
+app.add_typer(jobs.jobs_app, name="jobs")
+app.add_typer(batch.batch_app, name="batch")
+app.add_typer(cluster.worker_app, name="worker")
+app.command("gateway")(gateway.gateway)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"isthmus {version('isthmus')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    shown: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    try:
+        code = app(arguments, prog_name="isthmus", standalone_mode=False)
+    except TyperException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at exit
+        return 1
+    except Exception as error:
+        return _fail(_line_of(error), 1)
+    return code if isinstance(code, int) else 0
+
+
+def _line_of(error: Exception) -> str:
+    """How an error is shown to a user. A bug raises again where ISTHMUS_DEBUG asks for its trace."""
+    from .terminal.errors import line_of
+
+    line = line_of(error)
+    if line is None and os.environ.get("ISTHMUS_DEBUG"):
+        raise error
+    return line or f"internal error: {type(error).__name__}: {error} (ISTHMUS_DEBUG=1 shows where)"
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,108 @@
+"""`isthmus drain`, `flip` and `scale`: what a person does to a running cluster."""
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .terminal import options as opt
+
+if TYPE_CHECKING:
+    from ...proto.worker_pb2 import DrainResponse, ScaleResponse, WorkerReport
+
+ROLES = ("prefill", "decode")
+
+WorkerId = Annotated[str, typer.Argument(metavar="WORKER", help="Id or address, as `isthmus status` shows them.")]
+DrainTimeout = Annotated[
+    float, typer.Option("--timeout", min=0, help="Seconds for running requests; those left then go on elsewhere.")
+]
+
+
+def drain(worker: WorkerId, timeout: DrainTimeout = 30.0, server: opt.Server = opt.DEFAULT_SERVER) -> None:
+    """Drain a worker and end it: no new work, running requests finish, or go on on another worker.
+
+    [bold]Examples[/]
+
+      isthmus drain decode-1
+
+      isthmus drain 10.0.0.7:7001 --timeout 5
+    """
+    done = asyncio.run(_drain(server, worker, timeout))
+    moved = f", {done.handed_over} handed over to other workers" if done.handed_over else ""
+    print(f"{worker} is drained: {done.finished} requests finished{moved}")
+
+
+def flip(
+    worker: WorkerId,
+    role: Annotated[str, typer.Argument(metavar="prefill|decode", help="The role it shall have.")],
+    timeout: DrainTimeout = 30.0,
+    server: opt.Server = opt.DEFAULT_SERVER,
+) -> None:
+    """Give a worker another role: it is drained first and keeps its loaded weights.
+
+    [bold]Examples[/]
+
+      isthmus flip prefill-1 decode
+
+      isthmus flip 10.0.0.7:7001 prefill --timeout 5
+    """
+    if role not in ROLES:
+        raise typer.BadParameter(f"role {role!r}; allowed: {', '.join(ROLES)}")
+    report = asyncio.run(_flip(server, worker, role, timeout))
+    print(f"{report.worker_id} at {report.address} is a {role} worker and ready")
+
+
+def scale(
+    counts: Annotated[list[str], typer.Argument(metavar="ROLE=N...", help="prefill=N, decode=N, or both.")],
+    timeout: DrainTimeout = 30.0,
+    server: opt.Server = opt.DEFAULT_SERVER,
+) -> None:
+    """Change the number of workers of a cluster that `isthmus up` started; those too many are drained first.
+
+    [bold]Examples[/]
+
+      isthmus scale prefill=3 decode=5
+
+      isthmus scale decode=1 --timeout 60
+    """
+    wanted = _counts(counts)
+    done = asyncio.run(_scale(server, wanted, timeout))
+    for verb, names in (("started", done.started), ("drained", done.drained)):
+        if names:
+            print(f"{verb} {', '.join(names)}")
+    if not done.started and not done.drained:
+        print("nothing to change")
+
+
+def _counts(texts: list[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for text in texts:
+        role, equals, number = text.partition("=")
+        if role not in ROLES or not equals or not number.isdigit():
+            raise typer.BadParameter(f"{text!r} is not prefill=N or decode=N")
+        if role in counts:
+            raise typer.BadParameter(f"{role} is given twice")
+        counts[role] = int(number)
+    return counts
+
+
+async def _drain(server: str, worker: str, timeout_s: float) -> "DrainResponse":
+    from ...proto.worker_pb2 import DrainWorkerRequest
+
+    async with opt.gateway_client(server) as client:
+        return await client.cluster.DrainWorker(DrainWorkerRequest(worker=worker, timeout_s=timeout_s))
+
+
+async def _flip(server: str, worker: str, role: str, timeout_s: float) -> "WorkerReport":
+    from ...proto.worker_pb2 import FlipWorkerRequest, WorkerRole
+
+    number = WorkerRole.Value(f"WORKER_ROLE_{role.upper()}")
+    async with opt.gateway_client(server) as client:
+        return await client.cluster.FlipWorker(FlipWorkerRequest(worker=worker, role=number, timeout_s=timeout_s))
+
+
+async def _scale(server: str, counts: dict[str, int], timeout_s: float) -> "ScaleResponse":
+    from ...proto.worker_pb2 import ScaleRequest
+
+    async with opt.gateway_client(server) as client:
+        return await client.cluster.Scale(ScaleRequest(timeout_s=timeout_s, **counts))

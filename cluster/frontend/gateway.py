@@ -1,0 +1,285 @@
+"""The gateway: what clients talk to. It checks, tokenizes, places and streams; it never touches KV.
+
+The life of a request here: `admit` (requests/request.py), page hashes, `route` (router/router.py) and `Decode.Generate`
+with the deadline that is left (requests/dispatch.py), a `Session` (requests/session.py) that makes the client's events,
+until the answer is finished (requests/generator.py). Whatever ends the handler cancels the inner call, and that frees
+everything below.
+"""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import grpc.aio
+
+from ...kvtransfer.frame import PROTOCOL_VERSION
+from ...proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
+from ...proto.errors import Exhausted, Expired, Unavailable
+from ...proto.rpc.addresses import parse_address
+from ...proto.rpc.server import MIB, Server, start_server, trace_context, write_in_time
+from ...proto.rpc.signs import kept_alive
+from ...proto.tasks import Tasks
+from ..client.client import RETRY_KEY
+from ..fleet.compat import Expected
+from ..fleet.preflight import Preflight
+from ..fleet.registry import Fleet
+from ..gateway_config import GatewayConfig, LocalPrefill
+from ..jobs.service.manager import SERVICE as JOBS_SERVICE
+from ..jobs.service.manager import Jobs
+from ..requests.generator import Generator
+from ..requests.request import ServedModel
+from ..router.router import offered_codecs, token_limit
+from .cluster_service import ClusterService
+from .operations import Operations
+
+DEFAULTS = GatewayConfig()
+MAX_MESSAGE_BYTES = 4 * MIB
+LOOK_S = 1.0  # between two looks at whether all background tasks do their work
+SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["Generation"],
+    worker_pb2.DESCRIPTOR.services_by_name["Cluster"],
+)
+
+
+class Load:
+    """Active requests, and how long one takes: what draining and retry hints go by."""
+
+    def __init__(self) -> None:
+        self.active = 0
+        self._mean_s = 1.0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextlib.contextmanager
+    def track(self) -> Iterator[None]:
+        """Counts one request for as long as the block runs."""
+        start_s = time.monotonic()
+        self.active += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.active -= 1
+            self._mean_s += 0.1 * (time.monotonic() - start_s - self._mean_s)
+            if not self.active:
+                self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Waits until no request is active."""
+        await self._idle.wait()
+
+    def retry_after_ms(self) -> int:
+        """About when the next request ends and makes room: 100 ms to 10 s."""
+        return round(min(10.0, max(0.1, self._mean_s / max(1, self.active))) * 1e3)
+
+
+class GenerationService(generation_pb2_grpc.GenerationServicer):
+    """`isthmus.v1.Generation` for one model on the workers of a fleet."""
+
+    def __init__(
+        self, model: ServedModel, fleet: Fleet, generator: Generator, load: Load, config: GatewayConfig
+    ) -> None:
+        self._local_prefill: LocalPrefill = config.local_prefill
+        self._sign_of_life_s = config.sign_of_life_s
+        self._model = model
+        self._fleet = fleet
+        self._generator = generator
+        self._load = load
+        self.draining = False
+
+    async def Generate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        request: generation_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateEvent],
+    ) -> None:
+        arrived_s = time.monotonic()
+        if self.draining:
+            raise Unavailable("the gateway is shutting down")
+        with self._load.track():
+            try:
+                admitted = await self._generator.admit(request)
+                await context.send_initial_metadata(())
+                sign = partial(generation_pb2.GenerateEvent, request_id=admitted.request_id)
+                write = partial(write_in_time, context)
+                async with kept_alive(write, sign, self._sign_of_life_s) as pass_on:
+                    await self._generator.run(
+                        admitted,
+                        pass_on,
+                        time_left=context.time_remaining,
+                        trace=trace_context(context),
+                        arrived_s=arrived_s,
+                    )
+            except (Exhausted, Expired) as error:
+                hint_ms = self._retry_after_ms(error)
+                if hint_ms is not None:
+                    context.set_trailing_metadata(((RETRY_KEY, str(hint_ms)),))
+                raise
+
+    def _retry_after_ms(self, error: Exhausted | Expired) -> int | None:
+        """When to try again; None where that would change nothing."""
+        if error.retry_after_s is not None:
+            return round(max(0.1, error.retry_after_s) * 1e3)
+        return self._load.retry_after_ms() if isinstance(error, Exhausted) else None
+
+    async def GetModel(self, request: generation_pb2.GetModelRequest, context: object) -> generation_pb2.Model:
+        self._model.check_name(request.name)
+        return self._describe()
+
+    async def ListModels(
+        self, request: generation_pb2.ListModelsRequest, context: object
+    ) -> generation_pb2.ListModelsResponse:
+        return generation_pb2.ListModelsResponse(models=[self._describe()])
+
+    def _describe(self) -> generation_pb2.Model:
+        model, board = self._model, self._fleet.snapshot()
+        return generation_pb2.Model(
+            name=model.name,
+            fingerprint=model.fingerprint,
+            architecture=model.architecture,
+            context_length=model.context_length,
+            vocab_size=model.vocab_size,
+            has_chat_template=model.tokenizer.has_chat_template,
+            codecs=offered_codecs(board, self._local_prefill),
+            default_codec=self._fleet.default_codec(),
+            max_request_tokens=min(model.context_length, token_limit(board, None, self._local_prefill)[1]),
+        )
+
+
+class Gateway:
+    """The gateway as a server: `start`, then `drain` and `stop`. Healthy while its workers can serve a request."""
+
+    def __init__(
+        self,
+        listen: str,
+        model: ServedModel,
+        workers: Iterable[str] = (),
+        config: GatewayConfig = DEFAULTS,
+        owner: Tasks | None = None,
+        *,
+        cluster_id: str = "",
+    ) -> None:
+        """`owner`: background tasks of whoever runs the gateway, which are counted and looked at as its own.
+
+        `cluster_id`: what `isthmus status` shows; "" where the workers are a given list.
+        """
+        self._cluster_id = cluster_id
+        self._listen = listen
+        self._model = replace(model, limits=config.input_limits)
+        self._workers = tuple(workers)
+        self._config = config
+        self._server: Server | None = None
+        self._jobs: Jobs | None = None
+        self._owner = owner or Tasks()
+        self.failures = self._owner.failures
+        self._tasks = Tasks(self.failures)
+        self.ready = asyncio.Event()
+
+    async def start(self) -> None:
+        """Listens and starts to watch the workers, and to run jobs where it has a database of them.
+
+        OSError where the address cannot be bound; what `Jobs.open` raises.
+        """
+        expected = Expected(
+            protocol_version=PROTOCOL_VERSION, model=self._model.name, fingerprint=self._model.fingerprint
+        )
+        self.fleet = Fleet(expected, verify=self._config.preflight, failures=self.failures)
+        self._preflight = Preflight(self.fleet, self._model, self.failures)
+        self.load = Load()
+        self.generator = Generator(self._model, self.fleet, self._config)
+        self._generation = GenerationService(self._model, self.fleet, self.generator, self.load, self._config)
+        self.operations = Operations(self.fleet)
+        cluster = ClusterService(self.fleet, self.operations, self.generator, self._fill_status)
+        adders = (
+            lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server),
+            lambda server: worker_pb2_grpc.add_ClusterServicer_to_server(cluster, server),
+        )
+        services = dict(zip(SERVICES, adders, strict=True))
+        if self._config.jobs_db is not None:
+            self._jobs = await self._open_jobs(self._config.jobs_db)
+            services[JOBS_SERVICE] = self._jobs.add_to
+        self._server = await start_server(self._listen, services, max_request_bytes=MAX_MESSAGE_BYTES)
+        for address in self._workers:
+            self.fleet.add(address)
+        if self._config.preflight:
+            self._preflight.start()
+        if self._jobs is not None:
+            await self._jobs.start(f"{socket.gethostname()} {self.address}")
+        self._tasks.start("health", partial(self._follow_health, self._server))
+
+    async def _open_jobs(self, url: str) -> Jobs:
+        return await Jobs.open(
+            url,
+            self._model,
+            self.generator,
+            default_codec=self.fleet.default_codec,
+            reports=self.fleet.statuses,
+            others=lambda: self.load.active,
+            settings=self._config.jobs,
+            failures=self.failures,
+        )
+
+    @property
+    def address(self) -> str:
+        """host:port, with the port that was bound."""
+        assert self._server is not None, "not started"
+        return str(parse_address(self._listen)._replace(port=self._server.port))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuses new requests and waits for the running ones; whether all have ended in time.
+
+        Jobs stop at once: they go on at another gateway, or at the next start of this one.
+        """
+        if self._server is None:
+            return True
+        self._generation.draining = True
+        await self._server.set_serving(False)
+        if self._jobs is not None:
+            await self._jobs.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):  # wait_for can swallow a cancellation
+                await self.load.wait_idle()
+        return not self.load.active
+
+    async def stop(self) -> None:
+        """Cancels what still runs and closes everything."""
+        await self._tasks.stop()
+        if self._server is not None:
+            await self._server.stop(0.2)
+        if self._jobs is not None:
+            await self._jobs.stop()
+        if self._server is not None:
+            await self._preflight.stop()
+            await self.fleet.close()
+
+    async def _follow_health(self, server: Server) -> None:
+        try:
+            while True:
+                change = self.fleet.change
+                can_serve = bool(offered_codecs(self.fleet.snapshot(), self._config.local_prefill))
+                healthy = can_serve and not self._generation.draining and not self._failing()
+                await server.set_serving(healthy, but=[JOBS_SERVICE.full_name] if self._jobs_failing() else [])
+                if can_serve:
+                    self.ready.set()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_S):
+                        await change.wait()
+        except Exception:
+            await server.set_serving(False)
+            raise
+
+    def _failing(self) -> list[str]:
+        """Background tasks that fail again and again, and without which no request is served as it should be."""
+        return [*self.fleet.tasks.failing, *self._tasks.failing, *self._owner.failing]
+
+    def _jobs_failing(self) -> list[str]:
+        return self._jobs.failing if self._jobs is not None else []
+
+    def _fill_status(self, status: worker_pb2.ClusterStatus) -> None:
+        status.active_requests, status.cluster_id = self.load.active, self._cluster_id
+        status.failing.extend([*self._failing(), *self._jobs_failing()])
+        for name, count in self.failures.items():
+            status.task_failures[name] = count

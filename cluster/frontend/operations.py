@@ -1,0 +1,165 @@
+"""What a person does to a running cluster: drain a worker, change its role, change how many there are.
+
+The gateway passes drains and flips to the workers themselves, so they work for a list of workers as for Ray. Only
+whoever started the workers (the supervisor) can start more, and knows that one it drained shall not come back.
+"""
+
+import asyncio
+import contextlib
+from typing import Protocol
+
+import grpc.aio
+
+from ...proto.errors import Incompatible, InvalidRequest, IsthmusError, NotFound, Unavailable, shown
+from ...proto.worker_pb2 import (
+    WORKER_HEALTH_READY,
+    WORKER_ROLE_DECODE,
+    WORKER_ROLE_PREFILL,
+    DrainRequest,
+    DrainResponse,
+    FlipRequest,
+    ScaleResponse,
+    WorkerReport,
+    WorkerRole,
+)
+from ...proto.worker_pb2_grpc import WorkerStub
+from ...worker.orders import DRAIN_S
+from ..fleet.registry import Fleet
+from ..requests.dispatch import ERROR_OF
+
+BACK_S = 30.0  # for a flipped worker to be back in its other role, its canary included
+MAX_WORKERS = 1_000  # of a role, that `scale` may be asked for
+_ANSWER_S = 10.0  # for an answer beyond the time that a drain may take
+
+
+class Keeper(Protocol):
+    """Who started the workers and keeps them running."""
+
+    async def drain(self, address: str, timeout_s: float) -> DrainResponse:
+        """Drains a worker and ends it for good."""
+        ...
+
+    def flipped(self, address: str, role: WorkerRole.ValueType) -> None:
+        """A worker has another role from now on, after a restart too."""
+        ...
+
+    async def scale(self, prefill: int | None, decode: int | None, timeout_s: float) -> ScaleResponse:
+        """Starts and drains workers until there are so many."""
+        ...
+
+
+class Operations:
+    """Carries out orders for the workers of a fleet; `keeper` is set where somebody started them."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._scaling = asyncio.Lock()
+        self.keeper: Keeper | None = None
+
+    async def drain(self, worker: str, timeout_s: float = DRAIN_S) -> DrainResponse:
+        """Drains a worker, by id or address, and ends it. NotFound where there is none of that name."""
+        address = self._find(worker).address
+        if self.keeper is not None:
+            return await self.keeper.drain(address, timeout_s)
+        return await self.drain_at(address, timeout_s)
+
+    async def drain_at(self, address: str, timeout_s: float) -> DrainResponse:
+        """Has the worker at an address drain itself; raises what it answers."""
+        stub = WorkerStub(self._channel(address))
+        try:
+            return await stub.Drain(DrainRequest(timeout_s=timeout_s), timeout=timeout_s + _ANSWER_S)
+        except grpc.aio.AioRpcError as error:
+            raise _as_ours(address, error) from None
+
+    async def flip(self, worker: str, role: WorkerRole.ValueType, timeout_s: float = DRAIN_S) -> WorkerReport:
+        """Gives a worker a role; returns its report once it is ready in that role.
+
+        InvalidRequest for no such role; Incompatible where it is the last one of its role (the cluster could serve
+        nothing), or where it cannot take the other one: then it goes on in its own.
+        """
+        if role not in (WORKER_ROLE_PREFILL, WORKER_ROLE_DECODE):
+            raise InvalidRequest(
+                f"role is {role}; allowed: {WORKER_ROLE_PREFILL} (prefill), {WORKER_ROLE_DECODE} (decode)"
+            )
+        status = self._find(worker)
+        if status.role == role:
+            return status
+        same = [other for other in self._fleet.statuses() if other.role == status.role]
+        if len(same) == 1:
+            raise Incompatible(f"{status.worker_id} is the only worker of its role; start another one first")
+        flipping = asyncio.create_task(self._flip(status, role, timeout_s), name=f"flip {status.worker_id}")
+        flipping.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait for it any more
+        return await asyncio.shield(flipping)  # the worker goes on too where the caller goes away
+
+    async def _flip(self, status: WorkerReport, role: WorkerRole.ValueType, timeout_s: float) -> WorkerReport:
+        stub, address = WorkerStub(self._channel(status.address)), status.address
+        self._note_role(address, role)
+        try:
+            await stub.Flip(FlipRequest(role=role, timeout_s=timeout_s), timeout=timeout_s + _ANSWER_S)
+            return await self._ready(status, role)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:  # the order may be carried out still
+                self._note_role(address, status.role)
+            raise _as_ours(address, error) from None
+        except Incompatible:
+            self._note_role(address, status.role)
+            raise
+
+    def _note_role(self, address: str, role: WorkerRole.ValueType) -> None:
+        if self.keeper is not None:
+            with contextlib.suppress(NotFound):  # it was drained, or started anew elsewhere
+                self.keeper.flipped(address, role)
+
+    async def scale(self, prefill: int | None, decode: int | None, timeout_s: float = DRAIN_S) -> ScaleResponse:
+        """Changes the number of workers; Incompatible where they are a given list."""
+        for name, count in (("prefill", prefill), ("decode", decode)):
+            if count is not None and count > MAX_WORKERS:
+                raise InvalidRequest(f"{name} is {count}; allowed: at most {MAX_WORKERS} workers")
+        if self.keeper is None:
+            raise Incompatible(
+                "this gateway was given a list of workers and cannot start any: start them with `isthmus worker`, name "
+                "all in --workers, and end one with `isthmus drain`; `isthmus up` runs a cluster that scales"
+            )
+        if prefill == 0 or decode == 0:
+            raise Incompatible("a cluster needs one worker of each role at least")
+        async with self._scaling:
+            return await self.keeper.scale(prefill, decode, timeout_s)
+
+    def _find(self, worker: str) -> WorkerReport:
+        statuses = self._fleet.statuses()
+        found = [status for status in statuses if worker in (status.worker_id, status.address)]
+        if not found:
+            known = ", ".join(status.worker_id for status in statuses) or "none"
+            raise NotFound(f"no worker {shown(worker)}; there are: {known}")
+        if len(found) > 1:
+            raise NotFound(
+                f"several workers are called {shown(worker)}; name one by its address, as in `isthmus status`"
+            )
+        return found[0]
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        try:
+            return self._fleet.channel(address)
+        except KeyError:
+            raise Unavailable(f"worker {address} left") from None
+
+    async def _ready(self, before: WorkerReport, role: WorkerRole.ValueType) -> WorkerReport:
+        status, address = None, before.address
+        try:
+            async with asyncio.timeout(BACK_S):
+                while True:
+                    change = self._fleet.change
+                    status = next((s for s in self._fleet.statuses() if s.address == address), None)
+                    if status is not None and (status.role, status.health) == (role, WORKER_HEALTH_READY):
+                        return status
+                    if status is not None and status.flip_failure and status.instance != before.instance:
+                        raise Incompatible(f"{status.worker_id} goes on in its role: {status.flip_failure}")
+                    await change.wait()
+        except TimeoutError:
+            why = f": {status.reason}" if status is not None and status.reason else ""
+            raise Unavailable(f"worker {address} is not back in its new role after {BACK_S:g} s{why}") from None
+
+
+def _as_ours(address: str, error: grpc.aio.AioRpcError) -> IsthmusError:
+    known = ERROR_OF.get(error.code(), Unavailable)
+    return known(f"worker {address}: {error.details()}")

@@ -1,0 +1,244 @@
+"""Workers as Ray actors: Ray starts, places and names them. No request ever passes through it.
+
+Ray restarts none of them: it would do so at once, again and again, and the supervisor does it with growing pauses.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...proto.errors import AlreadyExists, IsthmusError, Unavailable
+from ...proto.rpc.addresses import HostPort, parse_address
+from ...worker.orders import Drained
+from ..config import ClusterConfig, Role
+from .host import WorkerHost, end_process, thread_settings, usable_cores
+
+log = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 100 << 20  # nothing of ours is kept there
+NAMESPACE = "isthmus"
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Spare Python processes started ahead cost more of a small machine than they save.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    # Where Ray's head dies, its other processes end themselves after a minute, and this one (gateway and requests)
+    # with them. No request needs the head: they stay until the supervisor has them end.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": str(365 * 24 * 3600),
+}
+HEAD_LOOK_S = 1.0  # between two looks at whether Ray's head is there
+HEAD_MISSES = 3  # in a row, of a head that is gone
+
+
+class RayWorker:
+    """One worker actor, for the life of its process."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self._actor = actor
+
+    async def address(self) -> str:
+        """host:port of the worker as it runs now, once it serves.
+
+        Raises what its start raised; Unavailable where it died for good.
+        """
+        return await self._call("address")
+
+    async def activity(self) -> str:
+        """What its start is at, in a few words; "" where there is nothing to tell."""
+        return await self._call("activity")
+
+    async def wait_closed(self) -> None:
+        """Returns when the process that runs the worker now has ended, for whatever reason."""
+        with contextlib.suppress(IsthmusError):
+            await self._call("wait_closed")
+
+    async def drain(self, timeout_s: float) -> Drained:
+        """Takes no new work, waits at most so long for what runs, and hands over the rest."""
+        return Drained(*await self._call("drain", timeout_s))
+
+    async def stop(self) -> None:
+        """Ends it for good."""
+        import ray
+
+        await asyncio.to_thread(ray.kill, self._actor)
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+
+        try:
+            return await asyncio.wrap_future(getattr(self._actor, method).remote(*args).future())
+        except RayTaskError as error:
+            known = isinstance(error.cause, IsthmusError | OSError)
+            raise error.cause if known else Unavailable(_last_line(error)) from None
+        except ActorUnavailableError as error:
+            raise Unavailable(f"worker {self.name} cannot be reached: {_last_line(error)}") from None
+        except ActorDiedError as error:
+            raise Unavailable(f"worker {self.name} died for good: {_last_line(error)}") from None
+        except RayError as error:
+            raise Unavailable(f"worker {self.name}: {_last_line(error)}") from None
+
+
+class RayCluster:
+    """A local Ray that ends with this process, or a running one that is joined."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self.threads = config.threads or 1
+        self._gpus = 0.0
+        self._head = ""
+        self._starting: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Starts or joins Ray. Unavailable where there is none to join or it does not start."""
+        self._starting = asyncio.create_task(asyncio.to_thread(self._start))
+        await asyncio.shield(self._starting)
+
+    async def launch(self, role: Role, name: str) -> RayWorker:
+        """Asks for one worker; it is there when its `address` returns. Unavailable where Ray's head is gone."""
+        if self._config.address is None and not await self._head_answers():
+            raise Unavailable("Ray's head is gone: no worker can be started")
+        return await asyncio.to_thread(self._launch, role, name)
+
+    async def lost(self) -> None:
+        """Returns once the head of the Ray that was started here is gone: no worker can be started any more.
+
+        Never for one that was joined: whoever runs it brings its head back.
+        """
+        if self._config.address is not None:
+            await asyncio.Event().wait()
+        missed = 0
+        while missed < HEAD_MISSES:
+            await asyncio.sleep(HEAD_LOOK_S)
+            missed = 0 if await self._head_answers() else missed + 1
+
+    async def _head_answers(self) -> bool:
+        host, port = parse_address(self._head)
+        try:
+            async with asyncio.timeout(HEAD_LOOK_S):
+                _, writer = await asyncio.open_connection(host, port)
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return True
+
+    async def close(self) -> None:
+        """Ends all workers, and the Ray that was started."""
+        if self._starting is None:
+            return
+        await asyncio.wait([self._starting])  # a start that nobody waits for any more cannot be stopped half-way
+        import ray
+
+        await asyncio.to_thread(ray.shutdown)
+
+    def _start(self) -> None:
+        joins = self._config.address is not None
+        if not joins:
+            self.threads = self._config.threads or max(1, usable_cores() // self._config.workers)
+            # All processes of a local Ray inherit this: no runtime environment to set up for each worker.
+            os.environ.update(thread_settings(self.threads))
+        os.environ.update(QUIET)
+        import ray
+
+        options: dict[str, Any] = {"address": self._config.address} if joins else self._local_options()
+        try:
+            with _no_helpers():
+                ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            what = f"join Ray at {self._config.address}" if joins else "start Ray"
+            hint = " (where that Ray asks for a token, set RAY_AUTH_TOKEN to its own)" if joins else ""
+            raise Unavailable(f"cannot {what}: {_last_line(error)}{hint}") from None
+        _silence_raylet()
+        self._head = ray.get_runtime_context().gcs_address
+        if joins and self._config.threads is None:
+            cores = ray.cluster_resources().get("CPU", 1)
+            self.threads = max(1, int(cores) // self._config.workers)
+        if self._config.device != "cpu":
+            self._gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / self._config.workers)
+
+    def _local_options(self) -> dict[str, Any]:
+        return {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": max(usable_cores(), self.threads * self._config.workers),
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+
+    def _launch(self, role: Role, name: str) -> RayWorker:
+        import ray
+
+        joins = self._config.address is not None
+        host = "0.0.0.0" if joins else "127.0.0.1"
+        both: tuple[Role, Role] = ("prefill", "decode") if role == "prefill" else ("decode", "prefill")
+        settings = [self._config.worker_settings(each, name, f"{host}:0", self.threads) for each in both]
+        options: dict[str, Any] = {
+            "name": f"{name}.{self._config.cluster_id}",
+            # On the local Ray, which is ours alone, a cluster may be scaled past what was counted at its start.
+            "num_cpus": self.threads if joins else 0,
+            "num_gpus": self._gpus,
+            "max_restarts": 0,
+            "max_concurrency": 5,  # waiting for the address or the end must not keep others out
+        }
+        if joins:
+            options["runtime_env"] = {"env_vars": thread_settings(self.threads)}
+            options["scheduling_strategy"] = "SPREAD"
+        try:
+            actor = ray.remote(ActorHost).options(**options).remote(role, *settings)
+        except ValueError as error:  # Ray's for a name that is taken
+            why = f"on Ray: {_last_line(error)}; is another cluster there with the id {self._config.cluster_id}?"
+            raise AlreadyExists(f"cannot start {name} {why}") from None
+        return RayWorker(name, actor)
+
+
+class ActorHost(WorkerHost):
+    """A WorkerHost that listens on its Ray node's own address where the settings say any address."""
+
+    end_process = staticmethod(end_process)
+
+    def __init__(self, role: Role, settings: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+        import ray.util
+
+        bound = parse_address(str(settings["listen"]))
+        host = ray.util.get_node_ip_address() if bound.is_any else bound.host
+        listen = {"listen": str(HostPort(host, bound.port))}
+        super().__init__(role, {**settings, **listen}, {**other, **listen})
+
+
+@contextlib.contextmanager
+def _no_helpers() -> Iterator[None]:
+    """Without the processes of a local Ray that serve nothing here: autoscaler, dashboard, forwarder of logs.
+
+    Each imports for two seconds of a core while workers want to start. Ray has no settings for it.
+    """
+    from ray._private.node import Node
+
+    names = [name for name in ("start_monitor", "start_log_monitor", "start_api_server") if hasattr(Node, name)]
+    before = {name: getattr(Node, name) for name in names}
+    for name in names:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
+
+
+def _silence_raylet() -> None:
+    """Sends what Ray's daemons tell a driver of dead workers to the log: the supervisor says it in one line."""
+    import ray._private.worker
+
+    def to_log(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        log.debug("raylet: %s", " ".join(str(line) for line in data.get("lines", ())))
+
+    if hasattr(ray._private.worker, "print_to_stdstream"):  # private: there is no setting for it
+        ray._private.worker.print_to_stdstream = to_log
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,144 @@
+"""Answers requests on the workers of a fleet, with no client's connection in the way: for the API and for jobs."""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Sequence
+
+from ...proto.errors import IsthmusError, status_of
+from ...proto.generation_pb2 import GenerateRequest
+from ...proto.rpc.server import TraceContext
+from ...proto.worker_pb2 import Explanation
+from ..fleet.registry import Fleet
+from ..gateway_config import GatewayConfig
+from ..router.board import Board
+from ..router.router import offered_codecs
+from ..text.served import ServedModel
+from .dispatch import Dispatcher, PassOn, TimeLeft
+from .door import Door
+from .request import Admitted, admit
+from .session import Session, new_session
+from .suspicion import Suspicion
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 1.0  # a connection to a worker that was lost is often back at once
+
+
+def no_deadline() -> None:
+    """The time left of a request that may take as long as it takes."""
+
+
+class Generator:
+    """One model on the workers of one fleet."""
+
+    def __init__(self, model: ServedModel, fleet: Fleet, config: GatewayConfig) -> None:
+        self._model = model
+        self._fleet = fleet
+        self._config = config
+        self._door = Door(fleet, config)
+        self._dispatcher = Dispatcher(fleet, model.fingerprint, config)
+
+    async def admit(self, request: GenerateRequest) -> Admitted:
+        """Checks and completes a request; raises what is wrong with it, Unavailable where nothing can serve it."""
+        board = await self._workers()
+        return await admit(request, self._model, board, self._fleet.default_codec(), self._config.local_prefill)
+
+    async def explain(self, request: GenerateRequest) -> Explanation:
+        """What a request would cost where, and what would be chosen; raises as `admit`, and where nothing fits."""
+        admitted = await self.admit(request)
+        return Explanation(
+            policy=self._config.policy,
+            local_prefill=self._config.local_prefill,
+            prompt_tokens=len(admitted.prompt_token_ids),
+            output_tokens=self._fleet.snapshot().output_tokens,
+            candidates=self._dispatcher.explain(admitted),
+        )
+
+    async def run(
+        self,
+        request: Admitted,
+        pass_on: PassOn,
+        *,
+        emitted: Sequence[int] = (),
+        time_left: TimeLeft = no_deadline,
+        trace: TraceContext = (),
+        arrived_s: float | None = None,
+        suspicion: Suspicion | None = None,
+    ) -> Session:
+        """Answers a request: `pass_on` gets every event as it comes, the last one with usage and timings.
+
+        `emitted` are tokens of the output that were passed on before, under the same seed: the answer goes on
+        after them, in text, stop strings and indexes too, and none of them is passed on again. `arrived_s` is on
+        the clock of time.monotonic(). `suspicion` is what earlier runs of the request have shown. Raises the
+        IsthmusError that ended the request, and what `pass_on` raises; cancelling the task cancels the request
+        everywhere.
+        """
+        arrived_s = time.monotonic() if arrived_s is None else arrived_s
+        session = new_session(request, self._model, arrived_s)
+        session.resume(emitted)
+        status = "UNKNOWN"
+        try:
+            left = self._bounded(time_left, arrived_s)
+            prepared = functools.cache(lambda: self._dispatcher.prepare(request))
+            async with self._door.inside(request, left, lambda: self._dispatcher.expect(request, prepared())):
+                await self._dispatcher.run(
+                    session, prepared(), pass_on, time_left=left, trace=trace, suspicion=suspicion
+                )
+            status = "OK"
+        except IsthmusError as error:
+            status = f"{status_of(error).name}: {error}"
+            raise
+        except asyncio.CancelledError:
+            status = "CANCELLED"
+            raise
+        finally:
+            _log_end(session, status)
+        return session
+
+    def _bounded(self, time_left: TimeLeft, arrived_s: float) -> TimeLeft:
+        """The time left, with what a request may take at most."""
+        most_s = self._config.max_request_s
+        if most_s is None:
+            return time_left
+
+        def left() -> float:
+            own, asked = arrived_s + most_s - time.monotonic(), time_left()
+            return own if asked is None else min(own, asked)
+
+        return left
+
+    async def _workers(self) -> Board:
+        """The workers, as soon as some can serve: at once as a rule.
+
+        A connection that was lost is often back within GRACE_S, and workers that were here lately are being restarted;
+        where there never were any nobody waits for longer than that.
+        """
+        begun_s = time.monotonic()
+        while not offered_codecs(self._fleet.snapshot(), self._config.local_prefill):
+            until_s = begun_s + GRACE_S
+            if self._fleet.served_s is not None:
+                until_s = max(until_s, self._fleet.served_s + self._config.restart_wait_s)
+            change, left = self._fleet.change, until_s - time.monotonic()
+            if left <= 0:
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await change.wait()
+        return self._fleet.snapshot()
+
+
+def _log_end(session: Session, status: str) -> None:
+    usage = session.usage()
+    fields = {
+        "request_id": session.request.request_id,
+        "status": status,
+        "ms": round((time.monotonic() - session.arrived_s) * 1e3, 1),
+        "prompt_tokens": usage.prompt_tokens,
+        "output_tokens": usage.output_tokens,
+        "decode_worker": session.decode_worker,
+        "replays": session.replays,
+    }
+    log.info("request ended", extra={"fields": fields})

@@ -1,0 +1,199 @@
+"""The door: what a client asked for, checked, tokenized and completed; nothing else goes further in."""
+
+import functools
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ...kvtransfer.codecs.names import codec_names
+from ...proto.common_pb2 import PRIORITY_STANDARD, Priority
+from ...proto.errors import InvalidRequest, NotFound, Unavailable, shown
+from ...proto.generation_pb2 import Chat, GenerateRequest, TokenIds
+from ...proto.names import check_name
+from ...proto.sampling import Sampling
+from ..gateway_config import LocalPrefill
+from ..router.board import Board
+from ..router.router import offered_codecs, token_limit
+from ..text.served import ServedModel
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """A request that can be served: every default set, every limit kept."""
+
+    request_id: str  # the client's, or drawn
+    call_id: str  # unique among all calls, starts with the request id
+    prompt_token_ids: list[int]
+    sampling: Sampling
+    codec: str
+    priority: Priority.ValueType = PRIORITY_STANDARD
+    tenant: str = ""
+    explain: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """A request as far as it can be checked with no workers there."""
+
+    prompt_token_ids: list[int]
+    sampling: Sampling
+
+
+async def examine(request: GenerateRequest, model: ServedModel) -> Examined:
+    """Checks what depends on the request and the model alone; InvalidRequest or NotFound, as `admit`."""
+    check_name("request_id", request.request_id)
+    model.check_name(request.model)
+    sampling = _sampling(request, model)
+    if request.codec and request.codec not in codec_names():
+        raise NotFound(f"no codec {shown(request.codec)}; allowed: {', '.join(sorted(codec_names()))}")
+    tokens = await _tokenize(request, model)
+    everything = (model.context_length, model.context_length)
+    return Examined(prompt_token_ids=tokens, sampling=_fit(sampling, len(tokens), model.context_length, everything))
+
+
+async def admit(
+    request: GenerateRequest,
+    model: ServedModel,
+    board: Board,
+    default_codec: str,
+    local_prefill: LocalPrefill = "never",
+) -> Admitted:
+    """Checks and completes a request; the tokenizer runs in a thread (`text/tokenizing.py`).
+
+    InvalidRequest, NotFound or Unavailable (no workers) with what was wrong and what is allowed.
+    """
+    request_id = check_name("request_id", request.request_id) or secrets.token_hex(8)
+    tenant = check_name("tenant", request.tenant)
+    model.check_name(request.model)
+    sampling = _sampling(request, model)
+    known = set(codec_names())
+    if request.codec and request.codec not in known:
+        allowed = ", ".join(offered_codecs(board, local_prefill) or sorted(known))
+        raise NotFound(f"no codec {shown(request.codec)}; allowed: {allowed}")
+    tokens = await _tokenize(request, model)
+    codec = _codec(request.codec or default_codec, offered_codecs(board, local_prefill))
+    return Admitted(
+        request_id=request_id,
+        call_id=f"{request_id}.{secrets.token_hex(4)}",
+        prompt_token_ids=tokens,
+        sampling=_fit(sampling, len(tokens), model.context_length, token_limit(board, codec, local_prefill)),
+        codec=codec,
+        priority=_priority(request.priority),
+        tenant=tenant,
+        explain=request.explain,
+    )
+
+
+def _priority(asked: Priority.ValueType) -> Priority.ValueType:
+    if asked not in Priority.values():
+        raise InvalidRequest(f"priority is {asked}; allowed: {', '.join(Priority.keys())}")
+    return asked or PRIORITY_STANDARD
+
+
+def _sampling(request: GenerateRequest, model: ServedModel) -> Sampling:
+    sampling = Sampling.from_pb(request.sampling)
+    _check_vocabulary("stop_token_ids", sorted(sampling.stop_token_ids), model.vocab_size)
+    if not request.sampling.HasField("seed"):
+        sampling = replace(sampling, seed=secrets.randbits(63))
+    return sampling
+
+
+def _codec(name: str, offered: Sequence[str]) -> str:
+    if not offered:
+        raise Unavailable("no pair of prefill and decode workers is ready")
+    if name not in offered:
+        raise NotFound(f"codec {name!r} is not offered by this cluster; allowed: {', '.join(offered)}")
+    return name
+
+
+async def _tokenize(request: GenerateRequest, model: ServedModel) -> list[int]:
+    kind = request.WhichOneof("input")
+    if request.continue_final_message and kind != "chat":
+        raise InvalidRequest("continue_final_message without a chat; allowed: with the messages of a chat")
+    if kind == "tokens":
+        return _token_ids(request.tokens, model)
+    if kind == "prompt":
+        tokens = await _encode(request.prompt, model)
+    elif kind == "chat":
+        tokens = await _encode_chat(request.chat, model, continue_final=request.continue_final_message)
+    else:
+        raise InvalidRequest("the request has no input; allowed: prompt, chat or tokens")
+    if not tokens:
+        raise InvalidRequest("the prompt is empty once tokenized; allowed: at least one token")
+    return tokens
+
+
+async def _encode(prompt: str, model: ServedModel) -> list[int]:
+    if not prompt:
+        raise InvalidRequest("the prompt is empty; allowed: at least one character")
+    size = len(prompt.encode())
+    _check_bytes("prompt", size, model)
+    encode = functools.partial(model.tokenizer.encode, prompt, most_tokens=model.context_length - 1)
+    return await model.line.run(size, encode)
+
+
+async def _encode_chat(chat: Chat, model: ServedModel, *, continue_final: bool) -> list[int]:
+    most = model.limits.max_chat_messages
+    if len(chat.messages) > most:
+        raise InvalidRequest(f"chat.messages has {len(chat.messages)} messages; allowed: at most {most}")
+    size = chat.ByteSize()
+    _check_bytes("chat", size, model)
+    encode = functools.partial(
+        model.tokenizer.encode_chat,
+        _messages(chat, model),
+        most_tokens=model.context_length - 1,
+        continue_final=continue_final,
+        parse_special=model.limits.parse_special,
+    )
+    return await model.line.run(size, encode)
+
+
+def _check_bytes(what: str, size: int, model: ServedModel) -> None:
+    if size > (most := model.limits.max_prompt_bytes):
+        raise InvalidRequest(f"{what} of {size} bytes; allowed: at most {most}")
+
+
+def _token_ids(tokens: TokenIds, model: ServedModel) -> list[int]:
+    if not tokens.ids:
+        raise InvalidRequest("the prompt has no token ids; allowed: at least one")
+    _check_length(len(tokens.ids), model.context_length)
+    ids = list(tokens.ids)
+    _check_vocabulary("tokens", ids, model.vocab_size)
+    return ids
+
+
+def _check_length(prompt: int, context: int) -> None:
+    if prompt >= context:
+        raise InvalidRequest(
+            f"prompt of {prompt} tokens; allowed: at most {context - 1} (the model's context is {context})"
+        )
+
+
+def _check_vocabulary(what: str, ids: Sequence[int], vocab_size: int) -> None:
+    bad = next((token for token in ids if token >= vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(f"{what} has token id {bad}; allowed: 0 to {vocab_size - 1}")
+
+
+def _messages(chat: Chat, model: ServedModel) -> list[dict[str, str]]:
+    if not chat.messages:
+        raise InvalidRequest("the chat has no messages; allowed: at least one")
+    for message in chat.messages:
+        if message.role not in ROLES:
+            raise InvalidRequest(f"unknown role {shown(message.role)} in a chat message; allowed: {', '.join(ROLES)}")
+    if not model.tokenizer.has_chat_template:
+        raise InvalidRequest(f"model {model.name} has no chat template; allowed: prompt or tokens")
+    return [{"role": message.role, "content": message.content} for message in chat.messages]
+
+
+def _fit(sampling: Sampling, prompt: int, context: int, held: tuple[int, int]) -> Sampling:
+    """Cuts max_tokens to what the context and the largest worker leave; InvalidRequest where nothing is."""
+    _check_length(prompt, context)
+    held_prompt, held_total = held
+    if prompt > held_prompt:
+        raise InvalidRequest(f"prompt of {prompt} tokens; allowed: at most {held_prompt} (what a worker can hold)")
+    room = min(context, held_total) - prompt
+    most = min(sampling.max_tokens, room)
+    return replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))

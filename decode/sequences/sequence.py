@@ -1,0 +1,201 @@
+"""One request on its way through a decode worker."""
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from ...kvtransfer.codecs.registry import PageCodec
+from ...kvtransfer.page_addresses import PageAddresses
+from ...model.penalties import SeenTokens, penalises
+from ...model.sampling import SampleRow
+from ...proto.common_pb2 import FinishReason, TokenLogprobs
+from ...proto.decode_pb2 import DecodeEvent
+from ...proto.errors import InvalidRequest, IsthmusError
+from ...proto.priority import STANDARD_RANK
+from ...proto.sampling import Sampling
+from .local_prompt import LocalPrompt
+from .pages import holdable_tokens
+from .scheduler import SequenceId
+
+ALONE_TOKENS = 2  # drawn in steps of its own: the first may be one that was drawn before, and not passed on
+
+
+@dataclass(frozen=True)
+class Token:
+    """One drawn token; `finish` is set where it is the last one."""
+
+    id: int
+    logprobs: TokenLogprobs | None
+    finish: FinishReason.ValueType | None
+
+    def to_pb(self) -> DecodeEvent:
+        event = DecodeEvent(token_ids=[self.id])
+        if self.logprobs is not None:
+            event.logprobs.append(self.logprobs)
+        if self.finish is not None:
+            event.finish_reason = self.finish
+        return event
+
+
+class TokenStream:
+    """Tokens on their way from the engine to the request's handler. The event loop's thread alone uses it."""
+
+    def __init__(self) -> None:
+        self._items: deque[Token | IsthmusError] = deque()
+        self._filled = asyncio.Event()
+        self._admitted = asyncio.Event()
+
+    def put(self, item: Token | IsthmusError) -> None:
+        self._items.append(item)
+        self._filled.set()
+        self._admitted.set()
+
+    def admit(self) -> None:
+        """The request holds its pages now."""
+        self._admitted.set()
+
+    async def admitted(self) -> None:
+        """Returns once the request holds its pages; raises the error that ended it before."""
+        await self._admitted.wait()
+        if self._items and isinstance(self._items[0], IsthmusError):
+            raise self._items[0]
+
+    async def get(self) -> Token:
+        """The next token; raises the error that ended the request."""
+        while not self._items:
+            self._filled.clear()
+            await self._filled.wait()
+        item = self._items.popleft()
+        if isinstance(item, IsthmusError):
+            raise item
+        return item
+
+
+@dataclass
+class LocalTiming:
+    """When this worker computed a prompt; the engine thread sets it before it hands out the first token."""
+
+    began_s: float = 0.0  # monotonic, of the first chunk
+    sampled_s: float = 0.0  # monotonic, of the first token
+    sampled_unix_ns: int = 0
+
+
+@dataclass(eq=False)
+class DecodeSequence:
+    """A request as the engine sees it. The engine thread alone changes it, but for the stream."""
+
+    id: SequenceId
+    prompt: list[int]
+    sampling: Sampling
+    codec: PageCodec
+    stream: TokenStream
+    output: list[int] = field(default_factory=list)  # at first: what a lost decode worker has emitted
+    rank: int = STANDARD_RANK  # of its priority
+    _drawn: int = 0  # tokens, here
+    addresses: PageAddresses | None = None  # of its full pages; None: it shares none
+    held: int = 0  # tokens of the prompt, whole pages, that were in the pool when it was admitted
+    computed: int = 0  # tokens whose KV is in the pool
+    local: LocalPrompt | None = None  # where this worker computes the prompt, until that is done
+    seen: SeenTokens | None = None  # where its options penalise tokens, from its first step here
+    timing: LocalTiming = field(default_factory=LocalTiming)
+    arrived_s: float = field(default_factory=time.monotonic)
+    released: bool = False
+    alone: bool = False  # in steps of its own: an engine died that computed it
+
+    def drew(self, token: int) -> None:
+        """Notes a token that was drawn here. A request that goes on has shown that it is no danger to others."""
+        self.output.append(token)
+        self._drawn += 1
+        self.alone = self.alone and self._drawn < ALONE_TOKENS
+
+    def tokens_at_most(self, context_length: int) -> int:
+        """How many tokens it can come to hold, which is what it reserves pages for."""
+        return min(len(self.prompt) + self.sampling.max_tokens, context_length)
+
+    @property
+    def length(self) -> int:
+        """Known tokens: the prompt and the output so far."""
+        return len(self.prompt) + len(self.output)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """The known tokens [start, end)."""
+        prompt = len(self.prompt)
+        if start >= prompt:
+            return self.output[start - prompt : end - prompt]
+        return self.prompt[start:end] + self.output[: max(0, end - prompt)]
+
+    def sample_row(self, eos_token_ids: frozenset[int]) -> SampleRow:
+        """What its next token is drawn by."""
+        if self.seen is None and penalises(self.sampling):
+            self.seen = SeenTokens(self.sampling, self.prompt)
+        return SampleRow(self.sampling, self.prompt, self.output, eos_token_ids, self.seen)
+
+    def page_addresses(self, pages: int, page_tokens: int) -> list[bytes]:
+        """Of the first pages, which hold known tokens; none where it shares none."""
+        return self.addresses.first(pages, self.tokens(0, pages * page_tokens)) if self.addresses else []
+
+    def holdable_addresses(self, page_tokens: int) -> list[bytes]:
+        """Of the pages of its prompt that it may take from others.
+
+        None for a replay where the codec packs: shared pages may stem from a conversation, whose numbers differ a
+        little from those of the prompt as it was computed for the lost worker.
+        """
+        if self.output and self.codec.packs:
+            return []
+        tokens = holdable_tokens(len(self.prompt), page_tokens, self.codec.packs)
+        return self.page_addresses(tokens // page_tokens, page_tokens)
+
+    def raw_address(self, page_tokens: int, held_pages: int) -> bytes | None:
+        """Of the last full page of its prompt, where a raw copy of that would follow the pages that it holds.
+
+        None where it may take none: no token would be left to compute, the codec packs nothing, or it is a replay.
+        """
+        page, rest = divmod(len(self.prompt), page_tokens)
+        if held_pages != page - 1 or not held_pages or not rest or not self.codec.packs or self.output:
+            return None
+        return self.page_addresses(page, page_tokens)[-1]
+
+    def check_emitted(self, eos_token_ids: frozenset[int], context_length: int) -> None:
+        """InvalidRequest where the output so far is complete already, so that nothing can come after it."""
+        for count, token in enumerate(self.output, start=1):
+            if self.finish_reason(token, count, eos_token_ids, context_length) is not None:
+                raise InvalidRequest(
+                    f"the emitted tokens end the output at number {count} of {len(self.output)}: nothing is left"
+                )
+
+    def finish_reason(
+        self, token: int, count: int, eos_token_ids: frozenset[int], context_length: int
+    ) -> FinishReason.ValueType | None:
+        """Why the output ends with `token` as its `count`-th token, or None where it goes on."""
+        if token in eos_token_ids and not self.sampling.ignore_eos:
+            return FinishReason.FINISH_REASON_EOS
+        if token in self.sampling.stop_token_ids:
+            return FinishReason.FINISH_REASON_STOP
+        if count >= self.sampling.max_tokens or len(self.prompt) + count >= context_length:
+            return FinishReason.FINISH_REASON_LENGTH
+        return None
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Tokens [start, end) of a request in one step; their KV is stored, and the last one's logits draw a token."""
+
+    sequence: DecodeSequence
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token is drawn after it: all known tokens have their KV then."""
+        return self.end == self.sequence.length
+
+    def completes_page(self, page_tokens: int) -> bool:
+        """Whether pages may be final after it that were not before: those of a prompt only with its end."""
+        prompt = len(self.sequence.prompt)
+        return self.end == prompt or (self.end > prompt and self.end % page_tokens == 0)
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether it belongs to a prompt that this worker computes."""
+        return self.start < len(self.sequence.prompt)

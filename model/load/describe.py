@@ -1,0 +1,82 @@
+"""What can be told of a model without running it. No torch: the gateway asks this."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...proto.errors import InvalidRequest
+from ..cache import Note
+from .fingerprint import model_fingerprint
+from .rope import context_length
+from .sources import locate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """A model that is here, described by its files."""
+
+    name: str
+    fingerprint: str  # 32 hex digits, see fingerprint.py
+    architecture: str  # the class of transformers that runs it
+    context_length: int  # tokens, prompt and output together
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    path: Path  # of its Hugging Face folder
+
+
+def describe_model(source: str) -> ModelDescription:
+    """The description of a source (`sources.py`), which is fetched or converted once if need be; errors as there."""
+    located = locate(source)
+    config = _read(located.folder / "config.json")
+    text = config.get("text_config") or config
+    return ModelDescription(
+        name=located.name,
+        fingerprint=model_fingerprint(located.folder),
+        architecture=next(iter(config.get("architectures") or [config.get("model_type", "unknown")])),
+        context_length=context_length(text, _size(text, "max_position_embeddings", located.folder)),
+        vocab_size=_size(text, "vocab_size", located.folder),
+        eos_token_ids=eos_token_ids(located.folder),
+        path=located.folder,
+    )
+
+
+def eos_token_ids(folder: Path) -> frozenset[int]:
+    """The tokens that end an output: those at which transformers' `generate` stops, and the tokenizer's own."""
+    config = _read(folder / "config.json")
+    for named in (_read(folder / "generation_config.json"), config, config.get("text_config") or {}):
+        if (ids := named.get("eos_token_id")) is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids) | _tokenizer_end(folder)
+    return _tokenizer_end(folder)
+
+
+def _tokenizer_end(folder: Path) -> frozenset[int]:
+    """Its end token is the end of a turn in many chat models whose config names the end of a text only."""
+    if Note.read(folder):  # converted here: generation_config.json has it
+        return frozenset()
+    end = _read(folder / "tokenizer_config.json").get("eos_token")
+    text = end.get("content") if isinstance(end, dict) else end
+    added = _read(folder / "tokenizer.json").get("added_tokens") or []
+    return frozenset(token["id"] for token in added if token["content"] == text)
+
+
+def _size(config: dict[str, Any], key: str, folder: Path) -> int:
+    """A number of the config. transformers leaves values out that are a class's default: then it is asked."""
+    if key not in config:
+        from transformers import AutoConfig
+
+        full = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
+        config = {key: getattr(full, key, None)}
+    value = config[key]
+    if not isinstance(value, int) or value < 1:
+        raise InvalidRequest(f"the config of {folder.name} has no usable {key}")
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InvalidRequest(f"{path} is not JSON: {error}") from None

@@ -1,0 +1,48 @@
+"""Times that callers name: how long one may be, and what becomes of longer ones.
+
+gRPC adds a timeout to its clock. From about 1e10 seconds on the sum overflows and the call is over before it begins,
+which looks like a deadline that has passed.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import grpc.aio
+
+from ..errors import InvalidRequest
+
+MAX_TIMEOUT_S = 366 * 86_400.0  # of an outgoing call: longer than anything here may take
+MAX_ORDER_S = 86_400.0  # that a drain, a flip or a start may be told to take
+
+_OVER_S = -1.0  # a timeout that has passed; of 0 a quick call is still answered
+_CALL_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+
+
+def clamped(timeout_s: float | None) -> float | None:
+    """A timeout as gRPC can count it: at most MAX_TIMEOUT_S; None, for no end, stays None."""
+    if timeout_s is None:
+        return None
+    return MAX_TIMEOUT_S if math.isnan(timeout_s) else min(max(timeout_s, _OVER_S), MAX_TIMEOUT_S)
+
+
+def clamp_calls(channel: grpc.aio.Channel) -> grpc.aio.Channel:
+    """The channel, with the timeout of every call on it clamped: no caller has to think of it."""
+    for kind in _CALL_KINDS:
+        setattr(channel, kind, _clamping(getattr(channel, kind)))
+    return channel
+
+
+def _clamping(make: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
+    def made(*names: Any, **options: Any) -> Callable[..., Any]:
+        call = make(*names, **options)
+        return lambda request=None, *, timeout=None, **rest: call(request, timeout=clamped(timeout), **rest)
+
+    return made
+
+
+def order_timeout_s(asked_s: float) -> float:
+    """The `timeout_s` of an order, if it is one; else InvalidRequest."""
+    if not 0 <= asked_s <= MAX_ORDER_S:  # NaN is neither
+        raise InvalidRequest(f"timeout_s is {asked_s:g}; allowed: 0 to {MAX_ORDER_S:.0f} seconds")
+    return asked_s
