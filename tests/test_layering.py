@@ -1,7 +1,9 @@
-"""A folder imports only from floors below it (the table in docs/architecture.md); sizes stay readable."""
+"""Folders import each other in one direction only: floors from those below (the table in docs/architecture.md), and the
+folders within a floor; sizes stay readable."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ ALLOWED = {
     "decode": {"worker", "model", "kvtransfer", "kernels", "proto"},
     "cluster": {"prefill", "decode", "worker", "model", "kvtransfer", "kernels", "proto"},
 }
+MAX_FILES = 12  # of a folder, those in its sub-folders not counted
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 # A command declares all its options as parameters: its length is that of its help.
@@ -50,10 +53,42 @@ def crossings(path: Path) -> Iterator[str]:
             yield "an absolute name"
 
 
+def imported_folders(path: Path) -> Iterator[str]:
+    """Folders of ours that a file imports from, also for type checking only; its own left out."""
+    own = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = (*own[: len(own) - node.level + 1], *(node.module.split(".") if node.module else ()))
+            of = module if ROOT.joinpath(*module).is_dir() else module[:-1]
+            if of != own:
+                yield "/".join(of)
+
+
+def test_folders_import_each_other_in_one_direction() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in (path for floor in ALLOWED for path in sources(floor)):
+        folder = path.relative_to(ROOT).parent.as_posix()
+        if path.name != "__main__.py":  # nobody imports an entry point
+            graph.setdefault(folder, set()).update(imported_folders(path))
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a cycle, each imported by the next: {' -> '.join(error.args[1])}")
+
+
+def test_folders_have_few_files() -> None:
+    counts: dict[str, int] = {}
+    for path in (path for floor in ALLOWED for path in sources(floor)):
+        folder = path.relative_to(ROOT).parent.as_posix()
+        if "/migrations" not in folder:  # they only become more
+            counts[folder] = counts.get(folder, 0) + 1
+    assert {folder: count for folder, count in counts.items() if count > MAX_FILES} == {}
+
+
 @pytest.mark.parametrize("folder", ALLOWED)
 def test_imports_only_from_floors_below(folder: str) -> None:
     wrong = {
-        f"{folder}/{path.name} imports {other}"
+        f"{path.relative_to(ROOT)} imports {other}"
         for path in sources(folder)
         for other in crossings(path)
         if other not in ALLOWED[folder]
@@ -63,7 +98,7 @@ def test_imports_only_from_floors_below(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", [*ALLOWED, "benchmarks"])
 def test_files_are_not_too_long(folder: str) -> None:
-    lengths = {path.name: len(path.read_text().splitlines()) for path in sources(folder)}
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(folder)}
     assert {name: length for name, length in lengths.items() if length > MAX_FILE_LINES} == {}
 
 
@@ -75,5 +110,5 @@ def test_functions_are_not_too_long(folder: str) -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not exempt(node):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 if length > MAX_FUNCTION_LINES:
-                    long[f"{path.name}:{node.name}"] = length
+                    long[f"{path.relative_to(ROOT)}:{node.name}"] = length
     assert long == {}
