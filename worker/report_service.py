@@ -28,7 +28,9 @@ class ReportServicer(WorkerServicer):
     async def GetReport(self, request: GetReportRequest, context: grpc.aio.ServicerContext) -> WorkerReport:
         return self._report()
 
-    async def Watch(self, request: WatchRequest, context: grpc.aio.ServicerContext) -> None:
+    async def Watch(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, request: WatchRequest, context: grpc.aio.ServicerContext
+    ) -> None:
         last, last_s = WorkerReport(), -HEARTBEAT_S
         while True:
             change, report, now = self._change, self._report(), time.monotonic()

@@ -111,7 +111,7 @@ class WorkerServer:
             health=self._health(),
             reason=self._failure,
             address=self.address,
-            advertise=self._advertise,
+            advertise=self._advertise or "",
             version=version("isthmus"),
             threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
             uptime_ms=int((time.monotonic() - self._started_s) * 1e3),
@@ -141,7 +141,10 @@ class WorkerServer:
             if self._server:
                 await self._server.set_serving(False)
 
-        return lambda reason: asyncio.run_coroutine_threadsafe(fail(reason), loop)
+        def failed(reason: str) -> None:
+            asyncio.run_coroutine_threadsafe(fail(reason), loop)
+
+        return failed
 
     async def drain(self, timeout_s: float) -> Drained:
         """Takes no new requests and returns when nothing runs any more.
