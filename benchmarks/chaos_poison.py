@@ -19,7 +19,6 @@ from isthmus.proto.generation_pb2 import GenerateRequest
 
 POISON, HANG_PREFILL, HANG_DECODE = 0, 1, 2  # first tokens of prompts, which `make_requests` never draws
 HANGS = {"prefill": HANG_PREFILL, "decode": HANG_DECODE}
-SHORT = 16  # tokens of the prompts whose step is blocked
 LOOK_S = 0.05
 GIVE_UP_S = 300.0
 
@@ -58,12 +57,6 @@ def beginning_with(request: GenerateRequest, token: int) -> GenerateRequest:
     return changed
 
 
-def _short(request: GenerateRequest) -> GenerateRequest:
-    """The bound of a step grows with its tokens: this is about a small one."""
-    del request.tokens.ids[SHORT:]
-    return request
-
-
 async def poison(
     cluster: ChaosCluster, requests: Sequence[GenerateRequest], folder: Path, *, at_once: int
 ) -> dict[str, Any]:
@@ -90,11 +83,12 @@ async def poison(
 async def hang(
     cluster: ChaosCluster, requests: Sequence[GenerateRequest], folder: Path, *, at_once: int
 ) -> dict[str, Any]:
-    """Answers the requests undisturbed, and then with a step of a prefill and of a decode engine blocked."""
-    requests = [
-        _short(beginning_with(request, HANG_PREFILL if number == 2 else HANG_DECODE)) if number in (2, 6) else request
-        for number, request in enumerate(requests)
-    ]
+    """Answers the requests undisturbed, and then with a step of a prefill and of a decode engine blocked: over the
+    longest prompts, which no decode worker computes itself to spare the transfer."""
+    requests = list(requests)
+    longest = sorted(range(len(requests)), key=lambda number: len(requests[number].tokens.ids))
+    for number, first in zip(longest[-len(HANGS) :], HANGS.values(), strict=True):
+        requests[number] = beginning_with(requests[number], first)
     calm = await answer_all(cluster.gateway.address, requests, at_once=at_once)
     before = _starts(cluster)
     detected: dict[str, float] = {}
