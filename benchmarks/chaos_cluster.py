@@ -21,7 +21,7 @@ import grpc.aio
 from tcp_proxy import BadLink
 
 from isthmus.cluster.cli.main import run
-from isthmus.cluster.launch.host import thread_settings
+from isthmus.cluster.launch.worker_thread import thread_settings
 from isthmus.proto.rpc.server import open_channel
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, GetReportRequest, GetStatusRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import ClusterStub, WorkerStub

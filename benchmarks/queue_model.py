@@ -15,11 +15,11 @@ from hashlib import blake2b
 from typing import Any
 
 from isthmus.cluster.gateway_config import LocalPrefill, Policy
-from isthmus.cluster.router.board import Board
 from isthmus.cluster.router.costs import Demand
 from isthmus.cluster.router.prefixes import Steps
 from isthmus.cluster.router.router import Placement, route
-from isthmus.cluster.router.table import PrefillTime, StepTime, WorkerLoad
+from isthmus.cluster.router.routing_table import Board
+from isthmus.cluster.router.worker_columns import PrefillTime, StepTime, WorkerLoad
 
 REPORT_S = 0.1
 PAGE, CHUNK = 64, 512

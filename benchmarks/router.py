@@ -34,10 +34,10 @@ from queue_model import BLOCK, PREFILL, STEP, Arrival, Simulation, compute_ms
 from report import Report, conditions, say
 
 from isthmus.cluster.gateway_config import LocalPrefill, Policy
-from isthmus.cluster.router.board import Board
 from isthmus.cluster.router.costs import Demand
 from isthmus.cluster.router.router import route
-from isthmus.cluster.router.table import Pool, WorkerLoad
+from isthmus.cluster.router.routing_table import Board
+from isthmus.cluster.router.worker_columns import Pool, WorkerLoad
 
 REPORTS_S = 10  # of each worker; as often as they may, were they never idle
 IDLE_S = 20.0

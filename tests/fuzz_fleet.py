@@ -20,7 +20,7 @@ from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.cluster.jobs.settings import JobsSettings
-from isthmus.cluster.launch.seat import WorkerSeat, settings_of_both
+from isthmus.cluster.launch.role_host import WorkerSeat, settings_of_both
 from isthmus.cluster.text.served import load_served_model
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto import common_pb2, decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, worker_pb2

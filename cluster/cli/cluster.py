@@ -161,8 +161,8 @@ def worker_decode(
 
 def _serve_cluster(settings: "ClusterConfig", begun_s: float) -> int:
     from ..launch.foreground import run_service
+    from ..launch.progress import ShownSteps
     from ..launch.ray_cluster import RayCluster
-    from ..launch.steps import ShownSteps
     from ..launch.supervisor import Supervisor
 
     shown = ShownSteps()
@@ -198,8 +198,8 @@ def _run_worker(
 ) -> None:
     opt.configure_logs(log_level)
     from ..config import load_worker_settings
-    from ..launch.host import activity, end_process, thread_settings, usable_cores
-    from ..launch.seat import WorkerSeat, settings_of_both
+    from ..launch.role_host import WorkerSeat, settings_of_both
+    from ..launch.worker_thread import activity, end_process, thread_settings, usable_cores
 
     for flag in ("listen", "advertise"):
         if flag in flags:
@@ -211,7 +211,7 @@ def _run_worker(
 
         return show_plan(role, settings)
     from ..launch.foreground import run_service
-    from ..launch.steps import ShownSteps, telling
+    from ..launch.progress import ShownSteps, telling
 
     seat = WorkerSeat(role, settings_of_both(role, settings), end_process)
 

@@ -25,14 +25,14 @@ from ...proto.worker_pb2 import (
     WorkerReport,
 )
 from ...proto.worker_pb2_grpc import WorkerStub
-from ..router.board import Board
 from ..router.costs import Demand
 from ..router.router import Placement
-from ..router.table import Pool
-from .compat import Expected, incompatible
-from .moving import Moving
+from ..router.routing_table import Board
+from ..router.worker_columns import Pool
+from .compatibility import Expected, incompatible
 from .outliers import Outliers
-from .watched import OUT_S, SUSPECT_S, Watched
+from .replays import Moving
+from .worker_entry import OUT_S, SUSPECT_S, Watched
 
 log = logging.getLogger(__name__)
 

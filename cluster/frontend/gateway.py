@@ -24,7 +24,7 @@ from ...proto.rpc.server import MIB, Server, start_server, trace_context, write_
 from ...proto.rpc.signs import kept_alive
 from ...proto.tasks import Tasks
 from ..client.client import RETRY_KEY
-from ..fleet.compat import Expected
+from ..fleet.compatibility import Expected
 from ..fleet.preflight import Preflight
 from ..fleet.registry import Fleet
 from ..gateway_config import GatewayConfig, LocalPrefill

@@ -14,7 +14,7 @@ from ...proto.errors import AlreadyExists, IsthmusError, Unavailable
 from ...proto.rpc.addresses import HostPort, parse_address
 from ...worker.orders import Drained
 from ..config import ClusterConfig, Role
-from .host import WorkerHost, end_process, thread_settings, usable_cores
+from .worker_thread import WorkerHost, end_process, thread_settings, usable_cores
 
 log = logging.getLogger(__name__)
 

@@ -31,8 +31,8 @@ from ...worker.orders import Drained
 from ..config import ClusterConfig, Role
 from ..frontend.gateway import Gateway
 from ..text.served import ServedModel, load_served_model
-from .seat import ROLE_OF
-from .steps import Step, Tell, telling, unseen
+from .progress import Step, Tell, telling, unseen
+from .role_host import ROLE_OF
 
 log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from ...proto.rpc.server import BUG, INVALID_METADATA, TraceContext
 from ..fleet.registry import Fleet
 from ..gateway_config import GatewayConfig
 from ..router.costs import Demand
-from ..router.expected import Expected, expected
+from ..router.estimates import Expected, expected
 from ..router.explain import explain
 from ..router.prefixes import steps_of
 from ..router.router import Placement, route

@@ -13,11 +13,11 @@ from ...proto.rpc.server import TraceContext
 from ...proto.worker_pb2 import Explanation
 from ..fleet.registry import Fleet
 from ..gateway_config import GatewayConfig
-from ..router.board import Board
 from ..router.router import offered_codecs
+from ..router.routing_table import Board
 from ..text.served import ServedModel
+from .admission_queue import Door
 from .dispatch import Dispatcher, PassOn, TimeLeft
-from .door import Door
 from .request import Admitted, admit
 from .session import Session, new_session
 from .suspicion import Suspicion

@@ -12,8 +12,8 @@ from ...proto.generation_pb2 import Chat, GenerateRequest, TokenIds
 from ...proto.names import check_name
 from ...proto.sampling import Sampling
 from ..gateway_config import LocalPrefill
-from ..router.board import Board
 from ..router.router import offered_codecs, token_limit
+from ..router.routing_table import Board
 from ..text.served import ServedModel
 
 ROLES = ("system", "user", "assistant")

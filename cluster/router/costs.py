@@ -14,10 +14,10 @@ from struct import Struct
 import numpy as np
 
 from ...proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
-from .board import Board
+from .cost_vectors import Costs, plain
 from .prefixes import FEW, Steps
-from .rows import Costs, plain
-from .table import COMPUTE, Floats, Pool, Term
+from .routing_table import Board
+from .worker_columns import COMPUTE, Floats, Pool, Term
 
 ITL_WEIGHT = 0.05
 LOCAL_MARGIN = 1.5  # the decode worker's time is dearer: requests that come next will want it

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ..gateway_config import LocalPrefill
-from .board import Board
 from .costs import (
     ITL_WEIGHT,
     LOCAL_MARGIN,
@@ -22,7 +21,8 @@ from .costs import (
     wait_ms,
 )
 from .router import Placement, allowed_workers
-from .table import COMPUTE, NOBODY, QUEUE, Floats, Pool
+from .routing_table import Board
+from .worker_columns import COMPUTE, NOBODY, QUEUE, Floats, Pool
 
 DECODES, PREFILLS = 4, 8  # that the table shows, the cheapest of each
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...proto.errors import InvalidRequest, Unavailable
 from ..gateway_config import LocalPrefill, Policy
-from .board import Board, Limit, Offer
+from .cost_vectors import Costs, cheapest, least, plain, plus_lesser, up_to
 from .costs import (
     ITL_WEIGHT,
     LOCAL_MARGIN,
@@ -29,10 +29,10 @@ from .costs import (
     remote_ms,
     wait_ms,
 )
-from .policies import SIMPLE
-from .rows import Costs, cheapest, least, plain, plus_lesser, up_to
-from .table import NOBODY, Floats, Term
-from .ties import preferred
+from .routing_table import Board, Limit, Offer
+from .simple_policies import SIMPLE
+from .tie_breaking import preferred
+from .worker_columns import NOBODY, Floats, Term
 
 CANDIDATES = 8  # prefill workers that a decode worker is told of
 NEAR_MS, NEAR = 1.0, 0.05  # costs that differ by less than this, and by this share of the least, are equal

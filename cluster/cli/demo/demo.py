@@ -18,8 +18,8 @@ from ....proto.rpc.server import MIB
 from ...client.client import Answer, Client, build_request
 from ...client.measures import Figures, figures_of
 from ...config import ClusterConfig
+from ...launch.progress import ShownSteps
 from ...launch.ray_cluster import RayCluster
-from ...launch.steps import ShownSteps
 from ...launch.supervisor import Supervisor
 from ..terminal.columns import print_lines, table_lines
 from .prompts import AT_ONCE, ONE_BY_ONE, DemoRequest

@@ -10,8 +10,8 @@ from ....proto.jobs_pb2_grpc import add_JobsServicer_to_server
 from ....proto.tasks import Tasks
 from ....proto.worker_pb2 import WorkerReport
 from ...text.served import ServedModel
-from ..running.answer import Generator
-from ..running.runner import Runner
+from ..runner.answer import Generator
+from ..runner.runner import Runner
 from ..settings import JobsSettings
 from ..store.store import JobStore
 from .service import SERVICE, JobsService

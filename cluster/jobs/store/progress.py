@@ -11,7 +11,7 @@ from ....proto.jobs_pb2 import Job, JobError, JobEvent, JobOutput
 from ..database.schema import EVENTS, JOBS, REQUESTS, TENANTS
 from ..database.writer import Tx
 from ..states import JobState, check_transition
-from .rows import job_of, state_event, timestamp
+from .messages import job_of, state_event, timestamp
 
 KEPT = JOBS.c.expire_us.is_(None) | (JOBS.c.expire_us > 0)
 ROW_BYTES = 48  # of an event beside its body, for the count of stored bytes

@@ -14,7 +14,7 @@ from ..database.migrate import migrate
 from ..database.writer import Tx, Writer
 from ..settings import JobsSettings
 from . import leases, progress, prune, queries
-from .hub import Hub
+from .event_bus import Hub
 from .submit import NewJob, submit
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from isthmus.cluster.cli.jobs.tables import job_table, jobs_table
 from isthmus.cluster.cli.main import run
 from isthmus.cluster.cli.terminal.columns import print_lines, table_lines
 from isthmus.cluster.client.measures import Figures
-from isthmus.cluster.launch import steps
+from isthmus.cluster.launch import progress as steps
 from isthmus.proto.common_pb2 import Candidate
 from isthmus.proto.jobs_pb2 import JOB_STATE_FAILED, JOB_STATE_RUNNING, JOB_STATE_SUCCEEDED, Job, JobError
 from isthmus.proto.worker_pb2 import (

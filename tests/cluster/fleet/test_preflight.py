@@ -13,7 +13,7 @@ from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.fleet import preflight
 from isthmus.cluster.fleet.preflight import Preflight
 from isthmus.cluster.frontend.gateway import Gateway
-from isthmus.cluster.launch.seat import WorkerSeat, settings_of_both
+from isthmus.cluster.launch.role_host import WorkerSeat, settings_of_both
 from isthmus.cluster.text.served import load_served_model
 from isthmus.decode.config import DecodeConfig
 from isthmus.decode.worker import DecodeWorker
@@ -88,14 +88,14 @@ async def test_a_canary_waits_for_answers_whose_worker_failed(monkeypatch: pytes
     async with AsyncExitStack() as stack:
         first = [await worker(stack, PrefillWorker), await worker(stack, DecodeWorker)]
         async with gateway_of(stack, *first) as gateway:
-            gateway.fleet.moving.begin("an answer")  # that nobody could go on with yet: it holds nothing up
+            gateway.fleet.replays.begin("an answer")  # that nobody could go on with yet: it holds nothing up
             for name in ("prefill", "decode"):
                 await status_of(gateway, name, WORKER_HEALTH_READY)
             gateway.fleet.add(await worker(stack, DecodeWorker, name="second"))
             await status_of(gateway, "second", WORKER_HEALTH_CHECKING)
             await asyncio.sleep(1.0)
             await status_of(gateway, "second", WORKER_HEALTH_CHECKING)
-            gateway.fleet.moving.end("an answer")
+            gateway.fleet.replays.end("an answer")
             await status_of(gateway, "second", WORKER_HEALTH_READY)
 
 

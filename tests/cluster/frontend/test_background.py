@@ -13,7 +13,7 @@ from scripted import Scripted, report_of, says, scripted_cluster, served
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.fleet.preflight import Preflight
 from isthmus.cluster.fleet.registry import Fleet
-from isthmus.cluster.fleet.watched import Watched
+from isthmus.cluster.fleet.worker_entry import Watched
 from isthmus.cluster.frontend import gateway as gateway_module
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.proto import tasks as tasks_module

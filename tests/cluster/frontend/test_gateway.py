@@ -13,7 +13,7 @@ from raw_grpc import raw_call
 from scripted import Script, Scripted, hangs, report_of, says, scripted_cluster, served
 
 from isthmus.cluster.client.client import RETRY_KEY, Client, build_request
-from isthmus.cluster.fleet.watched import Watched
+from isthmus.cluster.fleet.worker_entry import Watched
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.kvtransfer.hashing import HASH_BYTES
 from isthmus.proto.common_pb2 import FINISH_REASON_STOP

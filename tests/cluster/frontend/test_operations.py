@@ -13,7 +13,7 @@ from models import model_path
 
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.frontend.gateway import Gateway
-from isthmus.cluster.launch.seat import WorkerSeat, settings_of_both
+from isthmus.cluster.launch.role_host import WorkerSeat, settings_of_both
 from isthmus.cluster.text.served import load_served_model
 from isthmus.decode.worker import DecodeWorker
 from isthmus.proto.errors import Incompatible

@@ -10,9 +10,9 @@ from scripted import says, scripted_cluster
 from served_jobs import QUICK, answer_to, jobs_server
 
 from isthmus.cluster.frontend import gateway as gateway_module
-from isthmus.cluster.jobs.running import recorder as recorder_module
-from isthmus.cluster.jobs.running import runner as runner_module
-from isthmus.cluster.jobs.running.active import ActiveJob
+from isthmus.cluster.jobs.runner import recorder as recorder_module
+from isthmus.cluster.jobs.runner import runner as runner_module
+from isthmus.cluster.jobs.runner.active import ActiveJob
 from isthmus.cluster.jobs.store.hub import Hub
 from isthmus.cluster.jobs.store.store import JobStore
 from isthmus.proto import tasks as tasks_module
@@ -98,7 +98,7 @@ async def test_a_job_that_cannot_be_recorded_fails_alone(url: str, monkeypatch: 
         assert ended[1].error.message == "its output cannot be recorded (ValueError); see the gateway's log"
         later = await server.stub.SubmitJob(submission("four"))
         assert (await server.ended(later.job_id)).state == JOB_STATE_SUCCEEDED
-        assert server.jobs.running == 0
+        assert server.jobs.runner == 0
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ async def test_a_loop_that_fails_once_goes_on(
         many = ["p"] * (ActiveJob.PAGE + 1)  # more than come along with the claim
         job = await server.stub.SubmitJob(submission(*many))
         async with asyncio.timeout(20):
-            while left[0] or server.jobs.running < 10:
+            while left[0] or server.jobs.runner < 10:
                 await asyncio.sleep(0.01)
         go.set()
         ended = await server.ended(job.job_id, within_s=30)

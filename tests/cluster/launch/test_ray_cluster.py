@@ -8,8 +8,8 @@ import ray.util
 
 from isthmus.cluster.config import ClusterConfig
 from isthmus.cluster.launch import ray_cluster
-from isthmus.cluster.launch.host import WorkerHost
 from isthmus.cluster.launch.ray_cluster import ActorHost, RayCluster
+from isthmus.cluster.launch.worker_thread import WorkerHost
 from isthmus.proto.errors import AlreadyExists
 
 

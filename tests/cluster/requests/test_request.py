@@ -7,8 +7,8 @@ from scripted import CODECS, ByteText, served
 
 from isthmus.cluster.client.client import build_request
 from isthmus.cluster.requests.request import Admitted, admit, examine
-from isthmus.cluster.router.board import Board, board_of
-from isthmus.cluster.router.table import WorkerLoad
+from isthmus.cluster.router.routing_table import Board, board_of
+from isthmus.cluster.router.worker_columns import WorkerLoad
 from isthmus.cluster.text.served import InputLimits, ServedModel
 from isthmus.kvtransfer.codecs.names import codec_names
 from isthmus.proto.errors import InvalidRequest, IsthmusError, NotFound, Unavailable

@@ -5,14 +5,14 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from boards import demand, load
+from routing_tables import demand, load
 
-from isthmus.cluster.router.board import Board, board_of
 from isthmus.cluster.router.costs import Demand
 from isthmus.cluster.router.prefixes import Steps
 from isthmus.cluster.router.router import route
-from isthmus.cluster.router.table import NOBODY, SUSPECT, PrefillTime, StepTime, WorkerLoad
-from isthmus.cluster.router.ties import mixed
+from isthmus.cluster.router.routing_table import Board, board_of
+from isthmus.cluster.router.tie_breaking import mixed
+from isthmus.cluster.router.worker_columns import NOBODY, SUSPECT, PrefillTime, StepTime, WorkerLoad
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
 
 DAMAGE = {PRIORITY_INTERACTIVE: 0.5, PRIORITY_STANDARD: 1.0, PRIORITY_BATCH: 2.0}

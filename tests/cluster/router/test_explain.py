@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from boards import STEPS, board, demand
+from routing_tables import STEPS, board, demand
 from scripted import says, scripted_cluster
 
 from isthmus.cluster.cli.main import run

@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-from boards import STEPS, board, demand, load
+from routing_tables import STEPS, board, demand, load
 
 from isthmus.cluster.gateway_config import Policy
-from isthmus.cluster.router.board import Board, board_of
 from isthmus.cluster.router.router import offered_codecs, route, token_limit
-from isthmus.cluster.router.table import PrefillTime, StepTime
+from isthmus.cluster.router.routing_table import Board, board_of
+from isthmus.cluster.router.worker_columns import PrefillTime, StepTime
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE
 from isthmus.proto.errors import InvalidRequest, Unavailable
 

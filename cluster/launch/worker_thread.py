@@ -14,7 +14,7 @@ from typing import Any
 
 from ...model.starting import current_phase
 from ..config import Role
-from .seat import WorkerSeat, settings_of_both
+from .role_host import WorkerSeat, settings_of_both
 
 FAILED = 70  # exit code of a worker whose engine failed (EX_SOFTWARE)
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from scripted import CODECS, FINGERPRINT, report_of
 
-from isthmus.cluster.fleet.compat import Expected, incompatible
+from isthmus.cluster.fleet.compatibility import Expected, incompatible
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WORKER_ROLE_UNSPECIFIED, ModelReport
 

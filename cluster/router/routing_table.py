@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ...proto.worker_pb2 import MemoryUse
 from .prefixes import STEP_BYTES, STEPS_IN_ALL
-from .table import RECENT, Floats, Pool, WorkerLoad
+from .worker_columns import RECENT, Floats, Pool, WorkerLoad
 
 PRIOR_OUTPUT = 128.0  # tokens of an answer
 PRIOR_BYTES = 10_000.0  # of KV on the wire, per token

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from isthmus.cluster.router.board import Board, board_of
 from isthmus.cluster.router.costs import Demand
-from isthmus.cluster.router.table import PrefillTime, StepTime, WorkerLoad
+from isthmus.cluster.router.routing_table import Board, board_of
+from isthmus.cluster.router.worker_columns import PrefillTime, StepTime, WorkerLoad
 
 CODECS = {"raw": "r0", "tq-k4v4": "t0"}
 STEPS = tuple((64 * (page + 1), bytes([page]) * 16) for page in range(4))

@@ -4,7 +4,7 @@ from typing import Any
 
 from scripted import report_of
 
-from isthmus.cluster.jobs.running.capacity import BatchRoom, Seen, look
+from isthmus.cluster.jobs.runner.batch_limit import BatchRoom, Seen, look
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_DRAINING,
     WORKER_ROLE_DECODE,

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from ...proto.errors import Expired, InvalidRequest
 from ..fleet.registry import Fleet
 from ..gateway_config import GatewayConfig
-from ..router.expected import Expected
-from .admission import Admission, Ticket, Wanted
+from ..router.estimates import Expected
+from .fair_queue import Admission, Ticket, Wanted
 from .request import Admitted
 
 LOOK_AGAIN_S = 1.0  # capacity changes with the workers, too

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from isthmus.cluster.launch import steps
-from isthmus.cluster.launch.host import activity
+from isthmus.cluster.launch import progress as steps
+from isthmus.cluster.launch.worker_thread import activity
 from isthmus.kernels.cpu import compiling
 from isthmus.kvtransfer.calibration.progress import noted
 from isthmus.model import starting

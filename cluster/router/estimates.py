@@ -6,10 +6,10 @@ import numpy as np
 
 from ...proto.errors import InvalidRequest, Unavailable
 from ..gateway_config import LocalPrefill
-from .board import Board
 from .costs import Demand, cached_tokens, compute_weights, save
 from .router import route
-from .table import COMPUTE, SUSPECT, Pool, Term
+from .routing_table import Board
+from .worker_columns import COMPUTE, SUSPECT, Pool, Term
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from .costs import Cached, Demand, column
-from .table import NOBODY, Floats, Pool, Term
+from .worker_columns import NOBODY, Floats, Pool, Term
 
 UNLIKE, UNLIKE_RATIO = 8, 1.5  # requests that one worker may have more than another, in number and ratio
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ...proto.errors import InvalidRequest
 from ...proto.rpc.addresses import HostPort, parse_address
 from ...proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_ROLE_DECODE, WorkerReport
-from ..router.table import PrefillTime, StepTime, WorkerLoad
+from ..router.worker_columns import PrefillTime, StepTime, WorkerLoad
 
 SUSPECT_S = 1.0  # without a report (they come every HEARTBEAT_S): no new work where another worker can take it
 OUT_S = 3.0  # no work at all, and what runs there is given up

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from isthmus.cluster.fleet.compat import Expected
+from isthmus.cluster.fleet.compatibility import Expected
 from isthmus.cluster.fleet.registry import Fleet
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL

@@ -1,10 +1,10 @@
 """Who starts, who waits, who is refused."""
 
 import pytest
-from boards import board, demand
+from routing_tables import board, demand
 
-from isthmus.cluster.requests.admission import Admission, Ticket, Wanted
-from isthmus.cluster.router.expected import Expected, expected
+from isthmus.cluster.requests.fair_queue import Admission, Ticket, Wanted
+from isthmus.cluster.router.estimates import Expected, expected
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
 from isthmus.proto.errors import Exhausted, Expired
 
@@ -163,7 +163,7 @@ def test_a_tenant_pays_for_what_began_only() -> None:
 
 
 def test_shares_are_kept_for_so_many_tenants_and_the_heaviest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.cluster.requests.admission.MAX_TENANTS", 10)
+    monkeypatch.setattr("isthmus.cluster.requests.fair_queue.MAX_TENANTS", 10)
     admission = Admission(max_waiting=1000, weights={})
     admission.ask(wanted("heavy", tokens=1000), 1000, None)
     admission.start(1000)

@@ -25,7 +25,7 @@ from ..states import JobState
 from ..store.store import JobStore
 from .active import ActiveJob
 from .answer import Answer, Generator
-from .capacity import LOOK_S, BatchRoom, look
+from .batch_limit import LOOK_S, BatchRoom, look
 from .recorder import TRIES, Recorder
 
 log = logging.getLogger(__name__)

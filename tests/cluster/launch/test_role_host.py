@@ -12,7 +12,7 @@ from models import model_path
 
 from isthmus.cluster.cli.main import run
 from isthmus.cluster.config import CONFIG_OF, SHARED, ClusterConfig, Role, load_worker_settings
-from isthmus.cluster.launch.seat import WorkerSeat, settings_of_both
+from isthmus.cluster.launch.role_host import WorkerSeat, settings_of_both
 from isthmus.decode.worker import DecodeWorker
 from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.rpc.server import open_channel
@@ -41,7 +41,7 @@ def settings_of_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dic
             given.append(settings)
             self.emptied = asyncio.Event()
 
-    monkeypatch.setattr("isthmus.cluster.launch.seat.WorkerSeat", Seat)
+    monkeypatch.setattr("isthmus.cluster.launch.role_host.WorkerSeat", Seat)
     monkeypatch.setattr("isthmus.cluster.launch.foreground.run_service", lambda *_: 0)
     assert run(["worker", *arguments]) == 0
     return given[0]

@@ -5,7 +5,7 @@ from itertools import repeat
 
 import numpy as np
 
-from .table import Floats
+from .worker_columns import Floats
 
 MANY = 64  # rows past which a vector is faster than a list
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ...proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
 from ...proto.errors import Exhausted, Expired
-from ..router.expected import Expected
+from ..router.estimates import Expected
 
 CLEARLY = 2.0  # times that the earliest end may lie beyond the deadline: part of an answer is of use, too
 MAX_TENANTS = 10_000  # whose share is kept in mind, the heaviest users first
