@@ -211,7 +211,7 @@ async def scripted_cluster(
     await gateway.start()
     try:
         async with asyncio.timeout(10):
-            while len(gateway.fleet.snapshot().decode) < len(decodes) or not gateway.fleet.snapshot().prefill:
+            while len(gateway.fleet.table.routing.decode) < len(decodes) or not gateway.fleet.table.routing.prefill:
                 await gateway.fleet.change.wait()
         yield ScriptedCluster(gateway, prefill, decodes)
     finally:

@@ -13,7 +13,7 @@ from scripted import Script, report_of, served
 
 from isthmus.cluster.jobs.service.manager import SERVICE, Jobs
 from isthmus.cluster.jobs.settings import JobsSettings
-from isthmus.cluster.requests.request import Admitted, examine
+from isthmus.cluster.requests.request import ResolvedRequest, validate
 from isthmus.cluster.requests.session import new_session
 from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
@@ -44,20 +44,20 @@ class ScriptedGenerator:
     running: int = 0
     most_running: int = 0
 
-    async def admit(self, request: GenerateRequest, /) -> Admitted:
-        examined = await examine(request, served())
+    async def resolve(self, request: GenerateRequest, /) -> ResolvedRequest:
+        validated = await validate(request, served())
         self._request = request
-        return Admitted(
+        return ResolvedRequest(
             request_id=request.request_id,
             call_id=request.prompt,  # what `run` goes by
-            prompt_token_ids=examined.prompt_token_ids,
-            sampling=examined.sampling,
+            prompt_token_ids=validated.prompt_token_ids,
+            sampling=validated.sampling,
             codec=request.codec,
         )
 
     async def run(
         self,
-        request: Admitted,
+        request: ResolvedRequest,
         pass_on: Callable[[GenerateEvent], Awaitable[None]],
         /,
         *,

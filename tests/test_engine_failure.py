@@ -142,16 +142,16 @@ async def cluster(workers: int = 3, **gateway: Any) -> AsyncIterator[tuple[Clien
     for worker in running:
         await worker.start()
     config = GatewayConfig(**{"preflight": False, **gateway})
-    door = Gateway("127.0.0.1:0", load_served_model(path), [worker.address for worker in running], config)
-    await door.start()
+    served = Gateway("127.0.0.1:0", load_served_model(path), [worker.address for worker in running], config)
+    await served.start()
     try:
         async with asyncio.timeout(20):
-            while len(door.fleet.snapshot().prefill) + len(door.fleet.snapshot().decode) < len(running):
-                await door.fleet.change.wait()
-        async with Client(door.address) as client:
+            while len(served.fleet.table.routing.prefill) + len(served.fleet.table.routing.decode) < len(running):
+                await served.fleet.change.wait()
+        async with Client(served.address) as client:
             yield client, running
     finally:
-        await door.stop()
+        await served.stop()
         for worker in running:
             await worker.stop()
 

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 
 
-class Moving:
-    """Counts them, so that what can wait leaves the workers to them."""
+class InFlightReplays:
+    """Counts them, so that canaries leave the workers to them."""
 
     def __init__(self) -> None:
         self._answers: set[str] = set()
@@ -13,17 +13,17 @@ class Moving:
         self._none.set()
 
     def begin(self, answer: str) -> None:
-        """Its worker failed."""
+        """The answer's worker failed."""
         self._answers.add(answer)
         self._none.clear()
 
     def end(self, answer: str) -> None:
-        """It goes on elsewhere, or has ended; nothing happens where it never began to move."""
+        """The answer goes on elsewhere, or has ended; nothing happens where it is not replayed."""
         self._answers.discard(answer)
         if not self._answers:
             self._none.set()
 
-    async def wait_over(self, at_most_s: float) -> bool:
+    async def wait_none(self, at_most_s: float) -> bool:
         """Waits until there is none, so many seconds at most; whether there is none."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(at_most_s):

@@ -14,35 +14,36 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ...proto.errors import IsthmusError
 
-Tell = Callable[[str], None]  # what the work of a step is at, in a few words
-Step = Callable[[str], AbstractContextManager[Tell]]  # around the work that the name tells of
+SetActivity = Callable[[str], None]  # takes what a step is doing, in a few words
+ProgressStep = Callable[[str], AbstractContextManager[SetActivity]]  # around the work of a step, by its name
 
-ASK_S = 1.0  # between two questions what a step is at
+POLL_S = 1.0  # between two questions what a step is doing
 LINE_S, SAME_LINE_S = 5.0, 30.0  # between two lines of one step, and two that say the same, without a terminal
 
 T = TypeVar("T")
 
 
 @contextmanager
-def unseen(name: str) -> Iterator[Tell]:
-    """A step that nobody watches."""
-    yield lambda doing: None
+def no_progress(name: str) -> Iterator[SetActivity]:
+    """A step that is not shown."""
+    yield lambda activity: None
 
 
-async def telling(work: Awaitable[T], activity: Callable[[], Awaitable[str]], tell: Tell) -> T:
-    """What `work` returns or raises; while it runs, `activity` is asked what it is at, and that is told."""
+async def with_activity(work: Awaitable[T], activity: Callable[[], Awaitable[str]], set_activity: SetActivity) -> T:
+    """What `work` returns or raises; while it runs, `activity` is asked what it is doing, and that is shown."""
     running = asyncio.ensure_future(work)
     try:
-        while not (await asyncio.wait({running}, timeout=ASK_S))[0]:
+        while not (await asyncio.wait({running}, timeout=POLL_S))[0]:
             with contextlib.suppress(IsthmusError, OSError):  # who cannot answer fails in `work` too
-                tell(await activity())
+                set_activity(await activity())
         return running.result()
     finally:
         running.cancel()
 
 
-class ShownSteps:
-    """Spinners where stderr is a terminal; elsewhere one line for each finished step, and for what a long one is at."""
+class StartProgress:
+    """Spinners where stderr is a terminal; elsewhere one line for each finished step, and for the activity of a long
+    one."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr)
@@ -67,24 +68,26 @@ class ShownSteps:
             self._progress.stop()
 
     @contextmanager
-    def step(self, name: str) -> Iterator[Tell]:
+    def step(self, name: str) -> Iterator[SetActivity]:
         """Shows `name` as running until the block ends, and as done where it ends well."""
         progress, start_s = self._progress, time.monotonic()
         if progress is not None:
             task = progress.add_task(escape(name), total=1)
-            yield lambda doing: progress.update(task, description=escape(f"{name}: {doing}" if doing else name))
+            yield lambda activity: progress.update(
+                task, description=escape(f"{name}: {activity}" if activity else name)
+            )
             progress.update(task, description=escape(name), completed=1)
             return
-        told, told_s = "", start_s
+        shown, shown_s = "", start_s
 
-        def tell(doing: str) -> None:
-            nonlocal told, told_s
+        def set_activity(activity: str) -> None:
+            nonlocal shown, shown_s
             now_s = time.monotonic()
-            if doing and now_s - told_s >= (SAME_LINE_S if doing == told else LINE_S):
-                told, told_s = doing, now_s
-                self._line(f"… {name}: {doing} ({now_s - start_s:.0f} s)")
+            if activity and now_s - shown_s >= (SAME_LINE_S if activity == shown else LINE_S):
+                shown, shown_s = activity, now_s
+                self._line(f"… {name}: {activity} ({now_s - start_s:.0f} s)")
 
-        yield tell
+        yield set_activity
         self._line(f"✓ {name} ({time.monotonic() - start_s:.1f} s)")
 
     def _line(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The place of a worker in a process: it owns the loaded model, and the worker around it, of one role or the other.
+"""The host of a worker in a process: it owns the loaded model, and the worker around it, of one role or the other.
 
 A flip drains the worker, ends it and builds one of the other role on the same model at the same address: the weights
 are read once for the life of the process. No Ray in here.
@@ -21,17 +21,13 @@ from ...proto.errors import Incompatible, InvalidRequest, IsthmusError
 from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import WorkerRole
 from ...worker.server import Drained, WorkerServer
-from ..config import CONFIG_OF, SHARED, Role, explain
+from ..config import CONFIG_OF, SHARED, explain
+from ..fleet.report import ROLE_OF, Role
 
 if TYPE_CHECKING:
     from ...model.model import Model
 
 log = logging.getLogger(__name__)
-
-ROLE_OF: dict[WorkerRole.ValueType, Role] = {
-    WorkerRole.WORKER_ROLE_PREFILL: "prefill",
-    WorkerRole.WORKER_ROLE_DECODE: "decode",
-}
 
 
 class Worker(Protocol):
@@ -68,7 +64,7 @@ def make_worker(role: Role, settings: Mapping[str, Any]) -> Worker:
     return DecodeWorker(config)
 
 
-def settings_of_both(
+def settings_by_role(
     role: Role, settings: Mapping[str, Any], other: Mapping[str, Any] | None = None
 ) -> dict[Role, Mapping[str, Any]]:
     """Settings by role; `other`: those of the other one, by default what of `settings` means the same there."""
@@ -78,7 +74,7 @@ def settings_of_both(
     return {role: settings, opposite: other}
 
 
-class WorkerSeat:
+class RoleHost:
     """Runs one worker at a time. Belongs to one event loop; `stop` ends the worker whatever happened in `start`."""
 
     def __init__(
@@ -89,7 +85,7 @@ class WorkerSeat:
     ) -> None:
         """`settings` are those of both roles; `end_process` is called where the worker can serve no more."""
         self.role: Role = role
-        self.emptied = asyncio.Event()  # set once the worker was drained by order: the process has nothing left to do
+        self.drained = asyncio.Event()  # set once the worker was drained by order: the process has nothing left to do
         self._settings = settings
         self._end_process = end_process
         self._worker: Worker | None = None
@@ -114,7 +110,7 @@ class WorkerSeat:
         """Loads the model and serves. Raises what that raises."""
         with phase("imports"):
             worker = await gently(make_worker, self.role, self._settings[self.role])
-        await self._seat(worker, None)
+        await self._run(worker, None)
 
     async def drain(self, timeout_s: float) -> Drained:
         """Takes no new work, waits at most so long for what runs, and hands over the rest."""
@@ -127,15 +123,15 @@ class WorkerSeat:
         if self._worker is not None:
             await self._worker.stop()
 
-    # What others may order of this worker (`proto.reporting.Orders`).
+    # What others may order of this worker (`worker/orders.py`, `Orders`).
 
     def left(self) -> None:
-        """Was drained by order, and whoever ordered it knows."""
-        self.emptied.set()
+        """The worker was drained by order, and the caller has its answer."""
+        self.drained.set()
 
     def flip(self, role: WorkerRole.ValueType) -> None:
-        """Was drained for it: begins to change the role. Two such orders at once are one: they would build two workers
-        at one address."""
+        """The worker was drained for it: begins to change the role. Two such orders at once are one: they would build
+        two workers at one address."""
         if self._flipping is None or self._flipping.done():
             about = f"to {ROLE_OF[role]}"
             self._flipping = self._tasks.once("flip", partial(self._flip_logged, ROLE_OF[role]), about=about)
@@ -182,7 +178,7 @@ class WorkerSeat:
         self._worker = ended = self._prepared = None
         await asyncio.to_thread(gc.collect)  # its pool goes before there is another one
         try:
-            await self._seat(prepared, model)
+            await self._run(prepared, model)
             self.role = role
         except Exception as error:
             log.exception("the worker could not become a %s worker and goes on as a %s worker", role, self.role)
@@ -197,14 +193,14 @@ class WorkerSeat:
             await asyncio.to_thread(gc.collect)
             worker = await gently(make_worker, self.role, {**self._settings[self.role], **listen})
             worker.server.flip_failure = reason
-            await self._seat(worker, model)
+            await self._run(worker, model)
         except Exception:
             log.exception("the worker cannot go on as a %s worker either", self.role)
             if self._end_process is None:
                 raise
             self._end_process()
 
-    async def _seat(self, worker: Worker, model: "Model | None") -> None:
+    async def _run(self, worker: Worker, model: "Model | None") -> None:
         worker.server.end_process = self._end_process
         worker.server.orders = self
         worker.server.instance = f"{self._process}.{next(self._roles)}"

@@ -13,8 +13,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from ...model.starting import current_phase
-from ..config import Role
-from .role_host import WorkerSeat, settings_of_both
+from ..fleet.report import Role
+from .role_host import RoleHost, settings_by_role
 
 FAILED = 70  # exit code of a worker whose engine failed (EX_SOFTWARE)
 
@@ -39,7 +39,7 @@ def end_process() -> None:
     os._exit(FAILED)
 
 
-_DOING = {
+_ACTIVITY_OF = {
     "imports": "importing PyTorch and transformers",
     "load": "reading weights",
     "speed_up": "packing weights",
@@ -49,31 +49,31 @@ _DOING = {
 
 
 def activity() -> str:
-    """What the start of a worker in this process is at, in a few words; "" where there is nothing to tell."""
+    """What the start of a worker in this process is doing, in a few words; "" where there is nothing to tell."""
     phase = current_phase()
     if phase in ("", "imports"):
-        return _DOING.get(phase, "")
+        return _ACTIVITY_OF.get(phase, "")
     from ...kernels.cpu.compiling import is_compiling  # imported by the worker
     from ...kvtransfer.calibration.progress import calibrated_share
 
     share = calibrated_share()
     if share is not None:
         return f"calibrating the tq- codecs for this model, once: {share:.0%}"
-    return "compiling kernels for this CPU, once" if is_compiling() else _DOING[phase]
+    return "compiling kernels for this CPU, once" if is_compiling() else _ACTIVITY_OF[phase]
 
 
-class WorkerHost:
+class WorkerThread:
     """Runs one worker from its construction to `stop`. Methods block and may be called from any thread."""
 
     end_process: Callable[[], None] | None = None  # what follows a failure of its engine
 
     def __init__(self, role: Role, settings: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> None:
         """`other`: settings for the other role, should it flip; default: those of `settings` that both know."""
-        both = settings_of_both(role, settings, other)
+        by_role = settings_by_role(role, settings, other)
         self._address: Future[str] = Future()
         self._closed = threading.Event()
         self._loop = asyncio.new_event_loop()
-        self._seat = WorkerSeat(role, both, self.end_process)
+        self._host = RoleHost(role, by_role, self.end_process)
         self._thread = threading.Thread(target=self._run, name=f"{role} worker", daemon=True)
         self._thread.start()
 
@@ -82,14 +82,14 @@ class WorkerHost:
         return self._address.result()
 
     def activity(self) -> str:
-        """What its start is at, in a few words; "" where there is nothing to tell."""
+        """What its start is doing, in a few words; "" where there is nothing to tell."""
         return activity()
 
     def drain(self, timeout_s: float) -> tuple[int, int]:
         """Takes no new work and waits for what runs, at most so long: how many ended, and were handed over."""
         if not self._address.done() or self._address.exception():
             return 0, 0
-        drained = asyncio.run_coroutine_threadsafe(self._seat.drain(timeout_s), self._loop).result()
+        drained = asyncio.run_coroutine_threadsafe(self._host.drain(timeout_s), self._loop).result()
         return drained.finished, drained.handed_over
 
     def stop(self) -> None:
@@ -105,14 +105,14 @@ class WorkerHost:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._seat.start())
+            self._loop.run_until_complete(self._host.start())
         except BaseException as error:  # handed to whoever asks for the address
             self._address.set_exception(error)
             self._closed.set()
             return
-        self._address.set_result(self._seat.address)
+        self._address.set_result(self._host.address)
         try:
             self._loop.run_forever()
-            self._loop.run_until_complete(self._seat.stop())
+            self._loop.run_until_complete(self._host.stop())
         finally:
             self._closed.set()  # whatever failed: who follows this worker would wait for ever

@@ -1,4 +1,5 @@
-"""One cost for each row of a pool: a list where rows are few, as plain numbers are faster then, else a vector."""
+"""One cost for each row of a role's columns: a list where rows are few, as plain numbers are faster then, else a
+vector."""
 
 from collections.abc import Iterable
 from itertools import repeat
@@ -12,17 +13,17 @@ MANY = 64  # rows past which a vector is faster than a list
 Costs = list[float] | Floats
 
 
-def plain(costs: Floats) -> Costs:
+def as_costs(vector: Floats) -> Costs:
     """The same costs, as a list where they are few."""
-    return costs.tolist() if len(costs) <= MANY else costs
+    return vector.tolist() if len(vector) <= MANY else vector
 
 
-def least(costs: Costs) -> float:
-    """The least of them."""
+def minimum(costs: Costs) -> float:
+    """The least cost."""
     return min(costs) if isinstance(costs, list) else costs.item(costs.argmin())
 
 
-def plus_lesser(costs: Costs, one: Costs | float, other: Costs | float) -> Costs:
+def add_minimum(costs: Costs, one: Costs | float, other: Costs | float) -> Costs:
     """To each cost the lesser of two others added, which may be the same for all rows."""
     if isinstance(costs, list):
         return [cost + (a if a < b else b) for cost, a, b in zip(costs, _each(one), _each(other), strict=False)]
@@ -33,14 +34,14 @@ def _each(costs: Costs | float) -> Iterable[float]:
     return repeat(costs) if isinstance(costs, (float, int)) else costs
 
 
-def up_to(costs: Costs, bound: float) -> list[int]:
+def rows_up_to(costs: Costs, bound: float) -> list[int]:
     """The rows whose cost is no more than that."""
     if isinstance(costs, list):
         return [row for row, cost in enumerate(costs) if cost <= bound]
     return (costs <= bound).nonzero()[0].tolist()
 
 
-def cheapest(costs: Costs, count: int) -> list[int]:
+def cheapest_rows(costs: Costs, count: int) -> list[int]:
     """So many rows, the cheapest first; all where there are fewer."""
     if isinstance(costs, list):
         return sorted(range(len(costs)), key=costs.__getitem__)[:count]

@@ -1,7 +1,7 @@
 """The workers of one role, as columns of numbers. Pure: no I/O, no clock.
 
-Whoever owns a pool keeps it up to date with each report and each placement; a decision then costs a few vector
-operations, however many workers there are. A worker keeps its row as long as it is here.
+Their owner updates them with each report and each placement; a decision then costs a few vector operations, however
+many workers there are. A worker keeps its row until it is removed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .prefixes import Prefixes, Steps
+from .prefixes import PrefixIndex, PrefixKeys
 
 Floats = NDArray[np.float64]
 Three = tuple[float, float, float]
@@ -39,7 +39,7 @@ class StepTime(NamedTuple):
 PRIOR_PREFILL = PrefillTime(5.0, 0.5, 0.01)
 PRIOR_STEP = StepTime(5.0, 0.5, 0.01)
 PRIOR_LINK = 1e6  # bytes per ms
-LEAST_TRUST = 0.05  # in what a worker was given before: it may begin to keep it
+LEAST_TRUST = 0.05  # in the prefixes that a worker was given: it may begin to keep them
 RECENT = 0.05  # weight of the newest figure in an average
 
 
@@ -66,12 +66,13 @@ class WorkerLoad:
 
 
 class Term(IntEnum):
-    """What costs are linear in: rows of `Pool.terms`. A cost is a weighted sum of them, for all workers at once.
+    """What costs are linear in: the columns of `WorkerColumns.terms`. A cost is a weighted sum of them, for all workers
+    at once.
 
-    In an order that has the terms of each cost next to each other: LOCAL, REMOTE, OWN.
+    The order makes the terms of each cost consecutive: LOCAL, REMOTE, OWN.
     """
 
-    ALL_CHUNK = 0  # CHUNK, TOKEN, KTOKEN times the requests that are there: what all of them lose by it
+    ALL_CHUNK = 0  # CHUNK, TOKEN, KTOKEN times the worker's requests: what all of them lose by it
     ALL_TOKEN = 1
     ALL_KTOKEN = 2
     CHUNK = 3  # ms of a prefill chunk
@@ -79,7 +80,7 @@ class Term(IntEnum):
     KTOKEN = 5  # ms that 1,000 tokens of context add to a token
     QUEUED_TOKEN = 6  # the same for all queued tokens
     QUEUED_KTOKEN = 7
-    PENALTY = 8  # 0, SUSPECT, or NOBODY for a row that is free
+    PENALTY = 8  # 0, SUSPECT, or NOBODY for a free row
     STEP = 9  # ms of a decode step now
     SEQUENCE = 10  # ms that one more request adds to it
     KV = 11  # ms that one more token of KV adds to it
@@ -95,10 +96,20 @@ OWN = slice(Term.PENALTY, Term.ALL_KV + 1)  # steps of a decode worker
 SUSPECT, NOBODY = 1e9, 1e15  # penalties; finite, so that they may be weighted with zero
 
 
-class Pool:
-    """The workers of one role, in rows. A worker keeps its row as long as it is here."""
+class WorkerColumns:
+    """The workers of one role, one row each. A worker keeps its row until it is removed."""
 
-    _COLUMNS = ("pages_free", "queued", "requests", "room", "capacity", "page_tokens", "pages_total", "link", "slow")
+    _COLUMNS = (
+        "pages_free",
+        "queued",
+        "requests",
+        "room",
+        "capacity",
+        "page_tokens",
+        "pages_total",
+        "link",
+        "min_link",
+    )
     capacity: Floats  # tokens of the largest request
     page_tokens: Floats
     pages_total: Floats
@@ -107,85 +118,86 @@ class Pool:
     requests: Floats
     room: Floats  # tokens that are free and that nobody waits for
     link: Floats  # bytes per ms from a prefill worker, on average
-    slow: Floats  # bytes per ms from the one with the slowest link
+    min_link: Floats  # bytes per ms from the one with the slowest link
     terms: Floats  # [Term, rows]
     local: Floats  # the terms of LOCAL, REMOTE and OWN
     remote: Floats
     own: Floats
 
-    def __init__(self, peers: "Pool | None" = None) -> None:
-        """Where nobody here has computed a prompt yet, `peers` tell how long that takes."""
+    def __init__(self, peers: "WorkerColumns | None" = None) -> None:
+        """`peers`: the other role, whose prefill times are used where no worker of this one has measured any."""
         self._peers = peers
-        self.addresses: list[str] = []  # by row; "" for nobody
+        self.addresses: list[str] = []  # by row; "" for a free one
         self.loads: dict[str, WorkerLoad] = {}
-        self.row: dict[str, int] = {}
-        self.prefixes = Prefixes()
-        self.seeds: list[int] = []  # by row: what tells equals apart, 64 bits
-        self.trust: list[float] = []  # by row: share of the pages believed to be cached that were
+        self.row_of: dict[str, int] = {}  # by address
+        self.prefixes = PrefixIndex()
+        self.seeds: list[int] = []  # by row: 64 bits that break ties
+        self.prefix_trust: list[float] = []  # by row: the share of predicted prefix hits that were hits
         self.compute: list[PrefillTime] = []  # by row
-        self.members = 0  # changes with the set of workers, and with what they can be paired with
+        self.version = 0  # changes with the set of workers, and with what they can be paired with
         self.slowest_link = PRIOR_LINK
-        self._live: dict[int, _Live] = {}
-        self._prefill: PrefillTime | None = None  # typical of those that did measure
+        self._rows: dict[int, _Row] = {}
+        self._prefill: PrefillTime | None = None  # average of those that measured
         self._step: StepTime | None = None
         self._resize(0)
 
     def __len__(self) -> int:
-        return len(self.row)
+        return len(self.row_of)
 
     def __iter__(self) -> Iterator[WorkerLoad]:
         return iter(self.loads.values())
 
-    def put(self, load: WorkerLoad) -> None:
-        """Adds a worker or brings it up to date."""
+    def update(self, load: WorkerLoad) -> None:
+        """Adds a worker or replaces what is known of it."""
         before = self.loads.get(load.address)
         if before is None:
             self._add(load.address)
         fixed = (load.codecs, load.page_tokens, load.pages_total)
         if before is None or (before.codecs, before.page_tokens, before.pages_total) != fixed:
-            self.members += 1
+            self.version += 1
         self.loads[load.address] = load
-        row = self.row[load.address]
-        self._table[4:7, row] = (load.capacity_tokens, load.page_tokens, load.pages_total)
+        row = self.row_of[load.address]
+        self._columns[4:7, row] = (load.capacity_tokens, load.page_tokens, load.pages_total)
         self.link[row] = _mean_link(load.links)
-        self.slow[row] = min(load.links.values(), default=PRIOR_LINK)
-        self.slowest_link = self.slow.item(self.slow.argmin())
+        self.min_link[row] = min(load.links.values(), default=PRIOR_LINK)
+        self.slowest_link = self.min_link.item(self.min_link.argmin())
         self.compute[row], step = self._rates(load)
-        self._live[row] = live = _Live(load, SUSPECT if load.suspect else 0.0, self.compute[row], step)
-        self._write(row, live)
+        self._rows[row] = numbers = _Row(load, SUSPECT if load.suspect else 0.0, self.compute[row], step)
+        self._write(row, numbers)
 
     def remove(self, address: str) -> None:
         """Forgets a worker and what it was given."""
-        row = self.row.pop(address, None)
+        row = self.row_of.pop(address, None)
         if row is not None:
-            del self.loads[address], self._live[row]
+            del self.loads[address], self._rows[row]
             self.addresses[row] = ""
             self.terms[Term.PENALTY, row], self.room[row] = NOBODY, np.inf
-            self.link[row] = self.slow[row] = PRIOR_LINK
+            self.link[row] = self.min_link[row] = PRIOR_LINK
             self.prefixes.forget(row)
-            self.members += 1
+            self.version += 1
 
-    def count(self, row: int, *, tokens: float, pages: float, steps: Steps) -> None:
-        """Work was placed on a worker that its report does not show yet."""
-        live = self._live[row]
-        live.queued += tokens
-        live.free = max(0.0, live.free - pages)
-        live.requests += 1
-        self._write(row, live)
-        self.prefixes.remember(row, steps)
+    def add_placement(self, row: int, *, tokens: float, pages: float, prefix_keys: PrefixKeys) -> None:
+        """Counts a request that was placed on a worker until a report shows it."""
+        numbers = self._rows[row]
+        numbers.queued += tokens
+        numbers.free = max(0.0, numbers.free - pages)
+        numbers.requests += 1
+        self._write(row, numbers)
+        self.prefixes.remember(row, prefix_keys)
 
-    def _write(self, row: int, live: "_Live") -> None:
-        """Brings a row's columns up to date."""
-        free_tokens = live.free * live.page_tokens
-        self._table[:4, row] = (live.free, live.queued, live.requests, free_tokens - live.queued)
-        self.terms[:, row] = live.terms(live.tokens - free_tokens)
+    def _write(self, row: int, numbers: "_Row") -> None:
+        """Writes a row into the columns."""
+        free_tokens = numbers.free * numbers.page_tokens
+        self._columns[:4, row] = (numbers.free, numbers.queued, numbers.requests, free_tokens - numbers.queued)
+        self.terms[:, row] = numbers.terms(numbers.tokens - free_tokens)
 
-    def check_belief(self, address: str, believed: float, found: float) -> None:
-        """A worker was believed to have cached so many tokens of a prompt, at the trust of then, and had `found`."""
-        row = self.row.get(address)
-        if row is not None and believed > 0:
-            given = believed / self.trust[row]
-            self.trust[row] = max(LEAST_TRUST, self.trust[row] + 0.2 * (min(1.0, found / given) - self.trust[row]))
+    def update_prefix_trust(self, address: str, predicted: float, found: float) -> None:
+        """Takes in how many tokens of a prompt a worker had cached, of so many that were predicted."""
+        row = self.row_of.get(address)
+        if row is not None and predicted > 0:
+            trust = self.prefix_trust[row]
+            given = predicted / trust
+            self.prefix_trust[row] = max(LEAST_TRUST, trust + 0.2 * (min(1.0, found / given) - trust))
 
     @property
     def measured(self) -> tuple[bool, bool]:
@@ -194,47 +206,47 @@ class Pool:
 
     @property
     def typical_prefill(self) -> PrefillTime:
-        """Of the workers that measured it, here or among the peers."""
+        """The average of the workers that measured it, here or among the peers."""
         return self._prefill or (self._peers.typical_prefill if self._peers else PRIOR_PREFILL)
 
     def _rates(self, load: WorkerLoad) -> tuple[PrefillTime, StepTime]:
-        """What was measured, or what is typical of those that did measure."""
+        """What the worker measured, else the average of those that did."""
         if load.prefill is not None:
-            self._prefill = PrefillTime(*_towards(self._prefill or load.prefill, load.prefill))
+            self._prefill = PrefillTime(*_moving_average(self._prefill or load.prefill, load.prefill))
         if load.step is not None:
-            self._step = StepTime(*_towards(self._step or load.step, load.step))
+            self._step = StepTime(*_moving_average(self._step or load.step, load.step))
         return load.prefill or self.typical_prefill, load.step or self._step or PRIOR_STEP
 
     def _add(self, address: str) -> None:
         if "" not in self.addresses:
             self._resize(max(8, 2 * len(self.addresses)))
         row = self.addresses.index("")
-        self.addresses[row], self.row[address] = address, row
+        self.addresses[row], self.row_of[address] = address, row
         self.seeds[row] = int.from_bytes(blake2b(address.encode(), digest_size=8).digest(), "big")
-        self.trust[row] = 1.0
+        self.prefix_trust[row] = 1.0
 
     def _resize(self, rows: int) -> None:
         before = len(self.addresses)
         more = rows - before
-        table, terms = np.ones((len(self._COLUMNS), rows)), np.zeros((len(Term), rows))
-        for name in ("link", "slow"):
-            table[self._COLUMNS.index(name)] = PRIOR_LINK
-        table[self._COLUMNS.index("room")] = np.inf
+        columns, terms = np.ones((len(self._COLUMNS), rows)), np.zeros((len(Term), rows))
+        for name in ("link", "min_link"):
+            columns[self._COLUMNS.index(name)] = PRIOR_LINK
+        columns[self._COLUMNS.index("room")] = np.inf
         terms[Term.PENALTY] = NOBODY
         if before:
-            table[:, :before], terms[:, :before] = self._table, self.terms
-        self._table, self.terms = table, terms
+            columns[:, :before], terms[:, :before] = self._columns, self.terms
+        self._columns, self.terms = columns, terms
         for index, name in enumerate(self._COLUMNS):
-            setattr(self, name, table[index])
+            setattr(self, name, columns[index])
         self.local, self.remote, self.own = terms[LOCAL], terms[REMOTE], terms[OWN]
         self.addresses += [""] * more
         self.seeds += [0] * more
-        self.trust += [1.0] * more
+        self.prefix_trust += [1.0] * more
         self.compute += [PRIOR_PREFILL] * more
 
 
-class _Live:
-    """One row in plain numbers: a report, and what was counted since."""
+class _Row:
+    """One row in plain numbers: a report, and the placements since."""
 
     __slots__ = ("_kv", "_penalty", "_prefill", "_step", "free", "page_tokens", "queued", "requests", "tokens")
 
@@ -256,7 +268,7 @@ class _Live:
         )
 
 
-def _towards(average: Three, newest: Three) -> Three:
+def _moving_average(average: Three, newest: Three) -> Three:
     a, b, c = average
     x, y, z = newest
     return a + RECENT * (x - a), b + RECENT * (y - b), c + RECENT * (z - c)

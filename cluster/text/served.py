@@ -10,7 +10,7 @@ from .tokenizing import TokenizeLine
 
 
 class TextEncoder(Protocol):
-    """What the door needs of a tokenizer (`model/text/tokenizer.py`)."""
+    """What the gateway needs of a tokenizer (`model/text/tokenizer.py`)."""
 
     @property
     def has_chat_template(self) -> bool: ...

@@ -18,7 +18,7 @@ from ....proto.rpc.server import MIB
 from ...client.client import Answer, Client, build_request
 from ...client.measures import Figures, figures_of
 from ...config import ClusterConfig
-from ...launch.progress import ShownSteps
+from ...launch.progress import StartProgress
 from ...launch.ray_cluster import RayCluster
 from ...launch.supervisor import Supervisor
 from ..terminal.columns import print_lines, table_lines
@@ -43,7 +43,7 @@ class _Demo:
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        shown = ShownSteps()
+        shown = StartProgress()
         supervisor = Supervisor(self._settings, RayCluster(self._settings), shown.step)
         try:
             with shown:

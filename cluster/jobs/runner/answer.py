@@ -11,7 +11,7 @@ from ....proto.errors import Exhausted, Expired, IsthmusError, Unavailable, stat
 from ....proto.generation_pb2 import GenerateEvent, GenerateRequest
 from ....proto.jobs_pb2 import JobError, JobOutput, JobResult
 from ....proto.rpc.server import note_bug
-from ...requests.request import Admitted
+from ...requests.request import ResolvedRequest
 from ...requests.suspicion import Suspicion
 from ..states import JobState
 from .recorder import Recorder
@@ -26,10 +26,10 @@ PassOn = Callable[[GenerateEvent], Awaitable[None]]
 class Generator(Protocol):
     """What answers requests (`cluster/requests/generator.py`)."""
 
-    async def admit(self, request: GenerateRequest, /) -> Admitted: ...
+    async def resolve(self, request: GenerateRequest, /) -> ResolvedRequest: ...
     async def run(
         self,
-        request: Admitted,
+        request: ResolvedRequest,
         pass_on: PassOn,
         /,
         *,
@@ -77,9 +77,9 @@ class Answer:
         while True:
             had = len(self._result.token_ids)
             try:
-                admitted = await generator.admit(self._request)
+                resolved = await generator.resolve(self._request)
                 emitted = list(self._result.token_ids)
-                await generator.run(admitted, self._pass_on, emitted=emitted, time_left=time_left, suspicion=suspicion)
+                await generator.run(resolved, self._pass_on, emitted=emitted, time_left=time_left, suspicion=suspicion)
                 return
             except (Unavailable, Exhausted) as error:
                 fields = {"job_id": self._job_id, "item": self._item, "why": str(error)}

@@ -19,7 +19,7 @@ from ..store.store import JobStore
 log = logging.getLogger(__name__)
 
 BATCH_PERIOD_S = 0.1  # output of batch jobs is recorded this often: a crash costs that much computing, and no token
-MOST_HELD = 20_000  # tokens that wait to be recorded before requests are paused
+MAX_UNRECORDED_TOKENS = 20_000  # tokens that wait to be recorded before requests are paused
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
 TRIES = 5  # of a job whose output cannot be recorded for another reason than the database's, before it is given up
 
@@ -34,7 +34,7 @@ class Recorder:
         self._on_lost = on_lost
         self._tasks = tasks
         self._made: dict[tuple[str, int], Progress] = {}
-        self._held_tokens = 0
+        self._unrecorded_tokens = 0
         self._some, self._urgent, self._all_recorded, self._has_room = (asyncio.Event() for _ in range(4))
         self._all_recorded.set()
         self._has_room.set()
@@ -46,8 +46,8 @@ class Recorder:
             _append(made.outputs[-1], output)
         else:
             made.outputs.append(output)
-        self._held_tokens += len(output.token_ids)
-        if self._held_tokens > MOST_HELD:
+        self._unrecorded_tokens += len(output.token_ids)
+        if self._unrecorded_tokens > MAX_UNRECORDED_TOKENS:
             self._has_room.clear()
 
     def end(
@@ -76,7 +76,7 @@ class Recorder:
             made, self._made = list(self._made.values()), {}
             self._some.clear()
             self._urgent.clear()
-            self._held_tokens = 0
+            self._unrecorded_tokens = 0
             lost = await self._record(made)
             self._has_room.set()
             if not self._made:

@@ -25,7 +25,7 @@ from ..states import JobState
 from ..store.store import JobStore
 from .active import ActiveJob
 from .answer import Answer, Generator
-from .batch_limit import LOOK_S, BatchRoom, look
+from .batch_limit import PERIOD_S, BatchLimit, load_of
 from .recorder import TRIES, Recorder
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Runner:
         self._settings = settings
         self._reports = reports
         self._others = others
-        self._batch_room = BatchRoom(settings.max_running_batch)
+        self._batch_limit = BatchLimit(settings.max_running_batch)
         self._jobs: dict[str, ActiveJob] = {}
         self._ready: dict[int, deque[ActiveJob]] = {priority: deque() for group in CLASSES for priority in group}
         self._running = {True: 0, False: 0}  # requests, by whether they are batch
@@ -71,7 +71,7 @@ class Runner:
         """Takes up a lease as the gateway at `address`, and work with it."""
         self._address = address
         await self._join()
-        self._store.hub.listeners.append(self._on_state)
+        self._store.bus.listeners.append(self._on_state)
         loops = (self._schedule, self._sweep, self._prune, self._look_at_workers, self._look_for_events)
         self._tasks = [
             self._background.start(f"jobs {loop.__name__.strip('_')}", partial(_forever, loop)) for loop in loops
@@ -83,7 +83,7 @@ class Runner:
         if not tasks:
             return
         await self._background.end(*tasks)
-        self._store.hub.listeners.remove(self._on_state)
+        self._store.bus.listeners.remove(self._on_state)
         await self._drop_all()
         with contextlib.suppress(TimeoutError, IsthmusError):
             async with asyncio.timeout(self._settings.lease_s):
@@ -145,7 +145,7 @@ class Runner:
 
     def _room(self, classes: Classes) -> int:
         batch = PRIORITY_BATCH in classes
-        return (self._batch_room.target if batch else self._settings.max_running) - self._running[batch]
+        return (self._batch_limit.target if batch else self._settings.max_running) - self._running[batch]
 
     async def _claim(self, classes: Classes, limit: int) -> None:
         claimed = await self._store.claim(self._id, self._fingerprint, classes, limit)
@@ -235,8 +235,8 @@ class Runner:
             await self._end_recording()
             await self._join()
             return
-        held = set(self._jobs)  # before the question: what is claimed meanwhile is not in its answer
-        for job_id in held - await self._store.owned(self._id):
+        running = set(self._jobs)  # before the query: what is claimed meanwhile is not in its answer
+        for job_id in running - await self._store.owned(self._id):
             self._drop(job_id)
         self._look_for_work()
 
@@ -247,17 +247,17 @@ class Runner:
 
     async def _look_at_workers(self) -> None:
         begun_s = time.monotonic()
-        await asyncio.sleep(LOOK_S)
-        lag_s = time.monotonic() - begun_s - LOOK_S
+        await asyncio.sleep(PERIOD_S)
+        lag_s = time.monotonic() - begun_s - PERIOD_S
         others = self._others() + self._running[False]
-        if self._batch_room.update(look(self._reports(), others, lag_s)) > self._running[True]:
+        if self._batch_limit.update(load_of(self._reports(), others, lag_s)) > self._running[True]:
             self._wake.set()
 
     async def _look_for_events(self) -> None:
         await asyncio.sleep(WATCH_POLL_S)
-        watched = [job_id for job_id in self._store.hub.watched if job_id not in self._jobs]
+        watched = [job_id for job_id in self._store.bus.watched if job_id not in self._jobs]
         if watched:
-            self._store.hub.found(watched, await self._store.last_events(watched))
+            self._store.bus.publish_last(watched, await self._store.last_events(watched))
 
 
 async def _forever(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 from scripted import CODECS, FINGERPRINT, report_of
 
-from isthmus.cluster.fleet.compatibility import Expected, incompatible
+from isthmus.cluster.fleet.compatibility import Requirements, incompatibilities
+from isthmus.cluster.fleet.report import Report
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WORKER_ROLE_UNSPECIFIED, ModelReport
 
-EXPECTED = Expected(protocol_version=PROTOCOL_VERSION, model="bytes", fingerprint=FINGERPRINT)
+REQUIRED = Requirements(protocol_version=PROTOCOL_VERSION, model="bytes", fingerprint=FINGERPRINT)
 
 
 def reasons(**changes: Any) -> dict[str, str]:
@@ -18,7 +19,7 @@ def reasons(**changes: Any) -> dict[str, str]:
         "d": report_of(WORKER_ROLE_DECODE),
         "odd": report_of(**{"role": WORKER_ROLE_DECODE, **changes}),
     }
-    return incompatible(reports, EXPECTED)
+    return incompatibilities({name: Report.from_pb(report) for name, report in reports.items()}, REQUIRED)
 
 
 def test_equal_workers_pair() -> None:
@@ -53,4 +54,5 @@ def test_one_common_codec_is_enough() -> None:
 
 
 def test_without_another_role_nobody_is_blamed() -> None:
-    assert incompatible({"d": report_of(WORKER_ROLE_DECODE, codecs={"fp8": "x"})}, EXPECTED) == {}
+    report = Report.from_pb(report_of(WORKER_ROLE_DECODE, codecs={"fp8": "x"}))
+    assert incompatibilities({"d": report}, REQUIRED) == {}

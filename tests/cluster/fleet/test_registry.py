@@ -2,16 +2,15 @@
 
 import asyncio
 
-from isthmus.cluster.fleet.compatibility import Expected
+from isthmus.cluster.fleet.compatibility import Requirements
 from isthmus.cluster.fleet.registry import Fleet
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
-from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 
 NOBODY = "127.0.0.1:9"
 
 
 async def test_a_worker_that_is_added_while_another_leaves_its_address_stays() -> None:
-    fleet = Fleet(Expected(protocol_version=PROTOCOL_VERSION, model="m", fingerprint="f"))
+    fleet = Fleet(Requirements(protocol_version=PROTOCOL_VERSION, model="m", fingerprint="f"))
     fleet.add(NOBODY)
     before = fleet.channel(NOBODY)
     await asyncio.sleep(0.05)  # its stream is under way
@@ -25,15 +24,15 @@ async def test_a_worker_that_is_added_while_another_leaves_its_address_stays() -
     assert not stream.done()
     assert after.get_state(try_to_connect=True).name != "SHUTDOWN"
     await fleet.close()
-    assert not fleet._channels and not fleet._streams
+    assert not fleet._channels and not fleet._streams and not fleet._calls
 
 
 async def test_nothing_is_kept_of_a_worker_that_left() -> None:
-    fleet = Fleet(Expected(protocol_version=PROTOCOL_VERSION, model="m", fingerprint="f"))
+    fleet = Fleet(Requirements(protocol_version=PROTOCOL_VERSION, model="m", fingerprint="f"))
     fleet.add(NOBODY)
-    for role in (WORKER_ROLE_PREFILL, WORKER_ROLE_DECODE):
-        fleet._outliers[role].add(NOBODY)
+    for outliers in fleet.table._outliers.values():
+        outliers.add(NOBODY)
     await fleet.remove(NOBODY)
     assert fleet.statuses() == []
-    assert [outliers._records for outliers in fleet._outliers.values()] == [{}, {}]
+    assert [outliers._records for outliers in fleet.table._outliers.values()] == [{}, {}]
     await fleet.close()

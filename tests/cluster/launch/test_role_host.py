@@ -1,4 +1,4 @@
-"""Whether a worker can take the other role, and what goes along when it does: real seats, a small model."""
+"""Whether a worker can take the other role, and what goes along when it does: real hosts, a small model."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -12,7 +12,7 @@ from models import model_path
 
 from isthmus.cluster.cli.main import run
 from isthmus.cluster.config import CONFIG_OF, SHARED, ClusterConfig, Role, load_worker_settings
-from isthmus.cluster.launch.role_host import WorkerSeat, settings_of_both
+from isthmus.cluster.launch.role_host import RoleHost, settings_by_role
 from isthmus.decode.worker import DecodeWorker
 from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.rpc.server import open_channel
@@ -33,31 +33,31 @@ MODEL = ("--model", model_path("tiny-llama"), "--dtype", "float32")
 
 
 def settings_of_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[Role, Mapping[str, Any]]:
-    """The settings of both roles that `isthmus worker ...` gives its seat."""
+    """The settings of both roles that `isthmus worker ...` gives its host."""
     given: list[dict[Role, Mapping[str, Any]]] = []
 
-    class Seat:
+    class Host:
         def __init__(self, role: Role, settings: dict[Role, Mapping[str, Any]], *_: object) -> None:
             given.append(settings)
-            self.emptied = asyncio.Event()
+            self.drained = asyncio.Event()
 
-    monkeypatch.setattr("isthmus.cluster.launch.role_host.WorkerSeat", Seat)
+    monkeypatch.setattr("isthmus.cluster.launch.role_host.RoleHost", Host)
     monkeypatch.setattr("isthmus.cluster.launch.foreground.run_service", lambda *_: 0)
     assert run(["worker", *arguments]) == 0
     return given[0]
 
 
 @asynccontextmanager
-async def seated(role: Role, settings: dict[Role, Mapping[str, Any]]) -> AsyncIterator[tuple[WorkerSeat, Any]]:
-    """A started seat, and a stub for its worker."""
-    seat = WorkerSeat(role, settings)
+async def hosted(role: Role, settings: dict[Role, Mapping[str, Any]]) -> AsyncIterator[tuple[RoleHost, Any]]:
+    """A started host, and a stub for its worker."""
+    host = RoleHost(role, settings)
     try:
-        await seat.start()
-        channel = open_channel(seat.address)
-        yield seat, WorkerStub(channel)
+        await host.start()
+        channel = open_channel(host.address)
+        yield host, WorkerStub(channel)
         await channel.close()
     finally:
-        await seat.stop()
+        await host.stop()
 
 
 async def report_as(stub: Any, wanted: Role) -> WorkerReport:
@@ -80,8 +80,8 @@ async def test_a_worker_of_the_command_line_flips_and_back(
 ) -> None:
     with monkeypatch.context() as patched:
         settings = settings_of_command(patched, role, *MODEL, *flags)
-    async with seated(role, settings) as (seat, stub):
-        address, before = seat.address, await stub.GetReport(GetReportRequest())
+    async with hosted(role, settings) as (host, stub):
+        address, before = host.address, await stub.GetReport(GetReportRequest())
         for wanted in (OTHER[role], role):
             await stub.Flip(FlipRequest(role=ROLE[wanted], timeout_s=1))
             report = await report_as(stub, wanted)
@@ -96,7 +96,7 @@ def test_only_what_was_set_and_means_the_same_goes_along(role: Role, monkeypatch
     plain = settings_of_command(monkeypatch, role, "--threads", "1")
     assert plain[OTHER[role]] == {"model": "smollm2-135m", "threads": 1, "listen": "127.0.0.1:0"}
     settings = load_worker_settings(role, None, {"chunk_tokens": 64, "pool_gib": 0.5, "codecs": ()}, default_threads=2)
-    other = settings_of_both(role, settings)[OTHER[role]]
+    other = settings_by_role(role, settings)[OTHER[role]]
     expected = {"model": "smollm2-135m", "threads": 2, "listen": "127.0.0.1:0", "pool_gib": 0.5, "codecs": ()}
     assert other == expected
     assert CONFIG_OF[OTHER[role]](**other).chunk_tokens == CONFIG_OF[OTHER[role]](model="x").chunk_tokens
@@ -112,7 +112,7 @@ def test_every_setting_of_both_roles_is_decided_on() -> None:
 def test_under_up_each_role_has_its_own_settings(role: Role) -> None:
     config = ClusterConfig(prefill_worker={"chunk_tokens": 128}, decode_worker={"chunk_tokens": 8, "pool_gib": 0.25})
     both = {each: config.worker_settings(each, "w", "127.0.0.1:0", 1) for each in OTHER}
-    given = settings_of_both(role, both[role], both[OTHER[role]])
+    given = settings_by_role(role, both[role], both[OTHER[role]])
     assert given == both
     assert [CONFIG_OF[each](**given[each]).chunk_tokens for each in ("prefill", "decode")] == [128, 8]
 
@@ -135,7 +135,7 @@ async def test_settings_that_do_not_work_are_told_before_anything_is_drained(
         raise AssertionError("it was drained")
 
     monkeypatch.setattr("isthmus.worker.server.WorkerServer.drain", drained)
-    async with seated("prefill", {"prefill": shared, "decode": {**shared, **changes}}) as (_, stub):
+    async with hosted("prefill", {"prefill": shared, "decode": {**shared, **changes}}) as (_, stub):
         instance = (await stub.GetReport(GetReportRequest())).instance
         with pytest.raises(grpc.aio.AioRpcError, match="cannot become a decode worker") as caught:
             await stub.Flip(FlipRequest(role=WORKER_ROLE_DECODE))
@@ -153,20 +153,20 @@ async def test_a_worker_that_cannot_be_built_goes_on_in_its_role(role: Role, mon
         raise MemoryError("no room for the pool")
 
     monkeypatch.setattr(DecodeWorker if role == "prefill" else PrefillWorker, "start", no_room)
-    async with seated(role, settings_of_both(role, shared)) as (seat, stub):
-        address, before = seat.address, (await stub.GetReport(GetReportRequest())).instance
+    async with hosted(role, settings_by_role(role, shared)) as (host, stub):
+        address, before = host.address, (await stub.GetReport(GetReportRequest())).instance
         await stub.Flip(FlipRequest(role=ROLE[OTHER[role]], timeout_s=1))
         async with asyncio.timeout(30):
             while (report := await report_as(stub, role)).instance == before:
                 await asyncio.sleep(0.02)
         assert (report.flip_failure, report.address, report.worker_id) == ("no room for the pool", address, "mine")
-        assert seat.role == role
-        assert seat.address == address
+        assert host.role == role
+        assert host.address == address
 
 
 async def test_a_flip_whose_caller_goes_away_is_carried_out(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = {"model": model_path("tiny-llama"), "dtype": "fp32"}
-    async with seated("prefill", settings_of_both("prefill", shared)) as (seat, stub):
+    async with hosted("prefill", settings_by_role("prefill", shared)) as (host, stub):
         begun, release = asyncio.Event(), asyncio.Event()
 
         async def slow(timeout_s: float) -> Drained:
@@ -174,7 +174,7 @@ async def test_a_flip_whose_caller_goes_away_is_carried_out(monkeypatch: pytest.
             await release.wait()
             return Drained(0, 0)
 
-        monkeypatch.setattr(seat.server._reports, "_drain", slow)
+        monkeypatch.setattr(host.server._reports, "_drain", slow)
         call = stub.Flip(FlipRequest(role=WORKER_ROLE_DECODE))
         await begun.wait()
         call.cancel()

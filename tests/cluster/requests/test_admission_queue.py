@@ -91,9 +91,9 @@ async def test_a_deadline_before_the_first_token_is_refused_at_once() -> None:
         cluster.prefill.report.prefill_rate.CopyFrom(PrefillRate(ms=0, ms_per_token=10, ms_per_token_ktoken=0))
         cluster.decodes[0].report.step_rate.CopyFrom(StepRate(ms=1, ms_per_sequence=0, ms_per_page=0))
         cluster.prefill.report.waiting_tokens = 1000  # 10 s
-        board = cluster.gateway.fleet.snapshot()
+        table = cluster.gateway.fleet.table.routing
         async with asyncio.timeout(5):
-            while not board.measured or not board.prefill.queued.max() >= 1000:
+            while not table.measured or not table.prefill.queued.max() >= 1000:
                 await asyncio.sleep(0.01)
         for prompt, helps in (("x" * 100, True), ("x" * 600, False)):
             with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -143,7 +143,7 @@ async def test_a_client_that_reads_nothing_is_ended_and_holds_nothing(monkeypatc
         scripted_cluster(floods, **ONE) as cluster,
         grpc.aio.insecure_channel(cluster.gateway.address, options=options) as channel,
     ):
-        admission = cluster.gateway.generator._door._admission
+        admission = cluster.gateway.generator.admission
         call = GenerationStub(channel).Generate(build_request(prompt="x", sampling={"max_tokens": 600}))
         async with asyncio.timeout(60):
             while not admission.running_tokens:

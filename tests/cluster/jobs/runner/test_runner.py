@@ -210,7 +210,7 @@ async def test_batch_grows_while_idle_and_yields_to_others(url: str) -> None:
         hold.go.set()
         await asyncio.sleep(0.05)
         assert most == 16
-        later = server.jobs._runner._batch_room.target
+        later = server.jobs._runner._batch_limit.target
         assert later == 2
 
 
