@@ -1,10 +1,11 @@
 """Routing tables and reports of workers that differ in what a test is about."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from isthmus.cluster.fleet.report import Health, Report
 from isthmus.cluster.router.costs import Demand
-from isthmus.cluster.router.routing_table import RoutingTable, routing_table_of
+from isthmus.cluster.router.routing_table import RoutingTable
 from isthmus.cluster.router.worker_columns import PrefillTime, StepTime, WorkerLoad
 
 CODECS = {"raw": "r0", "tq-k4v4": "t0"}
@@ -53,3 +54,12 @@ def report(address: str, **changes: Any) -> Report:
         "step": StepTime(5, 0.5, 0.01),
     }
     return Report(**{**fields, **changes})
+
+
+def routing_table_of(prefill: Iterable[WorkerLoad], decode: Iterable[WorkerLoad]) -> RoutingTable:
+    """A table of these workers."""
+    table = RoutingTable()
+    for workers, loads in ((table.prefill, prefill), (table.decode, decode)):
+        for load in loads:
+            workers.update(load)
+    return table

@@ -11,7 +11,8 @@ from typing import Any
 import grpc.aio
 from scripted import Script, report_of, served
 
-from isthmus.cluster.jobs.service.manager import SERVICE, Jobs
+from isthmus.cluster.jobs.service.manager import Jobs
+from isthmus.cluster.jobs.service.service import SERVICE
 from isthmus.cluster.jobs.settings import JobsSettings
 from isthmus.cluster.requests.request import ResolvedRequest, validate
 from isthmus.cluster.requests.session import new_session

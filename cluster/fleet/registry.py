@@ -34,7 +34,7 @@ CHECK_S = 0.25  # between two checks for workers that are silent
 class Fleet:
     """Watches workers, and owns their streams and channels. Belongs to one event loop; `close` ends everything.
 
-    `table` is for reading; what changes it goes through the methods here, which tell the time.
+    `table` is for reading; what changes it goes through the methods here, which have the clock.
     """
 
     def __init__(self, required: Requirements, *, verify: bool = False, failures: "Counter[str] | None" = None) -> None:
@@ -150,7 +150,7 @@ class Fleet:
             log.warning("a worker is %s", "taken back" if before else "ejected", extra={"fields": {"worker": address}})
 
     def _publish(self) -> None:
-        """Tells whoever waits for a change of the table."""
+        """Sets `change` where the table has changed."""
         if self.table.version != self._published:
             self._published = self.table.version
             self._changed.set()

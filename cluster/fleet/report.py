@@ -34,7 +34,7 @@ class Report:
     role: Role | None = None  # None: none that this gateway knows
     health: Health = Health.UNSPECIFIED
     own_address: str = ""  # where the worker listens, as far as it knows
-    advertise: str = ""  # where it was told that others shall dial it
+    advertise: str = ""  # where others shall dial it, if that was configured
     protocol_version: int = 0
     model: str = ""
     fingerprint: str = ""  # of the model

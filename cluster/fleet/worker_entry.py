@@ -55,9 +55,9 @@ class WorkerEntry:
 
     @property
     def peer_address(self) -> str:
-        """Where other workers dial it: as it was told to advertise, else as the gateway does.
+        """Where other workers dial it: the address that it was configured to advertise, else the gateway's own.
 
-        Where only the gateway's host can dial that, as the worker found itself, if that is any better.
+        Where only the gateway's host can dial that, the address that the worker found itself, if that is any better.
         """
         if self.report is None:
             return self.address

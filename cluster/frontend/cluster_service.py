@@ -71,7 +71,7 @@ def _seconds(request: DrainWorkerRequest | FlipWorkerRequest | ScaleRequest) -> 
 
 
 def _public(report: WorkerReport) -> WorkerReport:
-    """A report as clients may see it: where the model lies on the worker's disk is nobody else's business."""
+    """A report as clients may see it: without the path of the model on the worker's disk."""
     shown = WorkerReport()
     shown.CopyFrom(report)
     shown.model.ClearField("path")

@@ -22,8 +22,8 @@ from ..fleet.compatibility import Requirements
 from ..fleet.preflight import Preflight
 from ..fleet.registry import Fleet
 from ..gateway_config import GatewayConfig
-from ..jobs.service.manager import SERVICE as JOBS_SERVICE
 from ..jobs.service.manager import Jobs
+from ..jobs.service.service import SERVICE as JOBS_SERVICE
 from ..requests.generator import Generator
 from ..router.router import servable_codecs
 from ..text.served import ServedModel
@@ -54,7 +54,7 @@ class Gateway:
         *,
         cluster_id: str = "",
     ) -> None:
-        """`owner`: background tasks of whoever runs the gateway, which are counted and looked at as its own.
+        """`owner`: background tasks of the gateway's owner, whose failures count as the gateway's own.
 
         `cluster_id`: what `isthmus status` shows; "" where the workers are a given list.
         """

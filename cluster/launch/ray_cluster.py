@@ -230,7 +230,7 @@ def _no_helpers() -> Iterator[None]:
 
 
 def _silence_raylet() -> None:
-    """Sends what Ray's daemons tell a driver of dead workers to the log: the supervisor says it in one line."""
+    """Sends what Ray's daemons print about dead workers to the log: the supervisor says it in one line."""
     import ray._private.worker
 
     def to_log(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:

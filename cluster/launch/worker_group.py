@@ -1,7 +1,7 @@
 """The workers of a cluster, each kept running under its name.
 
 One task for each worker follows it: when its process dies it is started anew, at once as a rule and after growing
-pauses where it ends again and again, and the fleet is told the new address.
+pauses where it ends again and again, and the fleet gets the new address.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class WorkerGroup:
     """Launches, follows, scales and drains workers: what the gateway's operations ask for (`WorkerManager`)."""
 
     def __init__(self, launcher: Launcher, fleet: Fleet, tasks: Tasks) -> None:
-        """`fleet` is told of every worker; `tasks` owns the followers."""
+        """`fleet` gets every worker; `tasks` owns the followers."""
         self._launcher = launcher
         self._fleet = fleet
         self._tasks = tasks
@@ -177,7 +177,7 @@ class WorkerGroup:
         return found
 
     async def _follow(self, worker: _Worker) -> None:
-        """Keeps the fleet told of where a worker is, until it is gone for good."""
+        """Keeps the address of a worker in the fleet up to date, until the worker is gone for good."""
         while True:
             fields = {"worker": worker.running.name, "address": worker.address}
             if not worker.down:  # else an earlier try to have it back ended in an exception

@@ -34,7 +34,7 @@ def usable_cores() -> int:
 
 
 def end_process() -> None:
-    """Ends this process: a worker whose engine failed serves nothing, and whoever watches it starts another."""
+    """Ends this process: a worker whose engine failed serves nothing, and its supervisor starts another."""
     logging.shutdown()
     os._exit(FAILED)
 

@@ -23,11 +23,6 @@ class AdmissionQueue:
         self._queue = FairQueue(max_waiting=config.max_waiting, weights=config.tenant_weights)
         self._started: dict[int, asyncio.Event] = {}  # by number of a ticket that waits
 
-    @property
-    def running_tokens(self) -> int:
-        """Prompts and outputs at most of all requests that run."""
-        return self._queue.running_tokens
-
     @contextlib.asynccontextmanager
     async def admit(
         self,

@@ -24,7 +24,7 @@ PassOn = Callable[[GenerateEvent], Awaitable[None]]
 
 
 class Attempts:
-    """Calls decode workers of a fleet, and tells the fleet what it learns of them."""
+    """Calls decode workers of a fleet, and records in the fleet what it learns of them."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -89,7 +89,7 @@ class Attempts:
         for address in placement.prefill[: stats.attempt - 1]:
             self._fleet.failed(address)
         server = placement.prefill[min(stats.attempt, len(placement.prefill)) - 1]
-        if stats.partial:  # the answer ended with its first token: bytes, caches and times are known to nobody
+        if stats.partial:  # the answer ended with its first token: bytes, caches and times are unknown
             return self._fleet.served(server)
         table.record_transfer(request.codec, prompt - stats.held_tokens, stats.kv_bytes_wire)
         if stats.attempt == 1:

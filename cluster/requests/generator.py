@@ -39,7 +39,7 @@ class Generator:
         self._model = model
         self._fleet = fleet
         self._config = config
-        self.admission = AdmissionQueue(fleet.table, config)
+        self._admission = AdmissionQueue(fleet.table, config)
         self._dispatcher = Dispatcher(fleet, model.fingerprint, config)
 
     async def resolve(self, request: GenerateRequest) -> ResolvedRequest:
@@ -85,7 +85,7 @@ class Generator:
         try:
             left = self._bounded(time_left, arrived_s)
             prepared = functools.cache(lambda: self._dispatcher.prepare(request))
-            async with self.admission.admit(request, left, lambda: self._dispatcher.estimate(request, prepared())):
+            async with self._admission.admit(request, left, lambda: self._dispatcher.estimate(request, prepared())):
                 await self._dispatcher.run(
                     session, prepared(), pass_on, time_left=left, trace=trace, suspicion=suspicion
                 )

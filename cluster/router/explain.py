@@ -22,7 +22,7 @@ from .costs import (
 from .policies import LocalPrefill
 from .router import Placement, allowed_workers
 from .routing_table import RoutingTable
-from .worker_columns import COMPUTE, NOBODY, QUEUE, Floats, WorkerColumns
+from .worker_columns import COMPUTE, EXCLUDED, QUEUE, Floats, WorkerColumns
 
 DECODES, PREFILLS = 4, 8  # that are shown, the cheapest of each
 
@@ -52,7 +52,7 @@ def explain(demand: Demand, table: RoutingTable, placement: Placement, *, local_
     own = np.array(own_ms(all_weights(demand, table.output_tokens), workers)) + (0.0 if wait is None else wait)
     if may_decode is not None:
         own += may_decode
-    rows = [int(row) for row in np.argsort(own, kind="stable")[:DECODES] if own[row] < NOBODY]
+    rows = [int(row) for row in np.argsort(own, kind="stable")[:DECODES] if own[row] < EXCLUDED]
     chosen = workers.row_of[placement.decode]
     prices: list[Price] = []
     for row in dict.fromkeys([chosen, *rows]):
@@ -80,7 +80,7 @@ def _prices(
         sent = exposed_ms(demand, table, cached_here, table.links(row), hidden) if len(workers) else compute
         total = own_ms + queue + compute + sent
         fits = (support.prefill == support.decode[row]) & (workers.capacity >= demand.prompt_tokens)
-        fits &= total < NOBODY
+        fits &= total < EXCLUDED
         for prefill in [int(one) for one in np.argsort(total, kind="stable") if fits[one]][:PREFILLS]:
             yield Price(
                 **shared,

@@ -32,7 +32,7 @@ from .policies import LocalPrefill, Policy
 from .routing_table import CodecSupport, Limit, RoutingTable
 from .simple_policies import SIMPLE
 from .tie_breaking import break_tie
-from .worker_columns import NOBODY, Floats, Term
+from .worker_columns import EXCLUDED, Floats, Term
 
 CANDIDATES = 8  # prefill workers in a placement
 NEAR_MS, NEAR = 1.0, 0.05  # costs that differ by less than this, and by this share of the least, are equal
@@ -98,7 +98,7 @@ def route(
         own = as_costs(own + may_decode)
     local = local_ms(weights, demand, decode, decode_cached) if local_prefill != "never" else None
     remote: Costs = []
-    least_ms = NOBODY
+    least_ms = EXCLUDED
     if local_prefill != "always" and prefill.row_of:
         remote = remote_ms(weights, demand, prefill, prefill_cached)
         if may_prefill is not None:
@@ -108,10 +108,10 @@ def route(
     hidden = always_hidden(demand, table, least_ms)
     if not hidden:
         paired = as_costs(least_ms + exposed_ms(demand, table, dense(decode_cached, len(own)), decode.link, least_ms))
-    total = add_minimum(own, paired, NOBODY if local is None else local)
+    total = add_minimum(own, paired, EXCLUDED if local is None else local)
     row = _least(total, decode.seeds, demand.affinity, max(NEAR_MS, NEAR * minimum(own)))
     wait_here = 0.0 if wait is None else wait.item(row)
-    local_cost = NOBODY if local is None else local[row]
+    local_cost = EXCLUDED if local is None else local[row]
     if least_ms <= local_cost:
         if not hidden:
             before = np.array(remote)
@@ -170,7 +170,7 @@ def _partners(
     if len(rows) > 1 and costs[rows[1]] <= bound:
         first = break_tie(rows_up_to(costs, bound), table.prefill.seeds, affinity)
         rows = [first, *[row for row in rows if row != first]]
-    return [row for row in rows[:CANDIDATES] if costs[row] < NOBODY]
+    return [row for row in rows[:CANDIDATES] if costs[row] < EXCLUDED]
 
 
 def _placement(

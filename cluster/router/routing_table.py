@@ -1,13 +1,13 @@
 """All that the router reads: the workers that take work, and what the gateway measured of requests. Pure."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .prefixes import KEY_BYTES, MAX_KEYS
-from .worker_columns import RECENT, Floats, WorkerColumns, WorkerLoad
+from .worker_columns import RECENT, Floats, WorkerColumns
 
 PRIOR_OUTPUT = 128.0  # tokens of an answer
 PRIOR_BYTES = 10_000.0  # of KV on the wire, per token
@@ -131,12 +131,3 @@ def _layouts(workers: WorkerColumns, codec: str, layouts: dict[Layout, int]) -> 
         if params is not None:
             indices[workers.row_of[address]] = layouts.setdefault((load.page_tokens, params), len(layouts))
     return indices
-
-
-def routing_table_of(prefill: Iterable[WorkerLoad], decode: Iterable[WorkerLoad]) -> RoutingTable:
-    """A table of these workers."""
-    table = RoutingTable()
-    for workers, loads in ((table.prefill, prefill), (table.decode, decode)):
-        for load in loads:
-            workers.update(load)
-    return table

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from .costs import Cached, Demand, dense
-from .worker_columns import NOBODY, Floats, Term, WorkerColumns
+from .worker_columns import EXCLUDED, Floats, Term, WorkerColumns
 
 IMBALANCE, IMBALANCE_RATIO = 8, 1.5  # requests that one worker may have more than another, in number and ratio
 
@@ -15,7 +15,7 @@ Scores = Callable[[Demand, WorkerColumns, Cached], Floats]  # of one role's work
 def _round_robin(demand: Demand, workers: WorkerColumns, cached: Cached) -> Floats:
     """Each worker in turn."""
     rows = np.arange(len(workers.addresses))
-    present = workers.terms[Term.PENALTY] < NOBODY
+    present = workers.terms[Term.PENALTY] < EXCLUDED
     return np.where(present, (np.cumsum(present) - 1 - demand.number) % max(1, len(workers)), rows).astype(float)
 
 
@@ -32,7 +32,7 @@ def _least_queued_tokens(demand: Demand, workers: WorkerColumns, cached: Cached)
 def _prefix_affinity(demand: Demand, workers: WorkerColumns, cached: Cached) -> Floats:
     """The one with the longest prefix, where that is half of the prompt and loads are balanced; else the one with the
     fewest requests. As the cache-aware policy of SGLang's router."""
-    counts = workers.requests[workers.terms[Term.PENALTY] < NOBODY]
+    counts = workers.requests[workers.terms[Term.PENALTY] < EXCLUDED]
     least, most = counts.min(initial=np.inf), counts.max(initial=0.0)
     if not cached or (most > least + IMBALANCE and most > IMBALANCE_RATIO * least):
         return workers.requests

@@ -80,7 +80,7 @@ class Term(IntEnum):
     KTOKEN = 5  # ms that 1,000 tokens of context add to a token
     QUEUED_TOKEN = 6  # the same for all queued tokens
     QUEUED_KTOKEN = 7
-    PENALTY = 8  # 0, SUSPECT, or NOBODY for a free row
+    PENALTY = 8  # 0, SUSPECT, or EXCLUDED for a free row
     STEP = 9  # ms of a decode step now
     SEQUENCE = 10  # ms that one more request adds to it
     KV = 11  # ms that one more token of KV adds to it
@@ -93,7 +93,7 @@ QUEUE = slice(Term.QUEUED_TOKEN, Term.PENALTY + 1)
 LOCAL = slice(Term.ALL_CHUNK, Term.KTOKEN + 1)  # a decode worker computes a prompt: damage to others, compute
 REMOTE = slice(Term.CHUNK, Term.PENALTY + 1)  # a prefill worker does: compute, queue
 OWN = slice(Term.PENALTY, Term.ALL_KV + 1)  # steps of a decode worker
-SUSPECT, NOBODY = 1e9, 1e15  # penalties; finite, so that they may be weighted with zero
+SUSPECT, EXCLUDED = 1e9, 1e15  # penalties; finite, so that they may be weighted with zero
 
 
 class WorkerColumns:
@@ -171,7 +171,7 @@ class WorkerColumns:
         if row is not None:
             del self.loads[address], self._rows[row]
             self.addresses[row] = ""
-            self.terms[Term.PENALTY, row], self.room[row] = NOBODY, np.inf
+            self.terms[Term.PENALTY, row], self.room[row] = EXCLUDED, np.inf
             self.link[row] = self.min_link[row] = PRIOR_LINK
             self.prefixes.forget(row)
             self.version += 1
@@ -232,7 +232,7 @@ class WorkerColumns:
         for name in ("link", "min_link"):
             columns[self._COLUMNS.index(name)] = PRIOR_LINK
         columns[self._COLUMNS.index("room")] = np.inf
-        terms[Term.PENALTY] = NOBODY
+        terms[Term.PENALTY] = EXCLUDED
         if before:
             columns[:, :before], terms[:, :before] = self._columns, self.terms
         self._columns, self.terms = columns, terms

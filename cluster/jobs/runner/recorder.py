@@ -1,6 +1,6 @@
 """Gathers what running requests make, and records it: one change at a time, with all that came since the last.
 
-A token is shown to nobody before it is recorded (`jobs/database/writer.py`). Where the database fails, what was made
+No token is shown before it is recorded (`jobs/database/writer.py`). Where the database fails, what was made
 waits here and is tried again; nothing is dropped, and requests pause once too much waits.
 """
 
@@ -28,7 +28,7 @@ class Recorder:
     """Belongs to one owner, and one event loop. `run` is its task."""
 
     def __init__(self, store: JobStore, owner: str, on_lost: Callable[[str], None], tasks: Tasks) -> None:
-        """`on_lost` is told of jobs that turn out not to be the owner's any more."""
+        """`on_lost` is called with jobs that turn out not to be the owner's any more."""
         self._store = store
         self._owner = owner
         self._on_lost = on_lost

@@ -96,11 +96,6 @@ class Runner:
         """Background tasks that fail again and again."""
         return self._background.failing
 
-    @property
-    def running(self) -> int:
-        """Requests that run now."""
-        return sum(self._running.values())
-
     async def _join(self) -> None:
         self._id = secrets.token_hex(12)
         self._recorder = Recorder(self._store, self._id, self._drop, self._background)

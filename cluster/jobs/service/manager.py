@@ -14,9 +14,7 @@ from ..runner.answer import Generator
 from ..runner.runner import Runner
 from ..settings import JobsSettings
 from ..store.store import JobStore
-from .service import SERVICE, JobsService
-
-__all__ = ["SERVICE", "Jobs"]
+from .service import JobsService
 
 
 class Jobs:
@@ -47,16 +45,6 @@ class Jobs:
         tasks = Tasks(failures)
         runner = Runner(store, generator, model.fingerprint, settings, reports=reports, others=others, tasks=tasks)
         return cls(store, service, runner)
-
-    @property
-    def database(self) -> str:
-        """The database's URL without a password."""
-        return self._store.name
-
-    @property
-    def running(self) -> int:
-        """Requests of jobs that run now."""
-        return self._runner.running
 
     @property
     def failing(self) -> list[str]:

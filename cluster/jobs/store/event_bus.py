@@ -73,7 +73,7 @@ class EventBus:
         return list(self._subscriptions)
 
     def publish_last(self, asked: Iterable[str], last_events: Mapping[str, int]) -> None:
-        """The newest events of jobs by the database; a job that it does not have any more is told of, too."""
+        """The newest events of jobs by the database; a job that is gone from it counts as changed, too."""
         for job_id in asked:
             for subscription in self._subscriptions.get(job_id, ()):
                 last = last_events.get(job_id)

@@ -45,11 +45,6 @@ class JobStore:
         store._writer.start()
         return store
 
-    @property
-    def name(self) -> str:
-        """The database's URL without a password."""
-        return self._database.name
-
     async def close(self) -> None:
         """Commits what was asked for and closes all connections."""
         await self._writer.stop()

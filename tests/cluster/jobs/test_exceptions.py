@@ -98,7 +98,7 @@ async def test_a_job_that_cannot_be_recorded_fails_alone(url: str, monkeypatch: 
         assert ended[1].error.message == "its output cannot be recorded (ValueError); see the gateway's log"
         later = await server.stub.SubmitJob(submission("four"))
         assert (await server.ended(later.job_id)).state == JOB_STATE_SUCCEEDED
-        assert server.jobs.running == 0
+        assert server.generator.running == 0
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ async def test_a_loop_that_fails_once_goes_on(
         many = ["p"] * (ActiveJob.PAGE + 1)  # more than come along with the claim
         job = await server.stub.SubmitJob(submission(*many))
         async with asyncio.timeout(20):
-            while left[0] or server.jobs.running < 10:
+            while left[0] or server.generator.running < 10:
                 await asyncio.sleep(0.01)
         go.set()
         ended = await server.ended(job.job_id, within_s=30)

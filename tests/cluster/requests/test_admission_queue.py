@@ -143,13 +143,13 @@ async def test_a_client_that_reads_nothing_is_ended_and_holds_nothing(monkeypatc
         scripted_cluster(floods, **ONE) as cluster,
         grpc.aio.insecure_channel(cluster.gateway.address, options=options) as channel,
     ):
-        admission = cluster.gateway.generator.admission
+        queue = cluster.gateway.generator._admission._queue
         call = GenerationStub(channel).Generate(build_request(prompt="x", sampling={"max_tokens": 600}))
         async with asyncio.timeout(60):
-            while not admission.running_tokens:
+            while not queue.running_tokens:
                 await asyncio.sleep(0.01)
             await ended.wait()
-            while admission.running_tokens or cluster.gateway.load.active:
+            while queue.running_tokens or cluster.gateway.load.active:
                 await asyncio.sleep(0.01)
         assert not call.done(), "its client is still there, and would have held its place for ever"
         call.cancel()

@@ -3,11 +3,12 @@
 from typing import Any
 
 import pytest
+from routing_tables import routing_table_of
 from scripted import CODECS, ByteText, served
 
 from isthmus.cluster.client.client import build_request
 from isthmus.cluster.requests.request import ResolvedRequest, resolve, validate
-from isthmus.cluster.router.routing_table import RoutingTable, routing_table_of
+from isthmus.cluster.router.routing_table import RoutingTable
 from isthmus.cluster.router.worker_columns import WorkerLoad
 from isthmus.cluster.text.served import InputLimits, ServedModel
 from isthmus.kvtransfer.codecs.names import codec_names

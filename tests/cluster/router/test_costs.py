@@ -5,14 +5,14 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from routing_tables import demand, load
+from routing_tables import demand, load, routing_table_of
 
 from isthmus.cluster.router.costs import Demand
 from isthmus.cluster.router.prefixes import PrefixKeys
 from isthmus.cluster.router.router import route
-from isthmus.cluster.router.routing_table import RoutingTable, routing_table_of
+from isthmus.cluster.router.routing_table import RoutingTable
 from isthmus.cluster.router.tie_breaking import mixed
-from isthmus.cluster.router.worker_columns import NOBODY, SUSPECT, PrefillTime, StepTime, WorkerLoad
+from isthmus.cluster.router.worker_columns import EXCLUDED, SUSPECT, PrefillTime, StepTime, WorkerLoad
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
 
 DAMAGE = {PRIORITY_INTERACTIVE: 0.5, PRIORITY_STANDARD: 1.0, PRIORITY_BATCH: 2.0}
@@ -100,13 +100,13 @@ def expected(model: Model, table: RoutingTable, local: str) -> tuple[str, str, f
     totals = {}
     for worker in model.decode:
         rate = len(worker.links) / sum(1 / r for r in worker.links.values()) if worker.links else 1e6
-        paired = best + model.sent(worker, rate, best) if best < NOBODY else math.inf
+        paired = best + model.sent(worker, rate, best) if best < EXCLUDED else math.inf
         totals[worker.address] = model.own(worker) + min(paired, math.inf if local == "never" else model.alone(worker))
     near_ms = max(1.0, 0.05 * min(model.own(worker) for worker in model.decode))
     chosen = preferred(totals, near_ms, table, affinity)
     decode = next(worker for worker in model.decode if worker.address == chosen)
     alone = math.inf if local == "never" else model.alone(decode)
-    if best < NOBODY:
+    if best < EXCLUDED:
         typical = table.decode.link[table.decode.row_of[chosen]]
         pairs = {
             worker.address: model.remote(worker)

@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from routing_tables import KEYS, demand, load, routing_table
+from routing_tables import KEYS, demand, load, routing_table, routing_table_of
 
 from isthmus.cluster.router.policies import Policy
 from isthmus.cluster.router.router import route, servable_codecs, token_limit
-from isthmus.cluster.router.routing_table import RoutingTable, routing_table_of
+from isthmus.cluster.router.routing_table import RoutingTable
 from isthmus.cluster.router.worker_columns import PrefillTime, StepTime
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE
 from isthmus.proto.errors import InvalidRequest, Unavailable
