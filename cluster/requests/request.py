@@ -136,7 +136,7 @@ async def _encode(prompt: str, model: ServedModel) -> list[int]:
     size = len(prompt.encode())
     _check_bytes("prompt", size, model)
     encode = functools.partial(model.tokenizer.encode, prompt, most_tokens=model.context_length - 1)
-    return await model.line.run(size, encode)
+    return await model.tokenizer_threads.run(size, encode)
 
 
 async def _encode_chat(chat: Chat, model: ServedModel, *, continue_final: bool) -> list[int]:
@@ -152,7 +152,7 @@ async def _encode_chat(chat: Chat, model: ServedModel, *, continue_final: bool) 
         continue_final=continue_final,
         parse_special=model.limits.parse_special,
     )
-    return await model.line.run(size, encode)
+    return await model.tokenizer_threads.run(size, encode)
 
 
 def _check_bytes(what: str, size: int, model: ServedModel) -> None:
