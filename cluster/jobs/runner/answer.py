@@ -23,7 +23,7 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 5.0  # before a request that found no worker,
 PassOn = Callable[[GenerateEvent], Awaitable[None]]
 
 
-class Generator(Protocol):
+class RequestRunner(Protocol):
     """What answers requests (`cluster/requests/generator.py`)."""
 
     async def resolve(self, request: GenerateRequest, /) -> ResolvedRequest: ...
@@ -67,7 +67,7 @@ class Answer:
         for output in outputs:
             self._take(output)
 
-    async def run(self, generator: Generator, time_left: Callable[[], float | None]) -> None:
+    async def run(self, generator: RequestRunner, time_left: Callable[[], float | None]) -> None:
         """Returns when the end is given to the recorder, or the deadline has passed.
 
         No worker and no room are no reason to give up before that: the request is tried again, from where it is. One

@@ -24,7 +24,7 @@ from ..settings import JobsSettings
 from ..states import JobState
 from ..store.store import JobStore
 from .active import ActiveJob
-from .answer import Answer, Generator
+from .answer import Answer, RequestRunner
 from .batch_limit import PERIOD_S, BatchLimit, load_of
 from .recorder import TRIES, Recorder
 
@@ -43,7 +43,7 @@ class Runner:
     def __init__(
         self,
         store: JobStore,
-        generator: Generator,
+        generator: RequestRunner,
         fingerprint: str,
         settings: JobsSettings,
         *,

@@ -10,7 +10,7 @@ from ....proto.jobs_pb2_grpc import add_JobsServicer_to_server
 from ....proto.tasks import Tasks
 from ....proto.worker_pb2 import WorkerReport
 from ...text.served import ServedModel
-from ..runner.answer import Generator
+from ..runner.answer import RequestRunner
 from ..runner.runner import Runner
 from ..settings import JobsSettings
 from ..store.store import JobStore
@@ -30,7 +30,7 @@ class Jobs:
         cls,
         url: str,
         model: ServedModel,
-        generator: Generator,
+        generator: RequestRunner,
         *,
         default_codec: Callable[[], str],
         reports: Callable[[], Sequence[WorkerReport]],
