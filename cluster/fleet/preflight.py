@@ -25,7 +25,8 @@ from ...proto.backoff import backoff_s
 from ...proto.common_pb2 import PRIORITY_STANDARD, SamplingParams, TokenLogprobs, TransferStats
 from ...proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ...proto.decode_pb2_grpc import DecodeStub
-from ...proto.errors import EngineFailed, why_lost
+from ...proto.errors import EngineFailed
+from ...proto.rpc.statuses import error_of
 from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerReport
 from ..text.served import ServedModel
@@ -241,7 +242,7 @@ class Preflight:
                 raise TimeoutError from None
             how = "computing it locally" if not prefill else f"with codec {codec}"
             failed = _Failed(f"{how}: {error.code().name}: {' '.join((error.details() or '').split())}")
-            why = why_lost("", error.trailing_metadata())
+            why = error_of(error)
             if isinstance(why, EngineFailed):
                 failed.by = self._fleet.known_as(why.at) if why.at else decode.address
             raise failed from None

@@ -12,7 +12,7 @@ import grpc.aio
 
 from ...proto.backoff import backoff_s
 from ...proto.errors import Unavailable
-from ...proto.rpc.server import open_channel
+from ...proto.rpc.transport import Transport
 from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import (
     WORKER_HEALTH_CHECKING,
@@ -47,10 +47,18 @@ class Fleet:
     Belongs to one event loop. `close` ends the streams and closes the channels, which it owns.
     """
 
-    def __init__(self, expected: Expected, *, verify: bool = False, failures: "Counter[str] | None" = None) -> None:
+    def __init__(
+        self,
+        expected: Expected,
+        transport: Transport,
+        *,
+        verify: bool = False,
+        failures: "Counter[str] | None" = None,
+    ) -> None:
         """With `verify` no worker is used before `judge` has found it fit. `failures`: see `Tasks`."""
         self.tasks = Tasks(failures)
         self._expected = expected
+        self._transport = transport
         self._verify = verify
         self._workers: dict[str, Watched] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -71,7 +79,7 @@ class Fleet:
             self._looking = self.tasks.start("look for silent workers", self._look)
         if address not in self._workers:
             self._workers[address] = Watched(address, time.monotonic())
-            self._channels[address] = open_channel(address)
+            self._channels[address] = self._transport.dial(address)
             self._streams[address] = self._start_stream(address)
 
     def _start_stream(self, address: str) -> asyncio.Task[None]:

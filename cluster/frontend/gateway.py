@@ -18,12 +18,13 @@ import grpc.aio
 
 from ...kvtransfer.frame import PROTOCOL_VERSION
 from ...proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
-from ...proto.errors import Exhausted, Expired, Unavailable
+from ...proto.errors import Exhausted, Unavailable
 from ...proto.rpc.addresses import parse_address
-from ...proto.rpc.server import MIB, Server, start_server, trace_context, write_in_time
-from ...proto.rpc.signs import kept_alive
+from ...proto.rpc.server import Server
+from ...proto.rpc.streams import with_heartbeat, write_in_time
+from ...proto.rpc.trace import trace_context
+from ...proto.rpc.transport import MIB, Transport
 from ...proto.tasks import Tasks
-from ..client.client import RETRY_KEY
 from ..fleet.compat import Expected
 from ..fleet.preflight import Preflight
 from ..fleet.registry import Fleet
@@ -72,9 +73,9 @@ class Load:
         """Waits until no request is active."""
         await self._idle.wait()
 
-    def retry_after_ms(self) -> int:
+    def retry_after_s(self) -> float:
         """About when the next request ends and makes room: 100 ms to 10 s."""
-        return round(min(10.0, max(0.1, self._mean_s / max(1, self.active))) * 1e3)
+        return min(10.0, max(0.1, self._mean_s / max(1, self.active)))
 
 
 class GenerationService(generation_pb2_grpc.GenerationServicer):
@@ -103,9 +104,9 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             try:
                 admitted = await self._generator.admit(request)
                 await context.send_initial_metadata(())
-                sign = partial(generation_pb2.GenerateEvent, request_id=admitted.request_id)
+                heartbeat = partial(generation_pb2.GenerateEvent, request_id=admitted.request_id)
                 write = partial(write_in_time, context)
-                async with kept_alive(write, sign, self._sign_of_life_s) as pass_on:
+                async with with_heartbeat(write, heartbeat, self._sign_of_life_s) as pass_on:
                     await self._generator.run(
                         admitted,
                         pass_on,
@@ -113,17 +114,10 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                         trace=trace_context(context),
                         arrived_s=arrived_s,
                     )
-            except (Exhausted, Expired) as error:
-                hint_ms = self._retry_after_ms(error)
-                if hint_ms is not None:
-                    context.set_trailing_metadata(((RETRY_KEY, str(hint_ms)),))
+            except Exhausted as error:
+                if error.retry_after_s is None:
+                    error.retry_after_s = self._load.retry_after_s()
                 raise
-
-    def _retry_after_ms(self, error: Exhausted | Expired) -> int | None:
-        """When to try again; None where that would change nothing."""
-        if error.retry_after_s is not None:
-            return round(max(0.1, error.retry_after_s) * 1e3)
-        return self._load.retry_after_ms() if isinstance(error, Exhausted) else None
 
     async def GetModel(self, request: generation_pb2.GetModelRequest, context: object) -> generation_pb2.Model:
         self._model.check_name(request.name)
@@ -173,6 +167,7 @@ class Gateway:
         self._config = config
         self._server: Server | None = None
         self._jobs: Jobs | None = None
+        self.transport = Transport()
         self._owner = owner or Tasks()
         self.failures = self._owner.failures
         self._tasks = Tasks(self.failures)
@@ -186,7 +181,7 @@ class Gateway:
         expected = Expected(
             protocol_version=PROTOCOL_VERSION, model=self._model.name, fingerprint=self._model.fingerprint
         )
-        self.fleet = Fleet(expected, verify=self._config.preflight, failures=self.failures)
+        self.fleet = Fleet(expected, self.transport, verify=self._config.preflight, failures=self.failures)
         self._preflight = Preflight(self.fleet, self._model, self.failures)
         self.load = Load()
         self.generator = Generator(self._model, self.fleet, self._config)
@@ -201,7 +196,7 @@ class Gateway:
         if self._config.jobs_db is not None:
             self._jobs = await self._open_jobs(self._config.jobs_db)
             services[JOBS_SERVICE] = self._jobs.add_to
-        self._server = await start_server(self._listen, services, max_request_bytes=MAX_MESSAGE_BYTES)
+        self._server = await self.transport.listen(self._listen, services, max_request_bytes=MAX_MESSAGE_BYTES)
         for address in self._workers:
             self.fleet.add(address)
         if self._config.preflight:
@@ -254,6 +249,7 @@ class Gateway:
         if self._server is not None:
             await self._preflight.stop()
             await self.fleet.close()
+        await self.transport.close()
 
     async def _follow_health(self, server: Server) -> None:
         try:

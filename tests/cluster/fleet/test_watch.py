@@ -5,13 +5,15 @@ import asyncio
 from isthmus.cluster.fleet.compat import Expected
 from isthmus.cluster.fleet.registry import Fleet
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 
 NOBODY = "127.0.0.1:9"
 
 
 async def test_a_worker_that_is_added_while_another_leaves_its_address_stays() -> None:
-    fleet = Fleet(Expected(protocol_version=PROTOCOL_VERSION, model="m", fingerprint="f"))
+    transport = Transport()
+    fleet = Fleet(Expected(protocol_version=PROTOCOL_VERSION, model="m", fingerprint="f"), transport)
     fleet.add(NOBODY)
     before = fleet.channel(NOBODY)
     await asyncio.sleep(0.05)  # its stream is under way
@@ -21,15 +23,17 @@ async def test_a_worker_that_is_added_while_another_leaves_its_address_stays() -
     after, stream = fleet.channel(NOBODY), fleet._streams[NOBODY]
     await removing
     assert fleet.channel(NOBODY) is after is not before
+    assert transport.open_channels == 1
     await asyncio.sleep(0.05)
     assert not stream.done()
     assert after.get_state(try_to_connect=True).name != "SHUTDOWN"
     await fleet.close()
     assert not fleet._channels and not fleet._streams
+    assert transport.open_channels == 0
 
 
 async def test_nothing_is_kept_of_a_worker_that_left() -> None:
-    fleet = Fleet(Expected(protocol_version=PROTOCOL_VERSION, model="m", fingerprint="f"))
+    fleet = Fleet(Expected(protocol_version=PROTOCOL_VERSION, model="m", fingerprint="f"), Transport())
     fleet.add(NOBODY)
     for role in (WORKER_ROLE_PREFILL, WORKER_ROLE_DECODE):
         fleet._outliers[role].add(NOBODY)

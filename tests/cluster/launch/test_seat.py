@@ -15,7 +15,7 @@ from isthmus.cluster.config import CONFIG_OF, SHARED, ClusterConfig, Role, load_
 from isthmus.cluster.launch.seat import WorkerSeat, settings_of_both
 from isthmus.decode.worker import DecodeWorker
 from isthmus.prefill.worker import PrefillWorker
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_ROLE_DECODE,
@@ -53,7 +53,7 @@ async def seated(role: Role, settings: dict[Role, Mapping[str, Any]]) -> AsyncIt
     seat = WorkerSeat(role, settings)
     try:
         await seat.start()
-        channel = open_channel(seat.address)
+        channel = Transport().dial(seat.address)
         yield seat, WorkerStub(channel)
         await channel.close()
     finally:
