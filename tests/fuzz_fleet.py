@@ -28,7 +28,7 @@ from isthmus.proto.common_pb2 import PRIORITY_BATCH
 from isthmus.proto.generation_pb2 import Chat, ChatMessage
 from isthmus.proto.jobs_pb2 import ListJobsRequest
 from isthmus.proto.jobs_pb2_grpc import JobsStub
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 
@@ -69,6 +69,7 @@ class Fleet:
     spare_addresses: tuple[str, ...] = ()  # of these, for good
     expected: list[int] = field(default_factory=list)  # the canary's tokens
     methods: list[Method] = field(default_factory=list)
+    transport: Transport = field(default_factory=Transport)
     channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
     valid: Mapping[str, Sequence[Message]] = field(default_factory=dict)  # requests, by their type
     known: dict[str, list[str]] = field(default_factory=dict)  # values of string fields
@@ -114,6 +115,10 @@ class Fleet:
 
     def _held(self) -> list[str]:
         held = [f"the gateway counts {self.gateway.load.active} requests"] if self.gateway.load.active else []
+        for gateway in (self.gateway, self.spare):
+            channels, workers = gateway.transport.open_channels, len(gateway.fleet.statuses())
+            if channels != workers:
+                held.append(f"a gateway of {workers} workers has {channels} open channels")
         for host in self.hosts:
             report = host.server.report()
             pages = report.pages
@@ -154,12 +159,12 @@ async def running_fleet(folder: Path) -> AsyncIterator[Fleet]:
                 while any(status.health != WORKER_HEALTH_READY for status in gateway.fleet.statuses()):
                     await asyncio.sleep(0.02)
         stack.push_async_callback(_stop, fleet)
+        stack.push_async_callback(fleet.transport.close)
         async with Client(gateways[0].address) as client:
             fleet.expected = (await client.answer(CANARY)).token_ids
         _describe(fleet)
         for address in {address for method in fleet.methods for address in method.addresses}:
-            fleet.channels[address] = open_channel(address)
-            stack.push_async_callback(fleet.channels[address].close)
+            fleet.channels[address] = fleet.transport.dial(address)
         yield fleet
 
 

@@ -21,7 +21,7 @@ from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.generation_pb2 import GenerateEvent, GenerateRequest
 from isthmus.proto.jobs_pb2 import GetJobRequest, GetResultRequest, Job, JobEvent, JobResult, WatchJobRequest
 from isthmus.proto.jobs_pb2_grpc import JobsStub
-from isthmus.proto.rpc.server import open_channel, start_server
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerReport
 
 ENDED = (3, 4, 5, 6)
@@ -147,10 +147,11 @@ async def jobs_server(
         others=others,
         settings=JobsSettings(**{**QUICK, **settings}),
     )
-    server = await start_server("127.0.0.1:0", {SERVICE: jobs.add_to})
+    transport = Transport()
+    server = await transport.listen("127.0.0.1:0", {SERVICE: jobs.add_to})
     await jobs.start(address or f"host:{server.port}")
     try:
-        async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        async with transport.dial(f"127.0.0.1:{server.port}") as channel:
             yield JobsServer(jobs, JobsStub(channel), generator, address or f"host:{server.port}")
     finally:
         await jobs.drain()

@@ -23,8 +23,8 @@ from isthmus.decode.worker import DecodeWorker
 from isthmus.prefill.config import PrefillConfig
 from isthmus.prefill.runner import PrefillRunner
 from isthmus.prefill.worker import PrefillWorker
-from isthmus.proto.errors import ENGINE_FAILED_KEY, ERROR_KEY
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.statuses import ENGINE_FAILED_KEY, ERROR_KEY
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import WorkerHealth
 from isthmus.worker import stamps
@@ -59,7 +59,7 @@ async def test_a_failed_engine_refuses_what_runs_and_what_comes(role: str, monke
         report = worker.server.report()
         assert report.health == WorkerHealth.WORKER_HEALTH_FAILED
         assert "device lost" in report.reason
-        async with open_channel(worker.address) as channel:
+        async with Transport().dial(worker.address) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             answer = await stub.Check(health_pb2.HealthCheckRequest(service=""))
         assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -12,9 +12,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Self, TypeVar
 
-import grpc
 import grpc.aio
 
+from ...proto.errors import Unavailable
 from ...proto.jobs_pb2 import (
     CancelJobRequest,
     DeleteJobRequest,
@@ -30,7 +30,8 @@ from ...proto.jobs_pb2 import (
     WatchJobResponse,
 )
 from ...proto.jobs_pb2_grpc import JobsStub
-from ...proto.rpc.server import open_channel
+from ...proto.rpc.statuses import error_of
+from ...proto.rpc.transport import Transport
 from ..jobs.states import JobState
 
 CALL_S = 30.0
@@ -44,9 +45,10 @@ class JobsClient:
     A call that finds no gateway, or one whose database is busy, is tried again for `patience_s`.
     """
 
-    def __init__(self, address: str, *, patience_s: float = 0.0) -> None:
+    def __init__(self, address: str, transport: Transport | None = None, *, patience_s: float = 0.0) -> None:
+        """Dials through `transport`; by default one of its own, in plain text."""
         self.patience_s = patience_s
-        self._channel = open_channel(address)
+        self._channel = (transport or Transport()).dial(address)
         self._stub: Any = JobsStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -118,7 +120,6 @@ class JobsClient:
 
     async def _pause(self, error: grpc.aio.AioRpcError, since_s: float, pause_s: float) -> None:
         """Waits a moment before another try; raises the error where none would help, or patience is over."""
-        lasting = error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-        if lasting or time.monotonic() - since_s + pause_s > self.patience_s:
+        if not isinstance(error_of(error), Unavailable) or time.monotonic() - since_s + pause_s > self.patience_s:
             raise error
         await asyncio.sleep(pause_s)

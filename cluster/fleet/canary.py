@@ -17,7 +17,8 @@ from ...kvtransfer.hashing import page_hashes, page_salt
 from ...proto.common_pb2 import PRIORITY_STANDARD, SamplingParams, TokenLogprobs, TransferStats
 from ...proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ...proto.decode_pb2_grpc import DecodeStub
-from ...proto.errors import EngineFailed, why_lost
+from ...proto.errors import EngineFailed
+from ...proto.rpc.statuses import error_of
 from .registry import Fleet
 from .worker_table import Member
 
@@ -147,7 +148,7 @@ class Canary:
                 raise TimeoutError from None
             how = "computing it locally" if not prefill else f"with codec {codec}"
             failed = CanaryFailed(f"{how}: {error.code().name}: {' '.join((error.details() or '').split())}")
-            why = why_lost("", error.trailing_metadata())
+            why = error_of(error)
             if isinstance(why, EngineFailed):
                 failed.by = self._fleet.table.address_of_peer(why.at) if why.at else decode.address
             raise failed from None

@@ -13,7 +13,7 @@ import grpc.aio
 
 from ...proto.backoff import backoff_s
 from ...proto.errors import Unavailable
-from ...proto.rpc.server import open_channel
+from ...proto.rpc.transport import Transport
 from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import WatchRequest, WorkerHealth, WorkerReport
 from ...proto.worker_pb2_grpc import WorkerStub
@@ -37,10 +37,18 @@ class Fleet:
     `table` is for reading; what changes it goes through the methods here, which have the clock.
     """
 
-    def __init__(self, required: Requirements, *, verify: bool = False, failures: "Counter[str] | None" = None) -> None:
+    def __init__(
+        self,
+        required: Requirements,
+        transport: Transport,
+        *,
+        verify: bool = False,
+        failures: "Counter[str] | None" = None,
+    ) -> None:
         """With `verify` no worker is used before `judge` has found it fit. `failures`: see `Tasks`."""
         self.table = WorkerTable(required, verify=verify)
         self.tasks = Tasks(failures)
+        self._transport = transport
         self.replays = InFlightReplays()
         self.away_reasons: dict[str, Callable[[], str]] = {}  # by address: why a worker is away, from its supervisor
         self._reports: dict[str, WorkerReport] = {}  # the last ones, in full
@@ -58,7 +66,7 @@ class Fleet:
         if address not in self.table:
             self.table.add(address, time.monotonic())
             self._calls[address] = set()
-            self._channels[address] = open_channel(address)
+            self._channels[address] = self._transport.dial(address)
             self._streams[address] = self._start_stream(address)
 
     def _start_stream(self, address: str) -> asyncio.Task[None]:

@@ -16,7 +16,8 @@ from functools import partial
 from ...kvtransfer.frame import PROTOCOL_VERSION
 from ...proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
 from ...proto.rpc.addresses import parse_address
-from ...proto.rpc.server import MIB, Server, start_server
+from ...proto.rpc.server import Server
+from ...proto.rpc.transport import MIB, Transport
 from ...proto.tasks import Tasks
 from ..fleet.compatibility import Requirements
 from ..fleet.preflight import Preflight
@@ -65,6 +66,7 @@ class Gateway:
         self._config = config
         self._server: Server | None = None
         self._jobs: Jobs | None = None
+        self.transport = Transport()
         self._owner = owner or Tasks()
         self.failures = self._owner.failures
         self._tasks = Tasks(self.failures)
@@ -78,7 +80,7 @@ class Gateway:
         required = Requirements(
             protocol_version=PROTOCOL_VERSION, model=self._model.name, fingerprint=self._model.fingerprint
         )
-        self.fleet = Fleet(required, verify=self._config.preflight, failures=self.failures)
+        self.fleet = Fleet(required, self.transport, verify=self._config.preflight, failures=self.failures)
         self._preflight = Preflight(self.fleet, self._model, self.failures)
         self.load = Load()
         self.generator = Generator(self._model, self.fleet, self._config)
@@ -93,7 +95,7 @@ class Gateway:
         if self._config.jobs_db is not None:
             self._jobs = await self._open_jobs(self._config.jobs_db)
             services[JOBS_SERVICE] = self._jobs.add_to
-        self._server = await start_server(self._listen, services, max_request_bytes=MAX_MESSAGE_BYTES)
+        self._server = await self.transport.listen(self._listen, services, max_request_bytes=MAX_MESSAGE_BYTES)
         for address in self._workers:
             self.fleet.add(address)
         if self._config.preflight:
@@ -147,6 +149,7 @@ class Gateway:
             await self.operations.stop()
             await self._preflight.stop()
             await self.fleet.close()
+        await self.transport.close()
 
     async def _follow_health(self, server: Server) -> None:
         try:

@@ -6,10 +6,9 @@ from functools import partial
 import grpc.aio
 
 from ...proto import generation_pb2, generation_pb2_grpc
-from ...proto.errors import Exhausted, Expired, Unavailable
-from ...proto.rpc.server import trace_context, write_in_time
-from ...proto.rpc.signs import kept_alive
-from ..client.client import RETRY_KEY
+from ...proto.errors import Exhausted, Unavailable
+from ...proto.rpc.streams import with_heartbeat, write_in_time
+from ...proto.rpc.trace import trace_context
 from ..fleet.worker_table import WorkerTable
 from ..gateway_config import GatewayConfig
 from ..requests.generator import Generator
@@ -45,9 +44,9 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             try:
                 resolved = await self._generator.resolve(request)
                 await context.send_initial_metadata(())
-                sign = partial(generation_pb2.GenerateEvent, request_id=resolved.request_id)
+                heartbeat = partial(generation_pb2.GenerateEvent, request_id=resolved.request_id)
                 write = partial(write_in_time, context)
-                async with kept_alive(write, sign, self._sign_of_life_s) as pass_on:
+                async with with_heartbeat(write, heartbeat, self._sign_of_life_s) as pass_on:
                     await self._generator.run(
                         resolved,
                         pass_on,
@@ -55,17 +54,10 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                         trace=trace_context(context),
                         arrived_s=arrived_s,
                     )
-            except (Exhausted, Expired) as error:
-                hint_ms = self._retry_after_ms(error)
-                if hint_ms is not None:
-                    context.set_trailing_metadata(((RETRY_KEY, str(hint_ms)),))
+            except Exhausted as error:
+                if error.retry_after_s is None:
+                    error.retry_after_s = self._load.retry_after_s()
                 raise
-
-    def _retry_after_ms(self, error: Exhausted | Expired) -> int | None:
-        """When to try again; None where that would change nothing."""
-        if error.retry_after_s is not None:
-            return round(max(0.1, error.retry_after_s) * 1e3)
-        return self._load.retry_after_ms() if isinstance(error, Exhausted) else None
 
     async def GetModel(self, request: generation_pb2.GetModelRequest, context: object) -> generation_pb2.Model:
         self._model.check_name(request.name)

@@ -33,6 +33,6 @@ class Load:
         """Waits until no request is active."""
         await self._idle.wait()
 
-    def retry_after_ms(self) -> int:
+    def retry_after_s(self) -> float:
         """About when the next request ends and makes room: 100 ms to 10 s."""
-        return round(min(10.0, max(0.1, self._mean_s / max(1, self.active))) * 1e3)
+        return min(10.0, max(0.1, self._mean_s / max(1, self.active)))

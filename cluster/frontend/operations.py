@@ -11,6 +11,7 @@ from typing import Protocol
 import grpc.aio
 
 from ...proto.errors import Incompatible, InvalidRequest, IsthmusError, NotFound, Unavailable, shown
+from ...proto.rpc.statuses import PeerBug, error_of
 from ...proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_ROLE_DECODE,
@@ -25,7 +26,6 @@ from ...proto.worker_pb2 import (
 from ...proto.worker_pb2_grpc import WorkerStub
 from ...worker.orders import DRAIN_S
 from ..fleet.registry import Fleet
-from ..requests.attempt import ERROR_OF
 
 BACK_S = 30.0  # for a flipped worker to be back in its other role, its canary included
 MAX_WORKERS = 1_000  # of a role, that `scale` may be asked for
@@ -173,5 +173,5 @@ class Operations:
 
 
 def _as_ours(address: str, error: grpc.aio.AioRpcError) -> IsthmusError:
-    known = ERROR_OF.get(error.code(), Unavailable)
-    return known(f"worker {address}: {error.details()}")
+    known = error_of(error, f"worker {address}")
+    return Unavailable(str(known)) if isinstance(known, PeerBug) else known

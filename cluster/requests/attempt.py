@@ -9,16 +9,14 @@ import grpc.aio
 from ...proto.common_pb2 import TransferStats
 from ...proto.decode_pb2 import DecodeEvent, DecodeRequest
 from ...proto.decode_pb2_grpc import DecodeStub
-from ...proto.errors import STATUS_OF, Expired, InvalidRequest, Lost, Unavailable, why_lost
+from ...proto.errors import Expired, Lost, Unavailable
 from ...proto.generation_pb2 import GenerateEvent
-from ...proto.rpc.server import BUG, INVALID_METADATA, TraceContext
+from ...proto.rpc.statuses import PeerBug, error_of
+from ...proto.rpc.trace import TraceContext
 from ..fleet.registry import Fleet
 from ..router.router import Placement
 from .request import ResolvedRequest
 from .session import Session
-
-ERROR_OF = {code: error for error, code in STATUS_OF.items()}
-NO_CONNECTION = "failed to connect to all addresses"  # in gRPC's words
 
 PassOn = Callable[[GenerateEvent], Awaitable[None]]
 
@@ -99,19 +97,8 @@ class Attempts:
 
 
 def _translated(error: grpc.aio.AioRpcError, worker: str) -> Exception:
-    """The error for the client: of the same code where the code is ours, else a bug that is logged here."""
-    code, details = error.code(), error.details() or ""
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+    """The error for the client. What the worker refuses the request for is told in its own words."""
+    known = error_of(error)
+    if isinstance(known, Expired):
         return Expired("the deadline passed before the answer was finished")
-    if code is grpc.StatusCode.CANCELLED:
-        return Unavailable(f"decode worker {worker} cancelled the request")
-    if code is grpc.StatusCode.INTERNAL and details == INVALID_METADATA:
-        return InvalidRequest("the request has metadata that cannot be passed on")  # no worker has seen it
-    # gRPC's own names for a stream or connection that broke; a bug in the worker says that it is one.
-    broken = code is grpc.StatusCode.INTERNAL or (code is grpc.StatusCode.UNKNOWN and not details.startswith(BUG))
-    if details.startswith(NO_CONNECTION):
-        return Unavailable(f"decode worker {worker}: {details}")  # it has not seen the request, and did not die of it
-    if code is grpc.StatusCode.UNAVAILABLE or broken:
-        return why_lost(f"decode worker {worker}: {details}", error.trailing_metadata())
-    known = ERROR_OF.get(code)
-    return known(details) if known is not None else RuntimeError(f"decode worker {worker}: {code.name}: {details}")
+    return error_of(error, f"decode worker {worker}") if isinstance(known, Unavailable | PeerBug) else known

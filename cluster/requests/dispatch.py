@@ -23,7 +23,7 @@ from ...proto.errors import (
     IsthmusError,
     Unavailable,
 )
-from ...proto.rpc.server import TraceContext
+from ...proto.rpc.trace import TraceContext
 from ..fleet.registry import Fleet
 from ..gateway_config import GatewayConfig
 from ..router.costs import Demand

@@ -7,9 +7,10 @@ import logging
 import time
 from collections.abc import Sequence
 
-from ...proto.errors import IsthmusError, status_of
+from ...proto.errors import IsthmusError
 from ...proto.generation_pb2 import GenerateRequest
-from ...proto.rpc.server import TraceContext
+from ...proto.rpc.statuses import code_of
+from ...proto.rpc.trace import TraceContext
 from ...proto.worker_pb2 import Explanation
 from ..fleet.registry import Fleet
 from ..gateway_config import GatewayConfig
@@ -91,7 +92,7 @@ class Generator:
                 )
             status = "OK"
         except IsthmusError as error:
-            status = f"{status_of(error).name}: {error}"
+            status = f"{code_of(error).name}: {error}"
             raise
         except asyncio.CancelledError:
             status = "CANCELLED"

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from ....proto.generation_pb2 import GenerateEvent, GenerateRequest
-from ....proto.rpc.server import MIB
+from ....proto.rpc.transport import MIB
 from ...client.client import Answer, Client, build_request
 from ...client.measures import Figures, figures_of
 from ...config import ClusterConfig

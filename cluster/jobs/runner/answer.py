@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from ....proto.common_pb2 import FINISH_REASON_UNSPECIFIED
-from ....proto.errors import Exhausted, Expired, IsthmusError, Unavailable, status_of
+from ....proto.errors import Exhausted, Expired, IsthmusError, Unavailable
 from ....proto.generation_pb2 import GenerateEvent, GenerateRequest
 from ....proto.jobs_pb2 import JobError, JobOutput, JobResult
-from ....proto.rpc.server import note_bug
+from ....proto.rpc.statuses import code_of, status_of_bug
 from ...requests.request import ResolvedRequest
 from ...requests.suspicion import Suspicion
 from ..states import JobState
@@ -90,7 +90,7 @@ class Answer:
                     return
                 log.warning("a worker ended a request early", extra={"fields": {"why": str(error)}})
             except IsthmusError as error:
-                return self._fail(status_of(error).name, str(error))
+                return self._fail(code_of(error).name, str(error))
             except Exception as error:
                 return self.fail(error)
             if len(self._result.token_ids) > had:
@@ -101,7 +101,8 @@ class Answer:
     def fail(self, bug: Exception) -> None:
         """Ends the request for a bug, unless it has ended: nobody shall wait for it for ever."""
         if not self._over:
-            self._fail("UNKNOWN", note_bug("a request of a job", bug))
+            status = status_of_bug(bug, "a request of a job")
+            self._fail(status.code.name, status.details)
 
     async def _pass_on(self, event: GenerateEvent) -> None:
         output = _output(self._item, event)

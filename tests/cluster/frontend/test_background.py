@@ -19,7 +19,7 @@ from isthmus.cluster.fleet.worker_table import WorkerTable
 from isthmus.cluster.frontend import gateway as gateway_module
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.proto import tasks as tasks_module
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 
 
@@ -109,7 +109,7 @@ async def test_a_loop_that_fails_again_and_again_turns_the_gateway_red(monkeypat
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     async with (
         scripted_cluster(says("hello")) as cluster,
-        open_channel(cluster.gateway.address) as channel,
+        Transport().dial(cluster.gateway.address) as channel,
         Client(cluster.gateway.address) as client,
     ):
         async with asyncio.timeout(30):

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from raw_grpc import raw_call
 from scripted import Script, Scripted, hangs, report_of, says, scripted_cluster, served
 
-from isthmus.cluster.client.client import RETRY_KEY, Client, build_request
+from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.fleet.report import Report
 from isthmus.cluster.fleet.worker_entry import WorkerEntry
 from isthmus.cluster.frontend.gateway import Gateway
@@ -23,7 +23,8 @@ from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.errors import Exhausted, InvalidRequest, IsthmusError, Unavailable
 from isthmus.proto.generation_pb2 import GenerateEvent, ListModelsRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.statuses import RETRY_KEY
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_HEALTH_UNREACHABLE,
@@ -170,7 +171,7 @@ async def test_status_and_models() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await client.model("other")
         assert raised.value.code() is grpc.StatusCode.NOT_FOUND
-        async with open_channel(cluster.gateway.address) as channel:
+        async with Transport().dial(cluster.gateway.address) as channel:
             listed = await GenerationStub(channel).ListModels(ListModelsRequest())
         assert list(listed.models) == [model]
 
@@ -178,7 +179,7 @@ async def test_status_and_models() -> None:
 async def test_health_follows_the_workers() -> None:
     async with (
         scripted_cluster(says("x"), local_prefill="never") as cluster,
-        open_channel(cluster.gateway.address) as channel,
+        Transport().dial(cluster.gateway.address) as channel,
     ):
         stub: Any = health_pb2_grpc.HealthStub(channel)
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="isthmus.v1.Generation"))
@@ -191,7 +192,7 @@ async def test_health_follows_the_workers() -> None:
 
 
 async def test_reflection_lists_the_services() -> None:
-    async with scripted_cluster(says("x")) as cluster, open_channel(cluster.gateway.address) as channel:
+    async with scripted_cluster(says("x")) as cluster, Transport().dial(cluster.gateway.address) as channel:
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
         call = stub.ServerReflectionInfo()
         await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))

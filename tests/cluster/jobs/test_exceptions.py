@@ -25,7 +25,7 @@ from isthmus.proto.jobs_pb2 import (
     JobEvent,
     SubmitJobRequest,
 )
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 
 TOKENS = 8
 
@@ -182,7 +182,7 @@ async def test_jobs_that_do_not_run_turn_their_service_red_and_no_other(
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     async with (
         scripted_cluster(says("hello"), jobs_db=url, jobs=QUICK) as cluster,
-        open_channel(cluster.gateway.address) as channel,
+        Transport().dial(cluster.gateway.address) as channel,
     ):
         stub: Any = health_pb2_grpc.HealthStub(channel)
         found: dict[str, int] = {}

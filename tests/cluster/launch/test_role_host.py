@@ -15,7 +15,7 @@ from isthmus.cluster.config import CONFIG_OF, SHARED, ClusterConfig, Role, load_
 from isthmus.cluster.launch.role_host import RoleHost, settings_by_role
 from isthmus.decode.worker import DecodeWorker
 from isthmus.prefill.worker import PrefillWorker
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_ROLE_DECODE,
@@ -53,7 +53,7 @@ async def hosted(role: Role, settings: dict[Role, Mapping[str, Any]]) -> AsyncIt
     host = RoleHost(role, settings)
     try:
         await host.start()
-        channel = open_channel(host.address)
+        channel = Transport().dial(host.address)
         yield host, WorkerStub(channel)
         await channel.close()
     finally:

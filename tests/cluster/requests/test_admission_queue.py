@@ -7,7 +7,7 @@ import grpc.aio
 import pytest
 from scripted import Script, says, scripted_cluster
 
-from isthmus.cluster.client.client import RETRY_KEY, Client, build_request
+from isthmus.cluster.client.client import Client, build_request
 from isthmus.proto.common_pb2 import (
     FINISH_REASON_LENGTH,
     PRIORITY_BATCH,
@@ -20,7 +20,8 @@ from isthmus.proto.common_pb2 import (
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.generation_pb2 import GenerateRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
-from isthmus.proto.rpc import server
+from isthmus.proto.rpc import streams
+from isthmus.proto.rpc.statuses import RETRY_KEY
 from isthmus.proto.worker_pb2 import PrefillRate, StepRate
 
 ONE = {"overcommit": 0.05, "local_prefill": "never"}  # of 6,400 tokens: room for one request of 257 and no other
@@ -125,7 +126,7 @@ async def test_budgets_of_a_request() -> None:
 
 
 async def test_a_client_that_reads_nothing_is_ended_and_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "STALL_S", 0.5)
+    monkeypatch.setattr(streams, "STALL_S", 0.5)
 
     ended = asyncio.Event()
 
