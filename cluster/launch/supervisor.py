@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from ...proto.backoff import Lives
+from ...proto.backoff import Restarts
 from ...proto.errors import Exhausted, Incompatible, IsthmusError, NotFound, Unavailable
 from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import (
@@ -78,7 +78,7 @@ class _Kept:
     follower: asyncio.Task[None] | None = None
     down: bool = False  # it died and is not back
     starting: asyncio.Task[None] | None = None  # anew
-    lives: Lives = field(default_factory=lambda: Lives(RESTART_PAUSE_S, LAST_RESTART_PAUSE_S, HEALTHY_S))
+    restarts: Restarts = field(default_factory=lambda: Restarts(RESTART_PAUSE_S, LAST_RESTART_PAUSE_S, HEALTHY_S))
 
 
 class Supervisor:
@@ -147,7 +147,7 @@ class Supervisor:
         self._kept.append(kept)
         kept.address = await telling(kept.worker.address(), kept.worker.activity, tell)
         assert self.gateway is not None
-        kept.lives.began(time.monotonic())
+        kept.restarts.began(time.monotonic())
         self.gateway.fleet.add(kept.address)
         kept.follower = self._tasks.start("follow a worker", partial(self._follow, kept), about=name)
 
@@ -233,15 +233,15 @@ class Supervisor:
             if not kept.down:  # else an earlier try to have it back ended in an exception
                 await kept.worker.wait_closed()
                 log.warning("a worker died", extra={"fields": fields})
-                kept.lives.ended(time.monotonic())
-                self.gateway.fleet.notes[kept.address] = lambda: kept.lives.reason(time.monotonic())
+                kept.restarts.ended(time.monotonic())
+                self.gateway.fleet.notes[kept.address] = lambda: kept.restarts.reason(time.monotonic())
                 kept.down = True
                 self._died.set()
             fresh = await self._back(kept)
             if fresh is None:
                 return
             kept.down = False
-            kept.lives.began(time.monotonic())
+            kept.restarts.began(time.monotonic())
             self.gateway.fleet.notes.pop(kept.address, None)
             if fresh != kept.address:
                 self.gateway.fleet.add(fresh)
@@ -254,14 +254,14 @@ class Supervisor:
         with contextlib.suppress(IsthmusError, OSError):
             return await kept.worker.address()  # it was only out of reach
         while not self._headless:
-            await asyncio.sleep(kept.lives.next_s - time.monotonic())
+            await asyncio.sleep(kept.restarts.next_s - time.monotonic())
             try:
                 kept.starting = asyncio.create_task(self._start_anew(kept), name=f"start {kept.worker.name} anew")
                 await asyncio.shield(kept.starting)  # a start that has begun is not ended by who waits for it
                 return await kept.worker.address()
             except (IsthmusError, OSError) as error:
-                kept.lives.ended(time.monotonic())
-                fields = {"worker": kept.worker.name, "why": str(error), "ends": kept.lives.ends}
+                kept.restarts.ended(time.monotonic())
+                fields = {"worker": kept.worker.name, "why": str(error), "ends": kept.restarts.ends}
                 log.error("a worker could not be started anew", extra={"fields": fields})
         return None
 
