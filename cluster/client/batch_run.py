@@ -219,7 +219,7 @@ def _is_refused(error: grpc.aio.AioRpcError) -> bool:
     """Whether it would be refused again, whoever asked and whenever."""
     code, details = error.code(), error.details() or ""
     too_large = code is grpc.StatusCode.RESOURCE_EXHAUSTED and TOO_LARGE in details
-    # A bug of the gateway is one that another request need not come upon.
+    # A bug of the gateway, which another request need not come upon.
     return too_large or bool(incident_of(error)) or code in REFUSED
 
 

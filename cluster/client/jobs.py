@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 
 import grpc.aio
 
+from ...proto.backoff import backoff_s
 from ...proto.errors import Unavailable
 from ...proto.jobs_pb2 import (
     CancelJobRequest,
@@ -91,7 +92,7 @@ class JobsClient:
 
     async def watch(self, job_id: str, from_event: int = 0) -> AsyncIterator[JobEvent]:
         """Every event from that number on, once, to the last one; lost connections are made again for `patience_s`."""
-        wanted, since_s, pause_s = max(1, from_event), time.monotonic(), FIRST_PAUSE_S
+        wanted, tries = max(1, from_event), _Tries(self.patience_s)
         while True:
             call = self._stub.WatchJob(WatchJobRequest(job_id=job_id, from_event=wanted))
             try:
@@ -101,25 +102,33 @@ class JobsClient:
                         yield event
                         if event.HasField("state") and JobState(event.state).ended:
                             return
-                    since_s, pause_s = time.monotonic(), FIRST_PAUSE_S
+                    tries = _Tries(self.patience_s)
                 return
             except grpc.aio.AioRpcError as error:
-                await self._pause(error, since_s, pause_s)
-                pause_s = min(2 * pause_s, LAST_PAUSE_S)
+                await tries.failed(error)
             finally:
                 call.cancel()
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        since_s, pause_s = time.monotonic(), FIRST_PAUSE_S
+        tries = _Tries(self.patience_s)
         while True:
             try:
                 return await call()
             except grpc.aio.AioRpcError as error:
-                await self._pause(error, since_s, pause_s)
-                pause_s = min(2 * pause_s, LAST_PAUSE_S)
+                await tries.failed(error)
 
-    async def _pause(self, error: grpc.aio.AioRpcError, since_s: float, pause_s: float) -> None:
-        """Waits a moment before another try; raises the error where none would help, or patience is over."""
-        if not isinstance(error_of(error), Unavailable) or time.monotonic() - since_s + pause_s > self.patience_s:
+
+class _Tries:
+    """The tries of one call, until it is answered."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._until_s = time.monotonic() + patience_s
+        self._failures = 0
+
+    async def failed(self, error: grpc.aio.AioRpcError) -> None:
+        """Waits before another try; raises the error where none would help, or there is no time for one."""
+        self._failures += 1
+        pause_s = backoff_s(self._failures, FIRST_PAUSE_S, LAST_PAUSE_S)
+        if not isinstance(error_of(error), Unavailable) or time.monotonic() + pause_s > self._until_s:
             raise error
         await asyncio.sleep(pause_s)

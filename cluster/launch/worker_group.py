@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from ...proto.backoff import Lives
+from ...proto.backoff import Restarts
 from ...proto.errors import Exhausted, Incompatible, IsthmusError, NotFound, Unavailable
 from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import DrainResponse, ScaleResponse, WorkerRole
@@ -41,7 +41,7 @@ class _Worker:
     follower: asyncio.Task[None] | None = None
     down: bool = False  # it died and is not back
     starting: asyncio.Task[None] | None = None  # anew
-    lives: Lives = field(default_factory=lambda: Lives(RESTART_PAUSE_S, LAST_RESTART_PAUSE_S, HEALTHY_S))
+    restarts: Restarts = field(default_factory=lambda: Restarts(RESTART_PAUSE_S, LAST_RESTART_PAUSE_S, HEALTHY_S))
 
 
 class WorkerGroup:
@@ -72,7 +72,7 @@ class WorkerGroup:
         worker = _Worker(await self._launcher.launch(role, name), role)
         self._workers.append(worker)
         worker.address = await with_activity(worker.running.address(), worker.running.activity, set_activity)
-        worker.lives.began(time.monotonic())
+        worker.restarts.began(time.monotonic())
         self._fleet.add(worker.address)
         worker.follower = self._tasks.start("follow a worker", partial(self._follow, worker), about=name)
 
@@ -183,15 +183,15 @@ class WorkerGroup:
             if not worker.down:  # else an earlier try to have it back ended in an exception
                 await worker.running.wait_closed()
                 log.warning("a worker died", extra={"fields": fields})
-                worker.lives.ended(time.monotonic())
-                self._fleet.away_reasons[worker.address] = lambda: worker.lives.reason(time.monotonic())
+                worker.restarts.ended(time.monotonic())
+                self._fleet.away_reasons[worker.address] = lambda: worker.restarts.reason(time.monotonic())
                 worker.down = True
                 self._died.set()
             address = await self._back(worker)
             if address is None:
                 return
             worker.down = False
-            worker.lives.began(time.monotonic())
+            worker.restarts.began(time.monotonic())
             self._fleet.away_reasons.pop(worker.address, None)
             if address != worker.address:
                 self._fleet.add(address)
@@ -204,15 +204,15 @@ class WorkerGroup:
         with contextlib.suppress(IsthmusError, OSError):
             return await worker.running.address()  # it was only out of reach
         while not self.launcher_lost:
-            await asyncio.sleep(worker.lives.next_s - time.monotonic())
+            await asyncio.sleep(worker.restarts.next_s - time.monotonic())
             try:
                 name = f"start {worker.running.name} anew"
                 worker.starting = asyncio.create_task(self._start_anew(worker), name=name)
                 await asyncio.shield(worker.starting)  # a start that has begun is not ended by who waits for it
                 return await worker.running.address()
             except (IsthmusError, OSError) as error:
-                worker.lives.ended(time.monotonic())
-                fields = {"worker": worker.running.name, "why": str(error), "ends": worker.lives.ends}
+                worker.restarts.ended(time.monotonic())
+                fields = {"worker": worker.running.name, "why": str(error), "ends": worker.restarts.ends}
                 log.error("a worker could not be started anew", extra={"fields": fields})
         return None
 

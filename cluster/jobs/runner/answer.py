@@ -6,6 +6,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
+from ....proto.backoff import backoff_s
 from ....proto.common_pb2 import FINISH_REASON_UNSPECIFIED
 from ....proto.errors import Exhausted, Expired, IsthmusError, Unavailable
 from ....proto.generation_pb2 import GenerateEvent, GenerateRequest
@@ -73,7 +74,7 @@ class Answer:
         No worker and no room are no reason to give up before that: the request is tried again, from where it is. One
         that engines die of is (`cluster/requests/suspicion.py`).
         """
-        pause_s, suspicion = FIRST_PAUSE_S, Suspicion()
+        failures, suspicion = 0, Suspicion()
         while True:
             had = len(self._result.token_ids)
             try:
@@ -93,10 +94,8 @@ class Answer:
                 return self._fail(code_of(error).name, str(error))
             except Exception as error:
                 return self.fail(error)
-            if len(self._result.token_ids) > had:
-                pause_s = FIRST_PAUSE_S
-            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-            pause_s = min(2 * pause_s, LAST_PAUSE_S)
+            failures = 1 if len(self._result.token_ids) > had else failures + 1
+            await asyncio.sleep(backoff_s(failures, FIRST_PAUSE_S, LAST_PAUSE_S) * random.uniform(0.5, 1.0))
 
     def fail(self, bug: Exception) -> None:
         """Ends the request for a bug, unless it has ended: nobody shall wait for it for ever."""

@@ -9,6 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 
+from ....proto.backoff import backoff_s
 from ....proto.errors import Exhausted, IllegalState, NotFound, Unavailable
 from ....proto.jobs_pb2 import JobError, JobOutput
 from ....proto.tasks import Tasks
@@ -90,7 +91,7 @@ class Recorder:
         Where it fails for a reason that may be one job's, each job is recorded alone; one that still cannot be ends as
         FAILED.
         """
-        pause_s, bugs = FIRST_RETRY_S, 0
+        failures, bugs = 0, 0
         while True:
             try:
                 return await self._store.record(self._owner, made)
@@ -108,8 +109,8 @@ class Recorder:
                 if bugs >= TRIES:  # this gateway has nothing more to do with it, and goes on with the others
                     await self._give_up(made[0].job_id, error)
                     return frozenset(by_job)
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, LAST_RETRY_S)
+            failures += 1
+            await asyncio.sleep(backoff_s(failures, FIRST_RETRY_S, LAST_RETRY_S))
 
     async def _give_up(self, job_id: str, bug: Exception) -> None:
         """Ends a job as FAILED, where that can be recorded."""

@@ -1,6 +1,8 @@
 """Channels of a transport are counted until they are closed."""
 
 import asyncio
+import re
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -66,3 +68,12 @@ async def test_a_port_in_use_is_an_error() -> None:
             await transport.listen(f"127.0.0.1:{server.port}", {})
     finally:
         await server.stop()
+
+
+def test_nothing_else_opens_channels_or_servers() -> None:
+    root = Path(__file__).parents[3]
+    folders = [folder for folder in root.iterdir() if folder.is_dir() and folder.name not in ("tests", ".venv")]
+    product = (path for folder in folders for path in folder.rglob("*.py"))
+    opens = re.compile(r"secure_channel\(|grpc\.(aio\.)?server\(|grpc\.(aio\.)?Channel\(")
+    found = [path.relative_to(root).as_posix() for path in product if opens.search(path.read_text())]
+    assert found == ["proto/rpc/transport.py"]
