@@ -34,7 +34,7 @@ test-fuzz: .venv/.installed  ## 20,000 requests that nobody meant, to every RPC 
 
 test-postgres: .venv/.installed  ## The tests of jobs on PostgreSQL, from Debian's packages
 	@tests/with-postgres $(BIN)/pytest $(foreach name,service/test_service store/test_store \
-    running/test_runner test_crash database/test_database,tests/cluster/jobs/$(name).py)
+    runner/test_runner test_crash database/test_database,tests/cluster/jobs/$(name).py)
 
 # What differs with the instructions of a CPU: the model, its kernels, the codecs, exactness. Of no use a second time:
 # Triton's interpreter and PTX, where compiled code is kept, files, sources and texts, which ask no CPU. Of the real

@@ -21,8 +21,8 @@ import grpc.aio
 from tcp_proxy import BadLink
 
 from isthmus.cluster.cli.main import run
-from isthmus.cluster.launch.host import thread_settings
-from isthmus.proto.rpc.server import open_channel
+from isthmus.cluster.launch.worker_thread import thread_settings
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, GetReportRequest, GetStatusRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import ClusterStub, WorkerStub
 
@@ -121,7 +121,7 @@ class ChaosCluster:
 
     async def ready(self) -> set[str]:
         """Names of the workers that the gateway would use now."""
-        async with open_channel(self.gateway.address) as channel:
+        async with Transport().dial(self.gateway.address) as channel:
             try:
                 status = await ClusterStub(channel).GetStatus(GetStatusRequest(), timeout=2)
             except grpc.aio.AioRpcError:
@@ -157,7 +157,7 @@ class ChaosCluster:
 
 
 async def _report(address: str) -> WorkerReport:
-    async with open_channel(address) as channel:
+    async with Transport().dial(address) as channel:
         return await WorkerStub(channel).GetReport(GetReportRequest(), timeout=10)
 
 

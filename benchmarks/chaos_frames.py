@@ -18,7 +18,7 @@ from isthmus.prefill.config import PrefillConfig
 from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeStub
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 
 TOKENS = 4
@@ -73,7 +73,7 @@ async def frame_rig(model: str, seed: int = 0) -> AsyncIterator[Rig]:
         await worker.start()
     liar = LyingPrefill(prefill.address, seed)
     await liar.start()
-    channel = open_channel(decode.address)
+    channel = Transport().dial(decode.address)
     try:
         vocab = decode.server.report().model.vocab_size
         yield Rig(prefill, decode, liar, DecodeStub(channel), vocab)

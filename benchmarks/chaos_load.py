@@ -14,7 +14,7 @@ import grpc.aio
 from isthmus.cluster.client.client import build_request
 from isthmus.proto.generation_pb2 import GenerateEvent, GenerateRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 
 RETRY_S = 0.5  # a client's, after UNAVAILABLE: the gateway was lost
 
@@ -60,7 +60,7 @@ async def answer_all(
     waiting = list(reversed(range(len(requests))))
 
     async def client() -> None:
-        async with open_channel(address) as channel:
+        async with Transport().dial(address) as channel:
             while waiting:
                 number = waiting.pop()
                 await _answer(channel, requests[number], outcomes[number], timeout_s)
@@ -129,7 +129,7 @@ async def cancel_storm(
         await asyncio.wait({reading})
         return running
 
-    async with open_channel(address) as channel:
+    async with Transport().dial(address) as channel:
         return sum(await asyncio.gather(*(client(number) for number in range(count))))
 
 

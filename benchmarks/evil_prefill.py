@@ -10,7 +10,8 @@ from isthmus.kvtransfer.frame import FrameHeader, frame_checksum
 from isthmus.proto import prefill_pb2
 from isthmus.proto.prefill_pb2 import KvFrame, PrefillEvent, PrefillRequest
 from isthmus.proto.prefill_pb2_grpc import PrefillServicer, PrefillStub, add_PrefillServicer_to_server
-from isthmus.proto.rpc.server import Server, open_channel, start_server
+from isthmus.proto.rpc.server import Server
+from isthmus.proto.rpc.transport import Transport
 
 Events = list[PrefillEvent]
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"]
@@ -23,13 +24,14 @@ class LyingPrefill(PrefillServicer):
         self.lie = ""
         self.told = 0  # answers in which something was changed
         self._rng = random.Random(seed)
-        self._channel = open_channel(real)
+        self._transport = Transport()
+        self._channel = self._transport.dial(real)
         self._server: Server | None = None
         self._earlier: Events = []  # a whole answer to an earlier request
 
     async def start(self) -> None:
         """Listens; `address` is where."""
-        server = await start_server(
+        server = await self._transport.listen(
             "127.0.0.1:0", {SERVICE: lambda server: add_PrefillServicer_to_server(self, server)}
         )
         self._server, self.address = server, f"127.0.0.1:{server.port}"
@@ -38,7 +40,7 @@ class LyingPrefill(PrefillServicer):
         """Ends the server and the connection to the real worker."""
         if self._server is not None:
             await self._server.stop()
-        await self._channel.close()
+        await self._transport.close()
 
     async def Prefill(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, request: PrefillRequest, context: grpc.aio.ServicerContext

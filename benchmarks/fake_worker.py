@@ -21,7 +21,8 @@ from isthmus.proto import decode_pb2, worker_pb2
 from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, PRIORITY_BATCH, TransferStats
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
-from isthmus.proto.rpc.server import Server, start_server
+from isthmus.proto.rpc.server import Server
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_ROLE_DECODE,
@@ -116,7 +117,7 @@ class FakeWorkers(DecodeServicer):
 
     async def start(self) -> list[str]:
         """Serves both; their addresses."""
-        addresses = []
+        addresses, transport = list[str](), Transport()
         decode = decode_pb2.DESCRIPTOR.services_by_name["Decode"]
         worker = worker_pb2.DESCRIPTOR.services_by_name["Worker"]
         roles = (
@@ -129,7 +130,7 @@ class FakeWorkers(DecodeServicer):
                 decode: lambda server: add_DecodeServicer_to_server(self, server),
                 worker: lambda server, reports=reports: add_WorkerServicer_to_server(reports, server),
             }
-            server = await start_server("127.0.0.1:0", services)
+            server = await transport.listen("127.0.0.1:0", services)
             await server.set_serving(True)
             self._servers.append(server)
             addresses.append(f"127.0.0.1:{server.port}")

@@ -18,7 +18,8 @@ from isthmus.cluster.text.served import load_served_model
 from isthmus.kvtransfer.codecs.names import DEFAULT_CODEC
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto import worker_pb2
-from isthmus.proto.rpc.server import Server, open_channel, start_server
+from isthmus.proto.rpc.server import Server
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_ROLE_DECODE,
@@ -67,7 +68,7 @@ def _cpu_s(pid: int) -> float:
 async def _all_ready(gateway: str, workers: int) -> None:
     """Returns once the gateway uses all workers."""
     end_s = time.monotonic() + START_S
-    async with open_channel(gateway) as channel:
+    async with Transport().dial(gateway) as channel:
         while time.monotonic() < end_s:
             status: ClusterStatus = await ClusterStub(channel).GetStatus(GetStatusRequest(), wait_for_ready=True)
             if sum(worker.health == WORKER_HEALTH_READY for worker in status.workers) == workers:
@@ -109,6 +110,7 @@ async def _serve(workers: int) -> None:
     )
     addresses: list[str] = []
     servers: list[Server] = []
+    transport = Transport()
     for number in range(workers):
         reports = ReportServicer(lambda number=number: _report(number, model, addresses))
         add = {
@@ -116,7 +118,7 @@ async def _serve(workers: int) -> None:
                 add_WorkerServicer_to_server(reports, server)
             )
         }
-        server = await start_server("127.0.0.1:0", add)
+        server = await transport.listen("127.0.0.1:0", add)
         await server.set_serving(True)
         servers.append(server)
         addresses.append(f"127.0.0.1:{server.port}")

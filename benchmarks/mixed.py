@@ -19,7 +19,7 @@ from processes import ready, worker
 from report import each, percentiles, say
 
 from isthmus.proto.decode_pb2_grpc import DecodeStub
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import WorkerReport
 
@@ -90,13 +90,15 @@ async def _side(
     roles: Sequence[str], model: str, dtype: str, threads: int
 ) -> AsyncIterator[tuple[list[DecodeStub], list[str], WorkerReport]]:
     """Workers that are warmed up: stubs of those that decode, addresses of those that only prefill, and a report."""
+    transport = Transport()
     async with AsyncExitStack() as stack:
+        stack.push_async_callback(transport.close)
         say(f"mixed load: starting {' and '.join(roles)} workers")
         addresses = [stack.enter_context(worker(role, model, dtype, threads)) for role in roles]
         reports = await ready(addresses)
         decode = [address for address, role in zip(addresses, roles, strict=True) if role == "decode"]
         prefill = [address for address, role in zip(addresses, roles, strict=True) if role == "prefill"]
-        stubs = [DecodeStub(await stack.enter_async_context(open_channel(address))) for address in decode]
+        stubs = [DecodeStub(transport.dial(address)) for address in decode]
         for stub in stubs:
             request = decode_request(reports[-1], [1, 2, 3], Sampling(max_tokens=4, ignore_eos=True), prefill)
             await ask(stub, request)

@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import GetReportRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import WorkerStub
 
@@ -88,7 +88,7 @@ async def ready(addresses: Sequence[str], within_s: float = 300) -> list[WorkerR
 
 
 async def _report(address: str, end: float) -> WorkerReport:
-    async with open_channel(address) as channel:
+    async with Transport().dial(address) as channel:
         while time.monotonic() < end:
             try:
                 return await WorkerStub(channel).GetReport(GetReportRequest(), timeout=1)

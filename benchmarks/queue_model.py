@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-from isthmus.cluster.gateway_config import LocalPrefill, Policy
-from isthmus.cluster.router.board import Board
 from isthmus.cluster.router.costs import Demand
-from isthmus.cluster.router.prefixes import Steps
+from isthmus.cluster.router.policies import LocalPrefill, Policy
+from isthmus.cluster.router.prefixes import PrefixKeys
 from isthmus.cluster.router.router import Placement, route
-from isthmus.cluster.router.table import PrefillTime, StepTime, WorkerLoad
+from isthmus.cluster.router.routing_table import RoutingTable
+from isthmus.cluster.router.worker_columns import PrefillTime, StepTime, WorkerLoad
 
 REPORT_S = 0.1
 PAGE, CHUNK = 64, 512
@@ -38,7 +38,7 @@ class Arrival:
     at_s: float
     prompt_tokens: int
     output_tokens: int
-    blocks: Steps  # (tokens up to there, address) of each full block
+    blocks: PrefixKeys  # (tokens up to there, address) of each full block
 
 
 def compute_ms(tokens: int, cached: int) -> float:
@@ -164,7 +164,7 @@ class Simulation:
         self._local: LocalPrefill = local_prefill
         self._prefill = {f"prefill-{number}": PrefillModel() for number in range(prefill)}
         self._decode = {f"decode-{number}": DecodeModel() for number in range(decode)}
-        self._board = Board()
+        self._table = RoutingTable()
         self._reported_s = -1.0
         self._events: list[
             tuple[float, int, str, int, int]
@@ -191,13 +191,13 @@ class Simulation:
             max_tokens=arrival.output_tokens,
             codec="kv",
             affinity=_affinity(number, arrival),
-            steps=arrival.blocks,
+            prefix_keys=arrival.blocks,
             number=number,
         )
-        placement = route(demand, self._board, policy=self._policy, local_prefill=self._local)
-        board, now = self._board, arrival.at_s
-        pages = -(-demand.tokens // PAGE)
-        board.decode.count(board.decode.row[placement.decode], tokens=0, pages=pages, steps=arrival.blocks)
+        placement = route(demand, self._table, policy=self._policy, local_prefill=self._local)
+        prefill, decode, now = self._table.prefill, self._table.decode, arrival.at_s
+        pages, keys = -(-demand.tokens // PAGE), arrival.blocks
+        decode.add_placement(decode.row_of[placement.decode], tokens=0, pages=pages, prefix_keys=keys)
         model = self._decode[placement.decode]
         model.advance(now)
         model.pages += pages
@@ -205,8 +205,8 @@ class Simulation:
         self._placed[number] = placement, held, held
         if placement.prefill:
             first = placement.prefill[0]
-            missing = arrival.prompt_tokens - placement.cached_tokens
-            board.prefill.count(board.prefill.row[first], tokens=missing, pages=0, steps=arrival.blocks)
+            missing = arrival.prompt_tokens - placement.prefill_cached_tokens
+            prefill.add_placement(prefill.row_of[first], tokens=missing, pages=0, prefix_keys=keys)
             done_s, cached = self._prefill[first].take(now, arrival)
             self._placed[number] = placement, held, max(held, cached)
             self._ttft[number] = (done_s - now) * 1e3
@@ -224,9 +224,9 @@ class Simulation:
         """A prompt's KV is on its decode worker: that keeps it, and the router learns what was cached."""
         placement, held, found = self._placed.pop(number)
         self._decode[placement.decode].keep(self._trace[number])
-        self._board.decode.check_belief(placement.decode, placement.held_tokens, held)
+        self._table.decode.update_prefix_trust(placement.decode, placement.decode_cached_tokens, held)
         for first in placement.prefill[:1]:
-            self._board.prefill.check_belief(first, placement.cached_tokens, found)
+            self._table.prefill.update_prefix_trust(first, placement.prefill_cached_tokens, found)
 
     def _until(self, now_s: float) -> None:
         """Lets everything happen that happens before a moment."""
@@ -266,11 +266,11 @@ class Simulation:
         self._reported_s = now_s
         for name, model in self._prefill.items():
             tokens, requests = model.load(now_s)
-            self._board.prefill.put(_load(name, queued_tokens=round(tokens), requests=requests, prefill=PREFILL))
+            self._table.prefill.update(_load(name, queued_tokens=round(tokens), requests=requests, prefill=PREFILL))
         for name, model in self._decode.items():
             requests = len(model.running) + len(model.local) + model.coming
             free = max(0, PAGES - round(model.pages))
-            self._board.decode.put(_load(name, pages_free=free, requests=requests, prefill=PREFILL, step=STEP))
+            self._table.decode.update(_load(name, pages_free=free, requests=requests, prefill=PREFILL, step=STEP))
 
 
 def _affinity(number: int, arrival: Arrival) -> int:

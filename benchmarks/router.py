@@ -3,7 +3,7 @@
     python benchmarks/router.py --json router.json --idle 64 --trace conversation_trace.jsonl.gz --trace conv.csv.gz
 
 Decisions are made on one core, for prompts of which two thirds begin with what some or all workers have, while every
-worker reports ten times a second; placements are decisions that are also counted on the board, until the next report.
+worker reports ten times a second; placements are decisions that are also counted on the table, until the next report.
 Goals, in decisions: 20,000/s with 16 workers, 2,000/s with 1,024.
 
 A trace is a file of Mooncake (JSON lines with `timestamp`, `input_length`, `output_length`, `hash_ids`) or of Azure's
@@ -33,11 +33,11 @@ from idle import idle_share
 from queue_model import BLOCK, PREFILL, STEP, Arrival, Simulation, compute_ms
 from report import Report, conditions, say
 
-from isthmus.cluster.gateway_config import LocalPrefill, Policy
-from isthmus.cluster.router.board import Board
 from isthmus.cluster.router.costs import Demand
+from isthmus.cluster.router.policies import LocalPrefill, Policy
 from isthmus.cluster.router.router import route
-from isthmus.cluster.router.table import Pool, WorkerLoad
+from isthmus.cluster.router.routing_table import RoutingTable
+from isthmus.cluster.router.worker_columns import WorkerColumns, WorkerLoad
 
 REPORTS_S = 10  # of each worker; as often as they may, were they never idle
 IDLE_S = 20.0
@@ -54,42 +54,42 @@ POLICIES: dict[str, tuple[Policy, LocalPrefill]] = {
 
 
 def speeds(workers: int, seconds: float) -> tuple[float, float]:
-    """Decisions per second with so many workers, half of each role; and placements, which are counted on the board.
+    """Decisions per second with so many workers, half of each role; and placements, which are counted on the table.
 
     Every worker reports REPORTS_S times a second of the time that is measured, something else each time.
     """
-    draw, board = random.Random(workers), Board()
+    draw, table = random.Random(workers), RoutingTable()
     half = workers // 2
-    names = [(pool, f"{role}{number}") for number in range(half) for pool, role in _roles(board)]
+    names = [(columns, f"{role}{number}") for number in range(half) for columns, role in _roles(table)]
 
-    def report(pool: Pool, name: str) -> None:
-        busy = {"queued_tokens": draw.randrange(8000)} if pool is board.prefill else {"requests": draw.randrange(32)}
+    def report(columns: WorkerColumns, name: str) -> None:
+        busy = {"queued_tokens": draw.randrange(8000)} if columns is table.prefill else {"requests": draw.randrange(32)}
         pages = {"page_tokens": 64, "pages_total": 20_000, "pages_free": draw.randrange(10_000, 20_000)}
         codecs = {"raw": "r", "tq-k4v4": "t"}
-        pool.put(WorkerLoad(address=name, codecs=codecs, prefill=PREFILL, step=STEP, **pages, **busy))
+        columns.update(WorkerLoad(address=name, codecs=codecs, prefill=PREFILL, step=STEP, **pages, **busy))
 
-    for pool, name in names:
-        report(pool, name)
-    demands = _demands(draw, board)
+    for columns, name in names:
+        report(columns, name)
+    demands = _demands(draw, table)
 
     def decide(demand: Demand) -> None:
-        route(demand, board, local_prefill="when_cheaper")
+        route(demand, table, local_prefill="when_cheaper")
 
     def place(demand: Demand) -> None:
-        placement = route(demand, board, local_prefill="when_cheaper")
-        row = board.decode.row[placement.decode]
-        board.decode.count(row, tokens=0, pages=len(demand.steps), steps=demand.steps)
+        placement = route(demand, table, local_prefill="when_cheaper")
+        row = table.decode.row_of[placement.decode]
+        table.decode.add_placement(row, tokens=0, pages=len(demand.prefix_keys), prefix_keys=demand.prefix_keys)
         for first in placement.prefill[:1]:
-            missing = demand.prompt_tokens - placement.cached_tokens
-            board.prefill.count(board.prefill.row[first], tokens=missing, pages=0, steps=demand.steps)
+            missing, row = demand.prompt_tokens - placement.prefill_cached_tokens, table.prefill.row_of[first]
+            table.prefill.add_placement(row, tokens=missing, pages=0, prefix_keys=demand.prefix_keys)
 
     in_turn = cycle(names)
 
     def rate(call: Callable[[Demand], None]) -> float:
         calls, reports, begun, endless = 0, 0, time.process_time(), cycle(demands)
         while (took := time.process_time() - begun) < seconds:
-            for pool, name in islice(in_turn, int(took * REPORTS_S * workers) - reports):
-                report(pool, name)
+            for columns, name in islice(in_turn, int(took * REPORTS_S * workers) - reports):
+                report(columns, name)
                 reports += 1
             for demand in islice(endless, 20):
                 call(demand)
@@ -99,32 +99,32 @@ def speeds(workers: int, seconds: float) -> tuple[float, float]:
     return rate(decide), rate(place)
 
 
-def _roles(board: Board) -> tuple[tuple[Pool, str], ...]:
-    return (board.prefill, "p"), (board.decode, "d")
+def _roles(table: RoutingTable) -> tuple[tuple[WorkerColumns, str], ...]:
+    return (table.prefill, "p"), (table.decode, "d")
 
 
-def _demands(draw: random.Random, board: Board) -> list[Demand]:
+def _demands(draw: random.Random, table: RoutingTable) -> list[Demand]:
     """Prompts of 1 to 16 pages: some of them new; others go on with what a few workers of each role have; and some of
     these begin with a system prompt that all workers have."""
     shared = [tuple((64 * page, draw.randbytes(16)) for page in (1, 2)) for _ in range(4)]
     prompts = [tuple((64 * (page + 1), draw.randbytes(16)) for page in range(draw.randrange(1, 16))) for _ in range(96)]
     prompts[64:] = [draw.choice(shared) + prompt[2:] for prompt in prompts[64:]]
-    for pool, _ in _roles(board):
-        for row in pool.row.values():
+    for columns, _ in _roles(table):
+        for row in columns.row_of.values():
             for prompt in shared:
-                pool.prefixes.remember(row, prompt)
+                columns.prefixes.remember(row, prompt)
         for prompt in prompts[32:]:
-            for row in draw.sample(sorted(pool.row.values()), draw.randrange(1, 4)):
-                pool.prefixes.remember(row, prompt[: draw.randrange(1, len(prompt) + 1)])
+            for row in draw.sample(sorted(columns.row_of.values()), draw.randrange(1, 4)):
+                columns.prefixes.remember(row, prompt[: draw.randrange(1, len(prompt) + 1)])
     return [
         Demand(
-            prompt_tokens=len(steps) * 64 + draw.randrange(1, 64),
+            prompt_tokens=len(keys) * 64 + draw.randrange(1, 64),
             max_tokens=256,
             codec="tq-k4v4",
             affinity=draw.getrandbits(64),
-            steps=steps,
+            prefix_keys=keys,
         )
-        for steps in (draw.choice(prompts) for _ in range(1000))
+        for keys in (draw.choice(prompts) for _ in range(1000))
     ]
 
 
@@ -153,7 +153,7 @@ def arrivals(path: Path) -> Iterator[Arrival]:
 
 
 def at_load(trace: list[Arrival], load: float, prefill: int) -> list[Arrival]:
-    """The same requests in other time: computing all prompts in full takes `load` of the prefill workers."""
+    """The same requests in other time: computing all prompts in full takes `load` of the prefill columns."""
     busy_s = sum(compute_ms(arrival.prompt_tokens, 0) for arrival in trace) / 1e3
     factor = busy_s / (load * prefill * (trace[-1].at_s - trace[0].at_s))
     return [replace(arrival, at_s=arrival.at_s * factor) for arrival in trace]

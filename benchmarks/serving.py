@@ -26,7 +26,7 @@ from processes import ready, worker
 from report import Report, conditions, percentiles, say
 
 from isthmus.proto.decode_pb2_grpc import DecodeStub
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import WorkerReport
 
@@ -148,7 +148,7 @@ async def run(
             say(f"loading transformers' model in {name}")
             baselines[name] = Baseline(about.model.path, name, threads, baseline_s)
         report.put(threads=threads, dtype=about.dtype)
-        async with open_channel(decode) as channel:
+        async with Transport().dial(decode) as channel:
             ours = Workers(DecodeStub(channel), prefill, about)
             say("warming up")
             await ours.prefill(make_prompt(1, 64, vocab))

@@ -4,7 +4,7 @@ folders."""
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,6 +15,7 @@ from ..model.dtypes import Dtype
 from ..prefill.config import PrefillConfig
 from ..proto.errors import InvalidRequest
 from ..proto.rpc.addresses import HostPort, checked_address
+from .fleet.report import Role
 from .gateway_config import GatewayConfig
 from .jobs.settings import chosen_url
 
@@ -22,7 +23,6 @@ DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_PORT = 50051
 DEFAULT_LISTEN = "127.0.0.1:0"  # of a worker
 
-Role = Literal["prefill", "decode"]
 CONFIG_OF: dict[Role, type[PrefillConfig] | type[DecodeConfig]] = {
     "prefill": PrefillConfig,
     "decode": DecodeConfig,

@@ -1,14 +1,10 @@
 """Settings of the gateway: where requests may run and what becomes of those that lose their worker."""
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .jobs.settings import JobsSettings
+from .router.policies import LocalPrefill, Policy
 from .text.served import InputLimits
-
-LocalPrefill = Literal["never", "when_cheaper", "always"]
-Policy = Literal["cost", "round-robin", "least-requests", "least-queued-tokens", "prefix-affinity"]
 
 
 class GatewayConfig(BaseModel):
@@ -36,7 +32,7 @@ class GatewayConfig(BaseModel):
 
     @property
     def input_limits(self) -> InputLimits:
-        """What the door takes as text."""
+        """What the gateway takes as text."""
         return InputLimits(
             max_prompt_bytes=self.max_prompt_bytes,
             max_chat_messages=self.max_chat_messages,

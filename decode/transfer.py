@@ -29,27 +29,21 @@ from ..proto.errors import (
     Lost,
     NotFound,
     Unavailable,
-    why_lost,
 )
 from ..proto.prefill_pb2 import FirstToken, KvFrame, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillStub
-from ..proto.rpc.server import INVALID_METADATA, TraceContext, open_channel
+from ..proto.rpc.statuses import error_of
+from ..proto.rpc.trace import TraceContext
+from ..proto.rpc.transport import Transport
 
 if TYPE_CHECKING:
     from ..proto.prefill_pb2_grpc import PrefillAsyncStub
 from .engine import DecodeEngine
 from .sequences.sequence import DecodeSequence
 
-# InvalidRequest and Expired are final: another prefill worker would say the same. After the rest the next one is asked.
-_KNOWN = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-    grpc.StatusCode.DEADLINE_EXCEEDED: Expired,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Exhausted,
-    grpc.StatusCode.FAILED_PRECONDITION: Incompatible,
-    grpc.StatusCode.NOT_FOUND: NotFound,
-}
-
-
+# Answers of a prefill worker as they are told: the first two are final, for another one would say the same; after the
+# rest, as after everything else, the next one is asked.
+_KNOWN = (InvalidRequest, Expired, Exhausted, Incompatible, NotFound)
 LOSSES = 2  # of prefill workers, with no word, over one request: no further one is risked before the gateway knows
 SILENCE_S = 10.0  # of a prefill worker, which says each second that it goes on; a slow link may hold that back
 
@@ -66,7 +60,8 @@ class _Peer:
 class PrefillPeers:
     """Channels to prefill workers: one for each address, kept while it is used and as one of the last used."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
         self._peers: dict[str, _Peer] = {}  # the one unused for longest is first
 
     def __len__(self) -> int:
@@ -75,7 +70,7 @@ class PrefillPeers:
     @contextlib.asynccontextmanager
     async def calling(self, address: str) -> "AsyncIterator[PrefillAsyncStub]":
         """Around a call of the worker at that address."""
-        peer = self._peers.pop(address, None) or _Peer(open_channel(address))
+        peer = self._peers.pop(address, None) or _Peer(self._transport.dial(address))
         self._peers[address] = peer
         peer.calls += 1
         try:
@@ -282,13 +277,12 @@ async def _next_event(call: Any, address: str) -> object:
 
 
 def _as_ours(address: str, error: grpc.aio.AioRpcError, *, begun: bool) -> Exception:
-    """The error of our tree for what a prefill worker answered; one that had not `begun` did not die of the request."""
-    text = f"prefill worker {address}: {error.details()}"
-    if error.code() is grpc.StatusCode.INTERNAL and error.details() == INVALID_METADATA:
-        return InvalidRequest("the request has metadata that cannot be passed on")  # no worker has seen it
-    if error.code() in _KNOWN:
-        return _KNOWN[error.code()](text)
-    if begun and error.code() is grpc.StatusCode.UNAVAILABLE:
-        why = why_lost(f"{text} (UNAVAILABLE)", error.trailing_metadata())
-        return EngineFailed(str(why), why.participants, why.at or address) if isinstance(why, EngineFailed) else why
-    return Unavailable(f"{text} ({error.code().name})")
+    """The error for what a prefill worker answered; one that had not `begun` did not die of the request."""
+    known = error_of(error, f"prefill worker {address}")
+    if isinstance(known, _KNOWN):
+        return known
+    if not begun or error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return Unavailable(str(known))
+    if isinstance(known, EngineFailed):
+        known.at = known.at or address
+    return known

@@ -38,7 +38,9 @@ from ..proto.names import MAX_CALL_NAME, check_name
 from ..proto.prefill_pb2 import FirstToken
 from ..proto.priority import rank_of
 from ..proto.rpc.addresses import parse_address
-from ..proto.rpc.server import trace_context, write_in_time
+from ..proto.rpc.streams import write_in_time
+from ..proto.rpc.trace import trace_context
+from ..proto.rpc.transport import Transport
 from ..proto.sampling import Sampling
 from ..proto.worker_pb2 import WorkerReport, WorkerRole
 from ..worker.report_model import report_model
@@ -61,11 +63,12 @@ class DecodeWorker(DecodeServicer):
     def __init__(self, config: DecodeConfig) -> None:
         self.config = config
         role = WorkerRole.WORKER_ROLE_DECODE
-        self.server = WorkerServer(role, config.listen, config.advertise, config.name)
+        self.transport = Transport()
+        self.server = WorkerServer(role, config.listen, config.advertise, config.name, self.transport)
         self._ids = itertools.count()
         self._waiting = 0  # requests without pages, those included that the engine has not heard of yet
         self._counters: Counter[str] = Counter()
-        self._peers = PrefillPeers()
+        self._peers = PrefillPeers(self.transport)
         self._model: Model
         self._engine: DecodeEngine
         self._is_prepared = False
@@ -141,6 +144,7 @@ class DecodeWorker(DecodeServicer):
         """Ends at once: running requests are cancelled."""
         await self.server.close()
         await self._peers.close()
+        await self.transport.close()
         if self._has_engine:
             await asyncio.to_thread(self._engine.thread.stop)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..kernels.shapes import LayerShape
 from ..proto.errors import Incompatible, InvalidRequest, NotFound, shown
-from ..proto.rpc.server import FRAME_MESSAGE_LIMIT
+from ..proto.rpc.transport import FRAME_MESSAGE_LIMIT
 from ..proto.worker_pb2 import WorkerReport
 from .codecs.names import codec_names
 from .codecs.registry import PageCodec, build_codec

@@ -41,7 +41,8 @@ from ..proto.names import MAX_CALL_NAME, check_name
 from ..proto.prefill_pb2 import PrefillAccepted, PrefillEvent, PrefillRequest
 from ..proto.prefill_pb2_grpc import PrefillServicer, add_PrefillServicer_to_server
 from ..proto.priority import rank_of
-from ..proto.rpc.server import write_in_time
+from ..proto.rpc.streams import write_in_time
+from ..proto.rpc.transport import Transport
 from ..proto.sampling import Sampling
 from ..proto.worker_pb2 import PageCounts, WorkerReport, WorkerRole
 from ..worker.chunks import chunk_tokens_for
@@ -67,7 +68,8 @@ class PrefillWorker(PrefillServicer):
     def __init__(self, config: PrefillConfig) -> None:
         self.config = config
         role = WorkerRole.WORKER_ROLE_PREFILL
-        self.server = WorkerServer(role, config.listen, config.advertise, config.name)
+        self.transport = Transport()
+        self.server = WorkerServer(role, config.listen, config.advertise, config.name, self.transport)
         self._ids = itertools.count()
         self._open: set[PrefillJob] = set()
         self._model: Model
@@ -136,6 +138,7 @@ class PrefillWorker(PrefillServicer):
     async def stop(self) -> None:
         """Ends at once: running transfers are cancelled."""
         await self.server.close()
+        await self.transport.close()
         if self._has_engine:
             await asyncio.to_thread(self._engine.thread.stop)
             await asyncio.to_thread(self._prefixes.close)

@@ -34,7 +34,7 @@ class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.Val
     """fills idle capacity, yields to the others"""
 
 class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
-    """Sampling and stopping of one request. A field that is not set takes the default named in its comment."""
+    """In which order requests are computed, and whose work yields."""
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
 """as STANDARD"""
@@ -72,6 +72,8 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
+    """Sampling and stopping of one request. A field that is not set takes the default named in its comment."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TEMPERATURE_FIELD_NUMBER: _builtins.int

@@ -48,7 +48,7 @@ class DecodeRequest(_message.Message):
     tenant: _builtins.str
     """prompts of different tenants share no pages"""
     alone: _builtins.bool
-    """an engine died that computed it: in steps of its own, here and at prefill, until it has gone on"""
+    """An engine died that computed it: it is computed in steps of its own, here and at prefill, until it has gone on."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -61,7 +61,7 @@ class DecodeRequest(_message.Message):
 
     @_builtins.property
     def emitted_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """output so far, of a decode worker that was lost: goes on after it, sends none of it"""
+        """Output so far, of a decode worker that was lost: the answer goes on after it, and none of it is sent again."""
 
     def __init__(
         self,

@@ -48,7 +48,7 @@ class PrefillRequest(_message.Message):
     page_hashes: _builtins.bytes
     """16 bytes for each full page of the prompt"""
     held_pages: _builtins.int
-    """full pages from the start that the caller has and that are not sent"""
+    """full pages from the start that the caller has: they are not sent"""
     priority: _common_pb2.Priority.ValueType
     tenant: _builtins.str
     """part of the salt of page and prompt hashes"""

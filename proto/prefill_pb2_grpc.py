@@ -47,8 +47,9 @@ class PrefillServicer(object):
     """
 
     def Prefill(self, request, context):
-        """accepted (again each second in which nothing else is sent: a sign of life), then frames while the prompt is computed, first_token as soon as it is sampled (ahead of frames
-        that still wait), the rest of the frames, and commit. Cancelling the call drops the work.
+        """accepted (again each second in which nothing else is sent: a heartbeat), then frames while the prompt is computed,
+        first_token as soon as it is sampled (ahead of frames that still wait), the rest of the frames, and commit.
+        Cancelling the call drops the work.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

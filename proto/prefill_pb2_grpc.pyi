@@ -34,8 +34,9 @@ class PrefillStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PrefillAsyncStub: ...
     Prefill: _grpc.UnaryStreamMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillEvent]
-    """accepted (again each second in which nothing else is sent: a sign of life), then frames while the prompt is computed, first_token as soon as it is sampled (ahead of frames
-    that still wait), the rest of the frames, and commit. Cancelling the call drops the work.
+    """accepted (again each second in which nothing else is sent: a heartbeat), then frames while the prompt is computed,
+    first_token as soon as it is sampled (ahead of frames that still wait), the rest of the frames, and commit.
+    Cancelling the call drops the work.
     """
 
 @_typing.type_check_only
@@ -44,8 +45,9 @@ class PrefillAsyncStub(PrefillStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prefill: _aio.UnaryStreamMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillEvent]  # type: ignore[assignment]
-    """accepted (again each second in which nothing else is sent: a sign of life), then frames while the prompt is computed, first_token as soon as it is sampled (ahead of frames
-    that still wait), the rest of the frames, and commit. Cancelling the call drops the work.
+    """accepted (again each second in which nothing else is sent: a heartbeat), then frames while the prompt is computed,
+    first_token as soon as it is sampled (ahead of frames that still wait), the rest of the frames, and commit.
+    Cancelling the call drops the work.
     """
 
 class PrefillServicer(metaclass=_abc_1.ABCMeta):
@@ -57,8 +59,9 @@ class PrefillServicer(metaclass=_abc_1.ABCMeta):
         request: _prefill_pb2.PrefillRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_prefill_pb2.PrefillEvent], _abc.AsyncIterator[_prefill_pb2.PrefillEvent]]:
-        """accepted (again each second in which nothing else is sent: a sign of life), then frames while the prompt is computed, first_token as soon as it is sampled (ahead of frames
-        that still wait), the rest of the frames, and commit. Cancelling the call drops the work.
+        """accepted (again each second in which nothing else is sent: a heartbeat), then frames while the prompt is computed,
+        first_token as soon as it is sampled (ahead of frames that still wait), the rest of the frames, and commit.
+        Cancelling the call drops the work.
         """
 
 def add_PrefillServicer_to_server(servicer: PrefillServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

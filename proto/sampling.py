@@ -68,7 +68,7 @@ class Sampling:
         scalars = {
             name: getattr(pb, name)
             for name in _SCALARS
-            if pb.HasField(name)  # the rest keep their defaults
+            if pb.HasField(name)  # pyright: ignore[reportArgumentType]  # the rest keep their defaults
         }
         return cls(
             **scalars,

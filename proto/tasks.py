@@ -1,8 +1,8 @@
-"""Background tasks that do not die silently. Whoever needs one owns a `Tasks`: it starts them, watches and ends them.
+"""Background tasks that do not die silently. Whoever needs some owns a `Tasks`, which starts, watches and ends them.
 
 tasks = Tasks()
 tasks.start("look for silence", self._look)  # until `stop`; where it raises, it is logged, counted and started again
-tasks.failing                                # those that fail again and again: whoever needs them is not healthy
+tasks.failing                                # those that fail again and again: their owner is not healthy
 await tasks.stop()
 """
 
@@ -20,18 +20,18 @@ from .backoff import backoff_s
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 5.0  # before a task that failed is started again
-STEADY_S = 10.0  # a task that runs for so long has got over its last failure
+STEADY_S = 10.0  # once a task has run for so long, its last failure does not count
 PATIENCE = 3  # failures in a row before a task counts as failing
 
 
 @dataclass(eq=False)
-class _Kept:
-    """A task that is kept running."""
+class _Record:
+    """What is known of a running task."""
 
     name: str
-    vital: bool
+    vital: bool  # its owner is not healthy while it fails
     failures: int = 0  # in a row
-    began_s: float = 0.0  # its last try
+    began_s: float = 0.0  # when its last try began
 
     @property
     def failing(self) -> bool:
@@ -40,22 +40,22 @@ class _Kept:
 
 
 class Tasks:
-    """Belongs to one owner, and to the event loop of that."""
+    """The background tasks of one owner, in its event loop."""
 
     def __init__(self, failures: "Counter[str] | None" = None) -> None:
-        """`failures`: where unexpected exceptions are counted, by task; owners may share one."""
+        """`failures` counts unexpected exceptions, by name of the task; owners may share one."""
         self.failures = Counter[str]() if failures is None else failures
-        self._running: dict[asyncio.Task[None], _Kept] = {}
+        self._running: dict[asyncio.Task[None], _Record] = {}
 
     def start(
         self, name: str, run: Callable[[], Coroutine[Any, Any, None]], *, about: str = "", vital: bool = True
     ) -> asyncio.Task[None]:
-        """Runs `run` to its end, and anew, after a growing pause, as often as it raises.
+        """Runs `run` to its end; where it raises, it is run again after a pause that grows.
 
         `about` says which of several with this name it is. One that is not `vital` is never among the failing.
         """
-        kept = _Kept(name, vital)
-        return self._add(self._keep(kept, run, about), kept, about)
+        record = _Record(name, vital)
+        return self._add(self._keep(record, run, about), record, about)
 
     def once(
         self,
@@ -65,18 +65,18 @@ class Tasks:
         about: str = "",
         on_failure: Callable[[Exception], None] | None = None,
     ) -> asyncio.Task[None]:
-        """Runs `run` once; where it raises, `on_failure` is told, which has to end what waits for it."""
+        """Runs `run` once; where it raises, `on_failure` is called, which has to end what waits for it."""
 
         async def once() -> None:
             with self.noted(name, about, on_failure):
                 await run()
 
-        return self._add(once(), _Kept(name, vital=False), about)
+        return self._add(once(), _Record(name, vital=False), about)
 
     @property
     def failing(self) -> list[str]:
         """The names of vital tasks that fail again and again."""
-        return sorted({kept.name for kept in self._running.values() if kept.vital and kept.failing})
+        return sorted({record.name for record in self._running.values() if record.vital and record.failing})
 
     def note(self, name: str, error: Exception, about: str = "") -> None:
         """Logs an unexpected exception with its trace, and counts it."""
@@ -87,9 +87,9 @@ class Tasks:
     def noted(
         self, name: str, about: str = "", on_failure: Callable[[Exception], None] | None = None
     ) -> Iterator[None]:
-        """Keeps an exception of the block, which is noted and told to `on_failure`; a cancellation goes through.
+        """Swallows an exception of the block: it is noted, and `on_failure` is called with it.
 
-        A cancellation that nobody asked of this task (of something that it waited for) is an exception like others.
+        A cancellation of this task goes through; one of something that it waited for is an exception like others.
         """
         try:
             yield
@@ -116,21 +116,21 @@ class Tasks:
         """Ends all of them."""
         await self.end(*self._running)
 
-    def _add(self, run: Coroutine[Any, Any, None], kept: _Kept, about: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(run, name=f"{kept.name} {about}".strip())
-        self._running[task] = kept
+    def _add(self, run: Coroutine[Any, Any, None], record: _Record, about: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(run, name=f"{record.name} {about}".strip())
+        self._running[task] = record
         task.add_done_callback(lambda _: self._running.pop(task, None))
         return task
 
-    async def _keep(self, kept: _Kept, run: Callable[[], Coroutine[Any, Any, None]], about: str) -> None:
+    async def _keep(self, record: _Record, run: Callable[[], Coroutine[Any, Any, None]], about: str) -> None:
         done = False
         while not done:
-            kept.began_s = time.monotonic()
+            record.began_s = time.monotonic()
             failed: list[Exception] = []
-            with self.noted(kept.name, about, failed.append):
+            with self.noted(record.name, about, failed.append):
                 await run()
             done = not failed
             if failed:
-                steady = time.monotonic() - kept.began_s >= STEADY_S
-                kept.failures = 1 if steady else kept.failures + 1
-                await asyncio.sleep(backoff_s(kept.failures, FIRST_PAUSE_S, LAST_PAUSE_S))
+                steady = time.monotonic() - record.began_s >= STEADY_S
+                record.failures = 1 if steady else record.failures + 1
+                await asyncio.sleep(backoff_s(record.failures, FIRST_PAUSE_S, LAST_PAUSE_S))

@@ -522,9 +522,9 @@ class WorkerReport(_message.Message):
     instance: _builtins.str
     """drawn at each start and each flip of the worker"""
     advertise: _builtins.str
-    """where it was told what others shall dial; else `address` is a guess or as bound"""
+    """configured address for others; without one, `address` is found out"""
     flip_failure: _builtins.str
-    """why it could not take the other role when it was told to, and goes on in this one"""
+    """why it could not take the other role, and goes on in this one"""
     @_builtins.property
     def model(self) -> Global___ModelReport: ...
     @_builtins.property
@@ -551,7 +551,7 @@ class WorkerReport(_message.Message):
 
     @_builtins.property
     def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryUse]:
-        """every pool and buffer that grows with requests, in the order of docs/operations.md"""
+        """all pools and buffers that grow with requests, as in docs/operations.md"""
 
     def __init__(
         self,
@@ -624,7 +624,8 @@ Global___MemoryUse: _TypeAlias = MemoryUse  # noqa: Y015
 @_typing.final
 class PrefillRate(_message.Message):
     """Measured averages: recent measurements count most (worker/rates.py). Not set before anything was measured.
-    A chunk of n tokens after c tokens of context takes ms + n * ms_per_token + n * (c + n/2) / 1000 * ms_per_token_ktoken.
+    A chunk of n tokens after c tokens of context takes
+    ms + n * ms_per_token + n * (c + n/2) / 1000 * ms_per_token_ktoken.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -714,7 +715,7 @@ class ClusterStatus(_message.Message):
     active_requests: _builtins.int
     uptime_ms: _builtins.int
     cluster_id: _builtins.str
-    """in the names of the workers' Ray actors; none where the workers are a given list"""
+    """in the names of the Ray actors; none where the workers are a given list"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerReport]: ...
     @_builtins.property

@@ -25,8 +25,10 @@ from google.protobuf.message import Message
 from raw_grpc import raw_call
 
 from isthmus.cluster.client.client import Client
+from isthmus.proto.rpc.statuses import incident_of
 
-FORBIDDEN = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
+BUG = "bug"  # in place of the status that tells of one
+FORBIDDEN = (BUG, grpc.StatusCode.UNKNOWN.name, grpc.StatusCode.INTERNAL.name)
 AT_ONCE = 16  # calls
 CANARY_EVERY = 250  # calls
 ODD_TIMEOUTS_S = (1.0, 0.05, 0.001, 0.0, -1.0, 1e9, 1e300, float("inf"))
@@ -129,7 +131,7 @@ class Fuzzer:
             status, details = await self._ask(address, method, data, rng)
         self.outcome.calls += 1
         self.outcome.answers[method.path, status] += 1
-        if status in (code.name for code in FORBIDDEN):
+        if status in FORBIDDEN:
             text = str(parsed(method.input, data)).replace("\n", " ")
             self.outcome.failures.append(
                 f"seed {self._seed} call {number}: {method.path}: {status}: {details}: {text[:300]} {data[:80].hex()}"
@@ -165,7 +167,7 @@ class Fuzzer:
         except grpc.aio.AioRpcError as error:
             if error.details() == WRITE_FAILED:
                 return "cancelled", ""
-            return error.code().name, error.details() or ""
+            return BUG if incident_of(error) else error.code().name, error.details() or ""
         finally:
             call.cancel()
         return "OK", ""

@@ -20,7 +20,7 @@ from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.cluster.jobs.settings import JobsSettings
-from isthmus.cluster.launch.seat import WorkerSeat, settings_of_both
+from isthmus.cluster.launch.role_host import RoleHost, settings_by_role
 from isthmus.cluster.text.served import load_served_model
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto import common_pb2, decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, worker_pb2
@@ -28,7 +28,7 @@ from isthmus.proto.common_pb2 import PRIORITY_BATCH
 from isthmus.proto.generation_pb2 import Chat, ChatMessage
 from isthmus.proto.jobs_pb2 import ListJobsRequest
 from isthmus.proto.jobs_pb2_grpc import JobsStub
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 
@@ -63,33 +63,34 @@ class Fleet:
     """Both clusters, while they run."""
 
     gateway: Gateway
-    seats: list[WorkerSeat]
+    hosts: list[RoleHost]
     spare: Gateway  # of the second cluster
-    spare_seats: list[WorkerSeat]
+    spare_hosts: list[RoleHost]
     spare_addresses: tuple[str, ...] = ()  # of these, for good
     expected: list[int] = field(default_factory=list)  # the canary's tokens
     methods: list[Method] = field(default_factory=list)
+    transport: Transport = field(default_factory=Transport)
     channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
     valid: Mapping[str, Sequence[Message]] = field(default_factory=dict)  # requests, by their type
     known: dict[str, list[str]] = field(default_factory=dict)  # values of string fields
-    replaced: list[WorkerSeat] = field(default_factory=list)
+    replaced: list[RoleHost] = field(default_factory=list)
     _replacing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def replace_lost(self) -> None:
         """Starts workers of the second cluster anew where they were drained for good."""
         async with self._replacing:
-            for seat in self.replaced:  # an order that it was still following may have built another worker
-                await seat.stop()
-            for number, seat in enumerate(self.spare_seats):
-                if seat.emptied.is_set():
-                    await seat.stop()
-                    self.replaced.append(seat)
+            for host in self.replaced:  # an order that it was still following may have built another worker
+                await host.stop()
+            for number, host in enumerate(self.spare_hosts):
+                if host.drained.is_set():
+                    await host.stop()
+                    self.replaced.append(host)
                     listen = self.spare_addresses[number]
-                    self.spare_seats[number] = fresh = _seat(seat.role, f"spare-{number}", listen)
+                    self.spare_hosts[number] = fresh = _host(host.role, f"spare-{number}", listen)
                     try:
                         await fresh.start()
                     except OSError:  # that other worker has the address: next time
-                        fresh.emptied.set()
+                        fresh.drained.set()
 
     async def left_behind(self, tasks: int, within_s: float = 30) -> list[str]:
         """What is still held once nothing runs any more, after at most `within_s`."""
@@ -114,8 +115,12 @@ class Fleet:
 
     def _held(self) -> list[str]:
         held = [f"the gateway counts {self.gateway.load.active} requests"] if self.gateway.load.active else []
-        for seat in self.seats:
-            report = seat.server.report()
+        for gateway in (self.gateway, self.spare):
+            channels, workers = gateway.transport.open_channels, len(gateway.fleet.statuses())
+            if channels != workers:
+                held.append(f"a gateway of {workers} workers has {channels} open channels")
+        for host in self.hosts:
+            report = host.server.report()
             pages = report.pages
             counts = (pages.in_use, report.waiting_requests, report.running_requests, report.host_buffer_bytes)
             if any(counts) or pages.free + pages.cached != pages.total or report.health != WORKER_HEALTH_READY:
@@ -139,43 +144,43 @@ async def running_fleet(folder: Path) -> AsyncIterator[Fleet]:
         GatewayConfig(restart_wait_s=0.2),
     )
     async with AsyncExitStack() as stack:
-        seats = [_seat("prefill", "prefill-0"), _seat("decode", "decode-0")]
-        spares = [_seat(role, f"spare-{n}") for n, role in enumerate(("prefill", "prefill", "decode", "decode"))]
+        hosts = [_host("prefill", "prefill-0"), _host("decode", "decode-0")]
+        spares = [_host(role, f"spare-{n}") for n, role in enumerate(("prefill", "prefill", "decode", "decode"))]
         gateways = [Gateway("127.0.0.1:0", load_served_model(model_path(MODEL)), (), config) for config in settings]
-        fleet = Fleet(gateways[0], seats, gateways[1], spares)
-        for gateway, members in zip(gateways, (seats, spares), strict=True):
-            for seat in members:
-                await seat.start()
+        fleet = Fleet(gateways[0], hosts, gateways[1], spares)
+        for gateway, members in zip(gateways, (hosts, spares), strict=True):
+            for host in members:
+                await host.start()
             await gateway.start()
             stack.push_async_callback(gateway.stop)
-            for seat in members:
-                gateway.fleet.add(seat.address)
+            for host in members:
+                gateway.fleet.add(host.address)
             async with asyncio.timeout(120):
                 while any(status.health != WORKER_HEALTH_READY for status in gateway.fleet.statuses()):
                     await asyncio.sleep(0.02)
         stack.push_async_callback(_stop, fleet)
+        stack.push_async_callback(fleet.transport.close)
         async with Client(gateways[0].address) as client:
             fleet.expected = (await client.answer(CANARY)).token_ids
         _describe(fleet)
         for address in {address for method in fleet.methods for address in method.addresses}:
-            fleet.channels[address] = open_channel(address)
-            stack.push_async_callback(fleet.channels[address].close)
+            fleet.channels[address] = fleet.transport.dial(address)
         yield fleet
 
 
-def _seat(role: Any, name: str, listen: str = "127.0.0.1:0") -> WorkerSeat:
+def _host(role: Any, name: str, listen: str = "127.0.0.1:0") -> RoleHost:
     settings = {"model": model_path(MODEL), "dtype": "fp32", "name": name, "pool_tokens": 8192, "listen": listen}
-    return WorkerSeat(role, settings_of_both(role, settings))
+    return RoleHost(role, settings_by_role(role, settings))
 
 
 async def _stop(fleet: Fleet) -> None:
-    for seat in (*fleet.seats, *fleet.spare_seats, *fleet.replaced):
-        await seat.stop()
+    for host in (*fleet.hosts, *fleet.spare_hosts, *fleet.replaced):
+        await host.stop()
 
 
 def _describe(fleet: Fleet) -> None:
-    prefill, decode = (seat.address for seat in fleet.seats)
-    spares = fleet.spare_addresses = tuple(seat.address for seat in fleet.spare_seats)
+    prefill, decode = (host.address for host in fleet.hosts)
+    spares = fleet.spare_addresses = tuple(host.address for host in fleet.spare_hosts)
     main = dict.fromkeys(GATEWAY, (fleet.gateway.address,))
     main |= {"Prefill": (prefill,), "Decode": (decode,), "Worker": (prefill, decode)}
     orders = {"Cluster": (fleet.spare.address,), "Worker": spares}
@@ -203,9 +208,9 @@ def _method(method: MethodDescriptor, addresses: tuple[str, ...]) -> Method:
 
 
 def _known(fleet: Fleet, prefill: str) -> dict[str, list[str]]:
-    report = fleet.seats[0].server.report()
+    report = fleet.hosts[0].server.report()
     return {
-        "worker": [seat.server.name for seat in fleet.spare_seats],
+        "worker": [host.server.name for host in fleet.spare_hosts],
         "model": [report.model.name],
         "name": [report.model.name],
         "codec": sorted(report.codecs),
@@ -221,7 +226,7 @@ def _known(fleet: Fleet, prefill: str) -> dict[str, list[str]]:
 
 def _valid(fleet: Fleet, prefill: str) -> dict[str, list[Message]]:
     """Requests that are answered as they are; what is not here has none but the empty one."""
-    report, tokens = fleet.seats[0].server.report(), list(range(3, 150))
+    report, tokens = fleet.hosts[0].server.report(), list(range(3, 150))
     sampling = Sampling(temperature=0, max_tokens=4).to_pb()
     asked = [
         CANARY,
@@ -242,7 +247,7 @@ def _valid(fleet: Fleet, prefill: str) -> dict[str, list[Message]]:
     moved = prefill_pb2.PrefillRequest(**shared, codec_hash=report.codecs["raw"], page_tokens=report.page_tokens)
     job = jobs_pb2.SubmitJobRequest(requests=asked[:1], tenant="t", labels={"a": "b"}, retention=Duration(seconds=60))
     batch = jobs_pb2.SubmitJobRequest(requests=asked[1:3], priority=PRIORITY_BATCH, idempotency_key="k")
-    spare = fleet.spare_seats[0].server.name
+    spare = fleet.spare_hosts[0].server.name
     messages: list[Message] = [
         *(*asked, decode, resumed, moved, job, batch),
         jobs_pb2.ListJobsRequest(tenant="t", states=[1, 2, 3], labels={"a": "b"}, page_size=2),

@@ -7,8 +7,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc.aio
-
 from isthmus.decode.config import DecodeConfig
 from isthmus.decode.worker import DecodeWorker
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
@@ -17,7 +15,7 @@ from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.common_pb2 import FinishReason, TransferStats
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeStub
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 
 LOOK_S = 0.02  # between two looks at whether pages are back
@@ -98,12 +96,14 @@ async def worker_pair(
     )
     for worker in workers:
         await worker.start()
-    channel: grpc.aio.Channel = open_channel(workers[1].address)
-    pair = Pair(*workers, DecodeStub(channel))
+    transport = Transport()
+    pair = Pair(*workers, DecodeStub(transport.dial(workers[1].address)))
     try:
         yield pair
         await pair.baseline()
+        assert pair.decode.transport.open_channels == len(pair.decode._peers)
     finally:
-        await channel.close()
+        await transport.close()
         for worker in workers:
             await worker.stop()
+    assert [side.open_channels for side in (transport, *(worker.transport for worker in workers))] == [0, 0, 0]

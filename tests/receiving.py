@@ -16,7 +16,7 @@ from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.common_pb2 import Priority, TransferStats
 from isthmus.proto.prefill_pb2 import PrefillEvent, PrefillRequest
 from isthmus.proto.prefill_pb2_grpc import PrefillStub
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 
 _numbers = itertools.count()
@@ -109,11 +109,11 @@ async def prefill_worker(model: str, **settings: Any) -> AsyncIterator[Receiving
     """A worker in fp32; at the end its pages must add up, and none may be in use."""
     worker = PrefillWorker(PrefillConfig(**{"model": model, "dtype": "fp32", "name": "prefill"} | settings))
     await worker.start()
-    channel = open_channel(worker.address)
+    transport = Transport()
     try:
-        yield Receiving(worker, PrefillStub(channel))
+        yield Receiving(worker, PrefillStub(transport.dial(worker.address)))
     finally:
-        await channel.close()
+        await transport.close()
         await worker.stop()
     worker._prefixes.table.check()
     assert worker._prefixes.table.in_use == 0

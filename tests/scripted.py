@@ -16,7 +16,8 @@ from isthmus.proto import decode_pb2, worker_pb2
 from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, TransferStats
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
-from isthmus.proto.rpc.server import Server, start_server
+from isthmus.proto.rpc.server import Server
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_ROLE_DECODE,
@@ -132,6 +133,7 @@ class Scripted(DecodeServicer):
     cancelled: int = 0
     server: Server | None = None
     silent: asyncio.Event = field(default_factory=asyncio.Event)  # set: it reports no more
+    transport: Transport = field(default_factory=Transport)
 
     async def start(self, listen: str = "127.0.0.1:0") -> None:
         self.reports = SilentReports(lambda: self.report, self.silent)
@@ -141,7 +143,7 @@ class Scripted(DecodeServicer):
                 self.reports, server
             ),
         }
-        server = await start_server(listen, services)
+        server = await self.transport.listen(listen, services)
         await server.set_serving(True)
         self.server = server
 
@@ -211,10 +213,12 @@ async def scripted_cluster(
     await gateway.start()
     try:
         async with asyncio.timeout(10):
-            while len(gateway.fleet.snapshot().decode) < len(decodes) or not gateway.fleet.snapshot().prefill:
+            while len(gateway.fleet.table.routing.decode) < len(decodes) or not gateway.fleet.table.routing.prefill:
                 await gateway.fleet.change.wait()
         yield ScriptedCluster(gateway, prefill, decodes)
+        assert gateway.transport.open_channels == len(gateway.fleet.statuses())
     finally:
         await gateway.stop()
         for worker in (prefill, *decodes):
             await worker.stop()
+    assert gateway.transport.open_channels == 0

@@ -11,16 +11,17 @@ from typing import Any
 import grpc.aio
 from scripted import Script, report_of, served
 
-from isthmus.cluster.jobs.service.manager import SERVICE, Jobs
+from isthmus.cluster.jobs.service.manager import Jobs
+from isthmus.cluster.jobs.service.service import SERVICE
 from isthmus.cluster.jobs.settings import JobsSettings
-from isthmus.cluster.requests.request import Admitted, examine
+from isthmus.cluster.requests.request import ResolvedRequest, validate
 from isthmus.cluster.requests.session import new_session
 from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.generation_pb2 import GenerateEvent, GenerateRequest
 from isthmus.proto.jobs_pb2 import GetJobRequest, GetResultRequest, Job, JobEvent, JobResult, WatchJobRequest
 from isthmus.proto.jobs_pb2_grpc import JobsStub
-from isthmus.proto.rpc.server import open_channel, start_server
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerReport
 
 ENDED = (3, 4, 5, 6)
@@ -44,20 +45,20 @@ class ScriptedGenerator:
     running: int = 0
     most_running: int = 0
 
-    async def admit(self, request: GenerateRequest, /) -> Admitted:
-        examined = await examine(request, served())
+    async def resolve(self, request: GenerateRequest, /) -> ResolvedRequest:
+        validated = await validate(request, served())
         self._request = request
-        return Admitted(
+        return ResolvedRequest(
             request_id=request.request_id,
             call_id=request.prompt,  # what `run` goes by
-            prompt_token_ids=examined.prompt_token_ids,
-            sampling=examined.sampling,
+            prompt_token_ids=validated.prompt_token_ids,
+            sampling=validated.sampling,
             codec=request.codec,
         )
 
     async def run(
         self,
-        request: Admitted,
+        request: ResolvedRequest,
         pass_on: Callable[[GenerateEvent], Awaitable[None]],
         /,
         *,
@@ -146,10 +147,11 @@ async def jobs_server(
         others=others,
         settings=JobsSettings(**{**QUICK, **settings}),
     )
-    server = await start_server("127.0.0.1:0", {SERVICE: jobs.add_to})
+    transport = Transport()
+    server = await transport.listen("127.0.0.1:0", {SERVICE: jobs.add_to})
     await jobs.start(address or f"host:{server.port}")
     try:
-        async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        async with transport.dial(f"127.0.0.1:{server.port}") as channel:
             yield JobsServer(jobs, JobsStub(channel), generator, address or f"host:{server.port}")
     finally:
         await jobs.drain()

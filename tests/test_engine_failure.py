@@ -23,8 +23,8 @@ from isthmus.decode.worker import DecodeWorker
 from isthmus.prefill.config import PrefillConfig
 from isthmus.prefill.runner import PrefillRunner
 from isthmus.prefill.worker import PrefillWorker
-from isthmus.proto.errors import ENGINE_FAILED_KEY, ERROR_KEY
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.statuses import ENGINE_FAILED_KEY, ERROR_KEY
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import WorkerHealth
 from isthmus.worker import stamps
@@ -59,7 +59,7 @@ async def test_a_failed_engine_refuses_what_runs_and_what_comes(role: str, monke
         report = worker.server.report()
         assert report.health == WorkerHealth.WORKER_HEALTH_FAILED
         assert "device lost" in report.reason
-        async with open_channel(worker.address) as channel:
+        async with Transport().dial(worker.address) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             answer = await stub.Check(health_pb2.HealthCheckRequest(service=""))
         assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -142,16 +142,16 @@ async def cluster(workers: int = 3, **gateway: Any) -> AsyncIterator[tuple[Clien
     for worker in running:
         await worker.start()
     config = GatewayConfig(**{"preflight": False, **gateway})
-    door = Gateway("127.0.0.1:0", load_served_model(path), [worker.address for worker in running], config)
-    await door.start()
+    served = Gateway("127.0.0.1:0", load_served_model(path), [worker.address for worker in running], config)
+    await served.start()
     try:
         async with asyncio.timeout(20):
-            while len(door.fleet.snapshot().prefill) + len(door.fleet.snapshot().decode) < len(running):
-                await door.fleet.change.wait()
-        async with Client(door.address) as client:
+            while len(served.fleet.table.routing.prefill) + len(served.fleet.table.routing.decode) < len(running):
+                await served.fleet.change.wait()
+        async with Client(served.address) as client:
             yield client, running
     finally:
-        await door.stop()
+        await served.stop()
         for worker in running:
             await worker.stop()
 

@@ -61,7 +61,7 @@ async def three_prefill_workers() -> AsyncIterator[Gateway]:
     await gateway.start()
     try:
         async with asyncio.timeout(30):
-            while len(gateway.fleet.snapshot().prefill) < 3 or not gateway.fleet.snapshot().decode:
+            while len(gateway.fleet.table.routing.prefill) < 3 or not gateway.fleet.table.routing.decode:
                 await gateway.fleet.change.wait()
         yield gateway
     finally:
@@ -86,8 +86,8 @@ async def test_nobody_is_put_aside_for_answers_of_one_token(monkeypatch: pytest.
 
         sampling = {**GREEDY, "max_tokens": 2}
         whole = await client.answer(build_request(token_ids=[3, *PROMPT], sampling=sampling), timeout_s=30)
-        board = gateway.fleet.snapshot()
-        bytes_per_token = board.wire_bytes(gateway.fleet.default_codec())
+        table = gateway.fleet.table.routing
+        bytes_per_token = table.wire_bytes(gateway.fleet.table.default_codec())
         for number in range(16):
             await answer(number, max_tokens=1)
         await answer(0, max_tokens=9, stop_token_ids=[whole.token_ids[0]])
@@ -99,10 +99,10 @@ async def test_nobody_is_put_aside_for_answers_of_one_token(monkeypatch: pytest.
                     build_request(token_ids=[number, *PROMPT], sampling={**GREEDY, "max_tokens": 700}), timeout_s=0.05
                 )
         # A prompt that was moved in full before its time was over counts, and names in headers are not all as long.
-        assert board.wire_bytes(gateway.fleet.default_codec()) == pytest.approx(bytes_per_token, rel=0.02)
+        assert table.wire_bytes(gateway.fleet.table.default_codec()) == pytest.approx(bytes_per_token, rel=0.02)
         assert not blamed
         async with asyncio.timeout(30):  # a busy machine may be late with a report
             while [status.reason for status in gateway.fleet.statuses()] != [""] * 4 or any(
-                load.suspect for load in board.prefill.loads.values()
+                load.suspect for load in table.prefill.loads.values()
             ):
                 await asyncio.sleep(0.05)

@@ -76,7 +76,7 @@ async def cluster() -> AsyncIterator[Cluster]:
     by_address = {worker.address: worker for worker in decodes}
     try:
         async with asyncio.timeout(20), Client(gateway.address) as client:
-            while len(gateway.fleet.snapshot().decode) < 2 or not gateway.fleet.snapshot().prefill:
+            while len(gateway.fleet.table.routing.decode) < 2 or not gateway.fleet.table.routing.prefill:
                 await gateway.fleet.change.wait()
         async with Client(gateway.address) as client:
             yield Cluster(shared, by_address, client)

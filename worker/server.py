@@ -15,7 +15,8 @@ from google.protobuf.descriptor import ServiceDescriptor
 from ..proto import worker_pb2
 from ..proto.errors import Unavailable
 from ..proto.rpc.addresses import address_for_others, parse_address
-from ..proto.rpc.server import Server, start_server
+from ..proto.rpc.server import Server
+from ..proto.rpc.transport import Transport
 from ..proto.worker_pb2 import WorkerHealth, WorkerReport, WorkerRole
 from ..proto.worker_pb2_grpc import add_WorkerServicer_to_server
 from .orders import Drained, Orders, OrderServicer
@@ -26,8 +27,11 @@ HAND_OVER_S = 5.0  # for requests that a drain has ended to be gone
 class WorkerServer:
     """The gRPC server of one worker. Health probes see SERVING between `open` and `drain`."""
 
-    def __init__(self, role: WorkerRole.ValueType, listen: str, advertise: str | None, name: str | None) -> None:
+    def __init__(
+        self, role: WorkerRole.ValueType, listen: str, advertise: str | None, name: str | None, transport: Transport
+    ) -> None:
         self._role, self._listen, self._advertise, self._name = role, listen, advertise, name
+        self._transport = transport
         self._reports = OrderServicer(self.report, self.drain)
         self._fill: Callable[[WorkerReport], None] = lambda report: None
         self._started_s = time.monotonic()
@@ -71,7 +75,7 @@ class WorkerServer:
         self._fill = fill_report
         others = await asyncio.to_thread(address_for_others, parse_address(self._listen))
         worker_service = worker_pb2.DESCRIPTOR.services_by_name["Worker"]
-        self._server = await start_server(
+        self._server = await self._transport.listen(
             self._listen,
             {
                 service: add_servicer,

@@ -161,11 +161,11 @@ def worker_decode(
 
 def _serve_cluster(settings: "ClusterConfig", begun_s: float) -> int:
     from ..launch.foreground import run_service
+    from ..launch.progress import StartProgress
     from ..launch.ray_cluster import RayCluster
-    from ..launch.steps import ShownSteps
     from ..launch.supervisor import Supervisor
 
-    shown = ShownSteps()
+    shown = StartProgress()
     supervisor = Supervisor(settings, RayCluster(settings), shown.step)
 
     async def start() -> None:
@@ -198,8 +198,8 @@ def _run_worker(
 ) -> None:
     opt.configure_logs(log_level)
     from ..config import load_worker_settings
-    from ..launch.host import activity, end_process, thread_settings, usable_cores
-    from ..launch.seat import WorkerSeat, settings_of_both
+    from ..launch.role_host import RoleHost, settings_by_role
+    from ..launch.worker_thread import activity, end_process, thread_settings, usable_cores
 
     for flag in ("listen", "advertise"):
         if flag in flags:
@@ -211,20 +211,20 @@ def _run_worker(
 
         return show_plan(role, settings)
     from ..launch.foreground import run_service
-    from ..launch.steps import ShownSteps, telling
+    from ..launch.progress import StartProgress, with_activity
 
-    seat = WorkerSeat(role, settings_of_both(role, settings), end_process)
+    host = RoleHost(role, settings_by_role(role, settings), end_process)
 
     async def doing() -> str:
         return activity()
 
     async def start() -> None:
-        with ShownSteps() as shown, shown.step(f"model {settings['model']}") as tell:
-            await telling(seat.start(), doing, tell)
-        opt.say(f"{role} worker for {settings['model']} on {seat.address}")
+        with StartProgress() as shown, shown.step(f"model {settings['model']}") as set_activity:
+            await with_activity(host.start(), doing, set_activity)
+        opt.say(f"{role} worker for {settings['model']} on {host.address}")
 
     async def stop(timeout_s: float) -> None:
-        await seat.drain(timeout_s)
-        await seat.stop()
+        await host.drain(timeout_s)
+        await host.stop()
 
-    raise typer.Exit(run_service(start, stop, drain_s, seat.emptied))
+    raise typer.Exit(run_service(start, stop, drain_s, host.drained))

@@ -16,7 +16,7 @@ import grpc.aio
 
 from ...proto.errors import InvalidRequest
 from ...proto.jobs_pb2 import Job, JobResult, SubmitJobRequest
-from ...proto.rpc.server import BUG
+from ...proto.rpc.statuses import incident_of
 from ..jobs.states import JobState
 from .batch_lines import BadLine, Line, read_lines
 from .batch_output import BatchFiles
@@ -219,9 +219,8 @@ def _is_refused(error: grpc.aio.AioRpcError) -> bool:
     """Whether it would be refused again, whoever asked and whenever."""
     code, details = error.code(), error.details() or ""
     too_large = code is grpc.StatusCode.RESOURCE_EXHAUSTED and TOO_LARGE in details
-    # A bug of the gateway, which another request need not come upon; gRPC says UNKNOWN of broken streams too.
-    bug = code is grpc.StatusCode.UNKNOWN and details.startswith(BUG)
-    return too_large or bug or code in REFUSED
+    # A bug of the gateway, which another request need not come upon.
+    return too_large or bool(incident_of(error)) or code in REFUSED
 
 
 def check_lines(source: Path, served: str, instead: str) -> int:

@@ -24,11 +24,9 @@ from ...proto.generation_pb2 import (
     Usage,
 )
 from ...proto.generation_pb2_grpc import GenerationStub
-from ...proto.rpc.server import open_channel
+from ...proto.rpc.transport import Transport
 from ...proto.worker_pb2 import ClusterStatus, Explanation, GetStatusRequest
 from ...proto.worker_pb2_grpc import ClusterStub
-
-RETRY_KEY = "retry-after-ms"  # trailing metadata beside RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: when to try again
 
 
 def build_request(
@@ -111,9 +109,10 @@ class Answer:
 class Client:
     """Calls one gateway, as an async context manager; raises grpc.aio.AioRpcError as the server sends it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, transport: Transport | None = None) -> None:
+        """Dials through `transport`; by default one of its own, in plain text."""
         self.address = address
-        self._channel = open_channel(address)
+        self._channel = (transport or Transport()).dial(address)
         self._generation = GenerationStub(self._channel)
         self.cluster = ClusterStub(self._channel)  # status and operations
 

@@ -12,9 +12,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Self, TypeVar
 
-import grpc
 import grpc.aio
 
+from ...proto.backoff import backoff_s
+from ...proto.errors import Unavailable
 from ...proto.jobs_pb2 import (
     CancelJobRequest,
     DeleteJobRequest,
@@ -30,7 +31,8 @@ from ...proto.jobs_pb2 import (
     WatchJobResponse,
 )
 from ...proto.jobs_pb2_grpc import JobsStub
-from ...proto.rpc.server import open_channel
+from ...proto.rpc.statuses import error_of
+from ...proto.rpc.transport import Transport
 from ..jobs.states import JobState
 
 CALL_S = 30.0
@@ -44,9 +46,10 @@ class JobsClient:
     A call that finds no gateway, or one whose database is busy, is tried again for `patience_s`.
     """
 
-    def __init__(self, address: str, *, patience_s: float = 0.0) -> None:
+    def __init__(self, address: str, transport: Transport | None = None, *, patience_s: float = 0.0) -> None:
+        """Dials through `transport`; by default one of its own, in plain text."""
         self.patience_s = patience_s
-        self._channel = open_channel(address)
+        self._channel = (transport or Transport()).dial(address)
         self._stub: Any = JobsStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -89,7 +92,7 @@ class JobsClient:
 
     async def watch(self, job_id: str, from_event: int = 0) -> AsyncIterator[JobEvent]:
         """Every event from that number on, once, to the last one; lost connections are made again for `patience_s`."""
-        wanted, since_s, pause_s = max(1, from_event), time.monotonic(), FIRST_PAUSE_S
+        wanted, tries = max(1, from_event), _Tries(self.patience_s)
         while True:
             call = self._stub.WatchJob(WatchJobRequest(job_id=job_id, from_event=wanted))
             try:
@@ -99,26 +102,33 @@ class JobsClient:
                         yield event
                         if event.HasField("state") and JobState(event.state).ended:
                             return
-                    since_s, pause_s = time.monotonic(), FIRST_PAUSE_S
+                    tries = _Tries(self.patience_s)
                 return
             except grpc.aio.AioRpcError as error:
-                await self._pause(error, since_s, pause_s)
-                pause_s = min(2 * pause_s, LAST_PAUSE_S)
+                await tries.failed(error)
             finally:
                 call.cancel()
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        since_s, pause_s = time.monotonic(), FIRST_PAUSE_S
+        tries = _Tries(self.patience_s)
         while True:
             try:
                 return await call()
             except grpc.aio.AioRpcError as error:
-                await self._pause(error, since_s, pause_s)
-                pause_s = min(2 * pause_s, LAST_PAUSE_S)
+                await tries.failed(error)
 
-    async def _pause(self, error: grpc.aio.AioRpcError, since_s: float, pause_s: float) -> None:
-        """Waits a moment before another try; raises the error where none would help, or patience is over."""
-        lasting = error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-        if lasting or time.monotonic() - since_s + pause_s > self.patience_s:
+
+class _Tries:
+    """The tries of one call, until it is answered."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._until_s = time.monotonic() + patience_s
+        self._failures = 0
+
+    async def failed(self, error: grpc.aio.AioRpcError) -> None:
+        """Waits before another try; raises the error where none would help, or there is no time for one."""
+        self._failures += 1
+        pause_s = backoff_s(self._failures, FIRST_PAUSE_S, LAST_PAUSE_S)
+        if not isinstance(error_of(error), Unavailable) or time.monotonic() + pause_s > self._until_s:
             raise error
         await asyncio.sleep(pause_s)

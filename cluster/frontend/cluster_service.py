@@ -1,4 +1,4 @@
-"""`isthmus.v1.Cluster`: what the gateway tells of the cluster, and what a person orders it to do."""
+"""`isthmus.v1.Cluster`: the status of the cluster, and the operations that a person orders."""
 
 import time
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from ...proto.worker_pb2 import (
     DrainWorkerRequest,
     Explanation,
     FlipWorkerRequest,
+    MemoryUse,
     ScaleRequest,
     ScaleResponse,
     WorkerReport,
@@ -40,11 +41,12 @@ class ClusterService(worker_pb2_grpc.ClusterServicer):
         self._start_s = time.monotonic()
 
     async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: object) -> worker_pb2.ClusterStatus:
+        used_bytes, budget_bytes = self._fleet.table.routing.prefix_bytes
         status = worker_pb2.ClusterStatus(
             version=version("isthmus"),
             workers=[_public(worker) for worker in self._fleet.statuses()],
             uptime_ms=round((time.monotonic() - self._start_s) * 1e3),
-            memory=[self._fleet.snapshot().prefix_memory()],
+            memory=[MemoryUse(name="prefixes", used_bytes=used_bytes, budget_bytes=budget_bytes)],
         )
         self._fill_status(status)
         return status
@@ -69,7 +71,7 @@ def _seconds(request: DrainWorkerRequest | FlipWorkerRequest | ScaleRequest) -> 
 
 
 def _public(report: WorkerReport) -> WorkerReport:
-    """A report as clients may see it: where the model lies on the worker's disk is nobody else's business."""
+    """A report as clients may see it: without the path of the model on the worker's disk."""
     shown = WorkerReport()
     shown.CopyFrom(report)
     shown.model.ClearField("path")

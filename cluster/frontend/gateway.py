@@ -1,152 +1,45 @@
 """The gateway: what clients talk to. It checks, tokenizes, places and streams; it never touches KV.
 
-The life of a request here: `admit` (requests/request.py), page hashes, `route` (router/router.py) and `Decode.Generate`
-with the deadline that is left (requests/dispatch.py), a `Session` (requests/session.py) that makes the client's events,
-until the answer is finished (requests/generator.py). Whatever ends the handler cancels the inner call, and that frees
-everything below.
+The life of a request here: `resolve` (requests/request.py), page hashes (requests/prepare.py), `admit`
+(requests/admission_queue.py), `route` (router/router.py, requests/dispatch.py) and `Decode.Generate` with the deadline
+that is left (requests/attempt.py), a `Session` (requests/session.py) that makes the client's events, until the answer
+is finished (requests/generator.py). Whatever ends the handler cancels the inner call, and that frees everything below.
 """
 
 import asyncio
 import contextlib
 import socket
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
-import grpc.aio
-
 from ...kvtransfer.frame import PROTOCOL_VERSION
 from ...proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
-from ...proto.errors import Exhausted, Expired, Unavailable
 from ...proto.rpc.addresses import parse_address
-from ...proto.rpc.server import MIB, Server, start_server, trace_context, write_in_time
-from ...proto.rpc.signs import kept_alive
+from ...proto.rpc.server import Server
+from ...proto.rpc.transport import MIB, Transport
 from ...proto.tasks import Tasks
-from ..client.client import RETRY_KEY
-from ..fleet.compat import Expected
+from ..fleet.compatibility import Requirements
 from ..fleet.preflight import Preflight
 from ..fleet.registry import Fleet
-from ..gateway_config import GatewayConfig, LocalPrefill
-from ..jobs.service.manager import SERVICE as JOBS_SERVICE
+from ..gateway_config import GatewayConfig
 from ..jobs.service.manager import Jobs
+from ..jobs.service.service import SERVICE as JOBS_SERVICE
 from ..requests.generator import Generator
-from ..requests.request import ServedModel
-from ..router.router import offered_codecs, token_limit
+from ..router.router import servable_codecs
+from ..text.served import ServedModel
 from .cluster_service import ClusterService
+from .generation_service import GenerationService
+from .load import Load
 from .operations import Operations
 
 DEFAULTS = GatewayConfig()
 MAX_MESSAGE_BYTES = 4 * MIB
-LOOK_S = 1.0  # between two looks at whether all background tasks do their work
+HEALTH_PERIOD_S = 1.0  # between two checks of whether all background tasks do their work
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["Generation"],
     worker_pb2.DESCRIPTOR.services_by_name["Cluster"],
 )
-
-
-class Load:
-    """Active requests, and how long one takes: what draining and retry hints go by."""
-
-    def __init__(self) -> None:
-        self.active = 0
-        self._mean_s = 1.0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    @contextlib.contextmanager
-    def track(self) -> Iterator[None]:
-        """Counts one request for as long as the block runs."""
-        start_s = time.monotonic()
-        self.active += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.active -= 1
-            self._mean_s += 0.1 * (time.monotonic() - start_s - self._mean_s)
-            if not self.active:
-                self._idle.set()
-
-    async def wait_idle(self) -> None:
-        """Waits until no request is active."""
-        await self._idle.wait()
-
-    def retry_after_ms(self) -> int:
-        """About when the next request ends and makes room: 100 ms to 10 s."""
-        return round(min(10.0, max(0.1, self._mean_s / max(1, self.active))) * 1e3)
-
-
-class GenerationService(generation_pb2_grpc.GenerationServicer):
-    """`isthmus.v1.Generation` for one model on the workers of a fleet."""
-
-    def __init__(
-        self, model: ServedModel, fleet: Fleet, generator: Generator, load: Load, config: GatewayConfig
-    ) -> None:
-        self._local_prefill: LocalPrefill = config.local_prefill
-        self._sign_of_life_s = config.sign_of_life_s
-        self._model = model
-        self._fleet = fleet
-        self._generator = generator
-        self._load = load
-        self.draining = False
-
-    async def Generate(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        request: generation_pb2.GenerateRequest,
-        context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateEvent],
-    ) -> None:
-        arrived_s = time.monotonic()
-        if self.draining:
-            raise Unavailable("the gateway is shutting down")
-        with self._load.track():
-            try:
-                admitted = await self._generator.admit(request)
-                await context.send_initial_metadata(())
-                sign = partial(generation_pb2.GenerateEvent, request_id=admitted.request_id)
-                write = partial(write_in_time, context)
-                async with kept_alive(write, sign, self._sign_of_life_s) as pass_on:
-                    await self._generator.run(
-                        admitted,
-                        pass_on,
-                        time_left=context.time_remaining,
-                        trace=trace_context(context),
-                        arrived_s=arrived_s,
-                    )
-            except (Exhausted, Expired) as error:
-                hint_ms = self._retry_after_ms(error)
-                if hint_ms is not None:
-                    context.set_trailing_metadata(((RETRY_KEY, str(hint_ms)),))
-                raise
-
-    def _retry_after_ms(self, error: Exhausted | Expired) -> int | None:
-        """When to try again; None where that would change nothing."""
-        if error.retry_after_s is not None:
-            return round(max(0.1, error.retry_after_s) * 1e3)
-        return self._load.retry_after_ms() if isinstance(error, Exhausted) else None
-
-    async def GetModel(self, request: generation_pb2.GetModelRequest, context: object) -> generation_pb2.Model:
-        self._model.check_name(request.name)
-        return self._describe()
-
-    async def ListModels(
-        self, request: generation_pb2.ListModelsRequest, context: object
-    ) -> generation_pb2.ListModelsResponse:
-        return generation_pb2.ListModelsResponse(models=[self._describe()])
-
-    def _describe(self) -> generation_pb2.Model:
-        model, board = self._model, self._fleet.snapshot()
-        return generation_pb2.Model(
-            name=model.name,
-            fingerprint=model.fingerprint,
-            architecture=model.architecture,
-            context_length=model.context_length,
-            vocab_size=model.vocab_size,
-            has_chat_template=model.tokenizer.has_chat_template,
-            codecs=offered_codecs(board, self._local_prefill),
-            default_codec=self._fleet.default_codec(),
-            max_request_tokens=min(model.context_length, token_limit(board, None, self._local_prefill)[1]),
-        )
 
 
 class Gateway:
@@ -162,7 +55,7 @@ class Gateway:
         *,
         cluster_id: str = "",
     ) -> None:
-        """`owner`: background tasks of whoever runs the gateway, which are counted and looked at as its own.
+        """`owner`: background tasks of the gateway's owner, whose failures count as the gateway's own.
 
         `cluster_id`: what `isthmus status` shows; "" where the workers are a given list.
         """
@@ -173,6 +66,7 @@ class Gateway:
         self._config = config
         self._server: Server | None = None
         self._jobs: Jobs | None = None
+        self.transport = Transport()
         self._owner = owner or Tasks()
         self.failures = self._owner.failures
         self._tasks = Tasks(self.failures)
@@ -183,14 +77,14 @@ class Gateway:
 
         OSError where the address cannot be bound; what `Jobs.open` raises.
         """
-        expected = Expected(
+        required = Requirements(
             protocol_version=PROTOCOL_VERSION, model=self._model.name, fingerprint=self._model.fingerprint
         )
-        self.fleet = Fleet(expected, verify=self._config.preflight, failures=self.failures)
+        self.fleet = Fleet(required, self.transport, verify=self._config.preflight, failures=self.failures)
         self._preflight = Preflight(self.fleet, self._model, self.failures)
         self.load = Load()
         self.generator = Generator(self._model, self.fleet, self._config)
-        self._generation = GenerationService(self._model, self.fleet, self.generator, self.load, self._config)
+        self._generation = GenerationService(self._model, self.fleet.table, self.generator, self.load, self._config)
         self.operations = Operations(self.fleet)
         cluster = ClusterService(self.fleet, self.operations, self.generator, self._fill_status)
         adders = (
@@ -201,7 +95,7 @@ class Gateway:
         if self._config.jobs_db is not None:
             self._jobs = await self._open_jobs(self._config.jobs_db)
             services[JOBS_SERVICE] = self._jobs.add_to
-        self._server = await start_server(self._listen, services, max_request_bytes=MAX_MESSAGE_BYTES)
+        self._server = await self.transport.listen(self._listen, services, max_request_bytes=MAX_MESSAGE_BYTES)
         for address in self._workers:
             self.fleet.add(address)
         if self._config.preflight:
@@ -215,7 +109,7 @@ class Gateway:
             url,
             self._model,
             self.generator,
-            default_codec=self.fleet.default_codec,
+            default_codec=self.fleet.table.default_codec,
             reports=self.fleet.statuses,
             others=lambda: self.load.active,
             settings=self._config.jobs,
@@ -252,20 +146,22 @@ class Gateway:
         if self._jobs is not None:
             await self._jobs.stop()
         if self._server is not None:
+            await self.operations.stop()
             await self._preflight.stop()
             await self.fleet.close()
+        await self.transport.close()
 
     async def _follow_health(self, server: Server) -> None:
         try:
             while True:
                 change = self.fleet.change
-                can_serve = bool(offered_codecs(self.fleet.snapshot(), self._config.local_prefill))
+                can_serve = bool(servable_codecs(self.fleet.table.routing, self._config.local_prefill))
                 healthy = can_serve and not self._generation.draining and not self._failing()
                 await server.set_serving(healthy, but=[JOBS_SERVICE.full_name] if self._jobs_failing() else [])
                 if can_serve:
                     self.ready.set()
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_S):
+                    async with asyncio.timeout(HEALTH_PERIOD_S):
                         await change.wait()
         except Exception:
             await server.set_serving(False)

@@ -1,7 +1,7 @@
 """What a person does to a running cluster: drain a worker, change its role, change how many there are.
 
 The gateway passes drains and flips to the workers themselves, so they work for a list of workers as for Ray. Only
-whoever started the workers (the supervisor) can start more, and knows that one it drained shall not come back.
+the supervisor that started the workers can start more, and knows that one it drained shall not come back.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from typing import Protocol
 import grpc.aio
 
 from ...proto.errors import Incompatible, InvalidRequest, IsthmusError, NotFound, Unavailable, shown
+from ...proto.rpc.statuses import PeerBug, error_of
 from ...proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_ROLE_DECODE,
@@ -25,21 +26,20 @@ from ...proto.worker_pb2 import (
 from ...proto.worker_pb2_grpc import WorkerStub
 from ...worker.orders import DRAIN_S
 from ..fleet.registry import Fleet
-from ..requests.dispatch import ERROR_OF
 
 BACK_S = 30.0  # for a flipped worker to be back in its other role, its canary included
 MAX_WORKERS = 1_000  # of a role, that `scale` may be asked for
 _ANSWER_S = 10.0  # for an answer beyond the time that a drain may take
 
 
-class Keeper(Protocol):
-    """Who started the workers and keeps them running."""
+class WorkerManager(Protocol):
+    """Started the workers and keeps them running (`launch/worker_group.py`)."""
 
     async def drain(self, address: str, timeout_s: float) -> DrainResponse:
         """Drains a worker and ends it for good."""
         ...
 
-    def flipped(self, address: str, role: WorkerRole.ValueType) -> None:
+    def set_role(self, address: str, role: WorkerRole.ValueType) -> None:
         """A worker has another role from now on, after a restart too."""
         ...
 
@@ -49,18 +49,19 @@ class Keeper(Protocol):
 
 
 class Operations:
-    """Carries out orders for the workers of a fleet; `keeper` is set where somebody started them."""
+    """Carries out orders for the workers of a fleet; `manager` is set where one started them."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._scaling = asyncio.Lock()
-        self.keeper: Keeper | None = None
+        self._flips: set[asyncio.Task[WorkerReport]] = set()
+        self.manager: WorkerManager | None = None
 
     async def drain(self, worker: str, timeout_s: float = DRAIN_S) -> DrainResponse:
         """Drains a worker, by id or address, and ends it. NotFound where there is none of that name."""
         address = self._find(worker).address
-        if self.keeper is not None:
-            return await self.keeper.drain(address, timeout_s)
+        if self.manager is not None:
+            return await self.manager.drain(address, timeout_s)
         return await self.drain_at(address, timeout_s)
 
     async def drain_at(self, address: str, timeout_s: float) -> DrainResponse:
@@ -88,34 +89,45 @@ class Operations:
         if len(same) == 1:
             raise Incompatible(f"{status.worker_id} is the only worker of its role; start another one first")
         flipping = asyncio.create_task(self._flip(status, role, timeout_s), name=f"flip {status.worker_id}")
-        flipping.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait for it any more
+        self._flips.add(flipping)
+        flipping.add_done_callback(self._flip_ended)
         return await asyncio.shield(flipping)  # the worker goes on too where the caller goes away
+
+    async def stop(self) -> None:
+        """Ends the flips that are waited for here; the workers carry them out all the same."""
+        for flipping in self._flips:
+            flipping.cancel()
+        await asyncio.gather(*self._flips, return_exceptions=True)
+
+    def _flip_ended(self, flipping: "asyncio.Task[WorkerReport]") -> None:
+        self._flips.discard(flipping)
+        _ = flipping.cancelled() or flipping.exception()  # nobody may wait for it any more
 
     async def _flip(self, status: WorkerReport, role: WorkerRole.ValueType, timeout_s: float) -> WorkerReport:
         stub, address = WorkerStub(self._channel(status.address)), status.address
-        self._note_role(address, role)
+        self._set_role(address, role)
         try:
             await stub.Flip(FlipRequest(role=role, timeout_s=timeout_s), timeout=timeout_s + _ANSWER_S)
-            return await self._ready(status, role)
+            return await self._wait_ready(status, role)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:  # the order may be carried out still
-                self._note_role(address, status.role)
+                self._set_role(address, status.role)
             raise _as_ours(address, error) from None
         except Incompatible:
-            self._note_role(address, status.role)
+            self._set_role(address, status.role)
             raise
 
-    def _note_role(self, address: str, role: WorkerRole.ValueType) -> None:
-        if self.keeper is not None:
+    def _set_role(self, address: str, role: WorkerRole.ValueType) -> None:
+        if self.manager is not None:
             with contextlib.suppress(NotFound):  # it was drained, or started anew elsewhere
-                self.keeper.flipped(address, role)
+                self.manager.set_role(address, role)
 
     async def scale(self, prefill: int | None, decode: int | None, timeout_s: float = DRAIN_S) -> ScaleResponse:
         """Changes the number of workers; Incompatible where they are a given list."""
         for name, count in (("prefill", prefill), ("decode", decode)):
             if count is not None and count > MAX_WORKERS:
                 raise InvalidRequest(f"{name} is {count}; allowed: at most {MAX_WORKERS} workers")
-        if self.keeper is None:
+        if self.manager is None:
             raise Incompatible(
                 "this gateway was given a list of workers and cannot start any: start them with `isthmus worker`, name "
                 "all in --workers, and end one with `isthmus drain`; `isthmus up` runs a cluster that scales"
@@ -123,7 +135,7 @@ class Operations:
         if prefill == 0 or decode == 0:
             raise Incompatible("a cluster needs one worker of each role at least")
         async with self._scaling:
-            return await self.keeper.scale(prefill, decode, timeout_s)
+            return await self.manager.scale(prefill, decode, timeout_s)
 
     def _find(self, worker: str) -> WorkerReport:
         statuses = self._fleet.statuses()
@@ -143,7 +155,7 @@ class Operations:
         except KeyError:
             raise Unavailable(f"worker {address} left") from None
 
-    async def _ready(self, before: WorkerReport, role: WorkerRole.ValueType) -> WorkerReport:
+    async def _wait_ready(self, before: WorkerReport, role: WorkerRole.ValueType) -> WorkerReport:
         status, address = None, before.address
         try:
             async with asyncio.timeout(BACK_S):
@@ -161,5 +173,5 @@ class Operations:
 
 
 def _as_ours(address: str, error: grpc.aio.AioRpcError) -> IsthmusError:
-    known = ERROR_OF.get(error.code(), Unavailable)
-    return known(f"worker {address}: {error.details()}")
+    known = error_of(error, f"worker {address}")
+    return Unavailable(str(known)) if isinstance(known, PeerBug) else known

@@ -12,22 +12,22 @@ def run_service(
     start: Callable[[], Awaitable[None]],
     stop: Callable[[float], Awaitable[None]],
     drain_s: float,
-    emptied: asyncio.Event | None = None,
+    drained: asyncio.Event | None = None,
 ) -> int:
     """Starts, waits for a signal, stops with `drain_s` seconds for what still runs; the exit code.
 
-    `stop` is called in every case, with 0 where there is no time: start failed, or a second signal came. `emptied` ends
+    `stop` is called in every case, with 0 where there is no time: start failed, or a second signal came. `drained` ends
     it as a first signal does. The code is INTERRUPTED where a signal came before everything ran or while it was ending.
     Raises what `start` or `stop` raises.
     """
-    return asyncio.run(_run(start, stop, drain_s, emptied))
+    return asyncio.run(_run(start, stop, drain_s, drained))
 
 
 async def _run(
     start: Callable[[], Awaitable[None]],
     stop: Callable[[float], Awaitable[None]],
     drain_s: float,
-    emptied: asyncio.Event | None,
+    drained: asyncio.Event | None,
 ) -> int:
     first, second = asyncio.Event(), asyncio.Event()
 
@@ -44,7 +44,7 @@ async def _run(
     if starting.exception() is not None:
         await stop(0)
         starting.result()
-    ending = [asyncio.ensure_future(event.wait()) for event in (first, emptied) if event is not None]
+    ending = [asyncio.ensure_future(event.wait()) for event in (first, drained) if event is not None]
     await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
     for waiting in ending:
         waiting.cancel()

@@ -13,8 +13,9 @@ from typing import Any
 from ...proto.errors import AlreadyExists, IsthmusError, Unavailable
 from ...proto.rpc.addresses import HostPort, parse_address
 from ...worker.orders import Drained
-from ..config import ClusterConfig, Role
-from .host import WorkerHost, end_process, thread_settings, usable_cores
+from ..config import ClusterConfig
+from ..fleet.report import Role
+from .worker_thread import WorkerThread, end_process, thread_settings, usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ QUIET = {
     # with them. No request needs the head: they stay until the supervisor has them end.
     "RAY_gcs_rpc_server_reconnect_timeout_s": str(365 * 24 * 3600),
 }
-HEAD_LOOK_S = 1.0  # between two looks at whether Ray's head is there
+HEAD_POLL_S = 1.0  # between two checks of whether Ray's head is there
 HEAD_MISSES = 3  # in a row, of a head that is gone
 
 
@@ -50,7 +51,7 @@ class RayWorker:
         return await self._call("address")
 
     async def activity(self) -> str:
-        """What its start is at, in a few words; "" where there is nothing to tell."""
+        """What its start is doing, in a few words; "" where there is nothing to tell."""
         return await self._call("activity")
 
     async def wait_closed(self) -> None:
@@ -114,13 +115,13 @@ class RayCluster:
             await asyncio.Event().wait()
         missed = 0
         while missed < HEAD_MISSES:
-            await asyncio.sleep(HEAD_LOOK_S)
+            await asyncio.sleep(HEAD_POLL_S)
             missed = 0 if await self._head_answers() else missed + 1
 
     async def _head_answers(self) -> bool:
         host, port = parse_address(self._head)
         try:
-            async with asyncio.timeout(HEAD_LOOK_S):
+            async with asyncio.timeout(HEAD_POLL_S):
                 _, writer = await asyncio.open_connection(host, port)
         except (OSError, TimeoutError):
             return False
@@ -174,8 +175,8 @@ class RayCluster:
 
         joins = self._config.address is not None
         host = "0.0.0.0" if joins else "127.0.0.1"
-        both: tuple[Role, Role] = ("prefill", "decode") if role == "prefill" else ("decode", "prefill")
-        settings = [self._config.worker_settings(each, name, f"{host}:0", self.threads) for each in both]
+        roles: tuple[Role, Role] = ("prefill", "decode") if role == "prefill" else ("decode", "prefill")
+        settings = [self._config.worker_settings(each, name, f"{host}:0", self.threads) for each in roles]
         options: dict[str, Any] = {
             "name": f"{name}.{self._config.cluster_id}",
             # On the local Ray, which is ours alone, a cluster may be scaled past what was counted at its start.
@@ -188,15 +189,15 @@ class RayCluster:
             options["runtime_env"] = {"env_vars": thread_settings(self.threads)}
             options["scheduling_strategy"] = "SPREAD"
         try:
-            actor = ray.remote(ActorHost).options(**options).remote(role, *settings)
+            actor = ray.remote(WorkerActor).options(**options).remote(role, *settings)
         except ValueError as error:  # Ray's for a name that is taken
             why = f"on Ray: {_last_line(error)}; is another cluster there with the id {self._config.cluster_id}?"
             raise AlreadyExists(f"cannot start {name} {why}") from None
         return RayWorker(name, actor)
 
 
-class ActorHost(WorkerHost):
-    """A WorkerHost that listens on its Ray node's own address where the settings say any address."""
+class WorkerActor(WorkerThread):
+    """A WorkerThread that listens on its Ray node's own address where the settings say any address."""
 
     end_process = staticmethod(end_process)
 
@@ -229,7 +230,7 @@ def _no_helpers() -> Iterator[None]:
 
 
 def _silence_raylet() -> None:
-    """Sends what Ray's daemons tell a driver of dead workers to the log: the supervisor says it in one line."""
+    """Sends what Ray's daemons print about dead workers to the log: the supervisor says it in one line."""
     import ray._private.worker
 
     def to_log(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:

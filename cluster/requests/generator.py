@@ -7,18 +7,20 @@ import logging
 import time
 from collections.abc import Sequence
 
-from ...proto.errors import IsthmusError, status_of
+from ...proto.errors import IsthmusError
 from ...proto.generation_pb2 import GenerateRequest
-from ...proto.rpc.server import TraceContext
+from ...proto.rpc.statuses import code_of
+from ...proto.rpc.trace import TraceContext
 from ...proto.worker_pb2 import Explanation
 from ..fleet.registry import Fleet
 from ..gateway_config import GatewayConfig
-from ..router.board import Board
-from ..router.router import offered_codecs
+from ..router.router import servable_codecs
+from ..router.routing_table import RoutingTable
 from ..text.served import ServedModel
-from .dispatch import Dispatcher, PassOn, TimeLeft
-from .door import Door
-from .request import Admitted, admit
+from .admission_queue import AdmissionQueue
+from .attempt import PassOn
+from .dispatch import Dispatcher, TimeLeft
+from .request import ResolvedRequest, resolve
 from .session import Session, new_session
 from .suspicion import Suspicion
 
@@ -38,28 +40,29 @@ class Generator:
         self._model = model
         self._fleet = fleet
         self._config = config
-        self._door = Door(fleet, config)
+        self._admission = AdmissionQueue(fleet.table, config)
         self._dispatcher = Dispatcher(fleet, model.fingerprint, config)
 
-    async def admit(self, request: GenerateRequest) -> Admitted:
-        """Checks and completes a request; raises what is wrong with it, Unavailable where nothing can serve it."""
-        board = await self._workers()
-        return await admit(request, self._model, board, self._fleet.default_codec(), self._config.local_prefill)
+    async def resolve(self, request: GenerateRequest) -> ResolvedRequest:
+        """Validates and completes a request; raises what is wrong with it, Unavailable where nothing can serve it."""
+        table = await self._usable_workers()
+        default_codec = self._fleet.table.default_codec()
+        return await resolve(request, self._model, table, default_codec, self._config.local_prefill)
 
     async def explain(self, request: GenerateRequest) -> Explanation:
-        """What a request would cost where, and what would be chosen; raises as `admit`, and where nothing fits."""
-        admitted = await self.admit(request)
+        """What a request would cost on which workers; raises as `resolve`, and where nothing fits."""
+        resolved = await self.resolve(request)
         return Explanation(
             policy=self._config.policy,
             local_prefill=self._config.local_prefill,
-            prompt_tokens=len(admitted.prompt_token_ids),
-            output_tokens=self._fleet.snapshot().output_tokens,
-            candidates=self._dispatcher.explain(admitted),
+            prompt_tokens=len(resolved.prompt_token_ids),
+            output_tokens=self._fleet.table.routing.output_tokens,
+            candidates=self._dispatcher.explain(resolved),
         )
 
     async def run(
         self,
-        request: Admitted,
+        request: ResolvedRequest,
         pass_on: PassOn,
         *,
         emitted: Sequence[int] = (),
@@ -83,13 +86,13 @@ class Generator:
         try:
             left = self._bounded(time_left, arrived_s)
             prepared = functools.cache(lambda: self._dispatcher.prepare(request))
-            async with self._door.inside(request, left, lambda: self._dispatcher.expect(request, prepared())):
+            async with self._admission.admit(request, left, lambda: self._dispatcher.estimate(request, prepared())):
                 await self._dispatcher.run(
                     session, prepared(), pass_on, time_left=left, trace=trace, suspicion=suspicion
                 )
             status = "OK"
         except IsthmusError as error:
-            status = f"{status_of(error).name}: {error}"
+            status = f"{code_of(error).name}: {error}"
             raise
         except asyncio.CancelledError:
             status = "CANCELLED"
@@ -110,24 +113,24 @@ class Generator:
 
         return left
 
-    async def _workers(self) -> Board:
+    async def _usable_workers(self) -> RoutingTable:
         """The workers, as soon as some can serve: at once as a rule.
 
         A connection that was lost is often back within GRACE_S, and workers that were here lately are being restarted;
         where there never were any nobody waits for longer than that.
         """
         begun_s = time.monotonic()
-        while not offered_codecs(self._fleet.snapshot(), self._config.local_prefill):
+        while not servable_codecs(self._fleet.table.routing, self._config.local_prefill):
             until_s = begun_s + GRACE_S
-            if self._fleet.served_s is not None:
-                until_s = max(until_s, self._fleet.served_s + self._config.restart_wait_s)
+            if self._fleet.table.usable_s is not None:
+                until_s = max(until_s, self._fleet.table.usable_s + self._config.restart_wait_s)
             change, left = self._fleet.change, until_s - time.monotonic()
             if left <= 0:
                 break
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await change.wait()
-        return self._fleet.snapshot()
+        return self._fleet.table.routing
 
 
 def _log_end(session: Session, status: str) -> None:

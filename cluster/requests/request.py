@@ -1,4 +1,4 @@
-"""The door: what a client asked for, checked, tokenized and completed; nothing else goes further in."""
+"""What a client asked for: validated, tokenized, and with every default set. Nothing else reaches the workers."""
 
 import functools
 import secrets
@@ -11,16 +11,16 @@ from ...proto.errors import InvalidRequest, NotFound, Unavailable, shown
 from ...proto.generation_pb2 import Chat, GenerateRequest, TokenIds
 from ...proto.names import check_name
 from ...proto.sampling import Sampling
-from ..gateway_config import LocalPrefill
-from ..router.board import Board
-from ..router.router import offered_codecs, token_limit
+from ..router.policies import LocalPrefill
+from ..router.router import servable_codecs, token_limit
+from ..router.routing_table import Limit, RoutingTable
 from ..text.served import ServedModel
 
 ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Admitted:
+class ResolvedRequest:
     """A request that can be served: every default set, every limit kept."""
 
     request_id: str  # the client's, or drawn
@@ -32,35 +32,40 @@ class Admitted:
     tenant: str = ""
     explain: bool = False
 
+    @property
+    def tokens(self) -> int:
+        """Prompt and output at most."""
+        return len(self.prompt_token_ids) + self.sampling.max_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
-class Examined:
-    """A request as far as it can be checked with no workers there."""
+class ValidatedRequest:
+    """A request as far as it can be checked without workers."""
 
     prompt_token_ids: list[int]
     sampling: Sampling
 
 
-async def examine(request: GenerateRequest, model: ServedModel) -> Examined:
-    """Checks what depends on the request and the model alone; InvalidRequest or NotFound, as `admit`."""
+async def validate(request: GenerateRequest, model: ServedModel) -> ValidatedRequest:
+    """Checks what depends on the request and the model alone; InvalidRequest or NotFound, as `resolve`."""
     check_name("request_id", request.request_id)
     model.check_name(request.model)
     sampling = _sampling(request, model)
     if request.codec and request.codec not in codec_names():
         raise NotFound(f"no codec {shown(request.codec)}; allowed: {', '.join(sorted(codec_names()))}")
     tokens = await _tokenize(request, model)
-    everything = (model.context_length, model.context_length)
-    return Examined(prompt_token_ids=tokens, sampling=_fit(sampling, len(tokens), model.context_length, everything))
+    limit = (model.context_length, model.context_length)
+    return ValidatedRequest(prompt_token_ids=tokens, sampling=_fit(sampling, len(tokens), model.context_length, limit))
 
 
-async def admit(
+async def resolve(
     request: GenerateRequest,
     model: ServedModel,
-    board: Board,
+    table: RoutingTable,
     default_codec: str,
     local_prefill: LocalPrefill = "never",
-) -> Admitted:
-    """Checks and completes a request; the tokenizer runs in a thread (`text/tokenizing.py`).
+) -> ResolvedRequest:
+    """Validates and completes a request; the tokenizer runs in a thread (`text/tokenizing.py`).
 
     InvalidRequest, NotFound or Unavailable (no workers) with what was wrong and what is allowed.
     """
@@ -70,15 +75,15 @@ async def admit(
     sampling = _sampling(request, model)
     known = set(codec_names())
     if request.codec and request.codec not in known:
-        allowed = ", ".join(offered_codecs(board, local_prefill) or sorted(known))
+        allowed = ", ".join(servable_codecs(table, local_prefill) or sorted(known))
         raise NotFound(f"no codec {shown(request.codec)}; allowed: {allowed}")
     tokens = await _tokenize(request, model)
-    codec = _codec(request.codec or default_codec, offered_codecs(board, local_prefill))
-    return Admitted(
+    codec = _codec(request.codec or default_codec, servable_codecs(table, local_prefill))
+    return ResolvedRequest(
         request_id=request_id,
         call_id=f"{request_id}.{secrets.token_hex(4)}",
         prompt_token_ids=tokens,
-        sampling=_fit(sampling, len(tokens), model.context_length, token_limit(board, codec, local_prefill)),
+        sampling=_fit(sampling, len(tokens), model.context_length, token_limit(table, codec, local_prefill)),
         codec=codec,
         priority=_priority(request.priority),
         tenant=tenant,
@@ -100,11 +105,11 @@ def _sampling(request: GenerateRequest, model: ServedModel) -> Sampling:
     return sampling
 
 
-def _codec(name: str, offered: Sequence[str]) -> str:
-    if not offered:
+def _codec(name: str, servable: Sequence[str]) -> str:
+    if not servable:
         raise Unavailable("no pair of prefill and decode workers is ready")
-    if name not in offered:
-        raise NotFound(f"codec {name!r} is not offered by this cluster; allowed: {', '.join(offered)}")
+    if name not in servable:
+        raise NotFound(f"codec {name!r} is not offered by this cluster; allowed: {', '.join(servable)}")
     return name
 
 
@@ -131,7 +136,7 @@ async def _encode(prompt: str, model: ServedModel) -> list[int]:
     size = len(prompt.encode())
     _check_bytes("prompt", size, model)
     encode = functools.partial(model.tokenizer.encode, prompt, most_tokens=model.context_length - 1)
-    return await model.line.run(size, encode)
+    return await model.tokenizer_threads.run(size, encode)
 
 
 async def _encode_chat(chat: Chat, model: ServedModel, *, continue_final: bool) -> list[int]:
@@ -147,7 +152,7 @@ async def _encode_chat(chat: Chat, model: ServedModel, *, continue_final: bool) 
         continue_final=continue_final,
         parse_special=model.limits.parse_special,
     )
-    return await model.line.run(size, encode)
+    return await model.tokenizer_threads.run(size, encode)
 
 
 def _check_bytes(what: str, size: int, model: ServedModel) -> None:
@@ -188,12 +193,12 @@ def _messages(chat: Chat, model: ServedModel) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in chat.messages]
 
 
-def _fit(sampling: Sampling, prompt: int, context: int, held: tuple[int, int]) -> Sampling:
+def _fit(sampling: Sampling, prompt: int, context: int, limit: Limit) -> Sampling:
     """Cuts max_tokens to what the context and the largest worker leave; InvalidRequest where nothing is."""
     _check_length(prompt, context)
-    held_prompt, held_total = held
-    if prompt > held_prompt:
-        raise InvalidRequest(f"prompt of {prompt} tokens; allowed: at most {held_prompt} (what a worker can hold)")
-    room = min(context, held_total) - prompt
+    longest_prompt, longest_total = limit
+    if prompt > longest_prompt:
+        raise InvalidRequest(f"prompt of {prompt} tokens; allowed: at most {longest_prompt} (what a worker can hold)")
+    room = min(context, longest_total) - prompt
     most = min(sampling.max_tokens, room)
     return replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))

@@ -18,14 +18,14 @@ from ...proto.common_pb2 import (
 from ...proto.decode_pb2 import DecodeEvent
 from ...proto.generation_pb2 import GenerateEvent, Timings, Usage
 from ..text.served import ServedModel, StopMatcher, TextDecoder
-from .request import Admitted
+from .request import ResolvedRequest
 
 
 @dataclass(kw_only=True)
 class Session:
     """The state of one answer. `push` until `finished`."""
 
-    request: Admitted
+    request: ResolvedRequest
     detokenizer: TextDecoder
     stops: StopMatcher | None  # None where the request has no stop strings
     arrived_s: float  # on the clock that `push` is given
@@ -139,7 +139,7 @@ class Session:
         )
 
 
-def new_session(request: Admitted, model: ServedModel, arrived_s: float) -> Session:
+def new_session(request: ResolvedRequest, model: ServedModel, arrived_s: float) -> Session:
     """A session for a request that is about to be placed."""
     stops = request.sampling.stop
     return Session(

@@ -1,8 +1,8 @@
 """Whether engines die of a request: what one request has seen of workers that failed while they computed it. Pure.
 
-Who was in the step in which an engine failed is tried once more, in steps of its own, so that the others of that step
-are out of danger; what fails such a step too has shown that it is the reason. A process may also die so hard that
-nobody is told: a request that loses one worker after the other, and gets nowhere, is treated in the same way, only
+A request that was in the step in which an engine failed is tried once more, in steps of its own, so that the others of
+that step are safe; one that fails such a step too has shown that it is the reason. A process may also die without
+saying anything: a request that loses one worker after the other, without progress, is treated in the same way, only
 later, because workers are killed for other reasons too.
 """
 

@@ -1,12 +1,10 @@
-"""The router's table for one request: what each pair of workers would cost, part by part."""
+"""What each pair of workers would cost for one request, part by part."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from ..gateway_config import LocalPrefill
-from .board import Board
 from .costs import (
     ITL_WEIGHT,
     LOCAL_MARGIN,
@@ -21,14 +19,16 @@ from .costs import (
     save,
     wait_ms,
 )
+from .policies import LocalPrefill
 from .router import Placement, allowed_workers
-from .table import COMPUTE, NOBODY, QUEUE, Floats, Pool
+from .routing_table import RoutingTable
+from .worker_columns import COMPUTE, EXCLUDED, QUEUE, Floats, WorkerColumns
 
-DECODES, PREFILLS = 4, 8  # that the table shows, the cheapest of each
+DECODES, PREFILLS = 4, 8  # that are shown, the cheapest of each
 
 
 class Price(NamedTuple):
-    """One line: as `Candidate` of the wire."""
+    """One pair, or a decode worker alone (`prefill` is ""): as `Candidate` of the wire."""
 
     decode: str
     prefill: str
@@ -44,44 +44,47 @@ class Price(NamedTuple):
     chosen: bool
 
 
-def explain(demand: Demand, board: Board, placement: Placement, *, local_prefill: LocalPrefill) -> list[Price]:
+def explain(demand: Demand, table: RoutingTable, placement: Placement, *, local_prefill: LocalPrefill) -> list[Price]:
     """The prices of the cheapest pairs, the chosen one among them, and of local prefill where it is allowed."""
-    _, may_decode, _ = allowed_workers(demand, board, local_prefill=local_prefill)
-    pool = board.decode
-    wait = wait_ms(board, demand)
-    own = np.array(own_ms(all_weights(demand, board.output_tokens), pool)) + (0.0 if wait is None else wait)
+    _, may_decode, _ = allowed_workers(demand, table, local_prefill=local_prefill)
+    workers = table.decode
+    wait = wait_ms(table, demand)
+    own = np.array(own_ms(all_weights(demand, table.output_tokens), workers)) + (0.0 if wait is None else wait)
     if may_decode is not None:
         own += may_decode
-    rows = [int(row) for row in np.argsort(own, kind="stable")[:DECODES] if own[row] < NOBODY]
-    chosen = pool.row[placement.decode]
-    lines = []
+    rows = [int(row) for row in np.argsort(own, kind="stable")[:DECODES] if own[row] < EXCLUDED]
+    chosen = workers.row_of[placement.decode]
+    prices: list[Price] = []
     for row in dict.fromkeys([chosen, *rows]):
-        lines += _lines(demand, board, row, float(own[row]), 0.0 if wait is None else float(wait[row]), local_prefill)
+        waits = 0.0 if wait is None else float(wait[row])
+        prices += _prices(demand, table, row, float(own[row]), waits, local_prefill)
     picked = (placement.decode, placement.prefill[0] if placement.prefill else "")
-    lines = [line._replace(chosen=(line.decode, line.prefill) == picked) for line in lines]
-    return sorted(lines, key=lambda line: (line.total_ms, not line.chosen))
+    prices = [price._replace(chosen=(price.decode, price.prefill) == picked) for price in prices]
+    return sorted(prices, key=lambda price: (price.total_ms, not price.chosen))
 
 
-def _lines(
-    demand: Demand, board: Board, row: int, own_ms: float, wait: float, local_prefill: LocalPrefill
+def _prices(
+    demand: Demand, table: RoutingTable, row: int, own_ms: float, wait: float, local_prefill: LocalPrefill
 ) -> Iterator[Price]:
     """One decode worker with each prefill worker, and alone."""
-    held = cached_tokens(board.decode, demand)
-    held_here = held.get(row, 0.0)
-    shared = {"decode": board.decode.addresses[row], "wait_ms": wait, "steps_ms": own_ms - wait}
-    shared |= {"held_tokens": round(held_here), "chosen": False}
+    decode_cached = cached_tokens(table.decode, demand)
+    cached_here = decode_cached.get(row, 0.0)
+    shared = {"decode": table.decode.addresses[row], "wait_ms": wait, "steps_ms": own_ms - wait}
+    shared |= {"held_tokens": round(cached_here), "chosen": False}
     if local_prefill != "always":
-        pool, kinds = board.prefill, board.offer(demand.codec)
-        cached = cached_tokens(pool, demand)
-        queue = np.dot(queue_weights(demand), pool.terms[QUEUE])
-        compute = _compute_ms(demand, pool, cached)
-        sent = exposed_ms(demand, board, held_here, board.links(row), queue + compute) if len(pool) else compute
+        workers, support = table.prefill, table.codec_support(demand.codec)
+        cached = cached_tokens(workers, demand)
+        queue = np.dot(queue_weights(demand), workers.terms[QUEUE])
+        compute = _compute_ms(demand, workers, cached)
+        hidden = queue + compute
+        sent = exposed_ms(demand, table, cached_here, table.links(row), hidden) if len(workers) else compute
         total = own_ms + queue + compute + sent
-        fits = (kinds.prefill == kinds.decode[row]) & (pool.capacity >= demand.prompt_tokens) & (total < NOBODY)
+        fits = (support.prefill == support.decode[row]) & (workers.capacity >= demand.prompt_tokens)
+        fits &= total < EXCLUDED
         for prefill in [int(one) for one in np.argsort(total, kind="stable") if fits[one]][:PREFILLS]:
             yield Price(
                 **shared,
-                prefill=pool.addresses[prefill],
+                prefill=workers.addresses[prefill],
                 queue_ms=float(queue[prefill]),
                 compute_ms=float(compute[prefill]),
                 transfer_ms=float(sent[prefill]),
@@ -90,8 +93,8 @@ def _lines(
                 cached_tokens=round(cached.get(prefill, 0.0)),
             )
     if local_prefill != "never":
-        compute_here = float(_compute_ms(demand, board.decode, held)[row])
-        requests = float(board.decode.requests[row])
+        compute_here = float(_compute_ms(demand, table.decode, decode_cached)[row])
+        requests = float(table.decode.requests[row])
         damage = ITL_WEIGHT * demand.damage * requests * compute_here
         yield Price(
             **shared,
@@ -101,12 +104,12 @@ def _lines(
             transfer_ms=0.0,
             damage_ms=damage,
             total_ms=own_ms + LOCAL_MARGIN * compute_here + damage,
-            cached_tokens=round(held_here),
+            cached_tokens=round(cached_here),
         )
 
 
-def _compute_ms(demand: Demand, pool: Pool, cached: Cached) -> Floats:
-    """What is not cached, on each worker."""
-    costs = np.dot(compute_weights(demand), pool.terms[COMPUTE])
-    save(costs, demand, pool, cached)
+def _compute_ms(demand: Demand, workers: WorkerColumns, cached: Cached) -> Floats:
+    """The time to compute what is not cached, on each worker."""
+    costs = np.dot(compute_weights(demand), workers.terms[COMPUTE])
+    save(costs, demand, workers, cached)
     return costs

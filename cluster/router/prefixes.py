@@ -1,7 +1,8 @@
-"""What the gateway believes of cached prefixes: which workers were given which pages lately. Pure and bounded.
+"""Which workers were given which prompt prefixes lately, as far as the gateway knows. Pure and bounded.
 
-A page's address covers everything before it, so that a worker that holds page i of a prompt and all pages before it
-holds that prefix. Prompts are looked at in steps (`steps_of`): every page near the beginning, every eighth further on.
+The hash of a page covers everything before it, so that a worker that has page i of a prompt and all pages before it has
+that prefix. A prompt is represented by some of its page hashes, its prefix keys (`prefix_keys_of`): every page near the
+beginning, every eighth further on.
 """
 
 from collections import OrderedDict
@@ -12,80 +13,80 @@ import numpy as np
 from ...kvtransfer.hashing import HASH_BYTES
 
 DENSE_PAGES, STRIDE = 8, 8
-STEPS_PER_WORKER = 16_384  # at most; a step is 1 to 8 pages: about 8 million tokens of long prompts
-STEPS_IN_ALL = 1 << 20  # of all workers of a pool: about 256 MiB, which many workers share evenly
-STEP_BYTES = 256  # of one, in the tables below
-FEW = 8  # rows: so many are handled one by one, more as vectors
+KEYS_PER_WORKER = 16_384  # at most; a key stands for 1 to 8 pages: about 8 million tokens of long prompts
+MAX_KEYS = 1 << 20  # of all workers of a role: about 256 MiB, which many workers share evenly
+KEY_BYTES = 256  # of one, in the dictionaries below
+FEW_ROWS = 8  # so many are handled one by one, more as vectors
 
-Steps = tuple[tuple[int, bytes], ...]  # (tokens up to there, address of the page that ends there), ascending
+PrefixKeys = tuple[tuple[int, bytes], ...]  # (tokens up to there, hash of the page that ends there), ascending
 
 
-def steps_of(hashes: bytes, page_tokens: int) -> Steps:
-    """The steps of a prompt with these page hashes."""
+def prefix_keys_of(hashes: bytes, page_tokens: int) -> PrefixKeys:
+    """The prefix keys of a prompt with these page hashes."""
     pages = len(hashes) // HASH_BYTES
     chosen = [*range(1, min(pages, DENSE_PAGES) + 1), *range(DENSE_PAGES + STRIDE, pages + 1, STRIDE)]
     return tuple((page * page_tokens, hashes[(page - 1) * HASH_BYTES : page * HASH_BYTES]) for page in chosen)
 
 
-class Prefixes:
-    """The workers of one pool by the addresses they were given; a worker is a row of the pool."""
+class PrefixIndex:
+    """The workers of one role by the prefix keys of the prompts that they were given; a worker is a row."""
 
     def __init__(self) -> None:
-        self._rows: dict[bytes, int] = {}  # address -> set of rows, as bits
-        self._given: dict[int, OrderedDict[bytes, None]] = {}  # row -> addresses, the oldest first
-        self.steps = 0  # that are remembered, of all workers
+        self._rows: dict[bytes, int] = {}  # page hash -> set of rows, as bits
+        self._given: dict[int, OrderedDict[bytes, None]] = {}  # row -> page hashes, the oldest first
+        self.key_count = 0  # remembered keys, of all workers
 
-    def remember(self, row: int, steps: Steps) -> None:
-        """A worker was given a prompt; what it was given longest ago is forgotten past its share of steps."""
+    def remember(self, row: int, keys: PrefixKeys) -> None:
+        """A worker was given a prompt; past its share of keys, those that it was given longest ago are forgotten."""
         given, bit = self._given.setdefault(row, OrderedDict()), 1 << row
-        for _, address in reversed(steps):  # the beginning of a prompt is forgotten last
-            if address in given:
-                given.move_to_end(address)
+        for _, page_hash in reversed(keys):  # the beginning of a prompt is forgotten last
+            if page_hash in given:
+                given.move_to_end(page_hash)
             else:
-                given[address] = None
-                self.steps += 1
-                self._rows[address] = self._rows.get(address, 0) | bit
-        share = min(STEPS_PER_WORKER, STEPS_IN_ALL // len(self._given))
+                given[page_hash] = None
+                self.key_count += 1
+                self._rows[page_hash] = self._rows.get(page_hash, 0) | bit
+        share = min(KEYS_PER_WORKER, MAX_KEYS // len(self._given))
         self._trim(row, share)
-        if self.steps > STEPS_IN_ALL:  # a worker is new, and the others' shares are smaller now
+        if self.key_count > MAX_KEYS:  # a worker is new, and the others' shares are smaller now
             for other in self._given:
                 self._trim(other, share)
 
     def forget(self, row: int) -> None:
         """A worker is gone, or was started anew."""
-        for address in self._given.pop(row, ()):
-            self._drop(address, 1 << row)
+        for page_hash in self._given.pop(row, ()):
+            self._drop(page_hash, 1 << row)
 
-    def match(self, steps: Steps) -> dict[int, float]:
+    def match(self, keys: PrefixKeys) -> dict[int, float]:
         """The tokens of the longest prefix that each row was given, for the rows that were given any.
 
-        Whoever was given a step was given all before it and forgets it before these, so that along a prompt the rows
-        become fewer: where they do is found by bisection, however long the prompt is.
+        A worker that was given one key was given all before it and forgets it before these, so that along a prompt the
+        rows become fewer: where they do is found by bisection, however long the prompt is.
         """
         holders = self._rows
-        everybody = holders.get(steps[0][1]) if steps else None
+        everybody = holders.get(keys[0][1]) if keys else None
         if everybody is None:
             return {}
-        low, high = 1, len(steps)
-        while low < high:  # how many steps somebody was given
+        low, high = 1, len(keys)
+        while low < high:  # how many keys at least one row was given
             middle = (low + high + 1) >> 1
-            if steps[middle - 1][1] in holders:
+            if keys[middle - 1][1] in holders:
                 low = middle
             else:
                 high = middle - 1
-        tokens, address = steps[low - 1]
-        mask = holders[address]
+        tokens, page_hash = keys[low - 1]
+        mask = holders[page_hash]
         matched: dict[int, float] = dict.fromkeys(_rows_of(mask), tokens)
         while mask != everybody:
             seen, low, high = mask, 1, low - 1
-            while low < high:  # how many steps more rows were given
+            while low < high:  # how many keys more rows were given
                 middle = (low + high + 1) >> 1
-                if holders[steps[middle - 1][1]] == seen:
+                if holders[keys[middle - 1][1]] == seen:
                     high = middle - 1
                 else:
                     low = middle
-            tokens, address = steps[low - 1]
-            mask = holders[address]
+            tokens, page_hash = keys[low - 1]
+            mask = holders[page_hash]
             for row in _rows_of(mask ^ seen):
                 matched[row] = tokens
         return matched
@@ -95,13 +96,13 @@ class Prefixes:
         while len(given) > share:
             self._drop(given.popitem(last=False)[0], bit)
 
-    def _drop(self, address: bytes, bit: int) -> None:
-        self.steps -= 1
-        left = self._rows[address] & ~bit
+    def _drop(self, page_hash: bytes, bit: int) -> None:
+        self.key_count -= 1
+        left = self._rows[page_hash] & ~bit
         if left:
-            self._rows[address] = left
+            self._rows[page_hash] = left
         else:
-            del self._rows[address]
+            del self._rows[page_hash]
 
 
 @lru_cache(1024)

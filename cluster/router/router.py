@@ -1,8 +1,8 @@
-"""Where a request runs: a pure function of the board. No I/O, no clock, no gRPC.
+"""Where a request runs: a pure function of the routing table. No I/O, no clock, no gRPC.
 
 The policy `cost` prices every worker in milliseconds (`costs.py`) and takes the cheapest; the others are there to
-compare it with. Costs that are nearly equal count as equal, and equals are told apart by the prompt's beginning:
-requests that begin alike meet in one worker's cache, and several gateways that see the same old reports do not all
+compare it with. Costs that are nearly equal count as equal, and ties are broken by the prompt's beginning: requests
+that begin alike meet in one worker's cache, and several gateways that see the same old reports do not all
 choose the same worker.
 """
 
@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...proto.errors import InvalidRequest, Unavailable
-from ..gateway_config import LocalPrefill, Policy
-from .board import Board, Limit, Offer
+from .cost_vectors import Costs, add_minimum, as_costs, cheapest_rows, minimum, rows_up_to
 from .costs import (
     ITL_WEIGHT,
     LOCAL_MARGIN,
@@ -22,19 +21,20 @@ from .costs import (
     all_weights,
     always_hidden,
     cached_tokens,
-    column,
+    dense,
     exposed_ms,
     local_ms,
     own_ms,
     remote_ms,
     wait_ms,
 )
-from .policies import SIMPLE
-from .rows import Costs, cheapest, least, plain, plus_lesser, up_to
-from .table import NOBODY, Floats, Term
-from .ties import preferred
+from .policies import LocalPrefill, Policy
+from .routing_table import CodecSupport, Limit, RoutingTable
+from .simple_policies import SIMPLE
+from .tie_breaking import break_tie
+from .worker_columns import EXCLUDED, Floats, Term
 
-CANDIDATES = 8  # prefill workers that a decode worker is told of
+CANDIDATES = 8  # prefill workers in a placement
 NEAR_MS, NEAR = 1.0, 0.05  # costs that differ by less than this, and by this share of the least, are equal
 
 
@@ -47,35 +47,35 @@ class Placement(NamedTuple):
     codec_hash: str
     ttft_ms: float = 0.0  # expected
     prefill_ms: float = 0.0  # of that, on the first prefill worker
-    cached_tokens: float = 0.0  # believed to be cached on the first prefill worker
-    held_tokens: float = 0.0  # and on the decode worker
+    prefill_cached_tokens: float = 0.0  # predicted to be cached on the first prefill worker
+    decode_cached_tokens: float = 0.0  # and on the decode worker
 
 
-# The kinds of workers; which decode workers and which prefill workers may take a request: infinity where one may not,
-# None where all may.
-Allowed = tuple[Offer, Floats | None, Floats | None]
+# Who supports the codec; the decode workers and the prefill workers that may take a request: infinity where one may
+# not, None where all may.
+Allowed = tuple[CodecSupport, Floats | None, Floats | None]
 
 
-def offered_codecs(board: Board, local_prefill: LocalPrefill = "never") -> tuple[str, ...]:
-    """The codecs that some decode worker can serve: with a prefill worker of its kind, or on its own; sorted."""
-    return tuple(name for name in board.codecs if token_limit(board, name, local_prefill)[0])
+def servable_codecs(table: RoutingTable, local_prefill: LocalPrefill = "never") -> tuple[str, ...]:
+    """The codecs that some decode worker can serve: with a prefill worker of the same layout, or on its own; sorted."""
+    return tuple(name for name in table.codecs if token_limit(table, name, local_prefill)[0])
 
 
-def token_limit(board: Board, codec: str | None = None, local_prefill: LocalPrefill = "never") -> Limit:
+def token_limit(table: RoutingTable, codec: str | None = None, local_prefill: LocalPrefill = "never") -> Limit:
     """The longest prompt, and prompt and output together, that can be served; (0, 0) where nothing can.
 
     Over all codecs where `codec` is None.
     """
     if codec is not None:
-        offer = board.offer(codec)
-        return offer.paired if local_prefill == "never" else offer.alone
-    limits = [token_limit(board, name, local_prefill) for name in board.codecs]
+        support = table.codec_support(codec)
+        return support.paired_limit if local_prefill == "never" else support.local_limit
+    limits = [token_limit(table, name, local_prefill) for name in table.codecs]
     return max((prompt for prompt, _ in limits), default=0), max((total for _, total in limits), default=0)
 
 
 def route(
     demand: Demand,
-    board: Board,
+    table: RoutingTable,
     *,
     avoid: Iterable[str] = (),
     policy: Policy = "cost",
@@ -85,67 +85,67 @@ def route(
 
     Unavailable where nothing that could serve it is there, InvalidRequest where nothing could ever hold it.
     """
-    kinds, may_decode, may_prefill = allowed_workers(demand, board, avoid=avoid, local_prefill=local_prefill)
+    support, may_decode, may_prefill = allowed_workers(demand, table, avoid=avoid, local_prefill=local_prefill)
     if policy != "cost":
-        return _simple(demand, board, (kinds, may_decode, may_prefill), policy, local_prefill)
-    prefill, decode = board.prefill, board.decode
-    cached, held = cached_tokens(prefill, demand), cached_tokens(decode, demand)
-    weights = all_weights(demand, board.output_tokens)
-    own, wait = own_ms(weights, decode), wait_ms(board, demand)
+        return _simple(demand, table, (support, may_decode, may_prefill), policy, local_prefill)
+    prefill, decode = table.prefill, table.decode
+    prefill_cached, decode_cached = cached_tokens(prefill, demand), cached_tokens(decode, demand)
+    weights = all_weights(demand, table.output_tokens)
+    own, wait = own_ms(weights, decode), wait_ms(table, demand)
     if wait is not None:
-        own = plain(own + wait)
+        own = as_costs(own + wait)
     if may_decode is not None:
-        own = plain(own + may_decode)
-    alone = local_ms(weights, demand, decode, held) if local_prefill != "never" else None
+        own = as_costs(own + may_decode)
+    local = local_ms(weights, demand, decode, decode_cached) if local_prefill != "never" else None
     remote: Costs = []
-    least_ms = NOBODY
-    if local_prefill != "always" and prefill.row:
-        remote = remote_ms(weights, demand, prefill, cached)
+    least_ms = EXCLUDED
+    if local_prefill != "always" and prefill.row_of:
+        remote = remote_ms(weights, demand, prefill, prefill_cached)
         if may_prefill is not None:
-            remote = plain(remote + may_prefill)
-        least_ms = least(remote)
+            remote = as_costs(remote + may_prefill)
+        least_ms = minimum(remote)
     paired: Costs | float = least_ms
-    hidden = always_hidden(demand, board, least_ms)
+    hidden = always_hidden(demand, table, least_ms)
     if not hidden:
-        paired = plain(least_ms + exposed_ms(demand, board, column(held, len(own)), decode.link, least_ms))
-    total = plus_lesser(own, paired, NOBODY if alone is None else alone)
-    row = _least(total, decode.seeds, demand.affinity, max(NEAR_MS, NEAR * least(own)))
+        paired = as_costs(least_ms + exposed_ms(demand, table, dense(decode_cached, len(own)), decode.link, least_ms))
+    total = add_minimum(own, paired, EXCLUDED if local is None else local)
+    row = _least(total, decode.seeds, demand.affinity, max(NEAR_MS, NEAR * minimum(own)))
     wait_here = 0.0 if wait is None else wait.item(row)
-    alone_ms = NOBODY if alone is None else alone[row]
-    if least_ms <= alone_ms:
+    local_cost = EXCLUDED if local is None else local[row]
+    if least_ms <= local_cost:
         if not hidden:
             before = np.array(remote)
-            remote = plain(before + exposed_ms(demand, board, held.get(row, 0.0), board.links(row), before))
-        order = _partners(remote, board, kinds, row, demand.affinity)
-        if order and (prompt_ms := remote[order[0]]) <= alone_ms:
-            first = cached.get(order[0], 0.0)
-            return _placement(board, kinds, row, order, wait_here + prompt_ms, prompt_ms, first, held)
-    compute_ms = alone_ms / (LOCAL_MARGIN + ITL_WEIGHT * demand.damage * decode.requests.item(row))
-    return _placement(board, kinds, row, [], wait_here + compute_ms, 0.0, 0.0, held)
+            remote = as_costs(before + exposed_ms(demand, table, decode_cached.get(row, 0.0), table.links(row), before))
+        order = _partners(remote, table, support, row, demand.affinity)
+        if order and (prompt_ms := remote[order[0]]) <= local_cost:
+            first = prefill_cached.get(order[0], 0.0)
+            return _placement(table, support, row, order, wait_here + prompt_ms, prompt_ms, first, decode_cached)
+    compute_ms = local_cost / (LOCAL_MARGIN + ITL_WEIGHT * demand.damage * decode.requests.item(row))
+    return _placement(table, support, row, [], wait_here + compute_ms, 0.0, 0.0, decode_cached)
 
 
 def allowed_workers(
-    demand: Demand, board: Board, *, avoid: Iterable[str] = (), local_prefill: LocalPrefill = "never"
+    demand: Demand, table: RoutingTable, *, avoid: Iterable[str] = (), local_prefill: LocalPrefill = "never"
 ) -> Allowed:
     """Who may take the request; raises what `route` raises."""
-    kinds = board.offer(demand.codec)
-    avoided = [board.decode.row[address] for address in avoid if address in board.decode.row] if avoid else []
-    if demand.tokens <= kinds.fits and not avoided and (local_prefill != "never" or len(board.prefill)):
-        return kinds, None, None
-    may_prefill = (kinds.prefill >= 0) & (board.prefill.capacity >= demand.prompt_tokens)
-    may_decode = (kinds.decode >= 0) & (board.decode.capacity >= demand.tokens)
+    support = table.codec_support(demand.codec)
+    avoided = [table.decode.row_of[address] for address in avoid if address in table.decode.row_of] if avoid else []
+    if demand.tokens <= support.fits_all and not avoided and (local_prefill != "never" or len(table.prefill)):
+        return support, None, None
+    may_prefill = (support.prefill >= 0) & (table.prefill.capacity >= demand.prompt_tokens)
+    may_decode = (support.decode >= 0) & (table.decode.capacity >= demand.tokens)
     if local_prefill == "never":
-        may_decode &= np.isin(kinds.decode, kinds.prefill[may_prefill])
+        may_decode &= np.isin(support.decode, support.prefill[may_prefill])
     if not may_decode.any():
-        raise _refusal(demand, board, local_prefill)
+        raise _refusal(demand, table, local_prefill)
     may_decode[avoided] = False
     if not may_decode.any():
         raise Unavailable("every decode worker that could hold the request failed")
-    return kinds, np.where(may_decode, 0.0, np.inf), np.where(may_prefill, 0.0, np.inf)
+    return support, np.where(may_decode, 0.0, np.inf), np.where(may_prefill, 0.0, np.inf)
 
 
-def _refusal(demand: Demand, board: Board, local_prefill: LocalPrefill) -> Exception:
-    prompt, total = token_limit(board, demand.codec, local_prefill)
+def _refusal(demand: Demand, table: RoutingTable, local_prefill: LocalPrefill) -> Exception:
+    prompt, total = token_limit(table, demand.codec, local_prefill)
     if not total:
         return Unavailable(f"no prefill and decode worker that share codec {demand.codec} are ready")
     return InvalidRequest(
@@ -155,67 +155,69 @@ def _refusal(demand: Demand, board: Board, local_prefill: LocalPrefill) -> Excep
 
 
 def _partners(
-    costs: Costs, board: Board, kinds: Offer, row: int, affinity: int, near_ms: float | None = None
+    costs: Costs, table: RoutingTable, support: CodecSupport, row: int, affinity: int, near_ms: float | None = None
 ) -> list[int]:
     """Rows of the prefill workers that may serve the decode worker of a row, the cheapest first.
 
     The first of nearly equal ones is the one that the affinity prefers.
     """
-    if not kinds.fits:
-        costs = plain(np.where(kinds.prefill == kinds.decode[row], costs, np.inf))
+    if not support.fits_all:
+        costs = as_costs(np.where(support.prefill == support.decode[row], costs, np.inf))
     if not len(costs):
         return []
-    rows = cheapest(costs, CANDIDATES + 1)
+    rows = cheapest_rows(costs, CANDIDATES + 1)
     bound = _nearly(costs[rows[0]], near_ms)
     if len(rows) > 1 and costs[rows[1]] <= bound:
-        first = preferred(up_to(costs, bound), board.prefill.seeds, affinity)
+        first = break_tie(rows_up_to(costs, bound), table.prefill.seeds, affinity)
         rows = [first, *[row for row in rows if row != first]]
-    return [row for row in rows[:CANDIDATES] if costs[row] < NOBODY]
+    return [row for row in rows[:CANDIDATES] if costs[row] < EXCLUDED]
 
 
 def _placement(
-    board: Board,
-    kinds: Offer,
+    table: RoutingTable,
+    support: CodecSupport,
     row: int,
     order: list[int],
     ttft_ms: float,
     prefill_ms: float,
     cached: float,
-    held: Cached,
+    decode_cached: Cached,
 ) -> Placement:
-    """On the decode worker of a row, with prefill candidates in this order."""
-    addresses = board.prefill.addresses
-    page_tokens, codec_hash = kinds.kinds[kinds.decode.item(row)]
+    """A placement on the decode worker of a row, with prefill candidates in this order."""
+    addresses = table.prefill.addresses
+    page_tokens, codec_hash = support.layouts[support.decode.item(row)]
     partners = tuple([addresses[partner] for partner in order])
-    decode, there = board.decode.addresses[row], held.get(row, 0.0)
-    return Placement(decode, partners, page_tokens, codec_hash, ttft_ms, prefill_ms, cached, there)
+    decode, cached_here = table.decode.addresses[row], decode_cached.get(row, 0.0)
+    return Placement(decode, partners, page_tokens, codec_hash, ttft_ms, prefill_ms, cached, cached_here)
 
 
-def _simple(demand: Demand, board: Board, allowed: Allowed, policy: Policy, local_prefill: LocalPrefill) -> Placement:
-    """A placement by scores that know nothing of time."""
-    kinds, may_decode, may_prefill = allowed
+def _simple(
+    demand: Demand, table: RoutingTable, allowed: Allowed, policy: Policy, local_prefill: LocalPrefill
+) -> Placement:
+    """A placement by a policy without a cost model."""
+    support, may_decode, may_prefill = allowed
     scores, affinity = SIMPLE[policy], demand.affinity
-    cached, held = cached_tokens(board.prefill, demand), cached_tokens(board.decode, demand)
-    on_decode = scores(demand, board.decode, held) + board.decode.terms[Term.PENALTY]
+    prefill_cached, decode_cached = cached_tokens(table.prefill, demand), cached_tokens(table.decode, demand)
+    on_decode = scores(demand, table.decode, decode_cached) + table.decode.terms[Term.PENALTY]
     if may_decode is not None:
         on_decode = on_decode + may_decode
-    row = _least(plain(on_decode), board.decode.seeds, affinity, near_ms=0.0)
+    row = _least(as_costs(on_decode), table.decode.seeds, affinity, near_ms=0.0)
     order: list[int] = []
     if local_prefill != "always":
-        on_prefill = scores(demand, board.prefill, cached) + board.prefill.terms[Term.PENALTY]
+        on_prefill = scores(demand, table.prefill, prefill_cached) + table.prefill.terms[Term.PENALTY]
         if may_prefill is not None:
             on_prefill = on_prefill + may_prefill
-        order = _partners(plain(on_prefill), board, kinds, row, affinity, 0.0)
-    first = cached.get(order[0], 0.0) if order else 0.0
-    return _placement(board, kinds, row, order, 0.0, 0.0, first, held)
+        order = _partners(as_costs(on_prefill), table, support, row, affinity, 0.0)
+    first = prefill_cached.get(order[0], 0.0) if order else 0.0
+    return _placement(table, support, row, order, 0.0, 0.0, first, decode_cached)
 
 
 def _least(costs: Costs, seeds: Sequence[int], affinity: int, near_ms: float | None = None) -> int:
     """The row of the least cost; of nearly equal ones the one that the affinity prefers."""
-    near = up_to(costs, _nearly(least(costs), near_ms))
-    return near[0] if len(near) == 1 else preferred(near, seeds, affinity)
+    near = rows_up_to(costs, _nearly(minimum(costs), near_ms))
+    return near[0] if len(near) == 1 else break_tie(near, seeds, affinity)
 
 
 def _nearly(least_ms: float, near_ms: float | None) -> float:
-    """Up to here costs are nearly equal to the least."""
+    """The bound up to which costs are nearly equal to the least."""
     return least_ms + (max(NEAR_MS, NEAR * least_ms) if near_ms is None else near_ms)

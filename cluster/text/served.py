@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ...proto.errors import InvalidRequest, NotFound, shown
-from .tokenizing import TokenizeLine
+from .tokenizing import TokenizerThreads
 
 
 class TextEncoder(Protocol):
-    """What the door needs of a tokenizer (`model/text/tokenizer.py`)."""
+    """What the gateway needs of a tokenizer (`model/text/tokenizer.py`)."""
 
     @property
     def has_chat_template(self) -> bool: ...
@@ -58,7 +58,7 @@ class ServedModel:
     new_decoder: Callable[[], TextDecoder]
     new_stops: Callable[[Sequence[str]], StopMatcher]
     limits: InputLimits = InputLimits()
-    line: TokenizeLine = field(default_factory=TokenizeLine)
+    tokenizer_threads: TokenizerThreads = field(default_factory=TokenizerThreads)
 
     def check_name(self, name: str) -> None:
         """NotFound unless `name` is empty or this model's."""

@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from ...proto.errors import Exhausted
 
 LONG = 64 << 10  # bytes; a text below takes some tens of milliseconds
-MAX_WAITING = 64  # long texts in the line, running ones included
+MAX_WAITING = 64  # long texts, running ones included
 
 _short = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
 _long = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), thread_name_prefix="tokenize-long")
 
 
-class TokenizeLine:
-    """The way into the threads, for one gateway."""
+class TokenizerThreads:
+    """Runs the tokenizations of one gateway."""
 
     def __init__(self) -> None:
         self._waiting = 0  # long ones

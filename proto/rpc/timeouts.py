@@ -5,10 +5,6 @@ which looks like a deadline that has passed.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
-
-import grpc.aio
 
 from ..errors import InvalidRequest
 
@@ -16,7 +12,6 @@ MAX_TIMEOUT_S = 366 * 86_400.0  # of an outgoing call: longer than anything here
 MAX_ORDER_S = 86_400.0  # that a drain, a flip or a start may be told to take
 
 _OVER_S = -1.0  # a timeout that has passed; of 0 a quick call is still answered
-_CALL_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
 def clamped(timeout_s: float | None) -> float | None:
@@ -24,21 +19,6 @@ def clamped(timeout_s: float | None) -> float | None:
     if timeout_s is None:
         return None
     return MAX_TIMEOUT_S if math.isnan(timeout_s) else min(max(timeout_s, _OVER_S), MAX_TIMEOUT_S)
-
-
-def clamp_calls(channel: grpc.aio.Channel) -> grpc.aio.Channel:
-    """The channel, with the timeout of every call on it clamped: no caller has to think of it."""
-    for kind in _CALL_KINDS:
-        setattr(channel, kind, _clamping(getattr(channel, kind)))
-    return channel
-
-
-def _clamping(make: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
-    def made(*names: Any, **options: Any) -> Callable[..., Any]:
-        call = make(*names, **options)
-        return lambda request=None, *, timeout=None, **rest: call(request, timeout=clamped(timeout), **rest)
-
-    return made
 
 
 def order_timeout_s(asked_s: float) -> float:

@@ -12,7 +12,7 @@ from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto.errors import InvalidRequest
 from isthmus.proto.prefill_pb2 import PrefillRequest
 from isthmus.proto.prefill_pb2_grpc import PrefillStub
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import DrainRequest, FlipRequest
 from isthmus.worker.orders import OrderServicer
@@ -46,7 +46,7 @@ async def test_requests_out_of_bounds_are_refused_by_name() -> None:
             code, details = await refusal(pair.call(request))
             assert (code, details.startswith(told)) == (grpc.StatusCode.INVALID_ARGUMENT, True), details
         assert len(pair.decode._peers) == 0, "no channel was made"
-        async with open_channel(pair.prefill.address) as channel:
+        async with Transport().dial(pair.prefill.address) as channel:
             report = pair.prefill.server.report()
             request = PrefillRequest(
                 protocol_version=PROTOCOL_VERSION,

@@ -14,12 +14,12 @@ from rich.panel import Panel
 from rich.text import Text
 
 from ....proto.generation_pb2 import GenerateEvent, GenerateRequest
-from ....proto.rpc.server import MIB
+from ....proto.rpc.transport import MIB
 from ...client.client import Answer, Client, build_request
 from ...client.measures import Figures, figures_of
 from ...config import ClusterConfig
+from ...launch.progress import StartProgress
 from ...launch.ray_cluster import RayCluster
-from ...launch.steps import ShownSteps
 from ...launch.supervisor import Supervisor
 from ..terminal.columns import print_lines, table_lines
 from .prompts import AT_ONCE, ONE_BY_ONE, DemoRequest
@@ -43,7 +43,7 @@ class _Demo:
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        shown = ShownSteps()
+        shown = StartProgress()
         supervisor = Supervisor(self._settings, RayCluster(self._settings), shown.step)
         try:
             with shown:

@@ -86,7 +86,10 @@ async def _run(server: str, source: Path, paths: "Paths", plan: "Plan", *, quiet
     settings = {"order": plan.ordered, "job size": plan.piece, "model": plan.instead, "tenant": plan.tenant}
     settings["priority"] = plan.priority
     progress = _progress(quiet)
-    async with opt.told_where(server), JobsClient(server, patience_s=PATIENCE_S) as client:
+    async with (
+        opt.transport_to(server) as transport,
+        JobsClient(server, transport, patience_s=PATIENCE_S) as client,
+    ):
         with BatchFiles.open(paths, source, settings) as files, progress:
             bar = progress.add_task("", total=total, completed=len(files.done), failed="")
 

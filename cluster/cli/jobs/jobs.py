@@ -289,7 +289,7 @@ def _ask(server: str, question: "Callable[[JobsClient], Awaitable[T]]") -> T:
 async def _client(server: str) -> "AsyncIterator[JobsClient]":
     from ...client.jobs import JobsClient
 
-    async with opt.told_where(server), JobsClient(server) as client:
+    async with opt.transport_to(server) as transport, JobsClient(server, transport) as client:
         yield client
 
 

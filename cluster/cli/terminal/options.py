@@ -12,6 +12,7 @@ import typer
 from ....model import dtypes
 
 if TYPE_CHECKING:
+    from ....proto.rpc.transport import Transport
     from ...client.client import Client
 
 SAMPLING, CLUSTER = "Sampling", "Cluster"
@@ -132,30 +133,33 @@ JobPriority = Annotated[str, typer.Option(help="interactive, standard, or batch,
 
 @asynccontextmanager
 async def gateway_client(server: str) -> AsyncIterator["Client"]:
-    """A client of the gateway at `server`; errors as `told_where`."""
+    """A client of the gateway at `server`; errors as `transport_to`."""
     from ...client.client import Client
 
-    async with told_where(server), Client(server) as client:
+    async with transport_to(server) as transport, Client(server, transport) as client:
         yield client
 
 
 @asynccontextmanager
-async def told_where(server: str) -> AsyncIterator[None]:
-    """Unavailable, with what to do, where nobody answers at `server`."""
-    import grpc
+async def transport_to(server: str) -> AsyncIterator["Transport"]:
+    """What to dial `server` with; Unavailable, with what to do, where nobody answers there."""
     import grpc.aio
 
     from ....proto.errors import Unavailable
+    from ....proto.rpc.statuses import is_unreached
+    from ....proto.rpc.transport import Transport
 
     check_address(server, to_dial=True)
+    transport = Transport()
     try:
-        yield
+        yield transport
     except grpc.aio.AioRpcError as error:
-        details = error.details() or ""
-        if error.code() is grpc.StatusCode.UNAVAILABLE and ("connect" in details or "DNS" in details):
+        if is_unreached(error):
             hint = "start one with `isthmus up`, or name another with --server"
             raise Unavailable(f"no gateway answers at {server}; {hint}") from None
         raise
+    finally:
+        await transport.close()
 
 
 def check_address(address: str, *, to_dial: bool = False) -> None:

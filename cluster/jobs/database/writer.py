@@ -36,8 +36,8 @@ class Tx:
     def __init__(self, connection: Connection, now_us: int) -> None:
         self.unflushed = connection  # does not see the rows of `later`
         self.now_us = now_us
-        self.events: list[tuple[str, JobEvent]] = []  # (job, event), told to watchers once committed
-        self.gathered: dict[Any, Any] = {}  # what changes of this transaction tell each other, until `flush`
+        self.events: list[tuple[str, JobEvent]] = []  # (job, event), published once committed
+        self.gathered: dict[Any, Any] = {}  # what changes of this transaction share, until `flush`
         self._later: dict[Any, list[dict[str, Any]]] = {}
 
     @property

@@ -10,7 +10,7 @@ from ....proto.errors import InvalidRequest, IsthmusError
 from ....proto.generation_pb2 import GenerateRequest
 from ....proto.jobs_pb2 import SubmitJobRequest
 from ....proto.names import check_name
-from ...requests.request import examine
+from ...requests.request import validate
 from ...text.served import ServedModel
 from ..labels import check_labels
 from ..settings import JobsSettings
@@ -56,7 +56,7 @@ async def checked(submission: SubmitJobRequest, model: ServedModel, codec: str, 
 async def _request(request: GenerateRequest, number: int, count: int, model: ServedModel, codec: str) -> NewRequest:
     await asyncio.sleep(0)  # thousands of requests with token ids would be checked in one go
     try:
-        examined = await examine(request, model)
+        validated = await validate(request, model)
     except IsthmusError as error:
         raise type(error)(f"request {number}: {error}" if count > 1 else str(error)) from None
     kept = GenerateRequest()
@@ -66,8 +66,8 @@ async def _request(request: GenerateRequest, number: int, count: int, model: Ser
         kept.sampling.seed = secrets.randbits(63)
     return NewRequest(
         body=kept.SerializeToString(),
-        prompt_tokens=len(examined.prompt_token_ids),
-        max_tokens=examined.sampling.max_tokens,
+        prompt_tokens=len(validated.prompt_token_ids),
+        max_tokens=validated.sampling.max_tokens,
     )
 
 

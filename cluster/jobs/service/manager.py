@@ -10,13 +10,11 @@ from ....proto.jobs_pb2_grpc import add_JobsServicer_to_server
 from ....proto.tasks import Tasks
 from ....proto.worker_pb2 import WorkerReport
 from ...text.served import ServedModel
-from ..running.answer import Generator
-from ..running.runner import Runner
+from ..runner.answer import RequestRunner
+from ..runner.runner import Runner
 from ..settings import JobsSettings
 from ..store.store import JobStore
-from .service import SERVICE, JobsService
-
-__all__ = ["SERVICE", "Jobs"]
+from .service import JobsService
 
 
 class Jobs:
@@ -32,7 +30,7 @@ class Jobs:
         cls,
         url: str,
         model: ServedModel,
-        generator: Generator,
+        generator: RequestRunner,
         *,
         default_codec: Callable[[], str],
         reports: Callable[[], Sequence[WorkerReport]],
@@ -47,16 +45,6 @@ class Jobs:
         tasks = Tasks(failures)
         runner = Runner(store, generator, model.fingerprint, settings, reports=reports, others=others, tasks=tasks)
         return cls(store, service, runner)
-
-    @property
-    def database(self) -> str:
-        """The database's URL without a password."""
-        return self._store.name
-
-    @property
-    def running(self) -> int:
-        """Requests of jobs that run now."""
-        return self._runner.running
 
     @property
     def failing(self) -> list[str]:

@@ -48,11 +48,11 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         request: jobs_pb2.WatchJobRequest,
         context: grpc.aio.ServicerContext[jobs_pb2.WatchJobRequest, WatchJobResponse],
     ) -> None:
-        """What was committed in this process comes from the hub; every gap in that is read from the database."""
+        """What was committed in this process comes from the event bus; every gap in that is read from the database."""
         watched, wanted = job_id(request.job_id), max(1, request.from_event)
-        with self._store.hub.subscribed(watched) as news:
+        with self._store.bus.subscribed(watched) as subscription:
             while True:
-                events, over = _following(news.take(), wanted), False
+                events, over = _following(subscription.take(), wanted), False
                 if not events:
                     job, events = await self._store.events(watched, wanted)
                     over = JobState(job.state).ended and wanted > job.last_event
@@ -61,10 +61,10 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
                     wanted, over = events[-1].number + 1, _is_last(events[-1])
                 if over:
                     return
-                if news.last < wanted:
+                if subscription.last < wanted:
                     try:
                         async with asyncio.timeout(self._settings.sign_of_life_s):
-                            await news.wait()
+                            await subscription.wait()
                     except TimeoutError:
                         await context.write(WatchJobResponse())  # a sign of life: proxies cut silent streams
 

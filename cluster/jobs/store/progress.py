@@ -11,7 +11,7 @@ from ....proto.jobs_pb2 import Job, JobError, JobEvent, JobOutput
 from ..database.schema import EVENTS, JOBS, REQUESTS, TENANTS
 from ..database.writer import Tx
 from ..states import JobState, check_transition
-from .rows import job_of, state_event, timestamp
+from .messages import job_of, state_event, timestamp
 
 KEPT = JOBS.c.expire_us.is_(None) | (JOBS.c.expire_us > 0)
 ROW_BYTES = 48  # of an event beside its body, for the count of stored bytes
@@ -72,15 +72,15 @@ def end(tx: Tx, rows: Sequence[Mapping[Any, Any]], state: JobState, error: JobEr
 
 def fail(tx: Tx, job_id: str, owner: str, error: JobError) -> None:
     """Ends a job of this owner as FAILED; NotFound, or IllegalState where it has ended."""
-    row = held(tx, job_id)
+    row = locked_row(tx, job_id)
     if row["owner"] == owner:
         end(tx, [row], JobState.FAILED, error)
 
 
 def cancel(tx: Tx, job_id: str) -> Job:
     """Ends a job as CANCELLED; NotFound, or IllegalState where it has ended."""
-    end(tx, [held(tx, job_id)], JobState.CANCELLED)
-    return job_of(held(tx, job_id))
+    end(tx, [locked_row(tx, job_id)], JobState.CANCELLED)
+    return job_of(locked_row(tx, job_id))
 
 
 def expire(tx: Tx) -> int:
@@ -91,7 +91,7 @@ def expire(tx: Tx) -> int:
     return len(rows)
 
 
-def held(tx: Tx, job_id: str) -> Mapping[Any, Any]:
+def locked_row(tx: Tx, job_id: str) -> Mapping[Any, Any]:
     """The row of a job, locked for this transaction; NotFound where there is none."""
     row = tx.connection.execute(select(JOBS).where(JOBS.c.id == job_id, KEPT).with_for_update()).mappings().first()
     if row is None:

@@ -6,14 +6,14 @@ from ....proto.errors import IllegalState
 from ..database.schema import EVENTS, JOBS, LABELS, REQUESTS, TENANTS
 from ..database.writer import Tx
 from ..states import JobState
-from .progress import count, held
+from .progress import count, locked_row
 
 PIECE = 2_000  # rows of one table at a time: other changes wait for no longer than that takes
 
 
 def forget(tx: Tx, job_id: str) -> None:
     """Deletes a job that has ended: gone for everybody at once, erased by `erase`. NotFound, IllegalState."""
-    row = held(tx, job_id)
+    row = locked_row(tx, job_id)
     state = JobState(row["state"])
     if not state.ended:
         raise IllegalState(f"job {job_id} is {state.name} and cannot be deleted: cancel it first, or wait for its end")

@@ -13,8 +13,8 @@ from ....proto.generation_pb2 import GenerateRequest
 from ....proto.jobs_pb2 import Job, JobEvent, JobOutput, JobResult
 from ..database.schema import EVENTS, JOBS, LABELS, REQUESTS
 from ..states import JobState
+from .messages import event_of, job_of
 from .progress import KEPT
-from .rows import event_of, job_of
 
 RESULT_BYTES = 2 << 20  # of one page of results: well below the limit of a message
 EVENT_PAGE = 500

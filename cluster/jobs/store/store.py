@@ -14,7 +14,7 @@ from ..database.migrate import migrate
 from ..database.writer import Tx, Writer
 from ..settings import JobsSettings
 from . import leases, progress, prune, queries
-from .hub import Hub
+from .event_bus import EventBus
 from .submit import NewJob, submit
 
 T = TypeVar("T")
@@ -27,8 +27,8 @@ class JobStore:
         self._database = database
         self._settings = settings
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="jobs reader")
-        self.hub = Hub()
-        self._writer = Writer(database, self.hub.publish)
+        self.bus = EventBus()
+        self._writer = Writer(database, self.bus.publish)
 
     @classmethod
     async def open(cls, url: str, settings: JobsSettings) -> Self:
@@ -44,11 +44,6 @@ class JobStore:
         store = cls(database, settings)
         store._writer.start()
         return store
-
-    @property
-    def name(self) -> str:
-        """The database's URL without a password."""
-        return self._database.name
 
     async def close(self) -> None:
         """Commits what was asked for and closes all connections."""

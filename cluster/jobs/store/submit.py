@@ -14,7 +14,7 @@ from ..database.schema import EVENTS, JOBS, LABELS, REQUESTS, TENANTS
 from ..database.writer import Tx
 from ..settings import JobsSettings
 from ..states import JobState
-from .rows import job_of, state_event
+from .messages import job_of, state_event
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from isthmus.cluster.cli.jobs.tables import job_table, jobs_table
 from isthmus.cluster.cli.main import run
 from isthmus.cluster.cli.terminal.columns import print_lines, table_lines
 from isthmus.cluster.client.measures import Figures
-from isthmus.cluster.launch import steps
+from isthmus.cluster.launch import progress
 from isthmus.proto.common_pb2 import Candidate
 from isthmus.proto.jobs_pb2 import JOB_STATE_FAILED, JOB_STATE_RUNNING, JOB_STATE_SUCCEEDED, Job, JobError
 from isthmus.proto.worker_pb2 import (
@@ -175,7 +175,7 @@ def test_figures_of_the_demo_fit(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_finished_step_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    with steps.ShownSteps() as shown, shown.step(f"model {'x' * 200}"):
+    with progress.StartProgress() as shown, shown.step(f"model {'x' * 200}"):
         pass
     assert re.fullmatch(r"✓ model x{200} \(0\.\d s\)\n", capsys.readouterr().err)
 

@@ -10,10 +10,11 @@ from models import model_path
 from scripted import Scripted, says, scripted_cluster
 
 from isthmus.cluster.client.client import Client, build_request
-from isthmus.cluster.fleet import preflight
-from isthmus.cluster.fleet.preflight import Preflight
+from isthmus.cluster.fleet import canary
+from isthmus.cluster.fleet.canary import Canary
+from isthmus.cluster.fleet.worker_table import Member
 from isthmus.cluster.frontend.gateway import Gateway
-from isthmus.cluster.launch.seat import WorkerSeat, settings_of_both
+from isthmus.cluster.launch.role_host import RoleHost, settings_by_role
 from isthmus.cluster.text.served import load_served_model
 from isthmus.decode.config import DecodeConfig
 from isthmus.decode.worker import DecodeWorker
@@ -77,44 +78,44 @@ async def test_the_first_pair_verifies_each_other_and_then_serves() -> None:
     async with AsyncExitStack() as stack:
         addresses = [await worker(stack, PrefillWorker), await worker(stack, DecodeWorker)]
         async with gateway_of(stack, *addresses) as gateway, Client(gateway.address) as client:
-            assert not gateway.fleet.snapshot().decode
+            assert not gateway.fleet.table.routing.decode
             for name in ("prefill", "decode"):
                 assert not (await status_of(gateway, name, WORKER_HEALTH_READY)).reason
             assert len((await client.answer(REQUEST)).token_ids) == 5
 
 
 async def test_a_canary_waits_for_answers_whose_worker_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "HOLD_S", 120.0)  # longer than any wait here
+    monkeypatch.setattr(canary, "MAX_DELAY_S", 120.0)  # longer than any wait here
     async with AsyncExitStack() as stack:
         first = [await worker(stack, PrefillWorker), await worker(stack, DecodeWorker)]
         async with gateway_of(stack, *first) as gateway:
-            gateway.fleet.moving.begin("an answer")  # that nobody could go on with yet: it holds nothing up
+            gateway.fleet.replays.begin("an answer")  # that nobody could go on with yet: it holds nothing up
             for name in ("prefill", "decode"):
                 await status_of(gateway, name, WORKER_HEALTH_READY)
             gateway.fleet.add(await worker(stack, DecodeWorker, name="second"))
             await status_of(gateway, "second", WORKER_HEALTH_CHECKING)
             await asyncio.sleep(1.0)
             await status_of(gateway, "second", WORKER_HEALTH_CHECKING)
-            gateway.fleet.moving.end("an answer")
+            gateway.fleet.replays.end("an answer")
             await status_of(gateway, "second", WORKER_HEALTH_READY)
 
 
 async def test_a_flipped_worker_has_only_to_move_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    ask, asked = Preflight._ask, list[tuple[str, bool]]()
+    ask, asked = Canary._ask, list[tuple[str, bool]]()
 
-    async def noted(self: Preflight, decode: WorkerReport, codec: str, *more: Any) -> Any:
+    async def noted(self: Canary, decode: Member, codec: str, *more: Any) -> Any:
         asked.append((codec, bool(more[-1])))  # the prefill workers that it names
         return await ask(self, decode, codec, *more)
 
-    monkeypatch.setattr(Preflight, "_ask", noted)
-    seat = WorkerSeat(
-        "decode", settings_of_both("decode", {"model": model_path(MODEL), "dtype": "fp32", "name": "second"})
+    monkeypatch.setattr(Canary, "_ask", noted)
+    host = RoleHost(
+        "decode", settings_by_role("decode", {"model": model_path(MODEL), "dtype": "fp32", "name": "second"})
     )
     async with AsyncExitStack() as stack:
         addresses = [await worker(stack, PrefillWorker), await worker(stack, DecodeWorker)]
-        stack.push_async_callback(seat.stop)
-        await seat.start()
-        async with gateway_of(stack, *addresses, seat.address) as gateway:
+        stack.push_async_callback(host.stop)
+        await host.start()
+        async with gateway_of(stack, *addresses, host.address) as gateway:
             for name in ("prefill", "decode", "second"):
                 await status_of(gateway, name, WORKER_HEALTH_READY)
             assert ("raw", True) in asked
@@ -140,7 +141,7 @@ async def test_pages_that_decode_to_something_else_are_found(monkeypatch: pytest
             status = await status_of(gateway, "decode", WORKER_HEALTH_UNFIT)
             assert "its canary with prefill failed: with codec raw token" in status.reason
             assert "local computation says" in status.reason
-            assert not gateway.fleet.snapshot().decode
+            assert not gateway.fleet.table.routing.decode
             monkeypatch.undo()
             await status_of(gateway, "decode", WORKER_HEALTH_READY)  # tried again, and the fault is gone
 
@@ -162,7 +163,7 @@ async def test_a_prefill_worker_that_decode_workers_cannot_use_is_red() -> None:
                 "its canary with decode failed: with codec raw: UNAVAILABLE: prefill worker"
             )
             assert "\n" not in status.reason
-            assert [load.address for load in gateway.fleet.snapshot().prefill] == [addresses[0]]
+            assert [load.address for load in gateway.fleet.table.routing.prefill] == [addresses[0]]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ async def test_a_misconfigured_worker_is_red_and_the_others_serve(
             assert "\n" not in status.reason
             await status_of(gateway, "prefill", WORKER_HEALTH_READY)
             assert len((await client.answer(REQUEST)).token_ids) == 5
-            assert [load.address for load in gateway.fleet.snapshot().prefill] == [addresses[0]]
+            assert [load.address for load in gateway.fleet.table.routing.prefill] == [addresses[0]]
 
 
 async def test_an_address_where_nobody_is_stays_red() -> None:
@@ -209,7 +210,7 @@ async def test_a_restarted_worker_is_checked_again() -> None:
     async with scripted_cluster(says("hello"), preflight=True) as cluster:
         fleet, decode = cluster.gateway.fleet, cluster.decodes[0]
         async with asyncio.timeout(10):
-            while not fleet.snapshot().decode:
+            while not fleet.table.routing.decode:
                 await asyncio.sleep(0.02)
         asked = len(decode.requests)
         decode.script = empty
@@ -218,6 +219,6 @@ async def test_a_restarted_worker_is_checked_again() -> None:
         status = await status_of(cluster.gateway, "decode-0", WORKER_HEALTH_UNFIT)
         assert len(decode.requests) > asked
         assert "no page was moved" in status.reason
-        assert not fleet.snapshot().decode
+        assert not fleet.table.routing.decode
         decode.script = says("hello")
         await status_of(cluster.gateway, "decode-0", WORKER_HEALTH_READY)

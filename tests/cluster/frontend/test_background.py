@@ -11,13 +11,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scripted import Scripted, report_of, says, scripted_cluster, served
 
 from isthmus.cluster.client.client import Client, build_request
-from isthmus.cluster.fleet.preflight import Preflight
+from isthmus.cluster.fleet.canary import Canary
+from isthmus.cluster.fleet.canary_schedule import CanarySchedule
 from isthmus.cluster.fleet.registry import Fleet
-from isthmus.cluster.fleet.watched import Watched
+from isthmus.cluster.fleet.worker_entry import WorkerEntry
+from isthmus.cluster.fleet.worker_table import WorkerTable
 from isthmus.cluster.frontend import gateway as gateway_module
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.proto import tasks as tasks_module
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 
 
@@ -46,10 +48,10 @@ async def until(true: Callable[[], object]) -> None:
 @pytest.mark.parametrize(
     ("owner", "method", "task"),
     [
-        (Fleet, "_look", "look for silent workers"),
-        (Watched, "take", "watch a worker"),
-        (Fleet, "_refresh", "watch a worker"),
-        (gateway_module, "offered_codecs", "health"),
+        (Fleet, "_check", "look for silent workers"),
+        (WorkerEntry, "update", "watch a worker"),
+        (WorkerTable, "_refresh", "watch a worker"),
+        (gateway_module, "servable_codecs", "health"),
     ],
 )
 async def test_a_loop_of_the_gateway_goes_on(
@@ -65,15 +67,17 @@ async def test_a_loop_of_the_gateway_goes_on(
         assert [worker.reason for worker in status.workers] == ["", ""]
 
 
-@pytest.mark.parametrize(("method", "task"), [("_pairs", "preflight"), ("_canary", "canary")])
-async def test_the_preflight_goes_on(monkeypatch: pytest.MonkeyPatch, method: str, task: str) -> None:
+@pytest.mark.parametrize(
+    ("owner", "method", "task"), [(CanarySchedule, "due", "preflight"), (Canary, "check", "canary")]
+)
+async def test_the_preflight_goes_on(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, task: str) -> None:
     judged: list[str | None] = []
     monkeypatch.setattr(Fleet, "judge", lambda self, report, unfit: judged.append(unfit))
-    Raises(monkeypatch, Preflight, method)
+    Raises(monkeypatch, owner, method)
     async with gateway_with_preflight() as gateway:
         await until(lambda: judged and "a bug of the gateway" not in str(judged[-1]))
         assert gateway.failures == {task: 1}
-        assert any("a bug of the gateway (ValueError)" in str(reason) for reason in judged) == (method == "_canary")
+        assert any("a bug of the gateway (ValueError)" in str(reason) for reason in judged) == (method == "check")
 
 
 @asynccontextmanager
@@ -99,13 +103,13 @@ async def health(channel: grpc.aio.Channel, service: str = "") -> int:
 
 
 async def test_a_loop_that_fails_again_and_again_turns_the_gateway_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    raises = Raises(monkeypatch, Fleet, "_look", times=1_000_000)
+    raises = Raises(monkeypatch, Fleet, "_check", times=1_000_000)
     monkeypatch.setattr(tasks_module, "LAST_PAUSE_S", 0.1)
-    monkeypatch.setattr(gateway_module, "LOOK_S", 0.05)
+    monkeypatch.setattr(gateway_module, "HEALTH_PERIOD_S", 0.05)
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     async with (
         scripted_cluster(says("hello")) as cluster,
-        open_channel(cluster.gateway.address) as channel,
+        Transport().dial(cluster.gateway.address) as channel,
         Client(cluster.gateway.address) as client,
     ):
         async with asyncio.timeout(30):

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -12,8 +13,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from raw_grpc import raw_call
 from scripted import Script, Scripted, hangs, report_of, says, scripted_cluster, served
 
-from isthmus.cluster.client.client import RETRY_KEY, Client, build_request
-from isthmus.cluster.fleet.watched import Watched
+from isthmus.cluster.client.client import Client, build_request
+from isthmus.cluster.fleet.report import Report
+from isthmus.cluster.fleet.worker_entry import WorkerEntry
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.kvtransfer.hashing import HASH_BYTES
 from isthmus.proto.common_pb2 import FINISH_REASON_STOP
@@ -21,7 +23,8 @@ from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.errors import Exhausted, InvalidRequest, IsthmusError, Unavailable
 from isthmus.proto.generation_pb2 import GenerateEvent, ListModelsRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.statuses import RETRY_KEY
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_HEALTH_UNREACHABLE,
@@ -168,7 +171,7 @@ async def test_status_and_models() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await client.model("other")
         assert raised.value.code() is grpc.StatusCode.NOT_FOUND
-        async with open_channel(cluster.gateway.address) as channel:
+        async with Transport().dial(cluster.gateway.address) as channel:
             listed = await GenerationStub(channel).ListModels(ListModelsRequest())
         assert list(listed.models) == [model]
 
@@ -176,7 +179,7 @@ async def test_status_and_models() -> None:
 async def test_health_follows_the_workers() -> None:
     async with (
         scripted_cluster(says("x"), local_prefill="never") as cluster,
-        open_channel(cluster.gateway.address) as channel,
+        Transport().dial(cluster.gateway.address) as channel,
     ):
         stub: Any = health_pb2_grpc.HealthStub(channel)
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="isthmus.v1.Generation"))
@@ -189,7 +192,7 @@ async def test_health_follows_the_workers() -> None:
 
 
 async def test_reflection_lists_the_services() -> None:
-    async with scripted_cluster(says("x")) as cluster, open_channel(cluster.gateway.address) as channel:
+    async with scripted_cluster(says("x")) as cluster, Transport().dial(cluster.gateway.address) as channel:
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
         call = stub.ServerReflectionInfo()
         await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
@@ -205,7 +208,7 @@ async def test_a_worker_that_comes_back_is_used_again() -> None:
         address = worker.address
         await worker.stop()
         async with asyncio.timeout(5):
-            while cluster.gateway.fleet.snapshot().decode:
+            while cluster.gateway.fleet.table.routing.decode:
                 await cluster.gateway.fleet.change.wait()
         status = await client.status()
         assert [worker.health for worker in status.workers] == [WORKER_HEALTH_READY, WORKER_HEALTH_UNREACHABLE]
@@ -215,7 +218,7 @@ async def test_a_worker_that_comes_back_is_used_again() -> None:
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
         await worker.start(address)
         async with asyncio.timeout(5):
-            while not cluster.gateway.fleet.snapshot().decode:
+            while not cluster.gateway.fleet.table.routing.decode:
                 await cluster.gateway.fleet.change.wait()
         assert (await client.answer(build_request(prompt="x"))).text == "one"
 
@@ -284,11 +287,12 @@ async def test_odd_headers_disturb_neither_the_request_nor_the_workers(header: t
         assert "".join(GenerateEvent.FromString(event).text for event in answer.messages) == "hello"
         assert len(cluster.decodes[0].requests) == 1  # it was not placed again
         assert cluster.gateway.load.active == 0
-        assert [load.suspect for load in cluster.gateway.fleet.snapshot().decode] == [False]
+        assert [load.suspect for load in cluster.gateway.fleet.table.routing.decode] == [False]
 
 
 async def test_a_call_that_could_not_be_sent_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.cluster.frontend.gateway.trace_context", lambda context: (("tracestate", "a\x7fb"),))
+    trace = (("tracestate", "a\x7fb"),)
+    monkeypatch.setattr("isthmus.cluster.frontend.generation_service.trace_context", lambda context: trace)
     async with scripted_cluster(says("hello")) as cluster, Client(cluster.gateway.address) as client:
         failed: list[str] = []
         monkeypatch.setattr(cluster.gateway.fleet, "failed", failed.append)
@@ -366,13 +370,13 @@ async def test_decode_workers_dial_what_a_listed_worker_advertises(told: dict[st
 
 
 def test_an_address_that_others_can_dial_is_kept() -> None:
-    report = report_of(WORKER_ROLE_PREFILL, address="10.0.0.7:7001")
+    report = Report.from_pb(report_of(WORKER_ROLE_PREFILL, address="10.0.0.7:7001"))
     for listed in ("worker.example:7001", "10.0.0.8:7001", "[fd00::8]:7001"):
-        assert Watched(listed, 0.0, report).peer_address == listed
+        assert WorkerEntry(listed, 0.0, report).peer_address == listed
     for listed in ("localhost:7001", "[::1]:7001", "127.0.0.1:7001", "0.0.0.0:7001"):
-        assert Watched(listed, 0.0, report).peer_address == "10.0.0.7:7001"
-    report.advertise = "nat.example:9"
-    assert Watched("10.0.0.8:7001", 0.0, report).peer_address == "nat.example:9"
+        assert WorkerEntry(listed, 0.0, report).peer_address == "10.0.0.7:7001"
+    report = replace(report, advertise="nat.example:9")
+    assert WorkerEntry("10.0.0.8:7001", 0.0, report).peer_address == "nat.example:9"
 
 
 async def test_a_measured_link_is_that_of_the_worker_however_it_is_dialled() -> None:
@@ -382,5 +386,5 @@ async def test_a_measured_link_is_that_of_the_worker_however_it_is_dialled() -> 
         links = {"10.0.0.7:7001": 5.0, "other:1": 7.0}
         decode.report = report_of(WORKER_ROLE_DECODE, link_bytes_per_ms=links, instance="new")
         async with asyncio.timeout(10):
-            while fleet.snapshot().decode.loads[decode.address].links != {prefill.address: 5.0, "other:1": 7.0}:
+            while fleet.table.routing.decode.loads[decode.address].links != {prefill.address: 5.0, "other:1": 7.0}:
                 await fleet.change.wait()

@@ -13,7 +13,7 @@ from models import model_path
 
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.frontend.gateway import Gateway
-from isthmus.cluster.launch.seat import WorkerSeat, settings_of_both
+from isthmus.cluster.launch.role_host import RoleHost, settings_by_role
 from isthmus.cluster.text.served import load_served_model
 from isthmus.decode.worker import DecodeWorker
 from isthmus.proto.errors import Incompatible
@@ -32,26 +32,26 @@ REQUEST = build_request(
 class Seats:
     """Workers and a gateway that knows them."""
 
-    seats: list[WorkerSeat]
+    hosts: list[RoleHost]
     gateway: Gateway
     client: Client
 
 
 @asynccontextmanager
-async def seats(*roles: str) -> AsyncIterator[Seats]:
+async def hosts(*roles: str) -> AsyncIterator[Seats]:
     model = model_path(MODEL)
     shared = {"model": model, "dtype": "fp32"}
-    started: list[WorkerSeat] = []
+    started: list[RoleHost] = []
     gateway = Gateway("127.0.0.1:0", load_served_model(model))
     try:
         for number, role in enumerate(roles):
             settings = {**shared, "name": f"worker-{number}"}
-            seat = WorkerSeat(role, settings_of_both(role, settings))  # pyright: ignore[reportArgumentType]
-            started.append(seat)
-            await seat.start()
+            host = RoleHost(role, settings_by_role(role, settings))  # pyright: ignore[reportArgumentType]
+            started.append(host)
+            await host.start()
         await gateway.start()
-        for seat in started:
-            gateway.fleet.add(seat.address)
+        for host in started:
+            gateway.fleet.add(host.address)
         async with asyncio.timeout(30), Client(gateway.address) as client:
             await gateway.ready.wait()
             while any(status.health != WORKER_HEALTH_READY for status in gateway.fleet.statuses()):
@@ -59,56 +59,56 @@ async def seats(*roles: str) -> AsyncIterator[Seats]:
             yield Seats(started, gateway, client)
     finally:
         await gateway.stop()
-        for seat in started:
-            await seat.stop()
+        for host in started:
+            await host.stop()
 
 
 async def test_two_orders_to_flip_at_a_time_are_one_flip() -> None:
-    async with seats("prefill", "prefill", "decode") as cluster:
-        seat = cluster.seats[1]
-        assert await seat.prepare_flip(WORKER_ROLE_DECODE)
+    async with hosts("prefill", "prefill", "decode") as cluster:
+        host = cluster.hosts[1]
+        assert await host.prepare_flip(WORKER_ROLE_DECODE)
         for _ in range(2):
-            seat.flip(WORKER_ROLE_DECODE)
+            host.flip(WORKER_ROLE_DECODE)
         async with asyncio.timeout(30):
-            while seat.role != "decode":
+            while host.role != "decode":
                 await asyncio.sleep(0.01)
-        seat.flip(WORKER_ROLE_DECODE)
+        host.flip(WORKER_ROLE_DECODE)
         await asyncio.sleep(0.2)
-        assert (seat.role, seat.server.instance.partition(".")[2]) == ("decode", "2")  # its second worker, no third
+        assert (host.role, host.server.instance.partition(".")[2]) == ("decode", "2")  # its second worker, no third
 
 
 class Noting:
-    """Whoever keeps workers, and is told of their roles."""
+    """A manager of workers that notes their roles."""
 
     def __init__(self) -> None:
         self.roles: list[int] = []
 
-    def flipped(self, address: str, role: int) -> None:
+    def set_role(self, address: str, role: int) -> None:
         self.roles.append(role)
 
 
-async def test_a_flip_whose_caller_goes_away_is_known_to_whoever_keeps_the_workers() -> None:
-    async with seats("prefill", "prefill", "decode") as cluster:
-        cluster.gateway.operations.keeper = keeper = Noting()  # pyright: ignore[reportAttributeAccessIssue]
+async def test_a_flip_whose_caller_goes_away_is_known_to_the_manager() -> None:
+    async with hosts("prefill", "prefill", "decode") as cluster:
+        cluster.gateway.operations.manager = manager = Noting()  # pyright: ignore[reportAttributeAccessIssue]
         flipping = asyncio.create_task(cluster.gateway.operations.flip("worker-1", WORKER_ROLE_DECODE, 5))
-        while not keeper.roles:
+        while not manager.roles:
             await asyncio.sleep(0)
         flipping.cancel()
         async with asyncio.timeout(30):
             while [status.role for status in cluster.gateway.fleet.statuses()].count(WORKER_ROLE_DECODE) < 2:
                 await asyncio.sleep(0.02)
-        assert (cluster.seats[1].role, keeper.roles) == ("decode", [WORKER_ROLE_DECODE])
+        assert (cluster.hosts[1].role, manager.roles) == ("decode", [WORKER_ROLE_DECODE])
 
 
 async def test_a_worker_changes_its_role_and_back_on_the_same_weights() -> None:
-    async with seats("prefill", "prefill", "decode") as cluster:
+    async with hosts("prefill", "prefill", "decode") as cluster:
         before = (await cluster.client.answer(REQUEST)).token_ids
-        seat = cluster.seats[1]
-        address, model = seat.address, seat._worker.model  # pyright: ignore[reportOptionalMemberAccess]
+        host = cluster.hosts[1]
+        address, model = host.address, host._worker.model  # pyright: ignore[reportOptionalMemberAccess]
         for role in (WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL):
             report = await cluster.gateway.operations.flip("worker-1", role, 5)
             assert (report.role, report.address, report.worker_id) == (role, address, "worker-1")
-            assert seat._worker.model is model  # pyright: ignore[reportOptionalMemberAccess]
+            assert host._worker.model is model  # pyright: ignore[reportOptionalMemberAccess]
             answers = await asyncio.gather(*(cluster.client.answer(REQUEST) for _ in range(4)))
             assert [answer.token_ids for answer in answers] == [before] * 4
         assert (await cluster.gateway.operations.flip("worker-1", WORKER_ROLE_PREFILL, 5)).address == address
@@ -120,25 +120,25 @@ async def test_a_worker_that_cannot_take_the_other_role_goes_on_in_its_own(monke
     async def no_room(self: DecodeWorker, model: object = None) -> None:
         raise MemoryError("no room for the pool")
 
-    async with seats("prefill", "prefill", "decode") as cluster:
+    async with hosts("prefill", "prefill", "decode") as cluster:
         monkeypatch.setattr(DecodeWorker, "start", no_room)
         with pytest.raises(Incompatible, match="worker-1 goes on in its role: no room for the pool"):
             await cluster.gateway.operations.flip("worker-1", WORKER_ROLE_DECODE, 5)
         answers = await asyncio.gather(*(cluster.client.answer(REQUEST) for _ in range(4)))
         assert [len(answer.token_ids) for answer in answers] == [20] * 4
-        assert [seat.role for seat in cluster.seats] == ["prefill", "prefill", "decode"]
+        assert [host.role for host in cluster.hosts] == ["prefill", "prefill", "decode"]
 
 
 async def test_a_drained_worker_takes_nothing_and_ends_its_process() -> None:
-    async with seats("prefill", "prefill", "decode") as cluster:
-        drained = cluster.seats[0]
+    async with hosts("prefill", "prefill", "decode") as cluster:
+        drained = cluster.hosts[0]
         running = asyncio.create_task(cluster.client.answer(REQUEST))
         await asyncio.sleep(0)
         done = await cluster.gateway.operations.drain("worker-0", 5)
         assert done.handed_over == 0
-        await asyncio.wait_for(drained.emptied.wait(), 5)
+        await asyncio.wait_for(drained.drained.wait(), 5)
         assert len((await running).token_ids) == 20
-        assert [load.address for load in cluster.gateway.fleet.snapshot().prefill] == [cluster.seats[1].address]
+        assert [load.address for load in cluster.gateway.fleet.table.routing.prefill] == [cluster.hosts[1].address]
         assert len((await cluster.client.answer(REQUEST)).token_ids) == 20
         with pytest.raises(Incompatible, match="was given a list of workers"):
             await cluster.gateway.operations.scale(2, None, 5)

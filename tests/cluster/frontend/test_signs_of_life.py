@@ -4,7 +4,6 @@ import asyncio
 from pathlib import Path
 
 import grpc.aio
-import pytest
 from scripted import scripted_cluster
 from served_jobs import jobs_server, sqlite_url
 
@@ -14,8 +13,7 @@ from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.generation_pb2 import GenerateEvent, GenerateRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
 from isthmus.proto.jobs_pb2 import SubmitJobRequest, WatchJobRequest
-from isthmus.proto.rpc.server import Stalled, open_channel
-from isthmus.proto.rpc.signs import kept_alive
+from isthmus.proto.rpc.transport import Transport
 
 
 async def test_a_silent_stream_says_that_it_lives() -> None:
@@ -27,7 +25,7 @@ async def test_a_silent_stream_says_that_it_lives() -> None:
 
     async with (
         scripted_cluster(silent, sign_of_life_s=0.05) as cluster,
-        open_channel(cluster.gateway.address) as channel,
+        Transport().dial(cluster.gateway.address) as channel,
         Client(cluster.gateway.address) as client,
     ):
         call = GenerationStub(channel).Generate(build_request(prompt="x"), timeout=30)
@@ -59,24 +57,3 @@ async def test_a_silent_watcher_of_a_job_hears_that_its_stream_lives(tmp_path: P
         call.cancel()
         go.set()
         assert [event.number for event in await server.watch(job.job_id)][:2] == [1, 2]
-
-
-async def test_a_sign_that_nobody_reads_ends_whatever_runs() -> None:
-    async def write(message: str) -> None:
-        await asyncio.sleep(0.05)
-        raise Stalled("nothing was read")
-
-    with pytest.raises(Stalled, match="nothing was read"):
-        async with asyncio.timeout(20), kept_alive(write, lambda: "sign", 0.01):
-            await asyncio.Event().wait()
-    task = asyncio.current_task()
-    assert task is not None and not task.cancelling()
-
-
-async def test_a_sign_to_a_client_that_is_gone_is_no_bug(caplog: pytest.LogCaptureFixture) -> None:
-    async def write(message: str) -> None:
-        raise RuntimeError("the call has ended")
-
-    async with kept_alive(write, lambda: "sign", 0.01):
-        await asyncio.sleep(0.1)
-    assert not caplog.records

@@ -10,10 +10,10 @@ from scripted import says, scripted_cluster
 from served_jobs import QUICK, answer_to, jobs_server
 
 from isthmus.cluster.frontend import gateway as gateway_module
-from isthmus.cluster.jobs.running import recorder as recorder_module
-from isthmus.cluster.jobs.running import runner as runner_module
-from isthmus.cluster.jobs.running.active import ActiveJob
-from isthmus.cluster.jobs.store.hub import Hub
+from isthmus.cluster.jobs.runner import recorder as recorder_module
+from isthmus.cluster.jobs.runner import runner as runner_module
+from isthmus.cluster.jobs.runner.active import ActiveJob
+from isthmus.cluster.jobs.store.event_bus import EventBus
 from isthmus.cluster.jobs.store.store import JobStore
 from isthmus.proto import tasks as tasks_module
 from isthmus.proto.common_pb2 import SamplingParams
@@ -25,7 +25,7 @@ from isthmus.proto.jobs_pb2 import (
     JobEvent,
     SubmitJobRequest,
 )
-from isthmus.proto.rpc.server import open_channel
+from isthmus.proto.rpc.transport import Transport
 
 TOKENS = 8
 
@@ -98,7 +98,7 @@ async def test_a_job_that_cannot_be_recorded_fails_alone(url: str, monkeypatch: 
         assert ended[1].error.message == "its output cannot be recorded (ValueError); see the gateway's log"
         later = await server.stub.SubmitJob(submission("four"))
         assert (await server.ended(later.job_id)).state == JOB_STATE_SUCCEEDED
-        assert server.jobs.running == 0
+        assert server.generator.running == 0
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ async def test_a_job_that_cannot_be_recorded_fails_alone(url: str, monkeypatch: 
         (JobStore, "owned", "jobs sweep"),
         (JobStore, "erase", "jobs prune"),
         (JobStore, "last_events", "jobs look_for_events"),
-        (runner_module, "look", "jobs look_at_workers"),
-        (Hub, "publish", None),  # in the writer's hands: asyncio logs it
+        (runner_module, "load_of", "jobs look_at_workers"),
+        (EventBus, "publish", None),  # in the writer's hands: asyncio logs it
     ],
 )
 async def test_a_loop_that_fails_once_goes_on(
@@ -126,11 +126,11 @@ async def test_a_loop_that_fails_once_goes_on(
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
     async with jobs_server(url, hold) as server:
         if method == "last_events":
-            monkeypatch.setattr(Hub, "watched", property(lambda self: ["of another gateway"]))
+            monkeypatch.setattr(EventBus, "watched", property(lambda self: ["of another gateway"]))
         many = ["p"] * (ActiveJob.PAGE + 1)  # more than come along with the claim
         job = await server.stub.SubmitJob(submission(*many))
         async with asyncio.timeout(20):
-            while left[0] or server.jobs.running < 10:
+            while left[0] or server.generator.running < 10:
                 await asyncio.sleep(0.01)
         go.set()
         ended = await server.ended(job.job_id, within_s=30)
@@ -177,12 +177,12 @@ async def test_jobs_that_do_not_run_turn_their_service_red_and_no_other(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raises(monkeypatch, JobStore, "claim", always, times=1_000_000)
-    monkeypatch.setattr(gateway_module, "LOOK_S", 0.05)
+    monkeypatch.setattr(gateway_module, "HEALTH_PERIOD_S", 0.05)
     monkeypatch.setattr(tasks_module, "LAST_PAUSE_S", 0.1)
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     async with (
         scripted_cluster(says("hello"), jobs_db=url, jobs=QUICK) as cluster,
-        open_channel(cluster.gateway.address) as channel,
+        Transport().dial(cluster.gateway.address) as channel,
     ):
         stub: Any = health_pb2_grpc.HealthStub(channel)
         found: dict[str, int] = {}

@@ -8,8 +8,8 @@ import ray.util
 
 from isthmus.cluster.config import ClusterConfig
 from isthmus.cluster.launch import ray_cluster
-from isthmus.cluster.launch.host import WorkerHost
-from isthmus.cluster.launch.ray_cluster import ActorHost, RayCluster
+from isthmus.cluster.launch.ray_cluster import RayCluster, WorkerActor
+from isthmus.cluster.launch.worker_thread import WorkerThread
 from isthmus.proto.errors import AlreadyExists
 
 
@@ -69,8 +69,8 @@ def test_actors_listen_on_the_address_of_their_node(
 ) -> None:
     given: list[Any] = []
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: node)
-    monkeypatch.setattr(WorkerHost, "__init__", lambda self, role, settings, other: given.append((settings, other)))
-    ActorHost("prefill", {"listen": listen, "a": 1}, {"listen": listen, "b": 2})
+    monkeypatch.setattr(WorkerThread, "__init__", lambda self, role, settings, other: given.append((settings, other)))
+    WorkerActor("prefill", {"listen": listen, "a": 1}, {"listen": listen, "b": 2})
     assert given == [({"listen": bound, "a": 1}, {"listen": bound, "b": 2})]
 
 
@@ -82,7 +82,7 @@ async def test_the_head_of_ray_is_dialled_over_ipv6_too(monkeypatch: pytest.Monk
         raise OSError
 
     monkeypatch.setattr("asyncio.open_connection", refused)
-    monkeypatch.setattr(ray_cluster, "HEAD_LOOK_S", 0.001)
+    monkeypatch.setattr(ray_cluster, "HEAD_POLL_S", 0.001)
     cluster = RayCluster(ClusterConfig())
     cluster._head = "[fd00::1]:6379"
     await cluster.lost()

@@ -11,6 +11,7 @@ from scripted import Scripted, report_of, says, served
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.config import ClusterConfig, Role
 from isthmus.cluster.launch import supervisor as supervisor_module
+from isthmus.cluster.launch import worker_group
 from isthmus.cluster.launch.supervisor import Supervisor
 from isthmus.proto.errors import Incompatible, NotFound, Unavailable
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
@@ -138,7 +139,7 @@ async def test_a_worker_that_died_is_found_at_its_new_address() -> None:
     async with asyncio.timeout(10):
         while [status.address for status in gateway.fleet.statuses()][1:] in ([before], []):
             await asyncio.sleep(0.02)
-        while not gateway.fleet.snapshot().decode:
+        while not gateway.fleet.table.routing.decode:
             await gateway.fleet.change.wait()
     assert len(gateway.fleet.statuses()) == 2
     async with Client(gateway.address) as client:
@@ -171,7 +172,7 @@ async def test_without_its_head_the_cluster_goes_on_and_is_built_anew_once_a_wor
 async def test_a_worker_that_ends_again_and_again_is_started_after_growing_pauses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(supervisor_module, "RESTART_PAUSE_S", 0.02)
+    monkeypatch.setattr(worker_group, "RESTART_PAUSE_S", 0.02)
     launcher = FakeLauncher()
     supervisor = Supervisor(ClusterConfig(port=0), launcher)
     gateway = await supervisor.start()
@@ -229,7 +230,7 @@ async def test_scaling_starts_what_is_missing_and_drains_what_is_too_much() -> N
     done = await gateway.operations.scale(3, 2, 5)
     assert (sorted(done.started), list(done.drained)) == (["decode-1", "prefill-1", "prefill-2"], [])
     async with asyncio.timeout(10):
-        while len(gateway.fleet.snapshot().prefill) < 3 or len(gateway.fleet.snapshot().decode) < 2:
+        while len(gateway.fleet.table.routing.prefill) < 3 or len(gateway.fleet.table.routing.decode) < 2:
             await gateway.fleet.change.wait()
     done = await gateway.operations.scale(1, None, 5)
     assert (list(done.started), sorted(done.drained)) == ([], ["prefill-1", "prefill-2"])
@@ -272,13 +273,14 @@ async def test_a_flipped_worker_that_died_comes_back_in_its_new_role() -> None:
     supervisor = Supervisor(ClusterConfig(decode=2, port=0), launcher)
     gateway = await supervisor.start()
     decode = launcher.workers[2]
-    supervisor.flipped(decode.worker.address, WORKER_ROLE_PREFILL)
+    assert supervisor.workers is not None
+    supervisor.workers.set_role(decode.worker.address, WORKER_ROLE_PREFILL)
     await decode.die()
     async with asyncio.timeout(10):
         while len(launcher.workers) < 4:
             await asyncio.sleep(0.02)
     assert (launcher.workers[3].name, launcher.workers[3].role) == ("decode-1", "prefill")
-    assert gateway.operations.keeper is supervisor
+    assert gateway.operations.manager is supervisor.workers
     await supervisor.stop(0)
 
 
@@ -315,7 +317,7 @@ async def test_the_follower_of_a_worker_goes_on_after_an_exception(
         await asyncio.sleep(0.2)  # it follows again
         await decode.die()
         await until(lambda: [status.address for status in gateway.fleet.statuses()][1:] not in ([before], []))
-        await until(lambda: len(gateway.fleet.statuses()) == 2 and len(gateway.fleet.snapshot().decode) == 1)
+        await until(lambda: len(gateway.fleet.statuses()) == 2 and len(gateway.fleet.table.routing.decode) == 1)
         assert gateway.failures == {"follow a worker": 1}
     finally:
         await supervisor.stop(0)

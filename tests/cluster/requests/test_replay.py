@@ -8,7 +8,7 @@ import pytest
 from scripted import Script, scripted_cluster, served
 
 from isthmus.cluster.client.client import Answer, Client, build_request
-from isthmus.cluster.fleet import registry
+from isthmus.cluster.fleet import worker_table
 from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.cluster.requests.generator import Generator
 from isthmus.cluster.requests.retry import Failures
@@ -88,8 +88,8 @@ async def test_the_same_worker_once_it_is_back() -> None:
 
 
 async def test_a_worker_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "SUSPECT_S", 0.3)
-    monkeypatch.setattr(registry, "OUT_S", 0.6)
+    monkeypatch.setattr(worker_table, "SUSPECT_S", 0.3)
+    monkeypatch.setattr(worker_table, "OUT_S", 0.6)
     monkeypatch.setattr(report_service, "HEARTBEAT_S", 0.1)
     async with (
         scripted_cluster(writes(TEXT, at_most=3), writes(TEXT, at_most=3)) as cluster,
@@ -143,14 +143,14 @@ async def test_an_answer_that_another_gateway_began(count: int) -> None:
         generator = Generator(served(), cluster.gateway.fleet, GatewayConfig())
         request = build_request(prompt="x", sampling={"stop": ["END"]})
         request.tenant, request.priority = "t", PRIORITY_BATCH
-        admitted = await generator.admit(request)
+        resolved = await generator.resolve(request)
         emitted = list(TEXT.encode())[:count]
         events: list[GenerateEvent] = []
 
         async def take(event: GenerateEvent) -> None:
             events.append(event)
 
-        session = await generator.run(admitted, take, emitted=emitted)
+        session = await generator.run(resolved, take, emitted=emitted)
         before = bytes(emitted).decode(errors="ignore").removesuffix("E").removesuffix("EN")
         assert before + "".join(event.text for event in events) == "one twö three "
         assert events[0].index == count

@@ -3,27 +3,28 @@
 from typing import Any
 
 import pytest
+from routing_tables import routing_table_of
 from scripted import CODECS, ByteText, served
 
 from isthmus.cluster.client.client import build_request
-from isthmus.cluster.requests.request import Admitted, admit, examine
-from isthmus.cluster.router.board import Board, board_of
-from isthmus.cluster.router.table import WorkerLoad
+from isthmus.cluster.requests.request import ResolvedRequest, resolve, validate
+from isthmus.cluster.router.routing_table import RoutingTable
+from isthmus.cluster.router.worker_columns import WorkerLoad
 from isthmus.cluster.text.served import InputLimits, ServedModel
 from isthmus.kvtransfer.codecs.names import codec_names
 from isthmus.proto.errors import InvalidRequest, IsthmusError, NotFound, Unavailable
 from isthmus.proto.generation_pb2 import GenerateRequest
 
 
-def snapshot(*, pages: int = 100, codecs: dict[str, str] = CODECS) -> Board:
+def workers_of(*, pages: int = 100, codecs: dict[str, str] = CODECS) -> RoutingTable:
     worker = WorkerLoad(address="w", codecs=codecs, page_tokens=64, pages_total=pages, pages_free=pages)
-    return board_of([worker], [worker])
+    return routing_table_of([worker], [worker])
 
 
 async def let_in(
-    request: GenerateRequest, *, model: ServedModel | None = None, workers: Board | None = None
-) -> Admitted:
-    return await admit(request, model or served(), workers or snapshot(), "tq-k4v4")
+    request: GenerateRequest, *, model: ServedModel | None = None, workers: RoutingTable | None = None
+) -> ResolvedRequest:
+    return await resolve(request, model or served(), workers or workers_of(), "tq-k4v4")
 
 
 async def refusal(request: GenerateRequest, error: type[IsthmusError], **where: Any) -> str:
@@ -91,7 +92,7 @@ async def test_sizes_are_bounded_before_any_work(request_: GenerateRequest, mess
     model = served(tokenizer=Untouched(), limits=InputLimits(max_prompt_bytes=101, max_chat_messages=3))
     assert await refusal(request_, InvalidRequest, model=model) == message
     with pytest.raises(InvalidRequest) as raised:  # what jobs ask
-        await examine(request_, model)
+        await validate(request_, model)
     assert str(raised.value) == message
 
 
@@ -167,17 +168,17 @@ async def test_no_chat_template() -> None:
 
 
 async def test_longer_than_any_worker_could_hold() -> None:
-    message = await refusal(build_request(prompt="x" * 200), InvalidRequest, workers=snapshot(pages=2))
+    message = await refusal(build_request(prompt="x" * 200), InvalidRequest, workers=workers_of(pages=2))
     assert message == "prompt of 200 tokens; allowed: at most 127 (what a worker can hold)"
 
 
 @pytest.mark.parametrize(("pages", "room"), [(100, 100), (15, 60)])
 async def test_output_is_cut_to_context_and_workers(pages: int, room: int) -> None:
     request = build_request(prompt="x" * 900, sampling={"max_tokens": 500, "min_tokens": 400})
-    sampling = (await let_in(request, workers=snapshot(pages=pages))).sampling
+    sampling = (await let_in(request, workers=workers_of(pages=pages))).sampling
     assert (sampling.max_tokens, sampling.min_tokens) == (room, room)
 
 
 async def test_no_workers() -> None:
-    message = await refusal(build_request(prompt="x"), Unavailable, workers=Board())
+    message = await refusal(build_request(prompt="x"), Unavailable, workers=RoutingTable())
     assert message == "no pair of prefill and decode workers is ready"

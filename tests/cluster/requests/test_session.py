@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 from scripted import served
 
-from isthmus.cluster.requests.request import Admitted
+from isthmus.cluster.requests.request import ResolvedRequest
 from isthmus.cluster.requests.session import Session, new_session
 from isthmus.proto.common_pb2 import (
     FINISH_REASON_EOS,
@@ -21,8 +21,10 @@ from isthmus.proto.sampling import Sampling
 
 def session(*stop: str, min_tokens: int = 0) -> Session:
     sampling = Sampling(stop=stop, min_tokens=min_tokens, seed=7)
-    admitted = Admitted(request_id="r", call_id="r.1", prompt_token_ids=[1, 2, 3], sampling=sampling, codec="raw")
-    return new_session(admitted, served(), arrived_s=10.0)
+    resolved = ResolvedRequest(
+        request_id="r", call_id="r.1", prompt_token_ids=[1, 2, 3], sampling=sampling, codec="raw"
+    )
+    return new_session(resolved, served(), arrived_s=10.0)
 
 
 def run(session: Session, text: str, *, size: int = 1) -> list[GenerateEvent]:

@@ -5,14 +5,14 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from boards import demand, load
+from routing_tables import demand, load, routing_table_of
 
-from isthmus.cluster.router.board import Board, board_of
 from isthmus.cluster.router.costs import Demand
-from isthmus.cluster.router.prefixes import Steps
+from isthmus.cluster.router.prefixes import PrefixKeys
 from isthmus.cluster.router.router import route
-from isthmus.cluster.router.table import NOBODY, SUSPECT, PrefillTime, StepTime, WorkerLoad
-from isthmus.cluster.router.ties import mixed
+from isthmus.cluster.router.routing_table import RoutingTable
+from isthmus.cluster.router.tie_breaking import mixed
+from isthmus.cluster.router.worker_columns import EXCLUDED, SUSPECT, PrefillTime, StepTime, WorkerLoad
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
 
 DAMAGE = {PRIORITY_INTERACTIVE: 0.5, PRIORITY_STANDARD: 1.0, PRIORITY_BATCH: 2.0}
@@ -27,14 +27,14 @@ class Model:
     decode: list[WorkerLoad]
     wire_bytes: float
     output_tokens: float
-    given: dict[str, list[Steps]] = field(default_factory=dict)  # prompts that a worker was given
+    given: dict[str, list[PrefixKeys]] = field(default_factory=dict)  # prompts that a worker was given
     trust: dict[str, float] = field(default_factory=dict)
 
     def cached(self, address: str) -> float:
         """Tokens of the prompt that a worker has."""
         known = {step for steps in self.given.get(address, ()) for step in steps}
         prefix = 0
-        for step in self.asked.steps:
+        for step in self.asked.prefix_keys:
             if step not in known:
                 break
             prefix = step[0]
@@ -85,35 +85,35 @@ class Model:
         return max(0.0, missing / rate - hidden_ms)
 
 
-def preferred(costs: dict[str, float], near_ms: float, board: Board, affinity: int) -> str:
+def preferred(costs: dict[str, float], near_ms: float, table: RoutingTable, affinity: int) -> str:
     """The cheapest; of nearly equal ones the one that the affinity prefers."""
-    seeds = {a: pool.seeds[pool.row[a]] for pool in (board.prefill, board.decode) for a in pool.row}
+    seeds = {a: workers.seeds[workers.row_of[a]] for workers in (table.prefill, table.decode) for a in workers.row_of}
     least = min(costs.values())
     near = [address for address, cost in costs.items() if cost <= least + near_ms]
     return min(near, key=lambda address: mixed(seeds[address] ^ affinity))
 
 
-def expected(model: Model, board: Board, local: str) -> tuple[str, str, float]:
+def expected(model: Model, table: RoutingTable, local: str) -> tuple[str, str, float]:
     """Decode worker, prefill worker ("" for none) and expected TTFT."""
     affinity = model.asked.affinity
     best = min((model.remote(worker) for worker in model.prefill), default=math.inf) if local != "always" else math.inf
     totals = {}
     for worker in model.decode:
         rate = len(worker.links) / sum(1 / r for r in worker.links.values()) if worker.links else 1e6
-        paired = best + model.sent(worker, rate, best) if best < NOBODY else math.inf
+        paired = best + model.sent(worker, rate, best) if best < EXCLUDED else math.inf
         totals[worker.address] = model.own(worker) + min(paired, math.inf if local == "never" else model.alone(worker))
     near_ms = max(1.0, 0.05 * min(model.own(worker) for worker in model.decode))
-    chosen = preferred(totals, near_ms, board, affinity)
+    chosen = preferred(totals, near_ms, table, affinity)
     decode = next(worker for worker in model.decode if worker.address == chosen)
     alone = math.inf if local == "never" else model.alone(decode)
-    if best < NOBODY:
-        typical = board.decode.link[board.decode.row[chosen]]
+    if best < EXCLUDED:
+        typical = table.decode.link[table.decode.row_of[chosen]]
         pairs = {
             worker.address: model.remote(worker)
             + model.sent(decode, decode.links.get(worker.address, typical), model.remote(worker))
             for worker in model.prefill
         }
-        first = preferred(pairs, max(1.0, 0.05 * min(pairs.values())), board, affinity)
+        first = preferred(pairs, max(1.0, 0.05 * min(pairs.values())), table, affinity)
         if pairs[first] <= alone:
             return chosen, first, model.wait(decode) + pairs[first]
     return chosen, "", model.wait(decode) + model.compute(decode)
@@ -133,45 +133,45 @@ def random_load(draw: random.Random, name: str, peers: list[str]) -> WorkerLoad:
     )
 
 
-def random_case(draw: random.Random) -> tuple[Model, Board]:
+def random_case(draw: random.Random) -> tuple[Model, RoutingTable]:
     most = draw.choice((4, 4, 12, 12, 40, 150))
     names = [f"p{number}" for number in range(draw.randrange(1, most))]
     prefill = [random_load(draw, name, []) for name in names]
     decode = [random_load(draw, f"d{number}", names) for number in range(draw.randrange(1, most))]
-    board = board_of(prefill, decode)
+    table = routing_table_of(prefill, decode)
     prompts = [tuple((64 * (page + 1), bytes([kind, page])) for page in range(12)) for kind in range(3)]
     steps = draw.choice(prompts)[: draw.randrange(13)]
     asked = demand(
         prompt_tokens=64 * len(steps) + draw.randrange(1, 2000),
         max_tokens=draw.randrange(1, 400),
         affinity=draw.getrandbits(64),
-        steps=steps,
+        prefix_keys=steps,
         priority=draw.choice(list(DAMAGE)),
     )
-    board.saw_transfer("raw", 1, draw.choice((10, 10_000, 100_000)))
-    model = Model(asked, prefill, decode, board.wire_bytes("raw"), board.output_tokens)
-    for pool in (board.prefill, board.decode):
-        for address, row in pool.row.items():
+    table.record_transfer("raw", 1, draw.choice((10, 10_000, 100_000)))
+    model = Model(asked, prefill, decode, table.wire_bytes("raw"), table.output_tokens)
+    for workers in (table.prefill, table.decode):
+        for address, row in workers.row_of.items():
             model.given[address] = [draw.choice(prompts)[: draw.randrange(13)] for _ in range(draw.randrange(3))]
             for given in model.given[address]:
-                pool.prefixes.remember(row, given)
+                workers.prefixes.remember(row, given)
             for _ in range(draw.choice((0, 0, 3))):
-                pool.check_belief(address, 100.0, draw.randrange(100))
-            model.trust[address] = pool.trust[row]
-    return model, board
+                workers.update_prefix_trust(address, 100.0, draw.randrange(100))
+            model.trust[address] = workers.prefix_trust[row]
+    return model, table
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_pools(seed: int) -> None:
     draw, alone = random.Random(seed), 0
     for _ in range(250):
-        model, board = random_case(draw)
+        model, table = random_case(draw)
         local = draw.choice(("never", "when_cheaper", "always"))
-        placement = route(model.asked, board, local_prefill=local)
-        decode, prefill, ttft_ms = expected(model, board, local)
+        placement = route(model.asked, table, local_prefill=local)
+        decode, prefill, ttft_ms = expected(model, table, local)
         assert (placement.decode, placement.prefill[:1]) == (decode, (prefill,) if prefill else ())
         assert placement.ttft_ms == pytest.approx(ttft_ms, rel=1e-6)
-        assert placement.held_tokens == pytest.approx(model.cached(decode))
-        assert not prefill or placement.cached_tokens == pytest.approx(model.cached(prefill))
+        assert placement.decode_cached_tokens == pytest.approx(model.cached(decode))
+        assert not prefill or placement.prefill_cached_tokens == pytest.approx(model.cached(prefill))
         alone += not prefill
     assert 50 < alone < 200

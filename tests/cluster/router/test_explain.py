@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from boards import STEPS, board, demand
+from routing_tables import KEYS, demand, routing_table
 from scripted import says, scripted_cluster
 
 from isthmus.cluster.cli.main import run
@@ -14,9 +14,9 @@ from isthmus.cluster.router.router import route
 
 
 def test_the_parts_add_up_and_the_cheapest_is_chosen() -> None:
-    workers = board(3, 2, p0={"queued_tokens": 700}, p2={"queued_tokens": 300}, d0={"requests": 20})
-    workers.prefill.prefixes.remember(workers.prefill.row["p0"], STEPS)
-    asked = demand(prompt_tokens=300, steps=STEPS)
+    workers = routing_table(3, 2, p0={"queued_tokens": 700}, p2={"queued_tokens": 300}, d0={"requests": 20})
+    workers.prefill.prefixes.remember(workers.prefill.row_of["p0"], KEYS)
+    asked = demand(prompt_tokens=300, prefix_keys=KEYS)
     placement = route(asked, workers, local_prefill="when_cheaper")
     lines = explain(asked, workers, placement, local_prefill="when_cheaper")
     assert len(lines) == 2 * (3 + 1)
@@ -31,9 +31,9 @@ def test_the_parts_add_up_and_the_cheapest_is_chosen() -> None:
 
 def test_a_local_prompt_is_expected_after_its_own_compute() -> None:
     """What the requests there lose by it is part of its price, but nothing that it waits for."""
-    workers = board(1, 1, p0={"queued_tokens": 9000}, d0={"requests": 6, "pages_free": 10})
-    workers.decode.prefixes.remember(0, STEPS)
-    asked = demand(prompt_tokens=300, steps=STEPS)
+    workers = routing_table(1, 1, p0={"queued_tokens": 9000}, d0={"requests": 6, "pages_free": 10})
+    workers.decode.prefixes.remember(0, KEYS)
+    asked = demand(prompt_tokens=300, prefix_keys=KEYS)
     placement = route(asked, workers, local_prefill="when_cheaper")
     (line,) = [line for line in explain(asked, workers, placement, local_prefill="when_cheaper") if line.chosen]
     assert (line.prefill, line.held_tokens) == ("", 256)

@@ -1,21 +1,21 @@
-"""The router's choices, and which codecs and lengths a board allows."""
+"""The router's choices, and which codecs and lengths a routing_table allows."""
 
 from typing import Any
 
 import pytest
-from boards import STEPS, board, demand, load
+from routing_tables import KEYS, demand, load, routing_table, routing_table_of
 
-from isthmus.cluster.gateway_config import Policy
-from isthmus.cluster.router.board import Board, board_of
-from isthmus.cluster.router.router import offered_codecs, route, token_limit
-from isthmus.cluster.router.table import PrefillTime, StepTime
+from isthmus.cluster.router.policies import Policy
+from isthmus.cluster.router.router import route, servable_codecs, token_limit
+from isthmus.cluster.router.routing_table import RoutingTable
+from isthmus.cluster.router.worker_columns import PrefillTime, StepTime
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE
 from isthmus.proto.errors import InvalidRequest, Unavailable
 
 
 def test_prefill_workers_come_in_the_order_of_what_they_cost() -> None:
     slow = PrefillTime(5, 2.0, 0.01)
-    workers = board(4, 1, p0={"queued_tokens": 500}, p2={"prefill": slow}, p3={"queued_tokens": 200})
+    workers = routing_table(4, 1, p0={"queued_tokens": 500}, p2={"prefill": slow}, p3={"queued_tokens": 200})
     placement = route(demand(), workers)
     assert (placement.decode, placement.prefill) == ("d0", ("p1", "p3", "p0", "p2"))
     assert (placement.page_tokens, placement.codec_hash) == (64, "r0")
@@ -24,7 +24,7 @@ def test_prefill_workers_come_in_the_order_of_what_they_cost() -> None:
 
 def test_a_long_context_slows_each_token() -> None:
     """Worker p0 is faster at a short prompt, p1 at a long one."""
-    workers = board(2, 1, p0={"prefill": PrefillTime(0, 0.1, 0.05)}, p1={"prefill": PrefillTime(0, 0.3, 0.0)})
+    workers = routing_table(2, 1, p0={"prefill": PrefillTime(0, 0.1, 0.05)}, p1={"prefill": PrefillTime(0, 0.3, 0.0)})
     assert route(demand(prompt_tokens=1000), workers).prefill == ("p0", "p1")
     assert route(demand(prompt_tokens=20_000), workers).prefill == ("p1", "p0")
 
@@ -43,52 +43,52 @@ def test_a_long_context_slows_each_token() -> None:
 def test_the_cheaper_decode_worker_is_chosen(busy: dict[str, Any]) -> None:
     for name, other in (("d0", "d1"), ("d1", "d0")):
         for affinity in range(4):
-            assert route(demand(affinity=affinity), board(2, 2, **{name: busy})).decode == other
+            assert route(demand(affinity=affinity), routing_table(2, 2, **{name: busy})).decode == other
 
 
 def test_what_is_cached_is_not_computed() -> None:
-    workers = board(3, 1)
-    workers.prefill.prefixes.remember(workers.prefill.row["p2"], STEPS)
-    workers.prefill.prefixes.remember(workers.prefill.row["p1"], STEPS[:2])
-    placement = route(demand(prompt_tokens=300, steps=STEPS), workers)
+    workers = routing_table(3, 1)
+    workers.prefill.prefixes.remember(workers.prefill.row_of["p2"], KEYS)
+    workers.prefill.prefixes.remember(workers.prefill.row_of["p1"], KEYS[:2])
+    placement = route(demand(prompt_tokens=300, prefix_keys=KEYS), workers)
     assert placement.prefill[:2] == ("p2", "p1")
-    assert placement.cached_tokens == 256
-    workers.prefill.put(load("p2", queued_tokens=2000))  # by now a long queue waits there
-    assert route(demand(prompt_tokens=300, steps=STEPS), workers).prefill[0] == "p1"
+    assert placement.prefill_cached_tokens == 256
+    workers.prefill.update(load("p2", queued_tokens=2000))  # by now a long queue waits there
+    assert route(demand(prompt_tokens=300, prefix_keys=KEYS), workers).prefill[0] == "p1"
     workers.prefill.remove("p1")
-    workers.prefill.put(load("p1"))  # started anew: empty
-    assert route(demand(prompt_tokens=300, steps=STEPS), workers).cached_tokens == 0
+    workers.prefill.update(load("p1"))  # started anew: empty
+    assert route(demand(prompt_tokens=300, prefix_keys=KEYS), workers).prefill_cached_tokens == 0
 
 
 def test_a_cache_that_is_not_there_is_believed_in_no_more() -> None:
-    workers = board(2, 1)
-    workers.prefill.prefixes.remember(workers.prefill.row["p0"], STEPS)
+    workers = routing_table(2, 1)
+    workers.prefill.prefixes.remember(workers.prefill.row_of["p0"], KEYS)
     for _ in range(20):
-        placement = route(demand(prompt_tokens=300, steps=STEPS), workers)
-        workers.prefill.check_belief("p0", placement.cached_tokens, 0)
-    assert route(demand(prompt_tokens=300, steps=STEPS), workers).cached_tokens < 20
+        placement = route(demand(prompt_tokens=300, prefix_keys=KEYS), workers)
+        workers.prefill.update_prefix_trust("p0", placement.prefill_cached_tokens, 0)
+    assert route(demand(prompt_tokens=300, prefix_keys=KEYS), workers).prefill_cached_tokens < 20
 
 
 def test_the_decode_worker_computes_what_is_cheaper_there() -> None:
-    workers = board(1, 1, p0={"queued_tokens": 5000})
+    workers = routing_table(1, 1, p0={"queued_tokens": 5000})
     assert route(demand(), workers).prefill == ("p0",)
     assert route(demand(), workers, local_prefill="when_cheaper").prefill == ()
-    assert route(demand(), board(1, 1), local_prefill="when_cheaper").prefill == ("p0",)
-    assert route(demand(), board(1, 1), local_prefill="always").prefill == ()
-    assert route(demand(), board(0, 1), local_prefill="when_cheaper").prefill == ()
-    held = board(1, 1)
-    held.decode.prefixes.remember(0, STEPS)
-    assert route(demand(prompt_tokens=258, steps=STEPS), held, local_prefill="when_cheaper").prefill == ()
+    assert route(demand(), routing_table(1, 1), local_prefill="when_cheaper").prefill == ("p0",)
+    assert route(demand(), routing_table(1, 1), local_prefill="always").prefill == ()
+    assert route(demand(), routing_table(0, 1), local_prefill="when_cheaper").prefill == ()
+    held = routing_table(1, 1)
+    held.decode.prefixes.remember(0, KEYS)
+    assert route(demand(prompt_tokens=258, prefix_keys=KEYS), held, local_prefill="when_cheaper").prefill == ()
 
 
 def test_what_nobody_measured_is_taken_from_those_who_did() -> None:
-    workers = board_of([load("p0", prefill=PrefillTime(0, 3, 0))], [load("d0", prefill=None)])
+    workers = routing_table_of([load("p0", prefill=PrefillTime(0, 3, 0))], [load("d0", prefill=None)])
     alone = route(demand(), workers, local_prefill="always")
     assert alone.ttft_ms == pytest.approx(3000)
 
 
 def test_who_waits_may_take_more_from_those_who_do_not() -> None:
-    workers = board(1, 1, p0={"queued_tokens": 900}, d0={"requests": 14})
+    workers = routing_table(1, 1, p0={"queued_tokens": 900}, d0={"requests": 14})
     chosen = {
         priority: route(demand(priority=priority), workers, local_prefill="when_cheaper").prefill
         for priority in (PRIORITY_INTERACTIVE, PRIORITY_BATCH)
@@ -97,10 +97,10 @@ def test_who_waits_may_take_more_from_those_who_do_not() -> None:
 
 
 def test_equal_workers_share_prompts_by_their_beginning() -> None:
-    placements = {affinity: route(demand(affinity=affinity), board()) for affinity in range(32)}
+    placements = {affinity: route(demand(affinity=affinity), routing_table()) for affinity in range(32)}
     assert {placement.decode for placement in placements.values()} == {"d0", "d1"}
     assert {placement.prefill[0] for placement in placements.values()} == {"p0", "p1"}
-    again = board_of([load("p1"), load("p0")], [load("d1"), load("d0")])
+    again = routing_table_of([load("p1"), load("p0")], [load("d1"), load("d0")])
     for affinity, placement in placements.items():
         assert route(demand(affinity=affinity), again) == placement
 
@@ -109,11 +109,11 @@ def test_several_gateways_do_not_all_choose_the_same_worker() -> None:
     """Eight gateways place 64 requests each on what they saw once: no worker gets much more than its share."""
     placed = [0] * 16
     for gateway in range(8):
-        workers = board(16, 1)
+        workers = routing_table(16, 1)
         for number in range(64):
             placement = route(demand(affinity=(gateway << 32) + 7919 * number), workers)
-            row = workers.prefill.row[placement.prefill[0]]
-            workers.prefill.count(row, tokens=1000, pages=0, steps=())
+            row = workers.prefill.row_of[placement.prefill[0]]
+            workers.prefill.add_placement(row, tokens=1000, pages=0, prefix_keys=())
             placed[int(placement.prefill[0][1:])] += 1
     assert max(placed) < 1.3 * sum(placed) / 16
 
@@ -127,7 +127,7 @@ def test_several_gateways_do_not_all_choose_the_same_worker() -> None:
     ],
 )
 def test_other_policies(policy: Policy, chosen: tuple[str, str]) -> None:
-    workers = board(
+    workers = routing_table(
         *(3, 2),
         p0={"queued_tokens": 900, "requests": 6},
         p1={"requests": 5},
@@ -135,28 +135,30 @@ def test_other_policies(policy: Policy, chosen: tuple[str, str]) -> None:
         d0={"requests": 2},
         d1={"queued_tokens": 50},
     )
-    workers.prefill.prefixes.remember(workers.prefill.row["p0"], STEPS)
-    workers.decode.prefixes.remember(workers.decode.row["d0"], STEPS)
-    placement = route(demand(prompt_tokens=300, steps=STEPS), workers, policy=policy)
+    workers.prefill.prefixes.remember(workers.prefill.row_of["p0"], KEYS)
+    workers.decode.prefixes.remember(workers.decode.row_of["d0"], KEYS)
+    placement = route(demand(prompt_tokens=300, prefix_keys=KEYS), workers, policy=policy)
     assert (placement.decode, placement.prefill[0]) == chosen
 
 
 def test_round_robin_takes_turns() -> None:
-    chosen = [route(demand(number=number), board(3, 2), policy="round-robin") for number in range(6)]
+    chosen = [route(demand(number=number), routing_table(3, 2), policy="round-robin") for number in range(6)]
     assert [placement.prefill[0] for placement in chosen] == ["p0", "p1", "p2"] * 2
     assert [placement.decode for placement in chosen] == ["d0", "d1"] * 3
 
 
 def test_workers_with_other_parameters_or_pages_are_never_paired() -> None:
-    workers = board(2, 1, p0={"codecs": {"raw": "r0", "tq-k4v4": "OTHER"}}, p1={"page_tokens": 32})
+    workers = routing_table(2, 1, p0={"codecs": {"raw": "r0", "tq-k4v4": "OTHER"}}, p1={"page_tokens": 32})
     assert route(demand(), workers).prefill == ("p0",)
-    assert offered_codecs(workers) == ("raw",)
+    assert servable_codecs(workers) == ("raw",)
     with pytest.raises(Unavailable, match="share codec tq-k4v4"):
         route(demand(codec="tq-k4v4"), workers)
 
 
 def test_small_workers_are_left_out_and_too_long_is_invalid() -> None:
-    small = board(2, 2, p0={"pages_total": 2}, p1={"pages_total": 100}, d0={"pages_total": 4}, d1={"pages_total": 100})
+    small = routing_table(
+        2, 2, p0={"pages_total": 2}, p1={"pages_total": 100}, d0={"pages_total": 4}, d1={"pages_total": 100}
+    )
     placement = route(demand(prompt_tokens=200, max_tokens=100), small)
     assert (placement.decode, placement.prefill) == ("d1", ("p1",))
     assert token_limit(small) == (6399, 6400)
@@ -165,22 +167,22 @@ def test_small_workers_are_left_out_and_too_long_is_invalid() -> None:
 
 
 def test_failed_workers_are_avoided() -> None:
-    assert route(demand(), board(1, 2, d1={"requests": 9}), avoid=["d0"]).decode == "d1"
+    assert route(demand(), routing_table(1, 2, d1={"requests": 9}), avoid=["d0"]).decode == "d1"
     with pytest.raises(Unavailable):
-        route(demand(), board(), avoid=["d0", "d1"])
+        route(demand(), routing_table(), avoid=["d0", "d1"])
 
 
 def test_nothing_there() -> None:
-    assert (offered_codecs(Board()), token_limit(Board())) == ((), (0, 0))
-    for workers in (Board(), board(0, 1)):
+    assert (servable_codecs(RoutingTable()), token_limit(RoutingTable())) == ((), (0, 0))
+    for workers in (RoutingTable(), routing_table(0, 1)):
         with pytest.raises(Unavailable, match="raw"):
             route(demand(), workers)
 
 
 def test_a_worker_that_left_is_not_chosen() -> None:
-    workers = board(1, 1)
+    workers = routing_table(1, 1)
     workers.decode.remove("d0")
     with pytest.raises(Unavailable, match="raw"):
         route(demand(), workers, local_prefill="when_cheaper")
-    workers.decode.put(load("d1"))
+    workers.decode.update(load("d1"))
     assert route(demand(), workers).decode == "d1"

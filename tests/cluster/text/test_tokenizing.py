@@ -13,7 +13,7 @@ from scripted import ByteText, says, scripted_cluster, served
 
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.text.served import ServedModel
-from isthmus.cluster.text.tokenizing import LONG, MAX_WAITING, TokenizeLine
+from isthmus.cluster.text.tokenizing import LONG, MAX_WAITING, TokenizerThreads
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.proto.errors import Exhausted
 from isthmus.proto.generation_pb2 import GenerateRequest
@@ -152,19 +152,19 @@ async def test_short_prompts_do_not_wait_for_long_ones_and_cancelled_ones_are_no
 
 
 async def test_the_line_of_long_prompts_is_bounded() -> None:
-    line, let_go = TokenizeLine(), threading.Event()
+    threads, let_go = TokenizerThreads(), threading.Event()
 
     def tokenize() -> list[int]:
         assert let_go.wait(30)
         return [1]
 
-    waiting = [asyncio.create_task(line.run(LONG, tokenize)) for _ in range(MAX_WAITING)]
+    waiting = [asyncio.create_task(threads.run(LONG, tokenize)) for _ in range(MAX_WAITING)]
     await asyncio.sleep(0)
     with pytest.raises(Exhausted, match="64 long prompts wait to be tokenized"):
-        await line.run(LONG, tokenize)
+        await threads.run(LONG, tokenize)
     waiting.pop().cancel()
     await asyncio.sleep(0.01)
-    waiting.append(asyncio.create_task(line.run(LONG, tokenize)))  # who went away left a place
+    waiting.append(asyncio.create_task(threads.run(LONG, tokenize)))  # who went away left a place
     let_go.set()
     assert await asyncio.gather(*waiting) == [[1]] * MAX_WAITING
-    assert await line.run(LONG, tokenize) == [1]
+    assert await threads.run(LONG, tokenize) == [1]

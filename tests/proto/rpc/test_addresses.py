@@ -10,6 +10,7 @@ import pytest
 from isthmus.proto.errors import InvalidRequest
 from isthmus.proto.rpc import addresses
 from isthmus.proto.rpc.addresses import HostPort, address_for_others, grpc_target, outward_host, parse_address
+from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import WORKER_ROLE_PREFILL
 from isthmus.worker.server import WorkerServer
 
@@ -129,7 +130,7 @@ async def test_what_a_worker_tells(
     from isthmus.proto.prefill_pb2 import DESCRIPTOR
 
     routes(monkeypatch, {socket.AF_INET: "10.1.2.3"})
-    server = WorkerServer(WORKER_ROLE_PREFILL, listen, advertise, None)
+    server = WorkerServer(WORKER_ROLE_PREFILL, listen, advertise, None, Transport())
     await server.open(DESCRIPTOR.services_by_name["Prefill"], lambda _: None, lambda _: None)
     try:
         report, port = server.report(), parse_address(server.bound).port

@@ -1,0 +1,118 @@
+"""A worker in a thread of its own: what a Ray actor is made of, and what tests start in their process.
+
+No Ray in here. The worker's own imports (torch, transformers) happen in that thread, after the process was
+given its thread settings.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from ...model.starting import current_phase
+from ..fleet.report import Role
+from .role_host import RoleHost, settings_by_role
+
+FAILED = 70  # exit code of a worker whose engine failed (EX_SOFTWARE)
+
+
+def thread_settings(threads: int) -> dict[str, str]:
+    """Environment of a worker process, to be set before torch is imported there.
+
+    Passive waiting: threads that spin for work were measured to slow a busy two-core machine 30 times.
+    """
+    count = str(threads)
+    return {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_process() -> None:
+    """Ends this process: a worker whose engine failed serves nothing, and its supervisor starts another."""
+    logging.shutdown()
+    os._exit(FAILED)
+
+
+_ACTIVITY_OF = {
+    "imports": "importing PyTorch and transformers",
+    "load": "reading weights",
+    "speed_up": "packing weights",
+    "probe": "trying the model's layers",
+    "balance": "reading the calibration",
+}
+
+
+def activity() -> str:
+    """What the start of a worker in this process is doing, in a few words; "" where there is nothing to tell."""
+    phase = current_phase()
+    if phase in ("", "imports"):
+        return _ACTIVITY_OF.get(phase, "")
+    from ...kernels.cpu.compiling import is_compiling  # imported by the worker
+    from ...kvtransfer.calibration.progress import calibrated_share
+
+    share = calibrated_share()
+    if share is not None:
+        return f"calibrating the tq- codecs for this model, once: {share:.0%}"
+    return "compiling kernels for this CPU, once" if is_compiling() else _ACTIVITY_OF[phase]
+
+
+class WorkerThread:
+    """Runs one worker from its construction to `stop`. Methods block and may be called from any thread."""
+
+    end_process: Callable[[], None] | None = None  # what follows a failure of its engine
+
+    def __init__(self, role: Role, settings: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> None:
+        """`other`: settings for the other role, should it flip; default: those of `settings` that both know."""
+        by_role = settings_by_role(role, settings, other)
+        self._address: Future[str] = Future()
+        self._closed = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._host = RoleHost(role, by_role, self.end_process)
+        self._thread = threading.Thread(target=self._run, name=f"{role} worker", daemon=True)
+        self._thread.start()
+
+    def address(self) -> str:
+        """host:port, once the worker serves. Raises what its start raised."""
+        return self._address.result()
+
+    def activity(self) -> str:
+        """What its start is doing, in a few words; "" where there is nothing to tell."""
+        return activity()
+
+    def drain(self, timeout_s: float) -> tuple[int, int]:
+        """Takes no new work and waits for what runs, at most so long: how many ended, and were handed over."""
+        if not self._address.done() or self._address.exception():
+            return 0, 0
+        drained = asyncio.run_coroutine_threadsafe(self._host.drain(timeout_s), self._loop).result()
+        return drained.finished, drained.handed_over
+
+    def stop(self) -> None:
+        """Ends the worker at once; returns when it is gone."""
+        if not self._closed.is_set() and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    def wait_closed(self) -> None:
+        """Returns when the worker has ended."""
+        self._closed.wait()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._host.start())
+        except BaseException as error:  # handed to whoever asks for the address
+            self._address.set_exception(error)
+            self._closed.set()
+            return
+        self._address.set_result(self._host.address)
+        try:
+            self._loop.run_forever()
+            self._loop.run_until_complete(self._host.stop())
+        finally:
+            self._closed.set()  # whatever failed: who follows this worker would wait for ever

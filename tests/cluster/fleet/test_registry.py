@@ -1,0 +1,41 @@
+"""The set of watched workers while it changes."""
+
+import asyncio
+
+from isthmus.cluster.fleet.compatibility import Requirements
+from isthmus.cluster.fleet.registry import Fleet
+from isthmus.kvtransfer.frame import PROTOCOL_VERSION
+from isthmus.proto.rpc.transport import Transport
+
+NOBODY = "127.0.0.1:9"
+
+
+async def test_a_worker_that_is_added_while_another_leaves_its_address_stays() -> None:
+    transport = Transport()
+    fleet = Fleet(Requirements(protocol_version=PROTOCOL_VERSION, model="m", fingerprint="f"), transport)
+    fleet.add(NOBODY)
+    before = fleet.channel(NOBODY)
+    await asyncio.sleep(0.05)  # its stream is under way
+    removing = asyncio.create_task(fleet.remove(NOBODY))
+    await asyncio.sleep(0)
+    fleet.add(NOBODY)
+    after, stream = fleet.channel(NOBODY), fleet._streams[NOBODY]
+    await removing
+    assert fleet.channel(NOBODY) is after is not before
+    await asyncio.sleep(0.05)
+    assert not stream.done()
+    assert after.get_state(try_to_connect=True).name != "SHUTDOWN"
+    await fleet.close()
+    assert not fleet._channels and not fleet._streams and not fleet._calls
+    assert transport.open_channels == 0
+
+
+async def test_nothing_is_kept_of_a_worker_that_left() -> None:
+    fleet = Fleet(Requirements(protocol_version=PROTOCOL_VERSION, model="m", fingerprint="f"), Transport())
+    fleet.add(NOBODY)
+    for outliers in fleet.table._outliers.values():
+        outliers.add(NOBODY)
+    await fleet.remove(NOBODY)
+    assert fleet.statuses() == []
+    assert [outliers._records for outliers in fleet.table._outliers.values()] == [{}, {}]
+    await fleet.close()
