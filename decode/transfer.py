@@ -38,7 +38,7 @@ from ..proto.rpc.server import INVALID_METADATA, TraceContext, open_channel
 if TYPE_CHECKING:
     from ..proto.prefill_pb2_grpc import PrefillAsyncStub
 from .engine import DecodeEngine
-from .sequences.sequence import DecodeSequence
+from .sequence import DecodeSequence
 
 # InvalidRequest and Expired are final: another prefill worker would say the same. After the rest the next one is asked.
 _KNOWN = {
@@ -149,8 +149,8 @@ class Transfer:
         self.engine.compute(self.sequence, first[0].token_id if first else None)
         return TransferStats(
             attempt=attempt,
-            held_tokens=self.sequence.held,
-            local_tokens=len(self.sequence.prompt) - self.sequence.held,
+            held_tokens=self.sequence.cached_tokens,
+            local_tokens=len(self.sequence.prompt) - self.sequence.cached_tokens,
             first_token_unix_ns=first[0].sampled_unix_ns if first else 0,
         )
 
@@ -174,9 +174,9 @@ class Transfer:
             self.layers,
             self.page_tokens,
             len(self.sequence.prompt),
-            self.sequence.held,
+            self.sequence.cached_tokens,
         )
-        known = TransferStats(partial=True, attempt=attempt, held_tokens=self.sequence.held)
+        known = TransferStats(partial=True, attempt=attempt, held_tokens=self.sequence.cached_tokens)
         call = stub.Prefill(self._request(attempt), timeout=timeout_s, metadata=self.trace or None)
         begun = False
         tail_s, tail_bytes = 0.0, 0  # since the first token: nothing but the link holds these frames back
@@ -202,7 +202,7 @@ class Transfer:
                         raise Corrupt("the commit came before the first token")
                     self.engine.complete(self.sequence, first[0].token_id)
                     stats = event.commit.stats
-                    stats.held_tokens = self.sequence.held
+                    stats.held_tokens = self.sequence.cached_tokens
                     stats.first_token_unix_ns = first[0].sampled_unix_ns  # of the attempt whose token was passed on
                     return stats
             raise Corrupt("the stream ended with no commit")
@@ -254,7 +254,7 @@ class Transfer:
             page_tokens=self.page_tokens,
             prompt_token_ids=self.sequence.prompt,
             page_hashes=self.request.page_hashes,
-            held_pages=self.sequence.held // self.page_tokens,
+            held_pages=self.sequence.cached_tokens // self.page_tokens,
             sampling=self.request.sampling,
             priority=self.request.priority,
             tenant=self.request.tenant,

@@ -69,7 +69,7 @@ class WorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """A report at once, then within 100 ms of a change, and every 500 ms where nothing changes.
+        """A report at once, then within 100 ms of a change, and every 700 ms where nothing changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -12,7 +12,7 @@ import numpy as np
 from ..proto.worker_pb2 import PrefillRate, StepRate, WorkerReport
 
 HALF_LIFE = 64  # measurements after which one counts half
-ENOUGH = 3  # measurements before anything is told
+ENOUGH = 3  # measurements before anything is reported
 RIDGE = 1e-4  # of the diagonal: keeps factors apart that were only seen together
 LINK_BYTES = 64 << 10  # a shorter burst says more of latency than of throughput
 MAX_LINKS = 1024

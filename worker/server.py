@@ -1,4 +1,4 @@
-"""What prefill and decode workers have in common as servers: address, admission while draining, health, reports."""
+"""What prefill and decode workers have in common as servers: address, requests and drains, health, reports."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ from ..proto.rpc.addresses import address_for_others, parse_address
 from ..proto.rpc.server import Server, start_server
 from ..proto.worker_pb2 import WorkerHealth, WorkerReport, WorkerRole
 from ..proto.worker_pb2_grpc import add_WorkerServicer_to_server
-from .orders import Drained, Orders, OrderServicer
+from .service import Drained, Orders, OrderServicer
 
 HAND_OVER_S = 5.0  # for requests that a drain has ended to be gone
 

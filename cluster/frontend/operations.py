@@ -23,7 +23,7 @@ from ...proto.worker_pb2 import (
     WorkerRole,
 )
 from ...proto.worker_pb2_grpc import WorkerStub
-from ...worker.orders import DRAIN_S
+from ...worker.service import DRAIN_S
 from ..fleet.registry import Fleet
 from ..requests.dispatch import ERROR_OF
 

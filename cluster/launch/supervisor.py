@@ -27,7 +27,7 @@ from ...proto.worker_pb2 import (
     ScaleResponse,
     WorkerRole,
 )
-from ...worker.orders import Drained
+from ...worker.service import Drained
 from ..config import ClusterConfig, Role
 from ..frontend.gateway import Gateway
 from ..text.served import ServedModel, load_served_model

@@ -17,7 +17,7 @@ from ..dtypes import DTYPES, full_name
 from ..lean_imports import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, hf_logging, lean
 from ..memory import refuse_hopeless
 from ..model import Model
-from ..starting import phase
+from ..phases import phase
 from .describe import describe_model
 from .probe import probe_layers
 
