@@ -4,9 +4,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..model.model import Model
@@ -17,6 +16,7 @@ from ..worker.rates import Rates
 from ..worker.step_plan import SequenceId, SequencePages, SequencePlan, StepBatch, StepPlan
 from .config import DecodeConfig
 from .graphs import PaddedSteps
+from .inbox import Inbox, ReceivedKv, Start
 from .page_manager import PageManager
 from .pool.base import KvPool
 from .pool.local import needs_raw
@@ -28,27 +28,6 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 IDLE_DECODE_BYTES = 32 * MIB  # decoded between two looks at the inbox where no batch waits for its step
-
-
-@dataclass(frozen=True)
-class _Arrived:
-    """A checked section of a prompt's KV, still encoded."""
-
-    sequence: DecodeSequence
-    receiver: KvReceiver
-    section: ReceivedSection
-
-
-@dataclass(frozen=True)
-class _Start:
-    """The request joins the batch; what of its prompt is to come from others has arrived before this.
-
-    `drawn`: its first token, where that was drawn elsewhere and is part of its output from now on.
-    """
-
-    sequence: DecodeSequence
-    computed: int
-    drawn: int | None
 
 
 class DecodeEngine:
@@ -70,14 +49,10 @@ class DecodeEngine:
     ) -> None:
         self._model, self._pool, self._scheduler = model, pool, scheduler
         self._sequences: dict[SequenceId, DecodeSequence] = {}
-        self._arrivals: deque[_Arrived | _Start] = deque()
         self._in_step: list[DecodeSequence] = []  # whom a failure of the engine now is put down to
         self._on_failure = on_failure
         self._decode_bytes = config.decode_mib_per_step * MIB
-        self._inbox_limit = config.inbox_mib * MIB
-        self._inbox_bytes = 0  # delivered and not decoded; the event loop's thread alone counts it
-        self._has_room = asyncio.Event()
-        self._has_room.set()
+        self.inbox = Inbox(config.inbox_mib * MIB)
         self._loop = asyncio.get_running_loop()
         self.counters: Counter[str] = Counter()
         self.pages = PageManager(
@@ -100,13 +75,12 @@ class DecodeEngine:
 
     async def deliver(self, sequence: DecodeSequence, receiver: KvReceiver, sections: list[ReceivedSection]) -> None:
         """Hands over checked sections; waits while too much is not decoded yet."""
-        while self._inbox_bytes >= self._inbox_limit and not self.failure:  # one of those that wait may have filled it
-            await self._has_room.wait()
+        await self.inbox.wait_for_room()
         if self.failure:
             raise Unavailable(self.failure)
-        self._count_inbox(sum(len(section.data) for section in sections))
-        arrived = [_Arrived(sequence, receiver, section) for section in sections]
-        self.thread.post(lambda: self._arrivals.extend(arrived))
+        received = [ReceivedKv(sequence, receiver, section) for section in sections]
+        self.inbox.count(sum(kv.nbytes for kv in received))
+        self.thread.post(lambda: self.inbox.add(received))
 
     def complete(self, sequence: DecodeSequence, first: int) -> None:
         """The prompt's KV was delivered in full: the request joins the batch.
@@ -114,24 +88,20 @@ class DecodeEngine:
         `first` is its first token, which a request with output of a lost decode worker has in that output already.
         """
         drawn = None if sequence.output else first
-        self.thread.post(lambda: self._arrivals.append(_Start(sequence, len(sequence.prompt), drawn)))
+        self._start_later(Start(sequence, len(sequence.prompt), drawn))
 
     def compute(self, sequence: DecodeSequence, first: int | None) -> None:
         """Has the engine compute the prompt itself. `first`: its first token, where a prefill worker drew it."""
         drawn = None if sequence.output else first
-        self.thread.post(lambda: self._arrivals.append(_Start(sequence, sequence.cached_tokens, drawn)))
+        self._start_later(Start(sequence, sequence.cached_tokens, drawn))
 
     def drop(self, sequence: DecodeSequence) -> None:
         """Ends a request at any point of its life and frees what it holds. Called once for each submitted one."""
         sequence.dropped = True
         self.thread.post(lambda: self._remove(sequence))
 
-    def _count_inbox(self, change: int) -> None:
-        self._inbox_bytes += change
-        if self._inbox_bytes < self._inbox_limit:
-            self._has_room.set()
-        else:
-            self._has_room.clear()
+    def _start_later(self, start: Start) -> None:
+        self.thread.post(lambda: self.inbox.add((start,)))
 
     # In the engine thread.
 
@@ -193,21 +163,20 @@ class DecodeEngine:
 
     def _take_in(self, byte_budget: int) -> bool:
         """Decodes received sections into the pool, and starts sequences that are complete."""
-        done_bytes = 0
-        some = bool(self._arrivals)
-        while self._arrivals and done_bytes < byte_budget:
-            arrival = self._arrivals.popleft()
-            if isinstance(arrival, _Arrived):
-                done_bytes += len(arrival.section.data)
+        decoded_bytes, some = 0, False
+        while decoded_bytes < byte_budget and (arrival := self.inbox.take()):
+            some = True
+            if isinstance(arrival, ReceivedKv):
+                decoded_bytes += arrival.nbytes
                 self._receive(arrival)
             elif arrival.sequence.id in self._sequences:
                 self._start(arrival)
-        if done_bytes:
-            self._loop.call_soon_threadsafe(self._count_inbox, -done_bytes)
-            self.counters["kv_bytes_received"] += done_bytes
+        if decoded_bytes:
+            self.inbox.count_decoded(decoded_bytes)
+            self.counters["kv_bytes_received"] += decoded_bytes
         return some
 
-    def _receive(self, arrival: _Arrived) -> None:
+    def _receive(self, arrival: ReceivedKv) -> None:
         sequence = arrival.sequence
         if sequence.id not in self._sequences:
             return
@@ -220,7 +189,7 @@ class DecodeEngine:
             self._end(sequence, no_memory(error, "transfer"))
         self._in_step = []
 
-    def _start(self, start: _Start) -> None:
+    def _start(self, start: Start) -> None:
         sequence, prompt = start.sequence, len(start.sequence.prompt)
         sequence.computed = start.computed
         if start.drawn is not None:
@@ -326,9 +295,9 @@ class DecodeEngine:
     def _measure(self, plan: StepPlan, pages: int, seconds: float) -> None:
         """Steps that are all of one kind are measured for the router."""
         if all(part.tokens == 1 for part in plan.sequences):
-            self.rates.stepped(len(plan.sequences), pages, seconds)
+            self.rates.add_step(len(plan.sequences), pages, seconds)
         elif all(part.in_prompt for part in plan.sequences):
-            self.rates.computed([(part.start, part.end) for part in plan.sequences], seconds)
+            self.rates.add_prefill([(part.start, part.end) for part in plan.sequences], seconds)
 
     def _finish_chunk(self, part: SequencePlan) -> None:
         sequence = self._sequences[part.sequence]
@@ -349,13 +318,8 @@ class DecodeEngine:
         for sequence in list(self._sequences.values()):
             ended = EngineFailed(self.failure, len(failed)) if sequence in failed else Unavailable(self.failure)
             self._loop.call_soon_threadsafe(sequence.stream.put, ended)
-        self._loop.call_soon_threadsafe(self._has_room.set)
+        self.inbox.close()
         self._on_failure(self.failure)
-
-    @property
-    def inbox_bytes(self) -> int:
-        """Received and not decoded."""
-        return self._inbox_bytes
 
     @property
     def local_bytes(self) -> int:

@@ -22,7 +22,8 @@ from ..worker.config import chunk_tokens_for
 from .config import DecodeConfig
 from .pool.base import KvPool
 from .pool.dense import DenseKvPool
-from .pool.packed import PackedKvPool, raw_pages
+from .pool.packed import PackedKvPool
+from .pool.packed_pages import raw_pages
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..kvtransfer.page import Section, packed_range
+from ..model.attention import Attend
 from ..model.model import Model
 from ..proto.errors import IsthmusError
 from ..worker.step_plan import SequenceId, SequencePages, SequencePlan, StepBatch
 from .graphs import PaddedSteps
-from .pool.base import Attend, KvPool
+from .pool.base import KvPool
 from .pool.local import LocalPrompt, needs_raw
 
 

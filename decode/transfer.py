@@ -197,7 +197,7 @@ class Transfer:
                         return None
                 elif event.HasField("commit"):
                     receiver.finish(event.commit)
-                    self.engine.rates.received(address, tail_bytes, time.monotonic() - tail_s)
+                    self.engine.rates.add_transfer(address, tail_bytes, time.monotonic() - tail_s)
                     if not first:
                         raise Corrupt("the commit came before the first token")
                     self.engine.complete(self.sequence, first[0].token_id)

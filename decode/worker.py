@@ -257,7 +257,7 @@ class DecodeWorker(DecodeServicer):
             self._memory.uses(
                 pages=self._pool.used_bytes,
                 local=self._engine.local_bytes,
-                inbox=self._engine.inbox_bytes,
+                inbox=self._engine.inbox.nbytes,
                 saved=report.host_buffer_bytes,
             )
         )

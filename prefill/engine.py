@@ -130,7 +130,7 @@ class PrefillEngine:
         self._may_interrupt = may_interrupt = INTERRUPTIONS if interruptible else 0
         started_s = time.monotonic()
         if self._run(plan) and self._may_interrupt == may_interrupt:
-            self.rates.computed([(part.start, part.end) for part in plan.sequences], time.monotonic() - started_s)
+            self.rates.add_prefill([(part.start, part.end) for part in plan.sequences], time.monotonic() - started_s)
         return True
 
     def _run(self, plan: StepPlan) -> bool:

@@ -35,7 +35,7 @@ class EngineThread:
 
     def __init__(self, name: str, step: Callable[[], bool], on_failure: Callable[[BaseException], None]) -> None:
         self._step, self._on_failure = step, on_failure
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: deque[Callable[[], object]] = deque()
         self._wake = threading.Condition()
         self._stopping = threading.Event()
         self._failing = threading.Lock()
@@ -48,7 +48,7 @@ class EngineThread:
         self._thread.start()
         self._checker.start()
 
-    def post(self, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], object]) -> None:
         """Has the engine run `call` before its next step. From any thread; calls run in the order posted."""
         with self._wake:
             self._inbox.append(call)

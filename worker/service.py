@@ -35,7 +35,7 @@ class Drained:
 
 
 class Orders(Protocol):
-    """The owner of a worker, who follows an order once it was drained. Not to be found for a worker without one."""
+    """What the owner of a worker's process does with orders. A worker inside another program has no such owner."""
 
     async def prepare_flip(self, role: WorkerRole.ValueType) -> bool:
         """Makes ready what can be while the worker still serves; whether a flip to `role` changes anything.
@@ -87,7 +87,7 @@ class ReportServicer(WorkerServicer):
 
 
 class OrderServicer(ReportServicer):
-    """Serves reports, `Drain` and `Flip`. What follows a drain begins once its answer is sent.
+    """Serves reports, `Drain` and `Flip`. What follows a drain begins once the response is sent.
 
     An order is carried out to its end also where its caller goes away: no worker is left drained for nothing.
     """

@@ -11,7 +11,7 @@ where the codec packs: a transfer would bring it raw, and the final page of the 
 keeps a raw copy of it beside (`raw_copies.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,11 +20,10 @@ from torch import Tensor
 from ...kvtransfer.codecs.registry import PageCodec
 from ...kvtransfer.page import Section, packed_range
 from ...kvtransfer.receiver import KvReceiver, ReceivedSection
+from ...model.attention import Attend
 from ...proto.errors import IsthmusError
 from ...proto.worker_pb2 import PageCounts
 from ...worker.step_plan import SequenceId, SequencePages, StepBatch
-
-Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class PooledSequence(Protocol):

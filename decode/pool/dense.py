@@ -14,12 +14,13 @@ from ...kvtransfer.pool.allocator import Run
 from ...kvtransfer.pool.dense import DensePool
 from ...kvtransfer.pool.table import PageTable, runs_of
 from ...kvtransfer.receiver import KvReceiver, ReceivedSection
+from ...model.attention import Attend
 from ...model.model import Model
 from ...proto.errors import IsthmusError
 from ...proto.worker_pb2 import PageCounts
 from ...worker.engine import no_memory
 from ...worker.step_plan import SequenceId, SequencePages, StepBatch
-from .base import Attend, PooledSequence, SavedPages, completes_page, final_pages, page_to_pack
+from .base import PooledSequence, SavedPages, completes_page, final_pages, page_to_pack
 from .raw_copies import RawCopies
 
 EXTEND_AHEAD = 4  # pages that a request takes beyond the next one while pages are empty, so that they lie together

@@ -1,7 +1,6 @@
 """The packed pool: pages stay packed in device memory, and attention reads them as they are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,49 +11,26 @@ from ...kvtransfer.codecs.checks import check_finite
 from ...kvtransfer.codecs.registry import PageCodec
 from ...kvtransfer.codecs.tq import TqCodec
 from ...kvtransfer.frame import PACKED
-from ...kvtransfer.page import Section, packed_range
-from ...kvtransfer.pool.allocator import PageAllocator
-from ...kvtransfer.pool.table import PageTable
+from ...kvtransfer.page import Section
 from ...kvtransfer.receiver import KvReceiver, ReceivedSection
+from ...model.attention import Attend
 from ...model.model import Model
 from ...proto.errors import InvalidRequest, IsthmusError
-from ...proto.worker_pb2 import PageCounts
-from ...worker.step_plan import SequenceId, SequencePages, StepBatch
-from .base import Attend, PooledSequence, SavedPages, completes_page, final_pages, page_to_pack
+from ...worker.step_plan import SequencePages, StepBatch
+from .base import PooledSequence, SavedPages, completes_page, page_to_pack
+from .packed_pages import RAW_PAGES, PackedPages, SequenceTable
 from .page_places import PagePlaces, TokenPlace
 
-RAW_PAGES = 3  # of one request at most: the first, the newest full one, and the one that fills or was just filled
 
-
-@dataclass
-class _PageTable:
-    """The pages of one request: where each lies, and what is still reserved for it."""
-
-    pages: int  # that it may fill; a packed slot is reserved for each that is not packed yet, and was not found here
-    spare_packed: list[int]
-    spare_raw: list[int]
-    slots: list[int] = field(default_factory=list)  # of each page, in the pool that its kind says
-    packed: tuple[int, int] = (0, 0)  # pages [from, to) are packed, all others raw
-    view: SequencePages | None = None  # of these, for steps, until they change
-
-    def filled(self) -> tuple[list[int], list[int]]:
-        """The slots of its pages: those in the raw and those in the packed pool, in order."""
-        start, end = self.packed
-        return self.slots[:start] + self.slots[end:], self.slots[start:end]
-
-
-class PackedKvPool:
+class PackedKvPool(PackedPages):
     """See `KvPool`: raw and packed pages of all layers under one page table for each request; one codec for all."""
 
     def __init__(
         self, model: Model, codec: TqCodec, pages: int, page_tokens: int, max_batch: int, *, cached_pages: int
     ) -> None:
-        self._model, self._codec, self.page_tokens = model, codec, page_tokens
-        self._packed_pages = PageTable(PageAllocator(pages), cached_pages)
-        slots = raw_pages(max_batch, cached=bool(cached_pages))
-        self._raw_pages = PageTable(PageAllocator(slots), max_batch if cached_pages else 0)
-        self._total, self._scratch = pages, slots  # a raw page that is never given out
-        self._tables: dict[SequenceId, _PageTable] = {}
+        super().__init__(codec.name, pages, page_tokens, max_batch, cached_pages=cached_pages)
+        self._model, self._codec = model, codec
+        self._scratch = self.raw_slots  # a raw page that is never given out
         device = model.device
         raw = [(self._scratch + 1, page_tokens, s.kv_heads, s.head_dim) for s in model.layers]
         self._raw_keys = [torch.zeros(shape, dtype=model.dtype, device=device) for shape in raw]
@@ -65,70 +41,9 @@ class PackedKvPool:
         self._triton = uses_triton(device)
 
     @property
-    def total_pages(self) -> int:
-        return self._total
-
-    @property
-    def in_use(self) -> int:
-        return max(self._packed_pages.in_use, self._raw_pages.in_use)
-
-    @property
-    def free_pages(self) -> int:
-        return self._packed_pages.free
-
-    def pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.page_tokens)
-
-    def pages_of(self, sequence: PooledSequence) -> int:
-        return self._tables[sequence.id].pages
-
-    @property
     def used_bytes(self) -> tuple[int, int]:
         packed, raw = (pages.in_use + pages.cached for pages in (self._packed_pages, self._raw_pages))
         return packed * self.saved_page_bytes, raw * self._raw_page_bytes
-
-    def counts(self) -> PageCounts:
-        pages = self._packed_pages
-        return PageCounts(total=self._total, free=pages.empty, cached=pages.cached, in_use=pages.in_use)
-
-    def allocate(self, sequence: PooledSequence, tokens: int, preferred_tokens: int) -> bool:
-        """Every page that it does not find here gets a packed slot, since any but the first may come to be packed."""
-        addresses = sequence.reusable_addresses(self.page_tokens)
-        found_raw = self._raw_pages.share_first(addresses[:1])
-        found_packed = self._packed_pages.share_first(addresses[1:]) if found_raw else []
-        found = len(found_raw) + len(found_packed)
-        pages = max(self.pages_for(tokens), min(self.pages_for(preferred_tokens), self._packed_pages.empty + found))
-        packed, raw = self._packed_pages.take(pages - found), self._raw_pages.take(RAW_PAGES - len(found_raw))
-        if packed is None or raw is None:
-            self._packed_pages.release(found_packed + (packed or []))
-            self._raw_pages.release(found_raw + (raw or []))
-            return False
-        sequence.cached_tokens = found * self.page_tokens
-        table = _PageTable(pages, packed, raw, found_raw + found_packed)
-        start, end = packed_range(sequence.prompt_tokens, self.page_tokens, packs=True)
-        table.packed = (start // self.page_tokens, end // self.page_tokens)
-        for page in range(len(table.slots), -(-sequence.prompt_tokens // self.page_tokens)):
-            is_packed = table.packed[0] <= page < table.packed[1]
-            table.slots.append((table.spare_packed if is_packed else table.spare_raw).pop())
-        self._tables[sequence.id] = table
-        return True
-
-    def extend(self, sequence: PooledSequence, tokens: int) -> bool:
-        table = self._tables[sequence.id]
-        missing = self.pages_for(tokens) - table.pages
-        more = self._packed_pages.take(missing) if missing > 0 else []
-        if more is None:
-            return False
-        table.spare_packed += more
-        table.pages += len(more)
-        return True
-
-    def trim(self, sequence: PooledSequence, tokens: int) -> bool:
-        table = self._tables[sequence.id]
-        surplus = [table.spare_packed.pop() for _ in range(table.pages - self.pages_for(tokens))]
-        table.pages -= len(surplus)
-        self._packed_pages.release(surplus)
-        return bool(surplus)
 
     @property
     def saved_page_bytes(self) -> int:
@@ -154,17 +69,9 @@ class PackedKvPool:
         return len(raw) * self._raw_page_bytes + len(packed) * self.saved_page_bytes
 
     def restore(self, sequence: PooledSequence, saved: SavedPages, tokens: int) -> bool:
-        pages = self.pages_for(tokens)
-        packed, raw = self._packed_pages.take(pages), self._raw_pages.take(RAW_PAGES)
-        if packed is None or raw is None:
-            self._packed_pages.release(packed or [])
-            self._raw_pages.release(raw or [])
+        table = self.allocate_saved(sequence, tokens, saved.packed)
+        if table is None:
             return False
-        table = _PageTable(pages, packed, raw, packed=saved.packed)
-        for page in range(self.pages_for(sequence.computed)):
-            is_packed = saved.packed[0] <= page < saved.packed[1]
-            table.slots.append((table.spare_packed if is_packed else table.spare_raw).pop())
-        self._tables[sequence.id] = table
         at = [torch.tensor(slots, device=self._model.device, dtype=torch.long) for slots in table.filled()]
         for layer, (keys, values, packed_pages) in enumerate(saved.layers):
             self._raw_keys[layer][at[0]] = keys.to(self._model.device)
@@ -173,26 +80,11 @@ class PackedKvPool:
         self.publish(sequence, sequence.computed)
         return True
 
-    def free(self, sequence: PooledSequence) -> None:
-        table = self._tables.pop(sequence.id, None)
-        if table:
-            raw, packed = table.filled()
-            self._raw_pages.release(raw + table.spare_raw)
-            self._packed_pages.release(packed + table.spare_packed)
-
-    def publish(self, sequence: PooledSequence, stored: int) -> None:
-        self._publish(sequence, final_pages(stored, self.page_tokens, packs=True))
-
-    def _publish(self, sequence: PooledSequence, pages: int) -> None:
-        slots = self._tables[sequence.id].slots
-        for page, address in enumerate(sequence.page_addresses(pages, self.page_tokens)):
-            (self._packed_pages if page else self._raw_pages).publish(slots[page], address)
-
     def finalize(self, sequence: PooledSequence) -> None:
         newest = sequence.computed // self.page_tokens - 1
         if newest > 0:
             self._pack_all([(self._tables[sequence.id], newest)])
-        self._publish(sequence, newest + 1)
+        self._publish_pages(sequence, newest + 1)
 
     def receive(self, sequence: PooledSequence, receiver: KvReceiver, section: ReceivedSection) -> None:
         header = section.header
@@ -202,15 +94,6 @@ class PackedKvPool:
             self._write_packed(header.layer, slots, pages)
         else:
             self._write_raw(header.layer, slots, *receiver.decode(section, self._model.dtype))
-
-    def step_pages(self, sequence: PooledSequence, end: int) -> SequencePages:
-        table = self._tables[sequence.id]
-        if len(table.slots) < self.pages_for(end):
-            table.slots.append(table.spare_raw.pop())  # no step fills more than one page of output
-            table.view = None
-        if table.view is None:
-            table.view = SequencePages(tuple(table.slots), self._codec.name, table.packed)
-        return table.view
 
     def codec(self, pages: SequencePages) -> PageCodec:
         return self._codec
@@ -303,7 +186,7 @@ class PackedKvPool:
         return paged_attention_reference(q_BQHD, kv, rotations, scale, window)[0][:, 0]
 
     def finish_step(self, stored: Sequence[tuple[PooledSequence, int]]) -> list[tuple[PooledSequence, IsthmusError]]:
-        due: list[tuple[_PageTable, int]] = []
+        due: list[tuple[SequenceTable, int]] = []
         failed: list[tuple[PooledSequence, IsthmusError]] = []
         for sequence, end in stored:
             page = page_to_pack(end, sequence.prompt_tokens, self.page_tokens, packs=True)
@@ -322,7 +205,7 @@ class PackedKvPool:
                 self.publish(sequence, end)
         return failed
 
-    def _pack_all(self, due: list[tuple[_PageTable, int]]) -> None:
+    def _pack_all(self, due: list[tuple[SequenceTable, int]]) -> None:
         """Packs raw pages, which are the first after those that are packed already."""
         if not due:
             return
@@ -332,10 +215,7 @@ class PackedKvPool:
         for layer in range(len(self._model.layers)):
             self._pack(layer, raw, packed)
         for (table, page), slot in zip(due, slots, strict=True):
-            table.spare_raw.append(table.slots[page])
-            table.slots[page] = slot
-            table.packed = (1, page + 1)
-            table.view = None
+            table.pack_page(page, slot)
 
     def _check_finite(self, slot: int) -> None:
         for layer, (keys, values) in enumerate(zip(self._raw_keys, self._raw_values, strict=True)):
@@ -359,11 +239,3 @@ class PackedKvPool:
 def uses_triton(device: torch.device) -> bool:
     """Whether the kernels run; elsewhere their PyTorch references do."""
     return device.type == "cuda" and has_triton(device)
-
-
-def raw_pages(max_batch: int, *, cached: bool) -> int:
-    """Raw pages beside the packed ones, of so many requests.
-
-    `cached`: first pages are kept too, because without its first page no prefix is found.
-    """
-    return max_batch * (RAW_PAGES + cached)
