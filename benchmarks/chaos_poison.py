@@ -25,8 +25,8 @@ GIVE_UP_S = 300.0
 
 def install(folder: Path) -> None:
     """Has the runners of this process raise, or block for good, over such prompts while files in `folder` say so."""
-    from isthmus.decode.stepping.runner import DecodeRunner
-    from isthmus.prefill.runner import PrefillRunner
+    from isthmus.decode.engine import DecodeEngine
+    from isthmus.prefill.engine import PrefillEngine
 
     def fault(role: str, firsts: set[int]) -> None:
         if POISON in firsts and (folder / "poison").exists():
@@ -37,17 +37,17 @@ def install(folder: Path) -> None:
                 (folder / f"blocked-{role}").write_text(str(time.time()))
                 threading.Event().wait()
 
-    def wrap(runner: Any, role: str, prompt_of: Callable[[Any], Sequence[int]]) -> None:
-        run = runner.run
+    def wrap(engine: Any, role: str, prompt_of: Callable[[Any, Any], Sequence[int]]) -> None:
+        draw = engine._draw
 
-        def run_or_fail(self: Any, work: Sequence[Any]) -> Any:
-            fault(role, {prompt_of(part)[0] for part in work})
-            return run(self, work)
+        def draw_or_fail(self: Any, plan: Any, *others: Any) -> Any:
+            fault(role, {prompt_of(self, part.sequence)[0] for part in plan.sequences})
+            return draw(self, plan, *others)
 
-        runner.run = run_or_fail
+        engine._draw = draw_or_fail
 
-    wrap(PrefillRunner, "prefill", lambda part: part[0].token_ids)
-    wrap(DecodeRunner, "decode", lambda advance: advance.sequence.prompt)
+    wrap(PrefillEngine, "prefill", lambda engine, sequence: engine._jobs[sequence].token_ids)
+    wrap(DecodeEngine, "decode", lambda engine, sequence: engine._sequences[sequence].prompt)
 
 
 def beginning_with(request: GenerateRequest, token: int) -> GenerateRequest:

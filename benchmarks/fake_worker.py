@@ -32,7 +32,7 @@ from isthmus.proto.worker_pb2 import (
     WorkerReport,
 )
 from isthmus.proto.worker_pb2_grpc import add_WorkerServicer_to_server
-from isthmus.worker.report_service import ReportServicer
+from isthmus.worker.service import ReportServicer
 
 PAGES, PAGE_TOKENS = 10_000, 64
 CHUNK_S = 0.02  # of a prompt, computed in one go: others come between two of them

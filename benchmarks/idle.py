@@ -33,7 +33,7 @@ from isthmus.proto.worker_pb2 import (
     WorkerReport,
 )
 from isthmus.proto.worker_pb2_grpc import ClusterStub, add_WorkerServicer_to_server
-from isthmus.worker.report_service import ReportServicer
+from isthmus.worker.service import ReportServicer
 
 MODEL = "smollm2-135m"  # whose tokenizer the gateway has
 START_S, SETTLE_S = 60.0, 3.0

@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from report import Report, conditions, each
 
-from isthmus.decode.pool.packed import PackedStore
-from isthmus.decode.sequences.scheduler import SequenceId
-from isthmus.decode.sequences.sequence import Advance, DecodeSequence, TokenStream
-from isthmus.decode.stepping.graphs import recorder
-from isthmus.decode.stepping.padded_steps import PaddedSteps
-from isthmus.decode.stepping.runner import DecodeRunner
+from isthmus.decode.graphs import PaddedSteps, recorder
+from isthmus.decode.pool.packed import PackedKvPool
+from isthmus.decode.runner import DecodeRunner
+from isthmus.decode.sequence import DecodeSequence, TokenStream
 from isthmus.kvtransfer.codecs.tq import TqCodec
 from isthmus.model.load.loader import load_model
 from isthmus.model.model import Model
 from isthmus.proto.sampling import Sampling
+from isthmus.worker.step_plan import SequenceId, SequencePlan, StepBatch
 
 PAGE = 64
 
@@ -51,8 +50,8 @@ def compare(model: Model, batch: int, context: int, steps: int) -> dict[str, Any
     """Milliseconds of a step of each kind, of so many requests."""
     codec = TqCodec("tq-k4v4", model.layers, PAGE)
     tokens = context + 2 * steps + 4
-    store = PackedStore(model, codec, batch * -(-tokens // PAGE), PAGE, batch, cached_pages=0)
-    padded = PaddedSteps(model, store, most_tokens=batch)
+    pool = PackedKvPool(model, codec, batch * -(-tokens // PAGE), PAGE, batch, cached_pages=0)
+    padded = PaddedSteps(model, pool, most_tokens=batch)
     began_s = time.monotonic()
     padded.record(recorder(model.device) or (lambda call: call))
     record_s = time.monotonic() - began_s
@@ -60,29 +59,34 @@ def compare(model: Model, batch: int, context: int, steps: int) -> dict[str, Any
     for number in range(batch):
         sampling = Sampling(temperature=0, max_tokens=tokens - context, ignore_eos=True)
         sequence = DecodeSequence(SequenceId(number), [5] * context, sampling, codec, TokenStream(), output=[5])
-        assert store.admit(sequence, tokens, tokens)
+        assert pool.allocate(sequence, tokens, tokens)
         sequences.append(sequence)
     kinds = {
-        kind: DecodeRunner(model, store, steps_of, before_layer=lambda: None)
+        kind: DecodeRunner(model, pool, steps_of, before_layer=lambda: None)
         for kind, steps_of in (("graph", padded), ("plain", None))
     }
     times = {kind: list[float]() for kind in kinds}
     for kind, runner in [*kinds.items()] * (steps + 2):
-        times[kind].append(step_s(runner, store, sequences))
+        times[kind].append(step_s(runner, pool, sequences))
     result = {f"{kind}_ms": round(1e3 * median(of[2:]), 3) for kind, of in times.items()}
     return {"batch": batch, **result, "record_s": round(record_s, 1)}
 
 
-def step_s(runner: DecodeRunner, store: PackedStore, sequences: list[DecodeSequence]) -> float:
+def step_s(runner: DecodeRunner, pool: PackedKvPool, sequences: list[DecodeSequence]) -> float:
     """One greedy step; what comes after its tokens does not count."""
-    work = [Advance(sequence, sequence.length - 1, sequence.length) for sequence in sequences]
+    plans = tuple(
+        SequencePlan(sequence.id, sequence.length - 1, sequence.length, len(sequence.prompt), samples=True)
+        for sequence in sequences
+    )
+    token_ids = tuple((sequence.output[-1],) for sequence in sequences)
+    batch = StepBatch(plans, token_ids, tuple(pool.step_pages(sequence, sequence.length) for sequence in sequences))
     began_s = time.perf_counter()
-    tokens = runner.run(work).argmax(-1).tolist()
+    tokens = runner.run(batch).argmax(-1).tolist()
     took_s = time.perf_counter() - began_s
     for sequence, token in zip(sequences, tokens, strict=True):
         sequence.computed = sequence.length
         sequence.output.append(token)
-    assert not store.end_step(work)
+    assert not pool.finish_step([(sequence, sequence.computed) for sequence in sequences])
     return took_s
 
 

@@ -15,6 +15,7 @@ from ..model.dtypes import Dtype
 from ..prefill.config import PrefillConfig
 from ..proto.errors import InvalidRequest
 from ..proto.rpc.addresses import HostPort, checked_address
+from ..worker.config import WorkerConfig
 from .fleet.report import Role
 from .gateway_config import GatewayConfig
 from .jobs.settings import chosen_url
@@ -29,12 +30,7 @@ CONFIG_OF: dict[Role, type[PrefillConfig] | type[DecodeConfig]] = {
 }
 # Settings that mean the same in both roles: what a user set of these goes along where a worker changes its role.
 # Both have `chunk_tokens` too, which is another thing in each.
-SHARED = frozenset(
-    (
-        *("model", "listen", "advertise", "name", "dtype", "device", "threads"),
-        *("codecs", "default_codec", "balance", "page_tokens", "pool_gib", "pool_tokens"),
-    )
-)
+SHARED = frozenset(WorkerConfig.model_fields)
 
 
 class ClusterConfig(BaseModel):

@@ -1,28 +1,28 @@
-"""The decode engine: admits requests, takes in their pages, steps the batch, hands out tokens."""
+"""The decode engine: gives requests pages, takes in their KV, steps the batch, delivers tokens."""
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
 from ..model.model import Model
 from ..model.sampling import SampledToken, sample
 from ..proto.errors import EngineFailed, Exhausted, IsthmusError, Unavailable, without_paths
-from ..worker.engine import EngineThread
-from ..worker.out_of_memory import is_out_of_memory, no_memory
+from ..worker.engine import EngineThread, is_out_of_memory, no_memory
 from ..worker.rates import Rates
-from .admission import Admission
+from ..worker.step_plan import SequenceId, SequencePages, SequencePlan, StepBatch, StepPlan
 from .config import DecodeConfig
-from .pool.base import KvStore
-from .sequences.scheduler import DecodeScheduler, SequenceId, State
-from .sequences.sequence import Advance, DecodeSequence, Token
-from .stepping.padded_steps import PaddedSteps
-from .stepping.planner import StepPlanner
-from .stepping.runner import DecodeRunner
+from .graphs import PaddedSteps
+from .inbox import Inbox, ReceivedKv, Start
+from .page_manager import PageManager
+from .pool.base import KvPool
+from .pool.local import needs_raw
+from .runner import DecodeRunner
+from .scheduler import DecodeScheduler, State
+from .sequence import DecodeSequence, Token, TokenStream
 
 log = logging.getLogger(__name__)
 
@@ -30,90 +30,57 @@ MIB = 1 << 20
 IDLE_DECODE_BYTES = 32 * MIB  # decoded between two looks at the inbox where no batch waits for its step
 
 
-@dataclass(frozen=True)
-class _Arrived:
-    """A checked section of a prompt's KV, still encoded."""
-
-    sequence: DecodeSequence
-    receiver: KvReceiver
-    section: ReceivedSection
-
-
-@dataclass(frozen=True)
-class _Start:
-    """The request joins the batch; what of its prompt is to come from others has arrived before this.
-
-    `drawn`: its first token, where that was drawn elsewhere and is part of its output from now on.
-    """
-
-    sequence: DecodeSequence
-    computed: int
-    drawn: int | None
-
-
 class DecodeEngine:
     """Owns the model, the pool and the sequences; its thread alone touches them.
 
-    Page ownership: a sequence gets its pages at admission and returns them at its release, which its handler calls
+    Page ownership: a sequence gets its pages from `pages` and returns them at its `drop`, which its handler calls
     exactly when the call ends, however it ends.
     """
 
     def __init__(
         self,
         model: Model,
-        store: KvStore,
+        pool: KvPool,
         scheduler: DecodeScheduler,
         *,
         config: DecodeConfig,
-        local_tokens: int,
         padded: PaddedSteps | None,
         on_failure: Callable[[str], None],
     ) -> None:
-        self._model, self._store, self._scheduler = model, store, scheduler
+        self._model, self._pool, self._scheduler = model, pool, scheduler
         self._sequences: dict[SequenceId, DecodeSequence] = {}
-        self._arrivals: deque[_Arrived | _Start] = deque()
         self._in_step: list[DecodeSequence] = []  # whom a failure of the engine now is put down to
         self._on_failure = on_failure
-        self._planner = StepPlanner(
-            *(model, store),
-            page_tokens=config.page_tokens,
-            chunk_tokens=config.chunk_tokens,
-            local_tokens=local_tokens,
-        )
         self._decode_bytes = config.decode_mib_per_step * MIB
-        self._inbox_limit = config.inbox_mib * MIB
-        self._inbox_bytes = 0  # delivered and not decoded; the event loop's thread alone counts it
-        self._has_room = asyncio.Event()
-        self._has_room.set()
+        self.inbox = Inbox(config.inbox_mib * MIB)
         self._loop = asyncio.get_running_loop()
         self.counters: Counter[str] = Counter()
-        self.admission = Admission(
-            *(scheduler, store, self._sequences),
+        self.pages = PageManager(
+            *(scheduler, pool, self._sequences),
             headroom_tokens=config.headroom_tokens,
             host_bytes=int(config.preempt_gib * (1 << 30)),
-            tokens_at_most=lambda sequence: sequence.tokens_at_most(model.context_length),
+            max_tokens=lambda sequence: sequence.max_tokens(model.context_length),
             counters=self.counters,
         )
         self.rates = Rates()
         self.failure: str | None = None
         self.thread = EngineThread("decode-engine", self._step, self._fail)
-        self._runner = DecodeRunner(model, store, padded, before_layer=self.thread.reach_part)
+        self._runner = DecodeRunner(model, pool, padded, before_layer=self.thread.begin_part)
 
     # From the event loop's thread.
 
     def submit(self, sequence: DecodeSequence) -> None:
-        """Queues a request for pages; `sequence.stream.admitted()` returns once it holds them."""
+        """Queues a request for pages; `sequence.stream.wait_for_pages()` returns once it holds them."""
         self.thread.post(lambda: self._add(sequence))
 
     async def deliver(self, sequence: DecodeSequence, receiver: KvReceiver, sections: list[ReceivedSection]) -> None:
         """Hands over checked sections; waits while too much is not decoded yet."""
-        while self._inbox_bytes >= self._inbox_limit and not self.failure:  # one of those that wait may have filled it
-            await self._has_room.wait()
+        await self.inbox.wait_for_room()
         if self.failure:
             raise Unavailable(self.failure)
-        self._count_inbox(sum(len(section.data) for section in sections))
-        arrived = [_Arrived(sequence, receiver, section) for section in sections]
-        self.thread.post(lambda: self._arrivals.extend(arrived))
+        received = [ReceivedKv(sequence, receiver, section) for section in sections]
+        self.inbox.count(sum(kv.nbytes for kv in received))
+        self.thread.post(lambda: self.inbox.add(received))
 
     def complete(self, sequence: DecodeSequence, first: int) -> None:
         """The prompt's KV was delivered in full: the request joins the batch.
@@ -121,24 +88,20 @@ class DecodeEngine:
         `first` is its first token, which a request with output of a lost decode worker has in that output already.
         """
         drawn = None if sequence.output else first
-        self.thread.post(lambda: self._arrivals.append(_Start(sequence, len(sequence.prompt), drawn)))
+        self._start_later(Start(sequence, len(sequence.prompt), drawn))
 
     def compute(self, sequence: DecodeSequence, first: int | None) -> None:
         """Has the engine compute the prompt itself. `first`: its first token, where a prefill worker drew it."""
         drawn = None if sequence.output else first
-        self.thread.post(lambda: self._arrivals.append(_Start(sequence, sequence.held, drawn)))
+        self._start_later(Start(sequence, sequence.cached_tokens, drawn))
 
-    def release(self, sequence: DecodeSequence) -> None:
+    def drop(self, sequence: DecodeSequence) -> None:
         """Ends a request at any point of its life and frees what it holds. Called once for each submitted one."""
-        sequence.released = True
+        sequence.dropped = True
         self.thread.post(lambda: self._remove(sequence))
 
-    def _count_inbox(self, change: int) -> None:
-        self._inbox_bytes += change
-        if self._inbox_bytes < self._inbox_limit:
-            self._has_room.set()
-        else:
-            self._has_room.clear()
+    def _start_later(self, start: Start) -> None:
+        self.thread.post(lambda: self.inbox.add((start,)))
 
     # In the engine thread.
 
@@ -146,176 +109,203 @@ class DecodeEngine:
         if self.failure:
             self._loop.call_soon_threadsafe(sequence.stream.put, Unavailable(self.failure))
             return
-        if not sequence.released:
+        if not sequence.dropped:
             self._sequences[sequence.id] = sequence
-            self._scheduler.add(
+            self._scheduler.add_request(
                 sequence.id,
                 prompt_tokens=len(sequence.prompt),
-                tokens=sequence.tokens_at_most(self._model.context_length),
+                output_tokens=len(sequence.output),
+                max_tokens=sequence.max_tokens(self._model.context_length),
                 rank=sequence.rank,
                 arrived_s=sequence.arrived_s,
+                alone=sequence.alone,
             )
 
     def _remove(self, sequence: DecodeSequence) -> None:
         if self._sequences.pop(sequence.id, None):
-            self._scheduler.remove(sequence.id)
-            self.admission.release(sequence)
-            sequence.local = None  # its handler may keep the sequence for a while
+            self._scheduler.remove_request(sequence.id)
+            self.pages.free(sequence)
+            self._runner.close_prompt(sequence.id)
         if not self._sequences:
-            assert not self._store.in_use and not self.admission.saved_bytes, "pages are in use with no request"
+            assert not self._pool.in_use and not self.pages.saved_bytes, "pages are in use with no request"
 
     def _step(self) -> bool:
         if queue := self._scheduler.queue():
             with self.thread.computing(sum(self._sequences[id].length for id in queue), measured=False):
-                admitted = self.admission.admit()
-            for sequence in admitted:
-                self._loop.call_soon_threadsafe(sequence.stream.admit)
+                allocated = self.pages.allocate_waiting()
+            for sequence in allocated:
+                self._loop.call_soon_threadsafe(sequence.stream.mark_allocated)
         took_in = self._take_in(self._decode_bytes if self._scheduler.count(State.RUNNING) else IDLE_DECODE_BYTES)
-        sequences = [self._sequences[id] for id in self._scheduler.batch()]
-        awaited = [self._sequences[id] for id in self._scheduler.receiving()]
-        for plan in self._planner.plans(sequences, awaited):
-            if work := self.admission.with_room(plan):
-                if opened := self._open_prompts(work):
-                    self._advance(opened)
-                return True
-        return took_in
+        plan = self._scheduler.plan(time.monotonic(), self.pages.allocate_step)
+        if not plan:
+            return took_in
+        if opened := self._open_prompts(plan):
+            self._compute(opened)
+        return True
 
-    def _open_prompts(self, work: Sequence[Advance]) -> list[Advance]:
-        """Prepares first chunks; those for whose prompt there is no memory end, and are left out."""
-        opened = []
-        for advance in work:
-            self._in_step = [advance.sequence]
+    def _open_prompts(self, plan: StepPlan) -> StepPlan:
+        """Prepares chunks of prompts; those for whose prompt there is no memory end, and are left out."""
+        if not any(part.in_prompt for part in plan.sequences):
+            return plan
+        opened = list[SequencePlan]()
+        for part in plan.sequences:
+            sequence = self._sequences[part.sequence]
+            self._in_step = [sequence]
             try:
-                self._planner.open_prompt(advance)
-                opened.append(advance)
+                if part.in_prompt:
+                    sequence.timing.began_s = sequence.timing.began_s or time.monotonic()
+                    self._runner.open_prompt(part, self._pool.step_pages(sequence, part.end))
+                opened.append(part)
             except Exception as error:
-                self._end(advance.sequence, no_memory(error, "prompt"))
+                self._end(sequence, no_memory(error, "prompt"))
         self._in_step = []
-        return opened
+        return StepPlan(tuple(opened))
 
     def _take_in(self, byte_budget: int) -> bool:
         """Decodes received sections into the pool, and starts sequences that are complete."""
-        done_bytes = 0
-        some = bool(self._arrivals)
-        while self._arrivals and done_bytes < byte_budget:
-            arrival = self._arrivals.popleft()
-            if isinstance(arrival, _Arrived):
-                done_bytes += len(arrival.section.data)
+        decoded_bytes, some = 0, False
+        while decoded_bytes < byte_budget and (arrival := self.inbox.take()):
+            some = True
+            if isinstance(arrival, ReceivedKv):
+                decoded_bytes += arrival.nbytes
                 self._receive(arrival)
             elif arrival.sequence.id in self._sequences:
                 self._start(arrival)
-        if done_bytes:
-            self._loop.call_soon_threadsafe(self._count_inbox, -done_bytes)
-            self.counters["kv_bytes_received"] += done_bytes
+        if decoded_bytes:
+            self.inbox.count_decoded(decoded_bytes)
+            self.counters["kv_bytes_received"] += decoded_bytes
         return some
 
-    def _receive(self, arrival: _Arrived) -> None:
+    def _receive(self, arrival: ReceivedKv) -> None:
         sequence = arrival.sequence
         if sequence.id not in self._sequences:
             return
         self._in_step = [sequence]
         try:
-            self._store.receive(sequence, arrival.receiver, arrival.section)
+            self._pool.receive(sequence, arrival.receiver, arrival.section)
         except IsthmusError as error:
             self._end(sequence, error)
         except Exception as error:
             self._end(sequence, no_memory(error, "transfer"))
         self._in_step = []
 
-    def _start(self, start: _Start) -> None:
+    def _start(self, start: Start) -> None:
         sequence, prompt = start.sequence, len(start.sequence.prompt)
         sequence.computed = start.computed
         if start.drawn is not None:
             sequence.output.append(start.drawn)
             self.counters["output_tokens"] += 1
         self.counters["replayed_tokens"] += max(0, len(sequence.output) - 1)
+        raw_tokens = 0
         if sequence.computed == prompt:
-            self._store.publish(sequence, prompt)
+            self._pool.publish(sequence, prompt)
         else:
             self.counters["local_prompts"] += 1
             self.counters["local_prompt_tokens"] += prompt - sequence.computed
-        self._scheduler.run(sequence.id)
+            codec, page_tokens = sequence.codec, self._pool.page_tokens
+            raw_tokens = prompt * needs_raw(codec, self._model.dtype, sequence.computed, prompt, page_tokens)
+        self._scheduler.mark_running(
+            sequence.id, computed=sequence.computed, known=sequence.length, raw_tokens=raw_tokens
+        )
 
-    def _advance(self, work: list[Advance]) -> None:
+    def _compute(self, plan: StepPlan) -> None:
         """One step, or two halves of it where there is no memory for the whole; what there is none for by itself ends.
 
         A step that failed for that has changed nothing but KV of its own tokens, which is written again.
         """
-        self._in_step = [advance.sequence for advance in work]
-        started_s, pages = time.monotonic(), self._store.in_use
-        with self.thread.computing(sum(advance.end - advance.start for advance in work)):
-            drawn = self._compute(work)
+        self._in_step = [self._sequences[part.sequence] for part in plan.sequences]
+        started_s, pages = time.monotonic(), self._pool.in_use
+        with self.thread.computing(plan.tokens):
+            drawn = self._draw(plan)
             if drawn is not None:
-                self._hand_over(work, drawn)
-                self._measure(work, pages, time.monotonic() - started_s)
+                self._finish_step(plan, drawn)
+                self._measure(plan, pages, time.monotonic() - started_s)
         self._in_step = []
         if drawn is not None:
             return
         self.counters["out_of_memory"] += 1
-        if len(work) > 1:
-            self._advance(work[: len(work) // 2])
-            self._advance(work[len(work) // 2 :])
-        else:
-            tokens = work[0].end - work[0].start
-            self._end(work[0].sequence, Exhausted(f"no memory here for a step of {tokens} tokens of one request"))
+        if half := len(plan.sequences) // 2:
+            self._compute(StepPlan(plan.sequences[:half]))
+            self._compute(StepPlan(plan.sequences[half:]))
+            return
+        for part in plan.sequences:
+            what = f"a step of {plan.tokens} tokens of one request"
+            self._end(self._sequences[part.sequence], Exhausted(f"no memory here for {what}"))
 
-    def _compute(self, work: Sequence[Advance]) -> list[SampledToken] | None:
+    def _draw(self, plan: StepPlan) -> list[SampledToken] | None:
         """The tokens of those that sample, in order; None where there is no memory for the step."""
         eos = self._model.eos_token_ids
-        batch = [advance.sequence for advance in work if advance.samples]
+        sampling = [self._sequences[part.sequence] for part in plan.sequences if part.samples]
         try:
-            logits_RV = self._runner.run(work)
-            return sample(logits_RV, [sequence.sample_row(eos) for sequence in batch]) if batch else []
+            logits_RV = self._runner.run(self._batch(plan))
+            return sample(logits_RV, [sequence.sample_row(eos) for sequence in sampling]) if sampling else []
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log.warning("no memory for a step", extra={"fields": {"requests": len(work), "why": str(error)}})
+            fields = {"requests": len(plan.sequences), "why": str(error)}
+            log.warning("no memory for a step", extra={"fields": fields})
             return None
 
-    def _hand_over(self, work: Sequence[Advance], drawn: Sequence[SampledToken]) -> None:
+    def _batch(self, plan: StepPlan) -> StepBatch:
+        token_ids, pages = list[tuple[int, ...]](), list[SequencePages]()
+        for part in plan.sequences:
+            sequence = self._sequences[part.sequence]
+            token_ids.append(tuple(sequence.tokens(part.start, part.end)))
+            pages.append(self._pool.step_pages(sequence, part.end))
+        return StepBatch(plan.sequences, tuple(token_ids), tuple(pages))
+
+    def _finish_step(self, plan: StepPlan, drawn: Sequence[SampledToken]) -> None:
         """What follows a step that was computed: tokens are delivered to all handlers in one go."""
-        eos, context = self._model.eos_token_ids, self._model.context_length
-        batch = [advance.sequence for advance in work if advance.samples]
-        for advance in work:
-            self._finish_chunk(advance)
-        for sequence, error in self._store.end_step([a for a in work if a.sequence.id in self._sequences]):
-            self._end(sequence, error)
-        tokens = []
-        for sequence, token in zip(batch, drawn, strict=True):
-            if sequence.id not in self._sequences:
-                continue
-            if not sequence.output:
-                sequence.timing.sampled_s, sequence.timing.sampled_unix_ns = time.monotonic(), time.time_ns()
-            sequence.drew(token.token_id)
-            finish = sequence.finish_reason(token.token_id, len(sequence.output), eos, context)
-            if finish is not None:
-                self._finish(sequence)
-            tokens.append((sequence.stream, Token(token.token_id, token.logprobs_pb(), finish)))
-        self._loop.call_soon_threadsafe(_hand_out, tokens)
+        self._scheduler.complete(plan)
+        sampling = [self._sequences[part.sequence] for part in plan.sequences if part.samples]
+        for part in plan.sequences:
+            self._finish_chunk(part)
+        stored = [
+            (sequence, sequence.computed) for p in plan.sequences if (sequence := self._sequences.get(p.sequence))
+        ]
+        for sequence, error in self._pool.finish_step(stored):
+            self._end(self._sequences[sequence.id], error)
+        tokens = [
+            self._deliver(sequence, token)
+            for sequence, token in zip(sampling, drawn, strict=True)
+            if sequence.id in self._sequences
+        ]
+        self._loop.call_soon_threadsafe(_put_all, tokens)
         self.counters["steps"] += 1
         self.counters["graph_steps"] = self._runner.graph_steps
         self.counters["output_tokens"] += len(tokens)
 
+    def _deliver(self, sequence: DecodeSequence, token: SampledToken) -> tuple[TokenStream, Token]:
+        """Notes a drawn token; ends the request where it is the last one."""
+        if not sequence.output:
+            sequence.timing.sampled_s, sequence.timing.sampled_unix_ns = time.monotonic(), time.time_ns()
+        sequence.output.append(token.token_id)
+        eos, context = self._model.eos_token_ids, self._model.context_length
+        finish = sequence.finish_reason(token.token_id, len(sequence.output), eos, context)
+        if finish is not None:
+            self._finish(sequence)
+        return sequence.stream, Token(token.token_id, token.logprobs_pb(), finish)
+
     def _finish(self, sequence: DecodeSequence) -> None:
         """Leaves the pages of a complete answer for the conversation's next turn."""
         with contextlib.suppress(IsthmusError):  # pages that cannot be packed are not kept
-            self._store.seal(sequence)
+            self._pool.finalize(sequence)
         self._remove(sequence)
 
-    def _measure(self, work: list[Advance], pages: int, seconds: float) -> None:
+    def _measure(self, plan: StepPlan, pages: int, seconds: float) -> None:
         """Steps that are all of one kind are measured for the router."""
-        if all(advance.end - advance.start == 1 for advance in work):
-            self.rates.stepped(len(work), pages, seconds)
-        elif all(advance.in_prompt for advance in work):
-            self.rates.computed([(advance.start, advance.end) for advance in work], seconds)
+        if all(part.tokens == 1 for part in plan.sequences):
+            self.rates.add_step(len(plan.sequences), pages, seconds)
+        elif all(part.in_prompt for part in plan.sequences):
+            self.rates.add_prefill([(part.start, part.end) for part in plan.sequences], seconds)
 
-    def _finish_chunk(self, advance: Advance) -> None:
-        sequence = advance.sequence
-        sequence.computed = advance.end
-        if sequence.local and sequence.local.failure:
-            self._end(sequence, sequence.local.failure)
-        if advance.end >= len(sequence.prompt):
-            sequence.local = None
+    def _finish_chunk(self, part: SequencePlan) -> None:
+        sequence = self._sequences[part.sequence]
+        sequence.computed = part.end
+        if failure := self._runner.prompt_failure(sequence.id):
+            self._end(sequence, failure)
+        if part.end >= part.prompt_tokens:
+            self._runner.close_prompt(sequence.id)
 
     def _end(self, sequence: DecodeSequence, error: IsthmusError) -> None:
         """Ends a request with an error; the others go on."""
@@ -326,26 +316,21 @@ class DecodeEngine:
         self.failure = f"the decode engine failed: {type(error).__name__}: {without_paths(str(error))}"
         failed = [sequence for sequence in self._in_step if sequence.id in self._sequences]
         for sequence in list(self._sequences.values()):
-            told = EngineFailed(self.failure, len(failed)) if sequence in failed else Unavailable(self.failure)
-            self._loop.call_soon_threadsafe(sequence.stream.put, told)
-        self._loop.call_soon_threadsafe(self._has_room.set)
+            ended = EngineFailed(self.failure, len(failed)) if sequence in failed else Unavailable(self.failure)
+            self._loop.call_soon_threadsafe(sequence.stream.put, ended)
+        self.inbox.close()
         self._on_failure(self.failure)
-
-    @property
-    def inbox_bytes(self) -> int:
-        """Received and not decoded."""
-        return self._inbox_bytes
 
     @property
     def local_bytes(self) -> int:
         """Of prompts that are computed here, beside the pool."""
-        return sum(local.nbytes for s in list(self._sequences.values()) if (local := s.local))
+        return self._runner.local_bytes
 
     def running(self) -> int:
         """Sequences that hold pages, in the pool or in host memory."""
         return self._scheduler.count(State.RECEIVING, State.RUNNING, State.PREEMPTED)
 
 
-def _hand_out(tokens: list[tuple]) -> None:
+def _put_all(tokens: list[tuple[TokenStream, Token]]) -> None:
     for stream, token in tokens:
         stream.put(token)

@@ -39,7 +39,7 @@ from ..proto.rpc.transport import Transport
 if TYPE_CHECKING:
     from ..proto.prefill_pb2_grpc import PrefillAsyncStub
 from .engine import DecodeEngine
-from .sequences.sequence import DecodeSequence
+from .sequence import DecodeSequence
 
 # Answers of a prefill worker as they are told: the first two are final, for another one would say the same; after the
 # rest, as after everything else, the next one is asked.
@@ -144,8 +144,8 @@ class Transfer:
         self.engine.compute(self.sequence, first[0].token_id if first else None)
         return TransferStats(
             attempt=attempt,
-            held_tokens=self.sequence.held,
-            local_tokens=len(self.sequence.prompt) - self.sequence.held,
+            held_tokens=self.sequence.cached_tokens,
+            local_tokens=len(self.sequence.prompt) - self.sequence.cached_tokens,
             first_token_unix_ns=first[0].sampled_unix_ns if first else 0,
         )
 
@@ -169,9 +169,9 @@ class Transfer:
             self.layers,
             self.page_tokens,
             len(self.sequence.prompt),
-            self.sequence.held,
+            self.sequence.cached_tokens,
         )
-        known = TransferStats(partial=True, attempt=attempt, held_tokens=self.sequence.held)
+        known = TransferStats(partial=True, attempt=attempt, held_tokens=self.sequence.cached_tokens)
         call = stub.Prefill(self._request(attempt), timeout=timeout_s, metadata=self.trace or None)
         begun = False
         tail_s, tail_bytes = 0.0, 0  # since the first token: nothing but the link holds these frames back
@@ -192,12 +192,12 @@ class Transfer:
                         return None
                 elif event.HasField("commit"):
                     receiver.finish(event.commit)
-                    self.engine.rates.received(address, tail_bytes, time.monotonic() - tail_s)
+                    self.engine.rates.add_transfer(address, tail_bytes, time.monotonic() - tail_s)
                     if not first:
                         raise Corrupt("the commit came before the first token")
                     self.engine.complete(self.sequence, first[0].token_id)
                     stats = event.commit.stats
-                    stats.held_tokens = self.sequence.held
+                    stats.held_tokens = self.sequence.cached_tokens
                     stats.first_token_unix_ns = first[0].sampled_unix_ns  # of the attempt whose token was passed on
                     return stats
             raise Corrupt("the stream ended with no commit")
@@ -249,7 +249,7 @@ class Transfer:
             page_tokens=self.page_tokens,
             prompt_token_ids=self.sequence.prompt,
             page_hashes=self.request.page_hashes,
-            held_pages=self.sequence.held // self.page_tokens,
+            held_pages=self.sequence.cached_tokens // self.page_tokens,
             sampling=self.request.sampling,
             priority=self.request.priority,
             tenant=self.request.tenant,

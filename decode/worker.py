@@ -17,18 +17,13 @@ from collections import Counter
 
 import grpc.aio
 
-from ..kvtransfer.calibration.balance import balance_path, ensure_balance
 from ..kvtransfer.codecs.registry import PageCodec
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..kvtransfer.hashing import page_salt
 from ..kvtransfer.page_addresses import PageAddresses
 from ..kvtransfer.pairing import CodecSet, require_same
-from ..model.cache import cache_root
-from ..model.load.loader import load_model
 from ..model.memory import require_memory, size_of
 from ..model.model import Model
-from ..model.starting import gently, phase
-from ..model.text.tokenizer import Tokenizer
 from ..proto import decode_pb2
 from ..proto.common_pb2 import TransferStats
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
@@ -43,14 +38,18 @@ from ..proto.rpc.trace import trace_context
 from ..proto.rpc.transport import Transport
 from ..proto.sampling import Sampling
 from ..proto.worker_pb2 import WorkerReport, WorkerRole
-from ..worker.report_model import report_model
+from ..worker.config import chunk_tokens_for
+from ..worker.model_setup import load_balance, load_configured, report_model
 from ..worker.server import Drained, WorkerServer
+from ..worker.start import gently
+from ..worker.step_plan import SequenceId
 from .config import DecodeConfig
 from .engine import DecodeEngine
-from .memory import plan_memory
-from .pool_choice import keeps_packed, make_store, record_steps
-from .sequences.scheduler import DecodeScheduler, SequenceId
-from .sequences.sequence import DecodeSequence, Token, TokenStream
+from .graphs import record_steps
+from .memory import keeps_packed, make_pool, plan_memory
+from .page_manager import check_fits
+from .scheduler import DecodeScheduler
+from .sequence import DecodeSequence, Token, TokenStream
 from .transfer import PrefillPeers, Transfer, finish_local
 
 MAX_PREFILL_ADDRESSES = 64  # that a request may name: a gateway names eight
@@ -88,17 +87,7 @@ class DecodeWorker(DecodeServicer):
         """Makes what serving `model` needs, but for pool, engine and server. Raises what is wrong with the settings."""
         config = self.config
         self._model = model
-        with phase("balance"):
-            balance = await gently(
-                ensure_balance,
-                balance_path(cache_root(), model.fingerprint, config.page_tokens),
-                model.fingerprint,
-                model.forward,
-                lambda text: Tokenizer(model.path).encode(text),
-                model.layers,
-                config.page_tokens,
-                config.balance,
-            )
+        balance = await load_balance(config, model)
         names = (config.default_codec,) if keeps_packed(config, model.device.type) else config.codecs
         self._codecs = CodecSet(names, config.default_codec, model.layers, config.page_tokens, balance)
         self._memory = plan_memory(config, size_of(model))
@@ -110,25 +99,27 @@ class DecodeWorker(DecodeServicer):
         bound."""
         config = self.config
         if model is None:
-            model = await gently(load_model, config.model, dtype=config.dtype, device=config.device)
+            model = await load_configured(config)
         if not self._is_prepared:
             await self.prepare(model)
-        packed = keeps_packed(config, model.device.type)
         budget = self._memory.kv
-        self._store = make_store(config, model, self._codecs.get(config.default_codec), budget, packed=packed)
-        padded = await gently(record_steps, config, model, self._store, budget.max_batch)
+        self._pool = pool = make_pool(config, model, self._codecs, budget)
+        padded = None
+        if config.cuda_graphs != "never":
+            padded = await gently(record_steps, model, pool, budget.max_batch)
         self._scheduler = DecodeScheduler(
-            total_pages=self._store.total_pages,
+            total_pages=pool.total_pages,
             page_tokens=config.page_tokens,
             max_batch=budget.max_batch,
-            max_waiting=config.max_waiting,
-            host_pages=int(config.preempt_gib * (1 << 30)) // self._store.saved_page_bytes,
-            saved_extra_pages=self._store.saved_extra_pages,
+            chunk_tokens=config.chunk_tokens,
+            idle_chunk_tokens=chunk_tokens_for(model.device, config.page_tokens),
+            raw_tokens=budget.local_tokens,
+            host_pages=int(config.preempt_gib * (1 << 30)) // pool.saved_page_bytes,
+            saved_extra_pages=pool.saved_extra_pages,
         )
         self._engine = DecodeEngine(
-            *(model, self._store, self._scheduler),
+            *(model, pool, self._scheduler),
             config=config,
-            local_tokens=budget.local_tokens,
             padded=padded,
             on_failure=self.server.on_engine_failure(),
         )
@@ -166,12 +157,17 @@ class DecodeWorker(DecodeServicer):
                 alone=request.alone,
             )
             sequence.check_emitted(self._model.eos_token_ids, self._model.context_length)
-            self._scheduler.check_fits(sequence.tokens_at_most(self._model.context_length), self._waiting)
+            check_fits(
+                sequence.max_tokens(self._model.context_length),
+                room=self._pool.total_pages * self.config.page_tokens,
+                waiting=self._waiting,
+                max_waiting=self.config.max_waiting,
+            )
             self._engine.submit(sequence)
             try:
                 await self._serve(sequence, request, codec, context)
             finally:
-                self._engine.release(sequence)
+                self._engine.drop(sequence)
 
     async def _serve(
         self,
@@ -192,7 +188,7 @@ class DecodeWorker(DecodeServicer):
 
         self._waiting += 1
         try:
-            await sequence.stream.admitted()
+            await sequence.stream.wait_for_pages()
         finally:
             self._waiting -= 1
         transfer = Transfer(
@@ -255,17 +251,17 @@ class DecodeWorker(DecodeServicer):
     def _fill_report(self, report: WorkerReport) -> None:
         report_model(report, self._model)
         self._codecs.fill_report(report)
-        report.pages.CopyFrom(self._store.counts())
+        report.pages.CopyFrom(self._pool.counts())
         report.waiting_requests = self._waiting
         report.waiting_tokens = self._scheduler.waiting_tokens
         report.running_requests = self._engine.running()
         report.step_ms = int(self._engine.thread.step_s * 1e3)
-        report.host_buffer_bytes = self._engine.admission.saved_bytes
+        report.host_buffer_bytes = self._engine.pages.saved_bytes
         report.memory.extend(
             self._memory.uses(
-                pages=self._store.used_bytes,
+                pages=self._pool.used_bytes,
                 local=self._engine.local_bytes,
-                inbox=self._engine.inbox_bytes,
+                inbox=self._engine.inbox.nbytes,
                 saved=report.host_buffer_bytes,
             )
         )

@@ -65,7 +65,7 @@ def attending(attend: Attend, see_mask: SeeMask | None = None) -> Iterator[None]
         _current.attend, _current.see_mask = before
 
 
-def hand_over(
+def attention_function(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -107,7 +107,7 @@ def attend_rows(
     return attend(layer, q_THD, k_THD, v_THD, scale)
 
 
-def see_oneself(
+def attend_to_self(
     _layer: int, q_THD: torch.Tensor, _k_THD: torch.Tensor, v_THD: torch.Tensor, _scale: float
 ) -> torch.Tensor:
     """An `Attend` under which every token sees itself alone: for looking at a model with no KV cache."""
@@ -123,4 +123,4 @@ def _refuse_unknown(options: Mapping[str, Any], dropout: float) -> None:
             raise InvalidRequest(f"the model's attention needs {name!r}, which paged attention here does not have")
 
 
-AttentionInterface.register(NAME, hand_over)
+AttentionInterface.register(NAME, attention_function)

@@ -137,7 +137,7 @@ def excess(budgets: Sequence[Budget], device: torch.device) -> str:
     return on_device or on_host
 
 
-def refuse_hopeless(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def refuse_oversized(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """InvalidRequest where the weights in a folder alone are more than the device holds: known before they are read.
 
     Files may hold them in a wider dtype than the one that they are loaded in, twice as wide at most; a folder may have

@@ -5,19 +5,21 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
+from ..kvtransfer.encoded import EncodedSection
+from ..kvtransfer.page import Section
 from ..kvtransfer.pool.dense import DensePool
 from ..model.model import Model
 from ..model.sampling import SampledToken, SampleRow, sample
 from ..proto.errors import EngineFailed, Exhausted, Expired, IsthmusError, Unavailable, without_paths
 from ..proto.prefill_pb2 import FirstToken
 from ..proto.priority import RESUMED_RANK
-from ..worker.engine import EngineThread
-from ..worker.out_of_memory import is_out_of_memory
+from ..worker.engine import EngineThread, is_out_of_memory
 from ..worker.rates import Rates
+from ..worker.step_plan import SequenceId, SequencePlan, StepBatch, StepPlan
 from .job import PrefillJob
 from .prefix import PrefixCache
 from .runner import PrefillRunner
-from .scheduler import Chunk, JobId, PrefillScheduler
+from .scheduler import PrefillScheduler
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +29,8 @@ INTERRUPTIONS = 4  # of one step, each a step of its own: what ends jobs, and th
 class PrefillEngine:
     """Owns the model, the pool and the jobs; its thread alone touches them. `submit` and `drop` are for others.
 
-    Page ownership: a job gets its pages of the pool with its first chunk and returns them with its first token or its
-    drop, whichever is first. What it sends lies in host pages, which it pins until its drop.
+    Page ownership: a job gets its pages of the pool with its first chunk and returns them with its first token or at
+    its `drop`, whichever is first. What it sends lies in host pages, which it pins until its `drop`.
     """
 
     def __init__(
@@ -39,10 +41,10 @@ class PrefillEngine:
         scheduler: PrefillScheduler,
         on_failure: Callable[[str], None],
     ) -> None:
-        self._model, self._prefixes, self._scheduler = model, prefixes, scheduler
+        self._model, self._pool, self._prefixes, self._scheduler = model, pool, prefixes, scheduler
         self._on_failure = on_failure
         self._runner = PrefillRunner(model, pool, self._between_layers)
-        self._jobs: dict[JobId, PrefillJob] = {}
+        self._jobs: dict[SequenceId, PrefillJob] = {}
         self._resuming: deque[PrefillJob] = deque()  # submitted, and not heard of by the engine thread
         self._in_step: list[PrefillJob] = []  # whom a failure of the engine now is put down to
         self._may_interrupt = 0  # how many more steps may come between the layers of the one in work
@@ -81,7 +83,7 @@ class PrefillEngine:
             job.outbox.fail(Unavailable(self.failure))
             return
         self._jobs[job.id] = job
-        self._scheduler.add(
+        self._scheduler.add_request(
             *(job.id, len(job.token_ids), time.monotonic()),
             cached=self._prefixes.guess(job),
             rank=job.rank,
@@ -95,12 +97,12 @@ class PrefillEngine:
 
     def _drop(self, job: PrefillJob) -> None:
         self._remove(job)
-        self._prefixes.unpin(job)
+        self._prefixes.unpin_pages(job)
 
     def _remove(self, job: PrefillJob) -> None:
-        self._scheduler.remove(job.id)
+        self._scheduler.remove_request(job.id)
         if self._jobs.pop(job.id, None):
-            self._prefixes.release(job)
+            self._prefixes.free_pages(job)
         if not self._jobs:
             assert not self._prefixes.table.in_use, "pages are in use with no job"
 
@@ -108,75 +110,102 @@ class PrefillEngine:
         now_s = time.monotonic()
         for job in self._scheduler.expired(now_s):
             self._end(self._jobs[job], Expired("the deadline passed before the prompt was computed"))
-        return self._compute(self._scheduler.plan(now_s, self.rates.tokens_per_s, self._admit))
+        return self._compute(self._scheduler.plan(now_s, self.rates.tokens_per_s, self._allocate))
 
     def _between_layers(self) -> None:
         """A sign that the step goes on; computes prompts of answers that resume and came during a step of others."""
-        self.thread.reach_part()
+        self.thread.begin_part()
         if self._resuming and self._may_interrupt:
             self._add_resuming()
             left = self._may_interrupt
-            while left and self._compute(self._scheduler.plan_resuming(self._admit)):
+            while left and self._compute(self._scheduler.plan_resuming(self._allocate)):
                 left -= 1
             self._may_interrupt = left
 
-    def _compute(self, chunks: Sequence[Chunk]) -> bool:
-        """One step of these chunks; whether there were any."""
-        work = [(self._jobs[chunk.job], chunk) for chunk in chunks]
-        if not work:
+    def _compute(self, plan: StepPlan) -> bool:
+        """One step; whether there was anything to compute."""
+        if not plan:
             return False
-        interruptible = all(job.rank > RESUMED_RANK for job, _ in work)
+        interruptible = all(self._jobs[part.sequence].rank > RESUMED_RANK for part in plan.sequences)
         self._may_interrupt = may_interrupt = INTERRUPTIONS if interruptible else 0
         started_s = time.monotonic()
-        if self._advance(work) and self._may_interrupt == may_interrupt:
-            self.rates.computed([(chunk.start, chunk.end) for chunk in chunks], time.monotonic() - started_s)
+        if self._run(plan) and self._may_interrupt == may_interrupt:
+            self.rates.add_prefill([(part.start, part.end) for part in plan.sequences], time.monotonic() - started_s)
         return True
 
-    def _advance(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> bool:
-        """Computes chunks, or two halves of them where there is no memory for all; whether it was done in one go.
+    def _run(self, plan: StepPlan) -> bool:
+        """Computes a plan, or two halves of it where there is no memory for all; whether it was done in one go.
 
-        A single one that there is no memory for ends its job.
+        A single prompt that there is no memory for ends its job.
         """
-        interrupted, self._in_step = self._in_step, [job for job, _ in work]
-        tokens = sum(chunk.end - chunk.start for _, chunk in work)
-        with self.thread.computing(tokens):
-            drawn = self._run(work)
+        jobs = [self._jobs[part.sequence] for part in plan.sequences]
+        interrupted, self._in_step = self._in_step, jobs
+        with self.thread.computing(plan.tokens):
+            drawn = self._draw(plan, jobs)
             if drawn is not None:
-                self.counters["prompt_tokens"] += tokens
-                self._finish_chunks(work)
-                self._finish_prompts([job for job, chunk in work if chunk.last], drawn)
+                self.counters["prompt_tokens"] += plan.tokens
+                parts = list(zip(jobs, plan.sequences, strict=True))
+                for job, part in parts:
+                    self._finish_chunk(job, part)
+                self._finish_prompts([job for job, part in parts if part.samples], drawn)
         self._in_step = interrupted
         if drawn is not None:
             return True
         self.counters["out_of_memory"] += 1
-        if len(work) > 1:
-            self._advance(work[: len(work) // 2])
-            self._advance(work[len(work) // 2 :])
+        if half := len(jobs) // 2:
+            self._run(StepPlan(plan.sequences[:half]))
+            self._run(StepPlan(plan.sequences[half:]))
         else:
-            self._end(work[0][0], Exhausted(f"no memory here for a step of {tokens} tokens of one prompt"))
+            self._end(jobs[0], Exhausted(f"no memory here for a step of {plan.tokens} tokens of one prompt"))
         return False
 
-    def _run(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> list[SampledToken] | None:
+    def _draw(self, plan: StepPlan, jobs: Sequence[PrefillJob]) -> list[SampledToken] | None:
         """The first tokens of the prompts that are complete now, in order; None where there is no memory for the step.
 
         What a step that failed for that has written, and sent, is as it will be when it is made again.
         """
-        done = [job for job, chunk in work if chunk.last]
+        parts = list(zip(jobs, plan.sequences, strict=True))
+        done = [job for job, part in parts if part.samples]
+        due = [job.begin_chunk(part.end) for job, part in parts]
+        token_ids = tuple(tuple(job.token_ids[part.start : part.end]) for job, part in parts)
+        batch = StepBatch(plan.sequences, token_ids, tuple(job.pages for job in jobs))
         eos = self._model.eos_token_ids
+
+        def send(layer: int) -> None:
+            for job, sections in zip(jobs, due, strict=True):
+                self._send_layer(job, layer, sections)
+
         try:
-            logits_RV = self._runner.run(work)
+            logits_RV = self._runner.run(batch, send)
             return sample(logits_RV, [SampleRow(job.sampling, job.token_ids, [], eos) for job in done]) if done else []
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log.warning("no memory for a step", extra={"fields": {"prompts": len(work), "why": str(error)}})
+            log.warning("no memory for a step", extra={"fields": {"prompts": len(jobs), "why": str(error)}})
             return None
 
-    def _admit(self, job_id: JobId) -> int | None:
-        job = self._jobs[job_id]
+    def _send_layer(self, job: PrefillJob, layer: int, due: Sequence[Section]) -> None:
+        """Encodes and queues a layer of a chunk. A page that cannot be encoded ends its own job only (`job.failure`).
+
+        A chunk that is computed once more sends no layer twice.
+        """
+        if layer < job.layers_sent:
+            return
+        encoded: list[EncodedSection] = []
+        try:
+            for section in due if job.failure is None else []:
+                keys, values = self._pool.read(layer, job.runs, section.start, section.end)
+                encoded.append(job.sender.encode(layer, section, keys, values))
+            job.outbox.put(encoded)
+            job.layers_sent = layer + 1
+        except IsthmusError as error:
+            job.failure = error
+
+    def _allocate(self, sequence: SequenceId) -> int | None:
+        job = self._jobs[sequence]
         interrupted, self._in_step = self._in_step, [job]
         with self.thread.computing(len(job.token_ids), measured=False):
-            cached = self._prefixes.admit(job)
+            cached = self._prefixes.allocate(job)
         self._in_step = interrupted
         if cached is not None:
             job.started_s = time.monotonic()
@@ -184,16 +213,15 @@ class PrefillEngine:
             self.counters["stored_tokens"] += job.stored_tokens
         return cached
 
-    def _finish_chunks(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> None:
-        """Keeps the pages that are complete now; ends jobs that failed."""
-        for job, chunk in work:
-            job.due = None
-            if job.failure is not None:
-                self.counters["prompts_failed"] += 1
-                self._end(job, job.failure)
-            else:
-                self._prefixes.keep(job, chunk.start, chunk.end)
-                job.outbox.put((), flush=True)
+    def _finish_chunk(self, job: PrefillJob, part: SequencePlan) -> None:
+        """Keeps the pages that are complete now; ends a job that failed."""
+        job.due = None
+        if job.failure is not None:
+            self.counters["prompts_failed"] += 1
+            self._end(job, job.failure)
+        else:
+            self._prefixes.store_computed(job, part.start, part.end)
+            job.outbox.put((), flush=True)
 
     def _finish_prompts(self, done: Sequence[PrefillJob], tokens: Sequence[SampledToken]) -> None:
         """Sends the first tokens, which overtake all waiting frames; the commits follow the last of these."""
@@ -217,6 +245,5 @@ class PrefillEngine:
         self.failure = f"the prefill engine failed: {type(error).__name__}: {without_paths(str(error))}"
         failed = [job for job in self._in_step if job.id in self._jobs]
         for job in list(self._jobs.values()):
-            told = EngineFailed(self.failure, len(failed)) if job in failed else Unavailable(self.failure)
-            job.outbox.fail(told)
+            job.outbox.fail(EngineFailed(self.failure, len(failed)) if job in failed else Unavailable(self.failure))
         self._on_failure(self.failure)

@@ -1,6 +1,7 @@
 """One prompt on its way through a prefill worker."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..kvtransfer.encoded import EncodedPage, PageFormat, PageKey
@@ -14,8 +15,10 @@ from ..proto.common_pb2 import TransferStats
 from ..proto.errors import IsthmusError
 from ..proto.priority import STANDARD_RANK
 from ..proto.sampling import Sampling
+from ..worker.step_plan import SequenceId, SequencePages
 from .outbox import Outbox
-from .scheduler import JobId
+
+NO_PAGES = SequencePages((), "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class Prompt:
     token_ids: list[int]
     form: PageFormat
     page_hashes: bytes  # of all full pages
-    held_pages: int = 0  # from the start, that the receiver has
+    receiver_pages: int = 0  # from the start, that the receiver holds already
 
     @property
     def reusable_pages(self) -> int:
@@ -57,7 +60,7 @@ class Prompt:
         raw, packed = (self.form.key(self.page_hash(page), packed=packed) for packed in (False, True))
         if not self.form.codec.packs:
             return [raw]
-        if page < self.held_pages:
+        if page < self.receiver_pages:
             return [raw, packed]
         return [packed, raw] if self.key(page) == packed else [raw]
 
@@ -66,7 +69,7 @@ class Prompt:
 class PrefillJob:
     """A request as the engine sees it. The engine thread alone changes it, but for the outbox."""
 
-    id: JobId
+    id: SequenceId
     worker: str  # that computes it, for the statistics
     attempt: int
     prompt: Prompt
@@ -77,7 +80,7 @@ class PrefillJob:
     deadline_s: float | None = None  # by the clock of `time.monotonic`
     arrived_s: float = field(default_factory=time.monotonic)
     started_s: float | None = None  # when it got its pages
-    pages: list[int] = field(default_factory=list)  # of the pool, from its start to the first token
+    pages: SequencePages = NO_PAGES  # of the pool, from its start to the first token
     runs: tuple[Run, ...] = ()  # the same as runs
     pinned: list[EncodedPage] = field(default_factory=list)  # of the host cache, until the call ends
     fetched: frozenset[bytes] = frozenset()  # hashes of pages that came from the store for this request
@@ -92,9 +95,10 @@ class PrefillJob:
     def token_ids(self) -> list[int]:
         return self.prompt.token_ids
 
-    def own(self, pages: list[int]) -> None:
+    def set_pages(self, slots: Sequence[int]) -> None:
         """Notes its pages of the pool."""
-        self.pages, self.runs = pages, runs_of(pages)
+        self.pages = SequencePages(tuple(slots), self.prompt.form.codec.name) if slots else NO_PAGES
+        self.runs = runs_of(slots)
 
     def begin_chunk(self, end: int) -> list[Section]:
         """The sections that leave with the chunk that ends there; the same ones where it is computed once more."""
@@ -113,7 +117,7 @@ class PrefillJob:
             first_token_unix_ns=sampled_unix_ns,
             prefill_worker=self.worker,
             attempt=self.attempt,
-            held_tokens=self.prompt.held_pages * self.prompt.form.page_tokens,
+            held_tokens=self.prompt.receiver_pages * self.prompt.form.page_tokens,
             cached_tokens=self.cached_tokens,
             stored_tokens=self.stored_tokens,
         )

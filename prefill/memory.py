@@ -7,7 +7,7 @@ from ..kvtransfer.pool.dense import pages_in, token_bytes
 from ..kvtransfer.storage.store import QUEUE_BYTES
 from ..model.memory import GIB, PROCESS_BYTES, Budget, ModelSize
 from ..proto.worker_pb2 import MemoryUse
-from ..worker.chunks import chunk_tokens_for
+from ..worker.config import chunk_tokens_for
 from .config import PrefillConfig
 
 PAGES, BUFFER, CACHE, QUEUE = "KV pages", "send buffer", "page cache", "store queue"

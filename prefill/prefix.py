@@ -47,9 +47,9 @@ class PrefixCache:
             job.fetched = frozenset(page.key.hash for page in job.pinned if page.key)
         except TimeoutError:
             self.fetch_timeouts += 1
-            reading.add_done_callback(self._release_late)
+            reading.add_done_callback(self._unpin_late)
         except asyncio.CancelledError:
-            reading.add_done_callback(self._release_late)
+            reading.add_done_callback(self._unpin_late)
             raise
 
     def guess(self, job: PrefillJob) -> int:
@@ -60,8 +60,8 @@ class PrefixCache:
             page += 1
         return page * self._pool.page_tokens
 
-    def admit(self, job: PrefillJob) -> int | None:
-        """Gives a job its pages, those of its cached prefix filled and on their way to the receiver.
+    def allocate(self, job: PrefillJob) -> int | None:
+        """Gives a job its pages of the pool, those of its cached prefix filled and on their way to the receiver.
 
         Returns the tokens that need no computing, or None where there are not enough free pages.
         """
@@ -74,7 +74,7 @@ class PrefixCache:
             self._host.release(pinned)
             return None
         own = iter(fresh)
-        job.own([*(source if isinstance(source, int) else next(own) for source in found), *own])
+        job.set_pages([*(source if isinstance(source, int) else next(own) for source in found), *own])
         job.pinned += pinned
         try:
             self._load(job, found)
@@ -83,20 +83,20 @@ class PrefixCache:
             job.failure = error
         return len(found) * self._pool.page_tokens
 
-    def keep(self, job: PrefillJob, start: int, end: int) -> None:
-        """Takes in the tokens [start, end) of a prompt, which are computed and encoded now."""
+    def store_computed(self, job: PrefillJob, start: int, end: int) -> None:
+        """Keeps the pages of the tokens [start, end) of a prompt, which are computed and encoded now."""
         size = self._pool.page_tokens
         for page in range(start // size, end // size):
-            self.table.publish(job.pages[page], job.prompt.page_hash(page))
+            self.table.publish(job.pages.slots[page], job.prompt.page_hash(page))
         self._keep_encoded(job, job.sender.finished())
 
-    def release(self, job: PrefillJob) -> None:
-        """Gives back a job's pages of the pool; those with content stay until their room is needed."""
-        self.table.release(job.pages)
-        job.own([])
+    def free_pages(self, job: PrefillJob) -> None:
+        """Frees a job's pages of the pool; those with content stay until their room is needed."""
+        self.table.release(job.pages.slots)
+        job.set_pages(())
 
-    def unpin(self, job: PrefillJob) -> None:
-        """Gives back a job's pages of the host cache, once its call has ended."""
+    def unpin_pages(self, job: PrefillJob) -> None:
+        """Unpins a job's pages of the host cache, once its call has ended."""
         self._host.release(job.pinned)
         job.pinned = []
 
@@ -112,7 +112,7 @@ class PrefixCache:
         return any(key in self._host for key in prompt.usable_keys(page))
 
     def _find(self, prompt: Prompt) -> tuple[list[int | EncodedPage], list[EncodedPage]]:
-        """For each page of the cached prefix a page of the pool or an encoded one, held; and the encoded ones."""
+        """For each page of the cached prefix a shared page of the pool or a pinned encoded one; and those encoded."""
         found: list[int | EncodedPage] = []
         pinned: list[EncodedPage] = []
         for page in range(prompt.reusable_pages):
@@ -141,15 +141,15 @@ class PrefixCache:
                 self._pool.write(layer, job.runs, first * self._pool.page_tokens, keys, values)
             exact = pages[0].encoding == exact_encoding(self._pool.keys[0].dtype)
             for page, source in items:
-                self.table.publish(job.pages[page], job.prompt.page_hash(page) if exact else _decoded(source))
+                self.table.publish(job.pages.slots[page], job.prompt.page_hash(page) if exact else _decoded(source))
 
     def _send(self, job: PrefillJob, cached_pages: int) -> None:
         """Queues the cached pages that the receiver does not hold, encoding those that are not in their form yet."""
         prompt, size = job.prompt, self._pool.page_tokens
-        wanted = range(prompt.held_pages, cached_pages)
-        kept = {page: held for page in wanted if (held := self._host.take(prompt.key(page)))}
+        wanted = range(prompt.receiver_pages, cached_pages)
+        kept = {page: cached for page in wanted if (cached := self._host.take(prompt.key(page)))}
         job.pinned += kept.values()
-        self._offer(job, kept.values())
+        self._write_to_store(job, kept.values())
         kept |= self._encode(job, [page for page in wanted if page not in kept])
         stored = sum(prompt.page_hash(page) in job.fetched for page in wanted)
         job.stored_tokens, job.cached_tokens = stored * size, (len(wanted) - stored) * size
@@ -175,15 +175,15 @@ class PrefixCache:
     def _keep_encoded(self, job: PrefillJob, pages: Sequence[EncodedPage]) -> list[EncodedPage]:
         kept = [self._host.add(page) for page in pages]
         job.pinned += kept
-        self._offer(job, kept)
+        self._write_to_store(job, kept)
         return kept
 
-    def _offer(self, job: PrefillJob, pages: Iterable[EncodedPage]) -> None:
+    def _write_to_store(self, job: PrefillJob, pages: Iterable[EncodedPage]) -> None:
         if self._store:
             for page in pages:
                 self._store.offer(job.prompt.form, page)
 
-    def _release_late(self, reading: Future[list[EncodedPage]]) -> None:
+    def _unpin_late(self, reading: Future[list[EncodedPage]]) -> None:
         if not reading.cancelled() and not reading.exception():
             self._host.release(reading.result())
 

@@ -1,18 +1,17 @@
-"""Runs chunks of several prompts through the model and sends each layer's pages while the next layers compute."""
+"""Runs chunks of several prompts through the model, and says when each layer's KV is there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..kernels.attention.dense import Span, ragged_attention
-from ..kvtransfer.encoded import EncodedSection
-from ..kvtransfer.page import Section
+from ..kvtransfer.pool.allocator import Run
 from ..kvtransfer.pool.dense import DensePool
+from ..kvtransfer.pool.table import runs_of
+from ..model.attention import Attend
 from ..model.model import Model
-from ..proto.errors import IsthmusError
-from .job import PrefillJob
-from .scheduler import Chunk
+from ..worker.step_plan import StepBatch
 
 
 class PrefillRunner:
@@ -22,60 +21,38 @@ class PrefillRunner:
         """`before_layer` is called before each layer's attention, and may run other chunks meanwhile."""
         self._model, self._pool, self._before_layer = model, pool, before_layer
 
-    def run(self, work: Sequence[tuple[PrefillJob, Chunk]]) -> Tensor:
-        """Computes the chunks, stores their KV and queues its sections in the jobs' outboxes.
+    def run(self, batch: StepBatch, after_layer: Callable[[int], None]) -> Tensor:
+        """Computes the chunks and stores their KV; `after_layer` is called as soon as that of a layer is in the pool.
 
-        Returns the logits [number of last chunks, vocabulary] of the prompts that are complete now, in order.
+        Returns the logits [R, vocabulary] of the R prompts that are complete now, in order.
         """
-        token_ids, positions, spans, last_rows = [], [], [], []
-        for job, chunk in work:
-            stretches = tuple(self._pool.slots(job.runs, 0, chunk.end))
-            spans.append(Span(len(token_ids), chunk.end - chunk.start, chunk.start, stretches))
-            token_ids += job.token_ids[chunk.start : chunk.end]
-            positions += range(chunk.start, chunk.end)
-            if chunk.last:
-                last_rows.append(len(token_ids) - 1)
-        due = [job.begin_chunk(chunk.end) for job, chunk in work]
-        attend = self._attend(work, spans, due)
+        token_ids, positions, spans, rows = list[int](), list[int](), list[Span](), list[int]()
+        runs = [runs_of(pages.slots) for pages in batch.pages]
+        for plan, ids, of in zip(batch.sequences, batch.token_ids, runs, strict=True):
+            spans.append(Span(len(token_ids), plan.tokens, plan.start, tuple(self._pool.slots(of, 0, plan.end))))
+            token_ids += ids
+            positions += range(plan.start, plan.end)
+            if plan.samples:
+                rows.append(len(token_ids) - 1)
         device = self._model.device
         return self._model.forward(
             torch.tensor(token_ids, device=device),
             torch.tensor(positions, device=device),
-            torch.tensor(last_rows, device=device, dtype=torch.long),
-            attend,
+            torch.tensor(rows, device=device, dtype=torch.long),
+            self._attend(spans, runs, after_layer),
         )
 
-    def _attend(
-        self, work: Sequence[tuple[PrefillJob, Chunk]], spans: list[Span], due: list[list[Section]]
-    ) -> Callable[[int, Tensor, Tensor, Tensor, float], Tensor]:
+    def _attend(self, spans: list[Span], runs: list[tuple[Run, ...]], after_layer: Callable[[int], None]) -> Attend:
         pool, windows = self._pool, [layer.window for layer in self._model.layers]
 
         def attend(layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float) -> Tensor:
             self._before_layer()
-            for (job, chunk), span in zip(work, spans, strict=True):
+            for span, of in zip(spans, runs, strict=True):
                 rows = slice(span.row, span.row + span.new)
-                pool.write(layer, job.runs, chunk.start, k_THD[rows], v_THD[rows])
+                pool.write(layer, of, span.past, k_THD[rows], v_THD[rows])
             keys, values = pool.keys[layer], pool.values[layer]
             out = ragged_attention(q_THD, keys, values, spans, scale, windows[layer])
-            for (job, _), job_sections in zip(work, due, strict=True):
-                self._send_layer(job, layer, job_sections)
+            after_layer(layer)
             return out
 
         return attend
-
-    def _send_layer(self, job: PrefillJob, layer: int, due: list[Section]) -> None:
-        """A page that cannot be encoded ends its own job only: `job.failure` says why.
-
-        A chunk that is computed once more sends no layer twice.
-        """
-        if layer < job.layers_sent:
-            return
-        encoded: list[EncodedSection] = []
-        try:
-            for section in due if job.failure is None else []:
-                keys, values = self._pool.read(layer, job.runs, section.start, section.end)
-                encoded.append(job.sender.encode(layer, section, keys, values))
-            job.outbox.put(encoded)
-            job.layers_sent = layer + 1
-        except IsthmusError as error:
-            job.failure = error

@@ -2,36 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NewType
 
 from ..proto.priority import BATCH_RANK, RESUMED_RANK, STANDARD_RANK
+from ..worker.step_plan import SequenceId, SequencePlan, StepPlan
 
-JobId = NewType("JobId", int)
-
-Admit = Callable[[JobId], int | None]
+AllocatePages = Callable[[SequenceId], int | None]
 """Gives a prompt its pages; returns how many of its tokens need not be computed, or None where it does not fit now."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens [start, end) of one prompt, computed in one step; `last` completes it."""
-
-    job: JobId
-    start: int
-    end: int
-    last: bool
-
-
-@dataclass
+@dataclass(eq=False)
 class _Prompt:
-    job: JobId
+    sequence: SequenceId
     tokens: int
     arrived_s: float
     rank: int
     deadline_s: float | None
-    computed: int  # or found in a cache; a guess until it is admitted
+    computed: int  # or found in a cache; a guess until it has its pages
     alone: bool  # in steps of its own
-    admitted: bool = False
+    has_pages: bool = False
 
     @property
     def remaining(self) -> int:
@@ -58,16 +46,16 @@ class PrefillScheduler:
         self._ageing = ageing_tokens_per_s
         self._share = chunk_tokens // 4 // page_tokens * page_tokens
         self._steps = 0
-        self._prompts: dict[JobId, _Prompt] = {}
+        self._prompts: dict[SequenceId, _Prompt] = {}
 
     @property
     def waiting_tokens(self) -> int:
         """Prompt tokens that are not computed yet."""
         return sum(prompt.remaining for prompt in list(self._prompts.values()))
 
-    def add(
+    def add_request(
         self,
-        job: JobId,
+        sequence: SequenceId,
         tokens: int,
         now_s: float,
         *,
@@ -77,43 +65,43 @@ class PrefillScheduler:
         alone: bool = False,
     ) -> None:
         """Queues a prompt. `cached`: how many of its tokens will probably not have to be computed."""
-        self._prompts[job] = _Prompt(job, tokens, now_s, rank, deadline_s, cached, alone)
+        self._prompts[sequence] = _Prompt(sequence, tokens, now_s, rank, deadline_s, cached, alone)
 
-    def remove(self, job: JobId) -> None:
+    def remove_request(self, sequence: SequenceId) -> None:
         """Forgets a prompt, computed or not."""
-        self._prompts.pop(job, None)
+        self._prompts.pop(sequence, None)
 
-    def expired(self, now_s: float) -> list[JobId]:
+    def expired(self, now_s: float) -> list[SequenceId]:
         """Prompts whose deadline is over; they are still to be removed."""
-        return [p.job for p in self._prompts.values() if p.deadline_s is not None and p.deadline_s <= now_s]
+        return [p.sequence for p in self._prompts.values() if p.deadline_s is not None and p.deadline_s <= now_s]
 
-    def plan(self, now_s: float, tokens_per_s: float, admit: Admit) -> list[Chunk]:
-        """The chunks of the next step, which count as computed from now on; empty where there is nothing to do.
+    def plan(self, now_s: float, tokens_per_s: float, allocate: AllocatePages) -> StepPlan:
+        """The next step, whose tokens count as computed from now on; empty where there is nothing to do.
 
-        `tokens_per_s`: how fast prompts are computed, for the look at deadlines. `admit` is called for prompts that
-        have no pages yet, in the order of their turn; the first that does not fit blocks those behind it, or it would
+        `tokens_per_s`: how fast prompts are computed, for the look at deadlines. `allocate` is called for prompts that
+        have no pages yet, in the order of their turn; the first that does not fit blocks the later ones, or it would
         never get its pages.
         """
-        step = _Step(self._chunk_tokens, self._page_tokens, admit)
-        self._give_resuming(step)
-        if resumed := step.chunks():
-            return resumed
+        step = _Step(self._chunk_tokens, self._page_tokens, allocate)
+        self._add_resuming(step)
+        if resuming := step.plan():
+            return resuming
         if aged := self._aged(now_s):
-            step.give(aged, self._aged_share(whole_steps=aged.alone))
+            step.add(aged, self._aged_share(whole_steps=aged.alone))
         for prompt in sorted(self._prompts.values(), key=lambda p: self._turn(p, now_s, tokens_per_s)):
-            step.give(prompt, step.budget)
-        return step.chunks()
+            step.add(prompt, step.budget)
+        return step.plan()
 
-    def plan_resuming(self, admit: Admit) -> list[Chunk]:
+    def plan_resuming(self, allocate: AllocatePages) -> StepPlan:
         """The same for prompts of answers that resume, and no others: these may be in the middle of a step."""
-        step = _Step(self._chunk_tokens, self._page_tokens, admit)
-        self._give_resuming(step)
-        return step.chunks()
+        step = _Step(self._chunk_tokens, self._page_tokens, allocate)
+        self._add_resuming(step)
+        return step.plan()
 
-    def _give_resuming(self, step: "_Step") -> None:
+    def _add_resuming(self, step: "_Step") -> None:
         resuming = (prompt for prompt in self._prompts.values() if prompt.rank == RESUMED_RANK)
         for prompt in sorted(resuming, key=lambda p: p.remaining):
-            step.give(prompt, step.budget)
+            step.add(prompt, step.budget)
 
     def _turn(self, prompt: _Prompt, now_s: float, tokens_per_s: float) -> tuple[int, bool, float]:
         if prompt.deadline_s is not None:
@@ -135,44 +123,44 @@ class PrefillScheduler:
 
 
 class _Step:
-    """The chunks of one step while they are handed out; a prompt may be given some twice."""
+    """A step while its tokens are handed out; a prompt may get some twice."""
 
-    def __init__(self, budget: int, page_tokens: int, admit: Admit) -> None:
-        self.budget, self._page_tokens, self._admit = budget, page_tokens, admit
-        self._may_admit = True
+    def __init__(self, budget: int, page_tokens: int, allocate: AllocatePages) -> None:
+        self.budget, self._page_tokens, self._allocate = budget, page_tokens, allocate
+        self._may_allocate = True
         self._is_taken = False  # by a prompt that shares it with nobody
-        self._starts: dict[JobId, int] = {}
-        self._worked: dict[JobId, _Prompt] = {}
+        self._worked: dict[SequenceId, tuple[_Prompt, int]] = {}  # with the start of what it gets
 
-    def give(self, prompt: _Prompt, limit: int) -> None:
-        """The next tokens of a prompt, at most `limit`: whole pages, or all that remain."""
+    def add(self, prompt: _Prompt, limit: int) -> None:
+        """Adds the next tokens of a prompt, at most `limit`: whole pages, or all that remain."""
         if limit < self._page_tokens and limit < prompt.remaining:
             return
-        if self._worked and prompt.job not in self._worked and (prompt.alone or self._is_taken):
+        if self._worked and prompt.sequence not in self._worked and (prompt.alone or self._is_taken):
             return
-        if not prompt.admitted and not self._admitted(prompt):
+        if not prompt.has_pages and not self._allocate_pages(prompt):
             return
-        take = min(prompt.remaining, limit)
-        if take < prompt.remaining:
-            take -= take % self._page_tokens
-        if take:
-            self._starts.setdefault(prompt.job, prompt.computed)
-            self._worked[prompt.job] = prompt
+        tokens = min(prompt.remaining, limit)
+        if tokens < prompt.remaining:
+            tokens -= tokens % self._page_tokens
+        if tokens:
+            self._worked.setdefault(prompt.sequence, (prompt, prompt.computed))
             self._is_taken = prompt.alone
-            prompt.computed += take
-            self.budget -= take
+            prompt.computed += tokens
+            self.budget -= tokens
 
-    def chunks(self) -> list[Chunk]:
+    def plan(self) -> StepPlan:
         """What was handed out, in that order."""
-        return [
-            Chunk(job, start, self._worked[job].computed, self._worked[job].remaining == 0)
-            for job, start in self._starts.items()
-        ]
+        return StepPlan(
+            tuple(
+                SequencePlan(prompt.sequence, start, prompt.computed, prompt.tokens, prompt.remaining == 0)
+                for prompt, start in self._worked.values()
+            )
+        )
 
-    def _admitted(self, prompt: _Prompt) -> bool:
-        cached = self._admit(prompt.job) if self._may_admit else None
+    def _allocate_pages(self, prompt: _Prompt) -> bool:
+        cached = self._allocate(prompt.sequence) if self._may_allocate else None
         if cached is None:
-            self._may_admit = False
+            self._may_allocate = False
             return False
-        prompt.computed, prompt.admitted = cached, True
+        prompt.computed, prompt.has_pages = cached, True
         return True

@@ -2,7 +2,7 @@
 
 The life of a request here:
 1. `Prefill` checks that the caller means this model, codec and protocol, and that the prompt fits.
-2. It waits for its share of the send buffer, which it holds until its call ends: nothing is encoded without one.
+2. It waits for room in the send buffer, which it keeps until its call ends: nothing is encoded without it.
    Pages of its beginning that only the store has are read into the host cache.
 3. The job waits in the scheduler; with its first chunk it gets pages, those of its cached beginning filled and sent.
 4. The engine computes the rest chunk by chunk; each layer's finished pages are encoded into host memory and queued
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import grpc.aio
 
-from ..kvtransfer.calibration.balance import balance_path, ensure_balance
 from ..kvtransfer.codecs.registry import PageCodec
 from ..kvtransfer.encoded import PageFormat
 from ..kvtransfer.frame import PROTOCOL_VERSION, Binding
@@ -29,12 +28,8 @@ from ..kvtransfer.pool.cache import PageCache
 from ..kvtransfer.pool.dense import DensePool
 from ..kvtransfer.sender import KvSender
 from ..kvtransfer.storage.store import PageStore
-from ..model.cache import cache_root
-from ..model.load.loader import load_model
 from ..model.memory import GIB, require_memory, size_of
 from ..model.model import Model
-from ..model.starting import gently, phase
-from ..model.text.tokenizer import Tokenizer
 from ..proto import prefill_pb2
 from ..proto.errors import Exhausted, InvalidRequest
 from ..proto.names import MAX_CALL_NAME, check_name
@@ -45,17 +40,18 @@ from ..proto.rpc.streams import write_in_time
 from ..proto.rpc.transport import Transport
 from ..proto.sampling import Sampling
 from ..proto.worker_pb2 import PageCounts, WorkerReport, WorkerRole
-from ..worker.chunks import chunk_tokens_for
-from ..worker.report_model import report_model
+from ..worker.config import chunk_tokens_for
+from ..worker.model_setup import load_balance, load_configured, report_model
 from ..worker.server import Drained, WorkerServer
+from ..worker.step_plan import SequenceId
 from .config import PrefillConfig
 from .engine import PrefillEngine
 from .job import PrefillJob, Prompt
 from .memory import plan_memory
 from .outbox import Outbox
 from .prefix import PrefixCache
-from .scheduler import JobId, PrefillScheduler
-from .send_budget import SendBudget, Share
+from .scheduler import PrefillScheduler
+from .send_budget import Reservation, SendBudget
 
 SIGN_OF_LIFE_S = 1.0  # a transfer in which nothing else is sent for so long says that it goes on
 
@@ -91,17 +87,7 @@ class PrefillWorker(PrefillServicer):
         """Makes what serving `model` needs, but for pool, engine and server. Raises what is wrong with the settings."""
         config = self.config
         self._model = model
-        with phase("balance"):
-            balance = await gently(
-                ensure_balance,
-                balance_path(cache_root(), model.fingerprint, config.page_tokens),
-                model.fingerprint,
-                model.forward,
-                lambda text: Tokenizer(model.path).encode(text),
-                model.layers,
-                config.page_tokens,
-                config.balance,
-            )
+        balance = await load_balance(config, model)
         self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens, balance)
         self._memory = plan_memory(config, size_of(model))
         require_memory(self._memory.budgets, model.device)
@@ -112,7 +98,7 @@ class PrefillWorker(PrefillServicer):
         bound."""
         config = self.config
         if model is None:
-            model = await gently(load_model, config.model, dtype=config.dtype, device=config.device)
+            model = await load_configured(config)
         if not self._is_prepared:
             await self.prepare(model)
         self._buffer = SendBudget(int(config.host_buffer_gib * GIB))
@@ -151,33 +137,29 @@ class PrefillWorker(PrefillServicer):
             job = self._job(request, context.time_remaining())
             accepted = PrefillAccepted(worker_id=self.server.name, queued_tokens=self._scheduler.waiting_tokens)
             self._open.add(job)
-            share = self._buffer.ask(self._share_bytes(job.prompt), rank=job.rank, tokens=len(job.token_ids))
+            reservation = self._buffer.reserve(self._host_bytes(job.prompt), rank=job.rank, tokens=len(job.token_ids))
             try:
                 await context.write(PrefillEvent(accepted=accepted))
-                await _turn_of(share, context, accepted)
+                await _wait_granted(reservation, context, accepted)
                 await self._prefixes.fetch(job)
                 self._engine.submit(job)
                 await _send(job, context, accepted)
             finally:
                 self._open.discard(job)
                 self._engine.drop(job)
-                self._leave(share)
+                self._end_reservation(reservation)
 
-    def _share_bytes(self, prompt: Prompt) -> int:
+    def _host_bytes(self, prompt: Prompt) -> int:
         """What a prompt holds in host memory at most; from a store it may bring pages in other forms than it sends."""
         return prompt.encoded_bytes * (2 if self._store else 1)
 
-    def _leave(self, share: Share) -> None:
-        """Gives a share back once the engine has given back the pages."""
-        if not share.turn.is_set():
-            self._buffer.leave(share)
+    def _end_reservation(self, reservation: Reservation) -> None:
+        """Ends it once the engine has freed the pages."""
+        if not reservation.granted.is_set():
+            self._buffer.end(reservation)
             return
         loop = asyncio.get_running_loop()
-
-        def given_back() -> None:
-            loop.call_soon_threadsafe(self._buffer.leave, share)
-
-        self._engine.thread.post(given_back)
+        self._engine.thread.post(lambda: loop.call_soon_threadsafe(self._buffer.end, reservation))
 
     def _job(self, request: PrefillRequest, time_left_s: float | None) -> PrefillJob:
         codec = self._check(request)
@@ -200,10 +182,10 @@ class PrefillWorker(PrefillServicer):
         )
         # Our own hashes, not the caller's: what others are answered with must be what these tokens give.
         hashes = page_hashes(token_ids, form.page_tokens, salt)
-        prompt = Prompt(token_ids=token_ids, form=form, page_hashes=hashes, held_pages=request.held_pages)
-        self._buffer.check(self._share_bytes(prompt))
+        prompt = Prompt(token_ids=token_ids, form=form, page_hashes=hashes, receiver_pages=request.held_pages)
+        self._buffer.check(self._host_bytes(prompt))
         return PrefillJob(
-            id=JobId(next(self._ids)),
+            id=SequenceId(next(self._ids)),
             worker=self.server.name,
             attempt=request.attempt,
             prompt=prompt,
@@ -260,7 +242,7 @@ class PrefillWorker(PrefillServicer):
         report.memory.extend(
             self._memory.uses(
                 pages=(in_use + cached) * self._memory.page_bytes,
-                buffered=self._buffer.held_bytes,
+                buffered=self._buffer.reserved_bytes,
                 cached=self._host.bytes - self._host.pinned_bytes,
                 queued=self._store.queued_bytes if self._store else 0,
             )
@@ -278,12 +260,12 @@ class PrefillWorker(PrefillServicer):
             report.counters[name] = count
 
 
-async def _turn_of(share: Share, context: grpc.aio.ServicerContext, accepted: PrefillAccepted) -> None:
-    """Waits for a share of the send buffer, with signs of life meanwhile."""
-    while not share.turn.is_set():
+async def _wait_granted(reservation: Reservation, context: grpc.aio.ServicerContext, accepted: PrefillAccepted) -> None:
+    """Waits for room in the send buffer, with signs of life meanwhile."""
+    while not reservation.granted.is_set():
         try:
             async with asyncio.timeout(SIGN_OF_LIFE_S):
-                await share.turn.wait()
+                await reservation.granted.wait()
         except TimeoutError:
             await write_in_time(context, PrefillEvent(accepted=accepted))
 

@@ -28,7 +28,7 @@ from isthmus.proto.worker_pb2 import (
     WorkerReport,
 )
 from isthmus.proto.worker_pb2_grpc import add_WorkerServicer_to_server
-from isthmus.worker.report_service import ReportServicer
+from isthmus.worker.service import ReportServicer
 
 FINGERPRINT = "f" * 32
 CODECS = {"raw": "r0", "tq-k4v4": "t0"}

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -18,17 +18,18 @@ from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.cluster.text.served import load_served_model
 from isthmus.decode.config import DecodeConfig
-from isthmus.decode.stepping.runner import DecodeRunner
+from isthmus.decode.engine import DecodeEngine
 from isthmus.decode.worker import DecodeWorker
 from isthmus.prefill.config import PrefillConfig
-from isthmus.prefill.runner import PrefillRunner
+from isthmus.prefill.engine import PrefillEngine
 from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.rpc.statuses import ENGINE_FAILED_KEY, ERROR_KEY
 from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import WorkerHealth
-from isthmus.worker import stamps
+from isthmus.worker import watchdog
 from isthmus.worker.engine import EngineThread
+from isthmus.worker.step_plan import StepBatch, StepPlan
 
 GREEDY = Sampling(temperature=0, max_tokens=5, ignore_eos=True)
 
@@ -85,9 +86,12 @@ POISON = 7  # the first token of prompts that engines die of
 MODEL = "tiny-llama"
 
 
-def is_poison(work: Sequence[Any]) -> bool:
+def is_poison(engine: PrefillEngine | DecodeEngine, step: StepPlan | StepBatch) -> bool:
     """Whether a step of either role computes such a prompt."""
-    prompts = [part[0].token_ids if isinstance(part, tuple) else part.sequence.prompt for part in work]
+    if isinstance(engine, PrefillEngine):
+        prompts = [engine._jobs[plan.sequence].token_ids for plan in step.sequences]
+    else:
+        prompts = [engine._sequences[plan.sequence].prompt for plan in step.sequences]
     return any(prompt[0] == POISON for prompt in prompts)
 
 
@@ -101,19 +105,19 @@ async def told(pair: Pair, prompt: list[int]) -> tuple[grpc.StatusCode, dict[str
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_who_was_in_the_step_is_told_so_and_nobody_else(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with worker_pair(model_path(MODEL), decode={"max_batch": 1}) as pair:
-        runner = getattr(pair, role)._engine._runner
-        run = runner.run
+        engine = getattr(pair, role)._engine
+        run = engine._runner.run
 
         begun, go = threading.Event(), threading.Event()
 
-        def dies(work: Sequence[Any]) -> Any:
-            if is_poison(work):
+        def dies(batch: StepBatch, *others: Any) -> Any:
+            if is_poison(engine, batch):
                 begun.set()
                 assert go.wait(60)
                 raise RuntimeError("device lost")
-            return run(work)
+            return run(batch, *others)
 
-        monkeypatch.setattr(runner, "run", dies)
+        monkeypatch.setattr(engine._runner, "run", dies)
         first = asyncio.create_task(told(pair, [POISON, 2, 3]))
         assert await asyncio.to_thread(begun.wait, 60)
         waiting = asyncio.create_task(told(pair, [1, 2, 3]))  # for the only place of the batch
@@ -167,17 +171,17 @@ def asked(number: int, first: int = 20) -> Any:
 async def test_a_poisonous_request_costs_two_engines_and_nobody_else(
     where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runner = PrefillRunner if where == "prefill" else DecodeRunner
-    run = runner.run
+    engine = PrefillEngine if where == "prefill" else DecodeEngine
+    draw = engine._draw
 
-    def dies(self: Any, work: Sequence[Any]) -> Any:
-        if is_poison(work):
+    def dies(self: Any, plan: StepPlan, *others: Any) -> Any:
+        if is_poison(self, plan):
             raise RuntimeError("device lost")
-        return run(self, work)
+        return draw(self, plan, *others)
 
     async with cluster(local_prefill="always" if where == "local prompt" else "never") as (client, workers):
         calm = [(await client.answer(asked(number))).token_ids for number in range(8)]
-        monkeypatch.setattr(runner, "run", dies)
+        monkeypatch.setattr(engine, "_draw", dies)
         others = [asyncio.create_task(client.answer(asked(number), timeout_s=60)) for number in range(4)]
         poison = asyncio.create_task(client.answer(asked(100, POISON), timeout_s=60))
         others += [asyncio.create_task(client.answer(asked(number), timeout_s=60)) for number in range(4, 8)]
@@ -194,8 +198,8 @@ async def test_a_poisonous_request_costs_two_engines_and_nobody_else(
 @pytest.fixture
 def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """What a blocked step waits for, until the test ends; engines take it for stuck soon."""
-    monkeypatch.setattr(stamps, "MEASURED", 0)
-    monkeypatch.setattr(stamps, "STUCK_S", 2.0)
+    monkeypatch.setattr(watchdog, "MEASURED_STEPS", 0)
+    monkeypatch.setattr(watchdog, "STUCK_S", 2.0)
     released = threading.Event()
     yield released
     released.set()
@@ -205,26 +209,26 @@ def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 async def test_a_stuck_engine_is_out_and_its_requests_go_on(
     role: str, release: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = PrefillRunner if role == "prefill" else DecodeRunner
-    run, stuck = runner.run, list[Any]()
+    engine = PrefillEngine if role == "prefill" else DecodeEngine
+    draw, stuck = engine._draw, list[Any]()
 
-    def hangs(self: Any, work: Sequence[Any]) -> Any:
-        if not stuck and is_poison(work):
+    def hangs(self: Any, plan: StepPlan, *others: Any) -> Any:
+        if not stuck and is_poison(self, plan):
             stuck.append(self)
             release.wait()
-        return run(self, work)
+        return draw(self, plan, *others)
 
     async with cluster(2, local_prefill="never") as (client, workers):
         requests = [asked(0, POISON), asked(1)]
         calm = [(await client.answer(request)).token_ids for request in requests]
-        monkeypatch.setattr(runner, "run", hangs)
+        monkeypatch.setattr(engine, "_draw", hangs)
         ended = {worker.server.name: asyncio.Event() for worker in workers}
         for worker in workers:
             worker.server.end_process = ended[worker.server.name].set
         answers = await asyncio.gather(*(client.answer(request, timeout_s=60) for request in requests))
         assert [answer.token_ids for answer in answers] == calm
         (failed,) = (worker for worker in workers if worker._engine.failure)
-        assert failed._engine._runner is stuck[0]
+        assert failed._engine is stuck[0]
         assert "stuck in a step" in failed.server.report().reason
         await asyncio.wait_for(ended[failed.server.name].wait(), 5)
         release.set()
@@ -235,21 +239,21 @@ async def test_a_prefill_step_without_memory_is_made_in_halves(monkeypatch: pyte
     async with worker_pair(model_path(MODEL)) as pair:
         engine = pair.prefill._engine
         runner, seen, gate = engine._runner, list[int](), threading.Event()
-        send, run = runner._send_layer, runner.run
+        send, run = engine._send_layer, runner.run
 
         def full(job: Any, layer: int, due: Any) -> None:
             send(job, layer, due)
             if layer == 1 and seen[-1] > 1:  # after frames of two layers have left
                 raise MemoryError
 
-        def counted(work: Sequence[Any]) -> Any:
-            seen.append(len(work))
-            return run(work)
+        def counted(batch: StepBatch, after_layer: Any) -> Any:
+            seen.append(len(batch.sequences))
+            return run(batch, after_layer)
 
         def hold() -> None:
             gate.wait()
 
-        monkeypatch.setattr(runner, "_send_layer", full)
+        monkeypatch.setattr(engine, "_send_layer", full)
         monkeypatch.setattr(runner, "run", counted)
         engine.thread.post(hold)
         tasks = [asyncio.create_task(pair.generate(prompt, GREEDY)) for prompt in prompts]
@@ -275,16 +279,16 @@ async def test_a_decode_step_without_memory_ends_one_request_at_most(
     prompts = [[1, 2, 3, 4], [5, 6, 8], [POISON, 9]]
     async with worker_pair(model_path(MODEL)) as pair:
         calm = [(await pair.generate(prompt, GREEDY)).token_ids for prompt in prompts]
-        runner = pair.decode._engine._runner
-        run = runner.run
+        engine = pair.decode._engine
+        run = engine._runner.run
 
-        def small(work: Sequence[Any]) -> Any:
-            if len(work) > 1 or is_poison(work):
-                run(work)  # what such a step has written is written again
+        def small(batch: StepBatch) -> Any:
+            if len(batch.sequences) > 1 or is_poison(engine, batch):
+                run(batch)  # what such a step has written is written again
                 raise error
-            return run(work)
+            return run(batch)
 
-        monkeypatch.setattr(runner, "run", small)
+        monkeypatch.setattr(engine._runner, "run", small)
         asking = [asyncio.create_task(pair.generate(prompt, GREEDY)) for prompt in prompts]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await asking[2]

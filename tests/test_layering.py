@@ -14,7 +14,7 @@ ALLOWED = {
     "kernels": set(),
     "model": {"kernels", "proto"},
     "kvtransfer": {"kernels", "proto"},
-    "worker": {"model", "kernels", "proto"},
+    "worker": {"model", "kvtransfer", "kernels", "proto"},
     "prefill": {"worker", "model", "kvtransfer", "kernels", "proto"},
     "decode": {"worker", "model", "kvtransfer", "kernels", "proto"},
     "cluster": {"prefill", "decode", "worker", "model", "kvtransfer", "kernels", "proto"},
@@ -53,15 +53,20 @@ def crossings(path: Path) -> Iterator[str]:
             yield "an absolute name"
 
 
-def imported_folders(path: Path) -> Iterator[str]:
-    """Folders of ours that a file imports from, also for type checking only; its own left out."""
+def imported_modules(path: Path) -> Iterator[str]:
+    """Modules of ours that a file imports relatively, also for type checking only."""
     own = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             module = (*own[: len(own) - node.level + 1], *(node.module.split(".") if node.module else ()))
-            of = module if ROOT.joinpath(*module).is_dir() else module[:-1]
-            if of != own:
-                yield "/".join(of)
+            is_folder = ROOT.joinpath(*module).is_dir()
+            yield from ("/".join((*module, alias.name) if is_folder else module) for alias in node.names)
+
+
+def imported_folders(path: Path) -> Iterator[str]:
+    """Folders of ours that a file imports from, also for type checking only; its own left out."""
+    folders = {module.rpartition("/")[0] for module in imported_modules(path)}
+    yield from folders - {path.relative_to(ROOT).parent.as_posix()}
 
 
 def test_folders_import_each_other_in_one_direction() -> None:
@@ -74,6 +79,13 @@ def test_folders_import_each_other_in_one_direction() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"a cycle, each imported by the next: {' -> '.join(error.args[1])}")
+
+
+def test_a_cpu_s_acceleration_has_one_door() -> None:
+    """Who reads how a model runs need not read `model/cpu`: `speed_up.py` is all that others import of it."""
+    outside = [path for floor in ALLOWED for path in sources(floor) if path.parent != ROOT / "model/cpu"]
+    inside = {of for path in outside for of in imported_modules(path) if of.startswith("model/cpu/")}
+    assert inside == {"model/cpu/speed_up"}
 
 
 def test_folders_have_few_files() -> None:

@@ -7,43 +7,48 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+import torch
+
 from ..kernels.cpu.compiling import is_compiling
-from .stamps import LOOK_S, Stamps
+from ..proto.errors import Exhausted
+from .watchdog import CHECK_S, Watchdog
 
 log = logging.getLogger(__name__)
 
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # how allocators of torch put it
+
 
 class StuckError(Exception):
-    """A step has taken longer than any honest one would."""
+    """A step has taken longer than any step should."""
 
 
 class EngineThread:
     """Runs posted calls and steps in turn until stopped.
 
     `step` does one piece of work and returns whether there was any; with none the thread sleeps until the next
-    post. An exception that leaves a step or a posted call is a bug: `on_failure` is told, and the thread makes no
-    more steps. It still runs what is posted, so that whoever posts can be told too and nothing stays held.
+    post. An exception that leaves a step or a posted call is a bug: `on_failure` is called, and the thread makes no
+    more steps. It still runs what is posted, so that whoever posts gets an answer too and everything is freed.
 
-    A second thread looks at whether the first one goes on. One that is stuck fails in the same way, and `on_failure`
-    is told from the second thread; the first one cannot be ended but with its process.
+    A second thread checks that the first one goes on. One that is stuck fails in the same way, and `on_failure` is
+    called from the second thread; the first one cannot be ended but with its process.
     """
 
     def __init__(self, name: str, step: Callable[[], bool], on_failure: Callable[[BaseException], None]) -> None:
         self._step, self._on_failure = step, on_failure
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: deque[Callable[[], object]] = deque()
         self._wake = threading.Condition()
         self._stopping = threading.Event()
         self._failing = threading.Lock()
         self._failed = False
-        self.stamps = Stamps()
+        self._watchdog = Watchdog()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._watcher = threading.Thread(target=self._watch, name=f"{name}-watch", daemon=True)
+        self._checker = threading.Thread(target=self._watch, name=f"{name}-watch", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
-        self._watcher.start()
+        self._checker.start()
 
-    def post(self, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], object]) -> None:
         """Has the engine run `call` before its next step. From any thread; calls run in the order posted."""
         with self._wake:
             self._inbox.append(call)
@@ -63,33 +68,33 @@ class EngineThread:
 
         `measured=False`: it moves or decodes their KV, and says nothing of what a token takes to compute.
         """
-        outer = self.stamps.begin(time.monotonic(), tokens, measured=measured)
+        outer = self._watchdog.begin(time.monotonic(), tokens, measured=measured)
         try:
             yield
         finally:
-            self.stamps.end(time.monotonic(), outer)
+            self._watchdog.end(time.monotonic(), outer)
 
-    def reach_part(self) -> None:
-        """Called between parts of what is computed, in the engine thread: each may take its own time (`Stamps`)."""
-        self.stamps.reach(time.monotonic())
+    def begin_part(self) -> None:
+        """Called between parts of what is computed, in the engine thread: each may take its own time (`Watchdog`)."""
+        self._watchdog.begin_part(time.monotonic())
 
     @property
     def step_s(self) -> float:
         """For how long the piece of work has gone on that the thread is at; 0 where it sleeps."""
-        stamp = self.stamps.current
-        return time.monotonic() - stamp.began_s if stamp is not None else 0.0
+        step = self._watchdog.current
+        return time.monotonic() - step.began_s if step is not None else 0.0
 
     def _run(self) -> None:
         busy = False
         while True:
-            self.stamps.clear()
+            self._watchdog.clear()
             with self._wake:
                 while not (busy or self._inbox or self._stopping.is_set()):
                     self._wake.wait()
                 calls, self._inbox = self._inbox, deque()
                 if self._stopping.is_set() and not calls:
                     return
-            self.stamps.begin(time.monotonic(), 0)
+            self._watchdog.begin(time.monotonic(), 0)
             try:
                 while calls:
                     calls.popleft()()
@@ -108,11 +113,25 @@ class EngineThread:
                 try:
                     self._on_failure(error)
                 except Exception:
-                    log.exception("nobody was told that the engine thread failed")
+                    log.exception("the failure of the engine thread could not be passed on")
 
     def _watch(self) -> None:
-        while not self._stopping.wait(LOOK_S) and not self._failed:
-            stuck_s = None if is_compiling() else self.stamps.look()
+        while not self._stopping.wait(CHECK_S) and not self._failed:
+            stuck_s = None if is_compiling() else self._watchdog.check()
             if stuck_s is not None:
                 log.critical("the engine thread is stuck in a step for %.1f s", stuck_s)
                 self._fail(StuckError(f"stuck in a step for {stuck_s:.1f} s"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller piece of the same work might have found the memory that it needs."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+
+
+def no_memory(error: Exception, what: str) -> Exhausted:
+    """The error of one request for which there was none; raises any other error."""
+    if not is_out_of_memory(error):
+        raise error
+    return Exhausted(f"no memory here for this {what}")

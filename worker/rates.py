@@ -12,7 +12,7 @@ import numpy as np
 from ..proto.worker_pb2 import PrefillRate, StepRate, WorkerReport
 
 HALF_LIFE = 64  # measurements after which one counts half
-ENOUGH = 3  # measurements before anything is told
+MIN_MEASUREMENTS = 3  # measurements before anything is reported
 RIDGE = 1e-4  # of the diagonal: keeps factors apart that were only seen together
 LINK_BYTES = 64 << 10  # a shorter burst says more of latency than of throughput
 MAX_LINKS = 1024
@@ -28,7 +28,7 @@ class LinearTime:
         self._products = np.zeros(quantities)
         self._count = 0
 
-    def observe(self, quantities: Sequence[float], ms: float) -> None:
+    def add(self, quantities: Sequence[float], ms: float) -> None:
         """Counts one measurement."""
         row, keep = np.asarray(quantities, dtype=float), 0.5 ** (1 / HALF_LIFE)
         self._moments = keep * self._moments + np.outer(row, row)
@@ -36,8 +36,8 @@ class LinearTime:
         self._count += 1
 
     def factors(self) -> tuple[float, ...] | None:
-        """Milliseconds per unit of each quantity, none negative; None before there are ENOUGH measurements."""
-        if self._count < ENOUGH:
+        """Milliseconds per unit of each quantity, none negative; None before MIN_MEASUREMENTS."""
+        if self._count < MIN_MEASUREMENTS:
             return None
         moments, products = self._moments, self._products
         used = [index for index in range(len(products)) if moments[index, index] > 0]
@@ -66,20 +66,20 @@ class Rates:
         """How fast prompts were computed lately, whatever their lengths and steps."""
         return self._tokens_per_s
 
-    def computed(self, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
+    def add_prefill(self, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
         """Prompt tokens [start, end) of some requests were computed in one go."""
         tokens = sum(end - start for start, end in chunks)
         pairs = sum((end - start) * (start + end) / 2 for start, end in chunks)
         with self._lock:
-            self._prefill.observe((1.0, tokens, pairs / 1e3), seconds * 1e3)
+            self._prefill.add((1.0, tokens, pairs / 1e3), seconds * 1e3)
             self._tokens_per_s += _NEWEST * (tokens / seconds - self._tokens_per_s)
 
-    def stepped(self, sequences: int, pages: int, seconds: float) -> None:
+    def add_step(self, sequences: int, pages: int, seconds: float) -> None:
         """A batch made one step with that many pages in use."""
         with self._lock:
-            self._step.observe((1.0, sequences, pages), seconds * 1e3)
+            self._step.add((1.0, sequences, pages), seconds * 1e3)
 
-    def received(self, address: str, count: int, seconds: float) -> None:
+    def add_transfer(self, address: str, count: int, seconds: float) -> None:
         """`count` bytes came from one address with nothing but the link to hold them back."""
         if count < LINK_BYTES or seconds <= 0:
             return
@@ -91,7 +91,7 @@ class Rates:
                 del self._links[next(iter(self._links))]  # the one not heard of for longest
 
     def fill_report(self, report: WorkerReport) -> None:
-        """Tells what was measured."""
+        """Adds what was measured."""
         with self._lock:
             prefill, step, links = self._prefill.factors(), self._step.factors(), dict(self._links)
         if prefill is not None:

@@ -1,4 +1,4 @@
-"""What prefill and decode workers have in common as servers: address, admission while draining, health, reports."""
+"""The gRPC server of a worker of either role: its address, its running requests and drains, health, reports."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ from ..proto.rpc.server import Server
 from ..proto.rpc.transport import Transport
 from ..proto.worker_pb2 import WorkerHealth, WorkerReport, WorkerRole
 from ..proto.worker_pb2_grpc import add_WorkerServicer_to_server
-from .orders import Drained, Orders, OrderServicer
+from .service import Drained, Orders, OrderServicer
 
 HAND_OVER_S = 5.0  # for requests that a drain has ended to be gone
 
@@ -131,7 +131,7 @@ class WorkerServer:
         return WorkerHealth.WORKER_HEALTH_DRAINING if self._draining else WorkerHealth.WORKER_HEALTH_READY
 
     def on_engine_failure(self) -> Callable[[str], None]:
-        """What an engine calls, from its thread, when it can do no more: the worker is red from then on.
+        """What an engine calls, from its thread, when it has failed: the worker reports FAILED from then on.
 
         Its process ends a second later where it has one of its own, so that whoever watches it starts another.
         """
@@ -141,7 +141,7 @@ class WorkerServer:
             self._failure = reason
             self._reports.changed()
             if self.end_process:
-                loop.call_later(1.0, self.end_process)  # first: whatever else fails, it ends
+                loop.call_later(1.0, self.end_process)  # first: whatever else fails, the process ends
             if self._server:
                 await self._server.set_serving(False)
 
@@ -165,7 +165,7 @@ class WorkerServer:
         left = set(self._running)
         for task in left:
             self._handed_over.add(task)
-            task.add_done_callback(self._handed_over.discard)  # it may end later than is waited for, and tells then too
+            task.add_done_callback(self._handed_over.discard)  # also where it ends later than the wait below
             task.cancel()
         await self._until_idle(HAND_OVER_S)
         return Drained(finished=len(begun - left), handed_over=len(left))

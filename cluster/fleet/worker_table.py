@@ -22,7 +22,7 @@ from .outliers import Outliers
 from .report import Health, Report, Role
 from .worker_entry import WorkerEntry
 
-SUSPECT_S = 1.0  # without a report (the period: worker/report_service.py): no new work where others can take it
+SUSPECT_S = 1.0  # without a report (the period: worker/service.py): no new work where others can take it
 OUT_S = 3.0  # no work at all, and what runs there is given up
 
 

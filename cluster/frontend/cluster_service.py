@@ -17,7 +17,7 @@ from ...proto.worker_pb2 import (
     ScaleResponse,
     WorkerReport,
 )
-from ...worker.orders import DRAIN_S
+from ...worker.service import DRAIN_S
 from ..fleet.registry import Fleet
 from ..requests.generator import Generator
 from .operations import Operations

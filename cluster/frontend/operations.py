@@ -24,7 +24,7 @@ from ...proto.worker_pb2 import (
     WorkerRole,
 )
 from ...proto.worker_pb2_grpc import WorkerStub
-from ...worker.orders import DRAIN_S
+from ...worker.service import DRAIN_S
 from ..fleet.registry import Fleet
 
 BACK_S = 30.0  # for a flipped worker to be back in its other role, its canary included

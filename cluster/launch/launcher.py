@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from ...worker.orders import Drained
+from ...worker.service import Drained
 from ..fleet.report import Role
 
 

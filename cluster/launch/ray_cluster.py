@@ -12,7 +12,7 @@ from typing import Any
 
 from ...proto.errors import AlreadyExists, IsthmusError, Unavailable
 from ...proto.rpc.addresses import HostPort, parse_address
-from ...worker.orders import Drained
+from ...worker.service import Drained
 from ..config import ClusterConfig
 from ..fleet.report import Role
 from .worker_thread import WorkerThread, end_process, thread_settings, usable_cores

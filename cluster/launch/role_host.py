@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ValidationError
 
-from ...model.starting import gently, phase
+from ...model.phases import phase
 from ...proto.errors import Incompatible, InvalidRequest, IsthmusError
 from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import WorkerRole
 from ...worker.server import Drained, WorkerServer
+from ...worker.start import gently
 from ..config import CONFIG_OF, SHARED, explain
 from ..fleet.report import ROLE_OF, Role
 

@@ -17,7 +17,7 @@ from ...proto.backoff import Restarts
 from ...proto.errors import Exhausted, Incompatible, IsthmusError, NotFound, Unavailable
 from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import DrainResponse, ScaleResponse, WorkerRole
-from ...worker.orders import Drained
+from ...worker.service import Drained
 from ..fleet.registry import Fleet
 from ..fleet.report import ROLE_OF, Role
 from .launcher import Launcher, RunningWorker

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from ...model.starting import current_phase
+from ...model.phases import current_phase
 from ..fleet.report import Role
 from .role_host import RoleHost, settings_by_role
 

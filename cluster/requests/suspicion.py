@@ -12,7 +12,7 @@ from ...proto.errors import Blamed, EngineFailed, IsthmusError, Lost
 
 LOSSES = 3  # of workers in a row, unexplained and without a new token, until it is tried alone
 ALONE_LOSSES = 2  # and then, until it is blamed
-ALONE_TOKENS = 2  # new ones of an answer that show that it goes on (`decode/sequences/sequence.py`)
+ALONE_TOKENS = 2  # new ones of an answer that show that it goes on (`decode/scheduler.py`)
 
 
 @dataclass

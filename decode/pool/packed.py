@@ -1,7 +1,6 @@
 """The packed pool: pages stay packed in device memory, and attention reads them as they are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,52 +8,29 @@ from torch import Tensor
 from ...kernels.attention.paged import PagedKV, paged_attention_reference
 from ...kernels.attention.triton_path import has_triton
 from ...kvtransfer.codecs.checks import check_finite
+from ...kvtransfer.codecs.registry import PageCodec
 from ...kvtransfer.codecs.tq import TqCodec
 from ...kvtransfer.frame import PACKED
-from ...kvtransfer.page import Section, packed_range
-from ...kvtransfer.pool.allocator import PageAllocator
-from ...kvtransfer.pool.table import PageTable
+from ...kvtransfer.page import Section
 from ...kvtransfer.receiver import KvReceiver, ReceivedSection
+from ...model.attention import Attend
 from ...model.model import Model
 from ...proto.errors import InvalidRequest, IsthmusError
-from ...proto.worker_pb2 import PageCounts
-from ..sequences.pages import final_pages, page_to_pack
-from ..sequences.scheduler import SequenceId
-from ..sequences.sequence import Advance, DecodeSequence
-from .base import Attend
+from ...worker.step_plan import SequencePages, StepBatch
+from .base import PooledSequence, SavedPages, completes_page, page_to_pack
+from .packed_pages import RAW_PAGES, PackedPages, SequenceTable
 from .page_places import PagePlaces, TokenPlace
-from .raw_slots import RAW_PAGES, raw_slots
-from .saved import SavedPages
 
 
-@dataclass
-class _Table:
-    """The pages of one request: where each lies, and what is still reserved for it."""
-
-    pages: int  # that it may fill; a packed slot is reserved for each that is not packed yet, and was not found here
-    spare_packed: list[int]
-    spare_raw: list[int]
-    slots: list[int] = field(default_factory=list)  # of each page, in the pool that its kind says
-    packed: tuple[int, int] = (0, 0)  # pages [from, to) are packed, all others raw
-
-    def filled(self) -> tuple[list[int], list[int]]:
-        """The slots of its pages: those in the raw and those in the packed pool, in order."""
-        start, end = self.packed
-        return self.slots[:start] + self.slots[end:], self.slots[start:end]
-
-
-class PackedStore:
-    """See `KvStore`: raw and packed pages of all layers under one page table for each request; one codec for all."""
+class PackedKvPool(PackedPages):
+    """See `KvPool`: raw and packed pages of all layers under one page table for each request; one codec for all."""
 
     def __init__(
         self, model: Model, codec: TqCodec, pages: int, page_tokens: int, max_batch: int, *, cached_pages: int
     ) -> None:
-        self._model, self._codec, self._page_tokens = model, codec, page_tokens
-        self._packed_pages = PageTable(PageAllocator(pages), cached_pages)
-        slots = raw_slots(max_batch, cached=bool(cached_pages))
-        self._raw_pages = PageTable(PageAllocator(slots), max_batch if cached_pages else 0)
-        self._total, self._scratch = pages, slots  # a raw page that is never given out
-        self._tables: dict[SequenceId, _Table] = {}
+        super().__init__(codec.name, pages, page_tokens, max_batch, cached_pages=cached_pages)
+        self._model, self._codec = model, codec
+        self._scratch = self.raw_slots  # a raw page that is never given out
         device = model.device
         raw = [(self._scratch + 1, page_tokens, s.kv_heads, s.head_dim) for s in model.layers]
         self._raw_keys = [torch.zeros(shape, dtype=model.dtype, device=device) for shape in raw]
@@ -65,73 +41,9 @@ class PackedStore:
         self._triton = uses_triton(device)
 
     @property
-    def total_pages(self) -> int:
-        return self._total
-
-    @property
-    def in_use(self) -> int:
-        return max(self._packed_pages.in_use, self._raw_pages.in_use)
-
-    @property
-    def free(self) -> int:
-        return self._packed_pages.free
-
-    def pages_for(self, tokens: int) -> int:
-        return -(-tokens // self._page_tokens)
-
-    def pages_of(self, sequence: DecodeSequence) -> int:
-        return self._tables[sequence.id].pages
-
-    @property
     def used_bytes(self) -> tuple[int, int]:
         packed, raw = (pages.in_use + pages.cached for pages in (self._packed_pages, self._raw_pages))
         return packed * self.saved_page_bytes, raw * self._raw_page_bytes
-
-    def counts(self) -> PageCounts:
-        pages = self._packed_pages
-        return PageCounts(total=self._total, free=pages.empty, cached=pages.cached, in_use=pages.in_use)
-
-    def admit(self, sequence: DecodeSequence, tokens: int, wished_tokens: int) -> bool:
-        """Every page that it does not find here gets a packed slot, since any but the first may come to be packed."""
-        addresses = sequence.holdable_addresses(self._page_tokens)
-        held = self._raw_pages.share_first(addresses[:1])
-        held_packed = self._packed_pages.share_first(addresses[1:]) if held else []
-        found = len(held) + len(held_packed)
-        pages = max(self.pages_for(tokens), min(self.pages_for(wished_tokens), self._packed_pages.empty + found))
-        packed, raw = self._packed_pages.take(pages - found), self._raw_pages.take(RAW_PAGES - len(held))
-        if packed is None or raw is None:
-            for pool, slots in (
-                (self._packed_pages, held_packed + (packed or [])),
-                (self._raw_pages, held + (raw or [])),
-            ):
-                pool.release(slots)
-            return False
-        sequence.held = found * self._page_tokens
-        table = _Table(pages, packed, raw, held + held_packed)
-        start, end = packed_range(len(sequence.prompt), self._page_tokens, packs=True)
-        table.packed = (start // self._page_tokens, end // self._page_tokens)
-        for page in range(len(table.slots), -(-len(sequence.prompt) // self._page_tokens)):
-            is_packed = table.packed[0] <= page < table.packed[1]
-            table.slots.append((table.spare_packed if is_packed else table.spare_raw).pop())
-        self._tables[sequence.id] = table
-        return True
-
-    def grow(self, sequence: DecodeSequence, tokens: int) -> bool:
-        table = self._tables[sequence.id]
-        missing = self.pages_for(tokens) - table.pages
-        more = self._packed_pages.take(missing) if missing > 0 else []
-        if more is None:
-            return False
-        table.spare_packed += more
-        table.pages += len(more)
-        return True
-
-    def trim(self, sequence: DecodeSequence, tokens: int) -> bool:
-        table = self._tables[sequence.id]
-        surplus = [table.spare_packed.pop() for _ in range(table.pages - self.pages_for(tokens))]
-        table.pages -= len(surplus)
-        self._packed_pages.release(surplus)
-        return bool(surplus)
 
     @property
     def saved_page_bytes(self) -> int:
@@ -145,29 +57,21 @@ class PackedStore:
     def _raw_page_bytes(self) -> int:
         return sum(pool[0].nbytes for pool in (*self._raw_keys, *self._raw_values))
 
-    def save(self, sequence: DecodeSequence) -> SavedPages:
+    def save(self, sequence: PooledSequence) -> SavedPages:
         table = self._tables[sequence.id]
         raw, packed = (torch.tensor(slots, device=self._model.device, dtype=torch.long) for slots in table.filled())
         pools = zip(self._raw_keys, self._raw_values, self._packed, strict=True)
         layers = ((keys[raw].cpu(), values[raw].cpu(), pages[packed].cpu()) for keys, values, pages in pools)
         return SavedPages(table.packed, tuple(layers))
 
-    def saved_bytes(self, sequence: DecodeSequence) -> int:
+    def saved_bytes(self, sequence: PooledSequence) -> int:
         raw, packed = self._tables[sequence.id].filled()
         return len(raw) * self._raw_page_bytes + len(packed) * self.saved_page_bytes
 
-    def restore(self, sequence: DecodeSequence, saved: SavedPages, tokens: int) -> bool:
-        pages = self.pages_for(tokens)
-        packed, raw = self._packed_pages.take(pages), self._raw_pages.take(RAW_PAGES)
-        if packed is None or raw is None:
-            self._packed_pages.release(packed or [])
-            self._raw_pages.release(raw or [])
+    def restore(self, sequence: PooledSequence, saved: SavedPages, tokens: int) -> bool:
+        table = self.allocate_saved(sequence, tokens, saved.packed)
+        if table is None:
             return False
-        table = _Table(pages, packed, raw, packed=saved.packed)
-        for page in range(self.pages_for(sequence.computed)):
-            is_packed = saved.packed[0] <= page < saved.packed[1]
-            table.slots.append((table.spare_packed if is_packed else table.spare_raw).pop())
-        self._tables[sequence.id] = table
         at = [torch.tensor(slots, device=self._model.device, dtype=torch.long) for slots in table.filled()]
         for layer, (keys, values, packed_pages) in enumerate(saved.layers):
             self._raw_keys[layer][at[0]] = keys.to(self._model.device)
@@ -176,89 +80,77 @@ class PackedStore:
         self.publish(sequence, sequence.computed)
         return True
 
-    def release(self, sequence: DecodeSequence) -> None:
-        table = self._tables.pop(sequence.id, None)
-        if table:
-            raw, packed = table.filled()
-            self._raw_pages.release(raw + table.spare_raw)
-            self._packed_pages.release(packed + table.spare_packed)
-
-    def publish(self, sequence: DecodeSequence, stored: int) -> None:
-        self._publish(sequence, final_pages(stored, self._page_tokens, packs=True))
-
-    def _publish(self, sequence: DecodeSequence, pages: int) -> None:
-        slots = self._tables[sequence.id].slots
-        for page, address in enumerate(sequence.page_addresses(pages, self._page_tokens)):
-            (self._packed_pages if page else self._raw_pages).publish(slots[page], address)
-
-    def seal(self, sequence: DecodeSequence) -> None:
-        newest = sequence.computed // self._page_tokens - 1
+    def finalize(self, sequence: PooledSequence) -> None:
+        newest = sequence.computed // self.page_tokens - 1
         if newest > 0:
             self._pack_all([(self._tables[sequence.id], newest)])
-        self._publish(sequence, newest + 1)
+        self._publish_pages(sequence, newest + 1)
 
-    def read_held(self, sequence: DecodeSequence, layer: int) -> tuple[Tensor, Tensor]:
-        first, *packed = self._tables[sequence.id].slots[: sequence.held // self._page_tokens]
+    def receive(self, sequence: PooledSequence, receiver: KvReceiver, section: ReceivedSection) -> None:
+        header = section.header
+        slots = self._slots(self._tables[sequence.id].slots, header.start, header.tokens)
+        if header.encoding == PACKED:
+            pages = torch.frombuffer(bytearray(section.data), dtype=torch.uint8).view(len(slots), -1)
+            self._write_packed(header.layer, slots, pages)
+        else:
+            self._write_raw(header.layer, slots, *receiver.decode(section, self._model.dtype))
+
+    def codec(self, pages: SequencePages) -> PageCodec:
+        return self._codec
+
+    def read_prefix(self, pages: SequencePages, tokens: int, layer: int) -> tuple[Tensor, Tensor]:
+        first, *packed = pages.slots[: tokens // self.page_tokens]
         raw = self._raw_keys[layer][first], self._raw_values[layer][first]
         if not packed:
             return raw
-        pages = self._packed[layer][torch.tensor(packed, device=self._model.device)]
-        rest = self._codec.decode(layer, pages, self._model.dtype)
+        rest = self._codec.decode(
+            layer, self._packed[layer][torch.tensor(packed, device=self._model.device)], self._model.dtype
+        )
         keys, values = (torch.cat(parts) for parts in zip(raw, rest, strict=True))
         return keys, values
 
-    def receive(self, sequence: DecodeSequence, receiver: KvReceiver, section: ReceivedSection) -> None:
-        header = section.header
-        slots = self._slots(sequence, header.start, header.tokens)
-        if header.encoding == PACKED:
-            pages = torch.frombuffer(bytearray(section.data), dtype=torch.uint8).view(len(slots), -1)
-            self._put_packed(header.layer, slots, pages)
-        else:
-            self._put_raw(header.layer, slots, *receiver.decode(section, self._model.dtype))
-
-    def put(self, sequence: DecodeSequence, layer: int, section: Section, keys_THD: Tensor, values_THD: Tensor) -> None:
-        slots = self._slots(sequence, section.start, section.tokens)
+    def write_section(
+        self, pages: SequencePages, layer: int, section: Section, keys_THD: Tensor, values_THD: Tensor
+    ) -> None:
+        slots = self._slots(pages.slots, section.start, section.tokens)
         if section.packed:
-            self._put_packed(layer, slots, self._codec.encode(layer, keys_THD, values_THD))
+            self._write_packed(layer, slots, self._codec.encode(layer, keys_THD, values_THD))
         else:
-            self._put_raw(layer, slots, keys_THD, values_THD)
+            self._write_raw(layer, slots, keys_THD, values_THD)
 
-    def _slots(self, sequence: DecodeSequence, start: int, tokens: int) -> list[int]:
+    def _slots(self, slots: Sequence[int], start: int, tokens: int) -> Sequence[int]:
         """Of the pages that hold the tokens [start, start + tokens); `start` is the first of a page."""
-        first = start // self._page_tokens
-        return self._tables[sequence.id].slots[first : first + -(-tokens // self._page_tokens)]
+        first = start // self.page_tokens
+        return slots[first : first + -(-tokens // self.page_tokens)]
 
-    def _put_packed(self, layer: int, slots: list[int], pages_PB: Tensor) -> None:
+    def _write_packed(self, layer: int, slots: Sequence[int], pages_PB: Tensor) -> None:
         device = self._model.device
         self._packed[layer][torch.tensor(slots, device=device)] = pages_PB.to(device)
 
-    def _put_raw(self, layer: int, slots: list[int], keys_THD: Tensor, values_THD: Tensor) -> None:
+    def _write_raw(self, layer: int, slots: Sequence[int], keys_THD: Tensor, values_THD: Tensor) -> None:
         for index, slot in enumerate(slots):
-            rows = slice(index * self._page_tokens, (index + 1) * self._page_tokens)
+            rows = slice(index * self.page_tokens, (index + 1) * self.page_tokens)
             for pool, new in ((self._raw_keys, keys_THD[rows]), (self._raw_values, values_THD[rows])):
                 pool[layer][slot, : len(new)] = new.to(self._model.device)
 
     rounds_endings = False  # raw pages are bf16
 
-    def begin_step(self, work: Sequence[Advance]) -> Attend:
-        return self.attend(PagePlaces.of(self.place(work), self._model.device))
+    def attend_step(self, batch: StepBatch) -> Attend:
+        return self.attend(PagePlaces.of(self.places(batch), self._model.device))
 
     @property
     def scratch(self) -> TokenPlace:
         """The place of a token that belongs to no request."""
-        return TokenPlace(self._scratch * self._page_tokens, 0, 0, 1, [self._scratch])
+        return TokenPlace(self._scratch * self.page_tokens, 0, 0, 1, [self._scratch])
 
-    def place(self, work: Sequence[Advance]) -> list[TokenPlace]:
-        """Where each token of a step goes; takes a page for one that begins it."""
-        places = []
-        for advance in work:
-            table = self._tables[advance.sequence.id]
-            for position in range(advance.start, advance.end):
-                page, offset = divmod(position, self._page_tokens)
-                if page == len(table.slots):
-                    table.slots.append(table.spare_raw.pop())
-                row = table.slots[page] * self._page_tokens + offset
-                places.append(TokenPlace(row, *table.packed, position + 1, table.slots[: page + 1]))
+    def places(self, batch: StepBatch) -> list[TokenPlace]:
+        """Where each token of a step goes, and what it sees."""
+        places, page_tokens = [], self.page_tokens
+        for plan, pages in zip(batch.sequences, batch.pages, strict=True):
+            for position in range(plan.start, plan.end):
+                page, offset = divmod(position, page_tokens)
+                row = pages.slots[page] * page_tokens + offset
+                places.append(TokenPlace(row, *pages.packed, position + 1, pages.slots[: page + 1]))
         return places
 
     def attend(self, places: PagePlaces) -> Attend:
@@ -293,12 +185,11 @@ class PackedStore:
             return paged_attention(q_BQHD, kv, rotations, scale, window)[0][:, 0]
         return paged_attention_reference(q_BQHD, kv, rotations, scale, window)[0][:, 0]
 
-    def end_step(self, work: Sequence[Advance]) -> list[tuple[DecodeSequence, IsthmusError]]:
-        due: list[tuple[_Table, int]] = []
-        failed: list[tuple[DecodeSequence, IsthmusError]] = []
-        for advance in work:
-            sequence = advance.sequence
-            page = page_to_pack(advance.end, len(sequence.prompt), self._page_tokens, packs=True)
+    def finish_step(self, stored: Sequence[tuple[PooledSequence, int]]) -> list[tuple[PooledSequence, IsthmusError]]:
+        due: list[tuple[SequenceTable, int]] = []
+        failed: list[tuple[PooledSequence, IsthmusError]] = []
+        for sequence, end in stored:
+            page = page_to_pack(end, sequence.prompt_tokens, self.page_tokens, packs=True)
             if page is None:
                 continue
             table = self._tables[sequence.id]
@@ -309,12 +200,12 @@ class PackedStore:
                 failed.append((sequence, error))
         self._pack_all(due)
         spoilt = [sequence for sequence, _ in failed]
-        for advance in work:
-            if advance.completes_page(self._page_tokens) and advance.sequence not in spoilt:
-                self.publish(advance.sequence, advance.end)
+        for sequence, end in stored:
+            if completes_page(end, sequence.prompt_tokens, self.page_tokens) and sequence not in spoilt:
+                self.publish(sequence, end)
         return failed
 
-    def _pack_all(self, due: list[tuple[_Table, int]]) -> None:
+    def _pack_all(self, due: list[tuple[SequenceTable, int]]) -> None:
         """Packs raw pages, which are the first after those that are packed already."""
         if not due:
             return
@@ -324,9 +215,7 @@ class PackedStore:
         for layer in range(len(self._model.layers)):
             self._pack(layer, raw, packed)
         for (table, page), slot in zip(due, slots, strict=True):
-            table.spare_raw.append(table.slots[page])
-            table.slots[page] = slot
-            table.packed = (1, page + 1)
+            table.pack_page(page, slot)
 
     def _check_finite(self, slot: int) -> None:
         for layer, (keys, values) in enumerate(zip(self._raw_keys, self._raw_values, strict=True)):
@@ -340,10 +229,10 @@ class PackedStore:
 
             gains = self._codec.gains(layer, self._model.device)
             layout, pool = self._codec.layout(layer), self._packed[layer]
-            pack(keys, values, raw_P * self._page_tokens, *gains, layout, pool, packed_P)
+            pack(keys, values, raw_P * self.page_tokens, *gains, layout, pool, packed_P)
             return
-        tokens = torch.arange(self._page_tokens, device=raw_P.device)
-        rows = (raw_P[:, None] * self._page_tokens + tokens).flatten()
+        tokens = torch.arange(self.page_tokens, device=raw_P.device)
+        rows = (raw_P[:, None] * self.page_tokens + tokens).flatten()
         self._packed[layer][packed_P] = self._codec.encode(layer, keys[rows], values[rows])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import attending, see_oneself
+from ..attention import attend_to_self, attending
 from ..lean_imports import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def _places(net: PreTrainedModel, fits: Callable[[nn.Module], bool]) -> list[_Pl
     hooks = [place.module.register_forward_pre_hook(_recorder(place), with_kwargs=True) for place in found]
     try:
         if found:
-            with attending(see_oneself):
+            with attending(attend_to_self):
                 net(
                     input_ids=torch.tensor([[1, 2, 3]], device=net.device),
                     position_ids=torch.tensor([[5, 0, 11]], device=net.device),
@@ -85,7 +85,7 @@ def _same(module: nn.Module, fused: nn.Module, args: tuple[Any, ...], kwargs: di
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, handed: list[Any] = handed) -> Tensor:
             handed += [torch.tensor([layer, scale]), q, k, v]
-            return see_oneself(layer, q, k, v, scale)
+            return attend_to_self(layer, q, k, v, scale)
 
         with attending(attend):
             out = either(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What can be told of a model without running it. No torch: the gateway asks this."""
+"""What is known of a model without running it. No torch: the gateway asks this."""
 
 import json
 from dataclasses import dataclass

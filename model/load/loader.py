@@ -15,9 +15,9 @@ from .. import attention
 from ..cpu.speed_up import computes_bf16, speed_up
 from ..dtypes import DTYPES, full_name
 from ..lean_imports import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, hf_logging, lean
-from ..memory import refuse_hopeless
+from ..memory import refuse_oversized
 from ..model import Model
-from ..starting import phase
+from ..phases import phase
 from .describe import describe_model
 from .probe import probe_layers
 
@@ -35,7 +35,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Mod
     place = _device(device)
     number = _dtype(dtype, place)
     about = describe_model(source)
-    refuse_hopeless(about.path, place, number)
+    refuse_oversized(about.path, place, number)
     with _loading, lean():
         with phase("load"):
             net = _load_net(about.path, number, place)

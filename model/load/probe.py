@@ -81,7 +81,7 @@ class _Recording:
             raise InvalidRequest(f"the model runs attention layer {layer} twice for one token")
         self.shapes[layer] = (k_THD.shape[1], k_THD.shape[2])
         self.first_row += [q_THD[0].float(), k_THD[0].float()]
-        return attention.see_oneself(layer, q_THD, k_THD, v_THD, scale)
+        return attention.attend_to_self(layer, q_THD, k_THD, v_THD, scale)
 
     def see_mask(self, layer: int, mask: torch.Tensor | None) -> None:
         if mask is None:
@@ -118,7 +118,7 @@ def _probe_mask(batch_size: int, q_length: int, kv_length: int, mask_function: M
     return torch.full((batch_size, 1, q_length, kv_length), number, device=options.get("device"))
 
 
-AttentionInterface.register(_PROBE, attention.hand_over)
+AttentionInterface.register(_PROBE, attention.attention_function)
 AttentionMaskInterface.register(_PROBE, _probe_mask)
 
 

@@ -17,10 +17,9 @@ from tokenizers import Tokenizer as Backend
 
 from ...proto.errors import InvalidRequest
 from ..cache import Note
-from .byte_alphabet import BYTE_OF
 from .chat_template import END, START, ChatTemplate
 from .marked_text import MarkedText
-from .text_bounds import TextBound, bound_of
+from .text_bounds import BYTE_OF, TextBound, bound_of
 
 # One text at a time uses one core, and a process that used its threads once warns at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -6,8 +6,8 @@ import pytest
 from harness import Answer, Pair, worker_pair
 from models import model_path
 
-from isthmus.decode.sequences.sequence import Advance
 from isthmus.proto.sampling import Sampling
+from isthmus.worker.step_plan import SequencePages, SequencePlan
 
 GREEDY = Sampling(temperature=0, max_tokens=4, ignore_eos=True)
 LENGTHS = (600, 500, 450, 400, 300, 1000)
@@ -29,13 +29,13 @@ async def test_local_prompts_take_their_budget_at_most(pool: str) -> None:
     decode = own | {"pool": pool, "pool_tokens": 8192, "prefix_cache": 0, "chunk_tokens": 64, "max_batch": 8}
     async with worker_pair(model_path("tiny-llama"), prefill=own, decode=decode) as pair:
         engine, taken = pair.decode._engine, list[int]()
-        open_prompt = engine._planner.open_prompt
+        open_prompt = engine._runner.open_prompt
 
-        def watched(advance: Advance) -> None:
-            open_prompt(advance)
+        def watched(plan: SequencePlan, pages: SequencePages) -> None:
+            open_prompt(plan, pages)
             taken.append(engine.local_bytes)
 
-        engine._planner.open_prompt = watched
+        engine._runner.open_prompt = watched
         prompts = [[(7 * position + length) % 500 for position in range(length)] for length in LENGTHS]
         alone = [(await here(pair, prompt)).token_ids for prompt in prompts]
         one_token = pair.decode._memory.kv.local_token_bytes

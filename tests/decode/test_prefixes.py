@@ -6,8 +6,8 @@ import pytest
 from harness import Answer, Pair, worker_pair
 from models import model_path
 
-from isthmus.decode.pool.dense import DenseStore
-from isthmus.decode.sequences.pages import final_pages, holdable_tokens
+from isthmus.decode.pool.base import final_pages, reusable_tokens
+from isthmus.decode.pool.dense import DenseKvPool
 from isthmus.proto.sampling import Sampling
 
 POOLS = [("raw", "dense"), ("tq-k4v4", "dense"), ("tq-k4v4", "packed")]
@@ -36,11 +36,11 @@ async def ask(pair: Pair, prompt: list[int], codec: str, *, tenant: str = "", lo
     return answer
 
 
-def test_what_is_final_and_what_may_be_held():
+def test_what_is_final_and_what_may_be_reused():
     assert [final_pages(stored, 64, True) for stored in (63, 64, 128, 191, 192, 256)] == [0, 1, 1, 1, 2, 3]
     assert [final_pages(stored, 64, False) for stored in (63, 64, 128)] == [0, 1, 2]
-    assert [holdable_tokens(prompt, 64, True) for prompt in (64, 65, 128, 129, 192, 200)] == [0, 64, 64, 64, 128, 128]
-    assert [holdable_tokens(prompt, 64, False) for prompt in (1, 64, 65, 128, 129)] == [0, 0, 64, 64, 128]
+    assert [reusable_tokens(prompt, 64, True) for prompt in (64, 65, 128, 129, 192, 200)] == [0, 64, 64, 64, 128, 128]
+    assert [reusable_tokens(prompt, 64, False) for prompt in (1, 64, 65, 128, 129)] == [0, 0, 64, 64, 128]
 
 
 @pytest.mark.parametrize(("codec", "pool"), POOLS)
@@ -48,9 +48,9 @@ async def test_a_prompt_that_was_seen_is_not_sent_again(codec: str, pool: str) -
     async with pair_of(codec, pool) as pair:
         for count in (64, 100, 128, 200):
             prompt = tokens(count)
-            holdable = holdable_tokens(count, 64, codec != "raw")
+            reusable = reusable_tokens(count, 64, codec != "raw")
             if count == 200 and pool == "dense":
-                holdable = 192  # there is a raw copy of the last full page
+                reusable = 192  # there is a raw copy of the last full page
             fresh = await ask(pair, prompt, codec, tenant=f"{count}")
             assert fresh.transfer.held_tokens == 0, "another tenant's pages are never found"
             again = await asyncio.gather(*(ask(pair, prompt, codec, tenant=f"{count}") for _ in range(2)))
@@ -58,9 +58,9 @@ async def test_a_prompt_that_was_seen_is_not_sent_again(codec: str, pool: str) -
             for answer in (*again, here):
                 if answer is not here or codec == "raw":  # what is computed here attends to packed pages
                     assert answer.token_ids == fresh.token_ids
-                assert answer.transfer.held_tokens == holdable
-            assert here.transfer.local_tokens == count - holdable
-            if holdable:
+                assert answer.transfer.held_tokens == reusable
+            assert here.transfer.local_tokens == count - reusable
+            if reusable:
                 assert again[0].transfer.kv_bytes_bf16 < fresh.transfer.kv_bytes_bf16
         report = pair.decode.server.report()
         assert report.counters["prefix_hit_tokens"] > 0 and report.pages.cached > 0
@@ -112,7 +112,7 @@ async def test_an_ending_that_is_computed_in_the_pool_leaves_what_a_transfer_lea
     codec, sampling = "tq-k4v4", Sampling(temperature=0, max_tokens=24, ignore_eos=True, logprobs=1)
     answers = []
     for in_pool in (True, False):
-        monkeypatch.setattr(DenseStore, "rounds_endings", in_pool)
+        monkeypatch.setattr(DenseKvPool, "rounds_endings", in_pool)
         async with pair_of(codec, "dense") as pair:
             await ask(pair, tokens(200), codec)
             request = pair.request(tokens(255), sampling, codec)

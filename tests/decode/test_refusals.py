@@ -15,7 +15,7 @@ from isthmus.proto.prefill_pb2_grpc import PrefillStub
 from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import DrainRequest, FlipRequest
-from isthmus.worker.orders import OrderServicer
+from isthmus.worker.service import OrderServicer
 
 SAMPLING = Sampling(temperature=0, max_tokens=3, ignore_eos=True)
 

@@ -12,7 +12,7 @@ from isthmus.decode.memory import plan_memory as plan_decode
 from isthmus.model import memory
 from isthmus.model.load.blueprint import blueprint
 from isthmus.model.load.loader import load_model
-from isthmus.model.memory import GIB, Budget, excess, machine_bytes, refuse_hopeless, require_memory, size_of
+from isthmus.model.memory import GIB, Budget, excess, machine_bytes, refuse_oversized, require_memory, size_of
 from isthmus.prefill.config import PrefillConfig
 from isthmus.prefill.memory import plan_memory as plan_prefill
 from isthmus.proto.errors import InvalidRequest
@@ -63,11 +63,11 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(2000))
-    refuse_hopeless(tmp_path, CPU, torch.float32)
+    refuse_oversized(tmp_path, CPU, torch.float32)
     monkeypatch.setattr(memory, "machine_bytes", lambda: 1999)
     with pytest.raises(InvalidRequest, match="a larger machine"):
-        refuse_hopeless(tmp_path, CPU, torch.float32)
-    refuse_hopeless(tmp_path, CPU, torch.bfloat16)  # the file may hold them in fp32
+        refuse_oversized(tmp_path, CPU, torch.float32)
+    refuse_oversized(tmp_path, CPU, torch.bfloat16)  # the file may hold them in fp32
 
 
 def test_weights_that_a_folder_holds_twice_count_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -75,13 +75,13 @@ def test_weights_that_a_folder_holds_twice_count_once(monkeypatch: pytest.Monkey
     for name in ("model-00001-of-00001", "consolidated", "other"):
         (tmp_path / f"{name}.safetensors").write_bytes(bytes(2000))
     with pytest.raises(InvalidRequest, match="a larger machine"):
-        refuse_hopeless(tmp_path, CPU, torch.float32)
+        refuse_oversized(tmp_path, CPU, torch.float32)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
-    refuse_hopeless(tmp_path, CPU, torch.float32)
+    refuse_oversized(tmp_path, CPU, torch.float32)
     index.write_text("[]")
     with pytest.raises(InvalidRequest, match="a larger machine"):
-        refuse_hopeless(tmp_path, CPU, torch.float32)
+        refuse_oversized(tmp_path, CPU, torch.float32)
 
 
 def test_a_container_is_given_less_than_its_machine_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

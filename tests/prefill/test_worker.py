@@ -49,7 +49,7 @@ async def test_receivers_that_stop_reading_hold_host_memory_up_to_its_budget_and
             assert (await calls[-1].read()).HasField("accepted")
         await until(lambda: worker.computed() == 2000 and not worker.worker._prefixes.table.in_use)
         assert (await calls[3].read()).HasField("accepted"), "a sign of life while it waits"
-        assert (budget.held_bytes, budget.waiting, worker.computed()) == (2 * one_prompt, 2, 2000)
+        assert (budget.reserved_bytes, budget.waiting, worker.computed()) == (2 * one_prompt, 2, 2000)
         report = worker.worker.server.report()
         (use,) = [use for use in report.memory if use.name == "send buffer"]
         assert (use.used_bytes, use.budget_bytes) == (2 * one_prompt, 2 << 20)
@@ -59,7 +59,7 @@ async def test_receivers_that_stop_reading_hold_host_memory_up_to_its_budget_and
         await until(lambda: worker.computed() == 3000)
         assert budget.waiting == 1 and pinned(worker) <= 2 * one_prompt
         await channel.close()
-        await until(lambda: buffered(worker) == budget.held_bytes == budget.waiting == pinned(worker) == 0)
+        await until(lambda: buffered(worker) == budget.reserved_bytes == budget.waiting == pinned(worker) == 0)
         assert (await worker.receive(worker.request(PROMPT))).first_token >= 0
 
 

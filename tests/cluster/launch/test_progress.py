@@ -10,7 +10,7 @@ from isthmus.cluster.launch import progress
 from isthmus.cluster.launch.worker_thread import activity
 from isthmus.kernels.cpu import compiling
 from isthmus.kvtransfer.calibration.progress import noted
-from isthmus.model import starting
+from isthmus.model import phases
 from isthmus.proto.errors import Unavailable
 
 
@@ -65,16 +65,16 @@ def test_a_long_step_has_lines_without_a_terminal(
 
 def test_what_a_worker_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
     assert activity() == ""
-    with starting.phase("imports"):
+    with phases.phase("imports"):
         assert activity() == "importing PyTorch and transformers"
-    with starting.phase("load"):
+    with phases.phase("load"):
         assert activity() == "reading weights"
-    with starting.phase("balance"):
+    with phases.phase("balance"):
         assert activity() == "reading the calibration"
         with noted() as report_progress:
             report_progress(3, 12)
             assert activity() == "calibrating the tq- codecs for this model, once: 25%"
-    with starting.phase("speed_up"):
+    with phases.phase("speed_up"):
         assert activity() == "packing weights"
         monkeypatch.setattr(compiling, "is_compiling", lambda: True)
         assert activity() == "compiling kernels for this CPU, once"

@@ -15,7 +15,7 @@ from isthmus.cluster.launch import worker_group
 from isthmus.cluster.launch.supervisor import Supervisor
 from isthmus.proto.errors import Incompatible, NotFound, Unavailable
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
-from isthmus.worker.orders import Drained
+from isthmus.worker.service import Drained
 
 
 @dataclass

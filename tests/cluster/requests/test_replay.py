@@ -16,7 +16,7 @@ from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, PRIORITY_BATCH, Trans
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.errors import Corrupt, Exhausted, InvalidRequest, IsthmusError, Unavailable
 from isthmus.proto.generation_pb2 import GenerateEvent, GenerateRequest
-from isthmus.worker import report_service
+from isthmus.worker import service
 
 TEXT = "one twö three END four"
 
@@ -90,7 +90,7 @@ async def test_the_same_worker_once_it_is_back() -> None:
 async def test_a_worker_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_table, "SUSPECT_S", 0.3)
     monkeypatch.setattr(worker_table, "OUT_S", 0.6)
-    monkeypatch.setattr(report_service, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(service, "HEARTBEAT_S", 0.1)
     async with (
         scripted_cluster(writes(TEXT, at_most=3), writes(TEXT, at_most=3)) as cluster,
         Client(cluster.gateway.address) as client,

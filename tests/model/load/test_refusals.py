@@ -96,7 +96,7 @@ def test_a_layer_that_asks_for_more_is_refused_while_it_runs(option: dict[str, A
         attention.attending(lambda layer, q, k, v, scale: q),
         pytest.raises(InvalidRequest, match=reason),
     ):
-        attention.hand_over(module, q, q, q, **{"attention_mask": None} | option)
+        attention.attention_function(module, q, q, q, **{"attention_mask": None} | option)
 
 
 def test_options_without_effect_are_let_pass() -> None:
@@ -104,7 +104,7 @@ def test_options_without_effect_are_let_pass() -> None:
     module.layer_idx = 0  # type: ignore[assignment]
     q = torch.ones(1, 2, 3, 8)
     with attention.attending(lambda layer, q, k, v, scale: q * scale):
-        out, _ = attention.hand_over(
+        out, _ = attention.attention_function(
             module, q, q, q, None, scaling=0.5, softcap=None, sliding_window=48, output_attentions=False
         )
     assert out.shape == (1, 3, 2, 8)

@@ -10,18 +10,18 @@ from harness import worker_pair
 from models import model_path
 from torch import Tensor
 
-from isthmus.decode.pool.packed import PackedStore
-from isthmus.decode.sequences.scheduler import SequenceId
-from isthmus.decode.sequences.sequence import DecodeSequence, TokenStream
-from isthmus.decode.stepping.graphs import Call, Record, recorder
-from isthmus.decode.stepping.padded_steps import PaddedSteps, page_counts, token_counts
-from isthmus.decode.stepping.planner import StepPlanner
-from isthmus.decode.stepping.runner import DecodeRunner
+from isthmus.decode.graphs import Call, PaddedSteps, Record, page_counts, recorder, token_counts
+from isthmus.decode.pool.local import needs_raw
+from isthmus.decode.pool.packed import PackedKvPool
+from isthmus.decode.runner import DecodeRunner
+from isthmus.decode.scheduler import DecodeScheduler
+from isthmus.decode.sequence import DecodeSequence, TokenStream
 from isthmus.kernels.cpu.half_gemm import has_half_tiles
 from isthmus.kvtransfer.codecs.tq import TqCodec
 from isthmus.model.load.loader import load_model
 from isthmus.model.model import Model
 from isthmus.proto.sampling import Sampling
+from isthmus.worker.step_plan import SequenceId, StepBatch
 
 PAGE = 16
 PROMPTS = (1, 15, 47, 16, 17, 31, 63, 64, 100)  # around the borders of pages and of what is packed
@@ -38,37 +38,59 @@ class Side:
 
     def __init__(self, model: Model, record: Record | None) -> None:
         self._codec = TqCodec("tq-k4v4", model.layers, PAGE)
-        self._store = PackedStore(model, self._codec, 160, PAGE, 10, cached_pages=0)
-        padded = PaddedSteps(model, self._store, most_tokens=10) if record else None
+        self._pool = PackedKvPool(model, self._codec, 160, PAGE, 10, cached_pages=0)
+        padded = PaddedSteps(model, self._pool, most_tokens=10) if record else None
         if padded and record:
             padded.record(record)
-        self.runner = DecodeRunner(model, self._store, padded, before_layer=lambda: None)
-        self._planner = StepPlanner(model, self._store, page_tokens=PAGE, chunk_tokens=512, local_tokens=10_000)
+        self.runner = DecodeRunner(model, self._pool, padded, before_layer=lambda: None)
+        self._model, self._scheduler = (
+            model,
+            DecodeScheduler(
+                total_pages=160,
+                page_tokens=PAGE,
+                max_batch=10,
+                chunk_tokens=512,
+                idle_chunk_tokens=512,
+                raw_tokens=10_000,
+            ),
+        )
         self.sequences: dict[int, DecodeSequence] = {}
 
     def join(self, number: int) -> None:
         prompt = [(31 * number + 7 * position) % 500 for position in range(PROMPTS[number])]
         sequence = DecodeSequence(SequenceId(number), prompt, GREEDY, self._codec, TokenStream())
-        assert self._store.admit(sequence, len(prompt) + 90, len(prompt) + 90)
+        tokens = len(prompt)
+        assert self._pool.allocate(sequence, tokens + 90, tokens + 90)
+        self._scheduler.add_request(
+            sequence.id, prompt_tokens=tokens, max_tokens=tokens + 90, rank=1, arrived_s=float(number)
+        )
+        self._scheduler.mark_allocated(sequence.id)
+        raw_tokens = tokens * needs_raw(self._codec, self._model.dtype, 0, tokens, PAGE)
+        self._scheduler.mark_running(sequence.id, computed=0, known=tokens, raw_tokens=raw_tokens)
         self.sequences[number] = sequence
 
     def leave(self, number: int) -> None:
-        self._store.release(self.sequences.pop(number))
-        assert bool(self._store.in_use) == bool(self.sequences)
+        sequence = self.sequences.pop(number)
+        self._scheduler.remove_request(sequence.id)
+        self._pool.free(sequence)
+        assert bool(self._pool.in_use) == bool(self.sequences)
 
     def step(self) -> Tensor:
         """Logits of all requests, in order."""
-        work = self._planner.plan(list(self.sequences.values()))
-        for advance in work:
-            self._planner.open_prompt(advance)
-        logits = self.runner.run(work).clone()
-        for advance in work:
-            sequence = advance.sequence
-            sequence.computed = advance.end
-            assert sequence.local is None or sequence.local.failure is None
-            sequence.local = None
-        assert not self._store.end_step(work)
-        assert [advance.sequence for advance in work if advance.samples] == list(self.sequences.values())
+        plan = self._scheduler.plan(0.0, lambda plans: plans)
+        work = [(self.sequences[part.sequence], part) for part in plan.sequences]
+        token_ids = tuple(tuple(sequence.tokens(part.start, part.end)) for sequence, part in work)
+        pages = tuple(self._pool.step_pages(sequence, part.end) for sequence, part in work)
+        for part, of in zip(plan.sequences, pages, strict=True):
+            self.runner.open_prompt(part, of)
+        logits = self.runner.run(StepBatch(plan.sequences, token_ids, pages)).clone()
+        for sequence, part in work:
+            sequence.computed = part.end
+            assert self.runner.prompt_failure(sequence.id) is None
+            self.runner.close_prompt(sequence.id)
+        assert not self._pool.finish_step([(sequence, part.end) for sequence, part in work])
+        self._scheduler.complete(plan)
+        assert [sequence for sequence, part in work if part.samples] == list(self.sequences.values())
         return logits
 
 
@@ -161,7 +183,7 @@ async def test_a_worker_records_its_steps_where_it_can(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert recorder(torch.device("cpu")) is None
-    monkeypatch.setattr("isthmus.decode.pool_choice.recorder", lambda device: as_it_is)
+    monkeypatch.setattr("isthmus.decode.graphs.recorder", lambda device: as_it_is)
     plain, none = await answers(cuda_graphs="never")
     padded, some = await answers()
     assert padded == plain and none == 0 and some >= 30
@@ -169,7 +191,7 @@ async def test_a_worker_records_its_steps_where_it_can(
     def refuse(call: Call) -> Call:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("isthmus.decode.pool_choice.recorder", lambda device: refuse)
+    monkeypatch.setattr("isthmus.decode.graphs.recorder", lambda device: refuse)
     with caplog.at_level(logging.WARNING):
         assert await answers() == (plain, 0)
     assert "without CUDA graphs, more slowly: operation not permitted" in caplog.text

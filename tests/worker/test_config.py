@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from isthmus.worker.chunks import chunk_tokens_for
+from isthmus.worker.config import chunk_tokens_for
 
 
 @pytest.mark.parametrize(

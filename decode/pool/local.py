@@ -17,7 +17,7 @@ from ...kvtransfer.codecs.registry import PageCodec
 from ...kvtransfer.page import Section, packed_range, sections
 from ...proto.errors import IsthmusError
 
-PutSection = Callable[[int, Section, Tensor, Tensor], None]
+WriteSection = Callable[[int, Section, Tensor, Tensor], None]
 """(layer, section, keys [tokens, KV heads, D], values): stores a section of the prompt in the pool."""
 
 
@@ -58,9 +58,9 @@ class LocalPrompt:
         self.keys[layer][: len(k_THD)], self.values[layer][: len(v_THD)] = k_THD, v_THD
 
     def attend(
-        self, layer: int, start: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float, put: PutSection
+        self, layer: int, start: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale: float, write: WriteSection
     ) -> Tensor:
-        """Attention of the tokens [start, start + T), whose keys and values it keeps; full pages go to `put`.
+        """Attention of the tokens [start, start + T), whose keys and values it keeps; full pages go to `write`.
 
         `start` lies on a page boundary, and so does the end except at the prompt's end.
         """
@@ -75,7 +75,7 @@ class LocalPrompt:
                 if not section.packed:  # raw pages of such codecs travel as bf16
                     check_finite(layer, k, v)
                     k, v = k.to(torch.bfloat16), v.to(torch.bfloat16)
-                put(layer, section, k, v)
+                write(layer, section, k, v)
         except IsthmusError as error:
             self.failure = error
         return out

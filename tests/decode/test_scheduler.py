@@ -1,19 +1,22 @@
 import pytest
 
-from isthmus.decode.sequences.scheduler import AGEING_S, DecodeScheduler, SequenceId, State
+from isthmus.decode.page_manager import check_fits
+from isthmus.decode.scheduler import AGEING_S, DecodeScheduler, State
 from isthmus.proto.errors import Exhausted, InvalidRequest
+from isthmus.worker.step_plan import SequenceId
 
 A, B, C = SequenceId(1), SequenceId(2), SequenceId(3)
 
 
 def scheduler(**changes: int) -> DecodeScheduler:
-    return DecodeScheduler(**{"total_pages": 10, "page_tokens": 64, "max_batch": 8, "max_waiting": 2} | changes)
+    sizes = {"total_pages": 10, "page_tokens": 64, "max_batch": 8}
+    return DecodeScheduler(**sizes | {"chunk_tokens": 128, "idle_chunk_tokens": 256, "raw_tokens": 1000} | changes)
 
 
 def add(
     plan: DecodeScheduler, sequence: SequenceId, tokens: int = 10, rank: int = 1, arrived_s: float = 0, most: int = 0
 ) -> None:
-    plan.add(sequence, prompt_tokens=tokens, tokens=max(tokens, most), rank=rank, arrived_s=arrived_s)
+    plan.add_request(sequence, prompt_tokens=tokens, max_tokens=max(tokens, most), rank=rank, arrived_s=arrived_s)
 
 
 def test_first_come_first_served_within_a_class():
@@ -22,7 +25,7 @@ def test_first_come_first_served_within_a_class():
     add(plan, A, 100, arrived_s=1)
     add(plan, C, 10, arrived_s=3)
     assert plan.queue() == [A, B, C]
-    plan.admitted(A)
+    plan.mark_allocated(A)
     assert plan.queue() == [B, C] and plan.waiting_tokens == 310
 
 
@@ -38,13 +41,13 @@ def test_a_request_joins_and_leaves_the_batch_between_steps():
     plan = scheduler()
     for sequence in (A, B):
         add(plan, sequence)
-        plan.admitted(sequence)
+        plan.mark_allocated(sequence)
     assert plan.batch() == []
-    plan.run(B)
+    plan.mark_running(B, computed=10, known=11)
     assert plan.batch() == [B]
-    plan.run(A)
+    plan.mark_running(A, computed=10, known=11)
     assert plan.batch() == [A, B]
-    plan.remove(B)
+    plan.remove_request(B)
     assert plan.batch() == [A]
 
 
@@ -53,33 +56,32 @@ def test_the_batch_has_a_limit():
     add(plan, A)
     add(plan, B)
     assert plan.has_slot()
-    plan.admitted(A)
+    plan.mark_allocated(A)
     assert not plan.has_slot()
-    plan.remove(A)
+    plan.remove_request(A)
     assert plan.has_slot()
 
 
 def test_refuses_what_can_never_fit_and_what_nobody_has_room_to_wait_for():
-    plan = scheduler()
     with pytest.raises(InvalidRequest, match="come to 641; this worker holds at most 640"):
-        plan.check_fits(641, waiting=0)
-    plan.check_fits(640, waiting=1)
+        check_fits(641, room=640, waiting=0, max_waiting=2)
+    check_fits(640, room=640, waiting=1, max_waiting=2)
     with pytest.raises(Exhausted, match="2 requests wait here already"):
-        plan.check_fits(1, waiting=2)
+        check_fits(1, room=640, waiting=2, max_waiting=2)
 
 
 def test_only_legal_transitions():
     plan = scheduler()
     add(plan, A)
     with pytest.raises(AssertionError, match=r"WAITING to State\.RUNNING"):
-        plan.run(A)
+        plan.mark_running(A, computed=10, known=11)
     assert plan.count(State.WAITING) == 1
 
 
 def run(plan: DecodeScheduler, *sequences: SequenceId) -> None:
     for sequence in sequences:
-        plan.admitted(sequence)
-        plan.run(sequence)
+        plan.mark_allocated(sequence)
+        plan.mark_running(sequence, computed=10, known=11)
 
 
 def test_the_lowest_class_and_of_that_the_youngest_makes_room():
@@ -92,10 +94,10 @@ def test_the_lowest_class_and_of_that_the_youngest_makes_room():
     urgent = SequenceId(4)
     add(plan, urgent, rank=1, arrived_s=5)
     assert plan.victims(of=urgent) == [A], "only a lower class makes room for a request that is not running yet"
-    plan.preempted(A)
+    plan.mark_preempted(A)
     assert plan.batch() == [B, C] and plan.queue() == [urgent, A]
     assert plan.has_slot() and plan.victims() == [C, B]
-    plan.admitted(A)
+    plan.mark_allocated(A)
     assert plan.state(A) is State.RUNNING
 
 
@@ -112,19 +114,19 @@ def test_no_more_is_promised_than_pool_and_host_memory_hold():
     for sequence in (A, B, C):
         add(plan, sequence, most=8 * 64)
     assert plan.is_promised(A)
-    plan.admitted(A)
+    plan.mark_allocated(A)
     assert not plan.is_promised(B), "16 pages, of 10 in the pool and 12 in host memory less 8 that must stay free"
-    plan.remove(A)
+    plan.remove_request(A)
     plan = scheduler(host_pages=14)
     for sequence in (A, B, C):
         add(plan, sequence, most=8 * 64)
-    plan.admitted(A)
+    plan.mark_allocated(A)
     assert plan.is_promised(B)
     run_only = scheduler()
     add(run_only, A, most=6 * 64)
     add(run_only, B, most=4 * 64)
     add(run_only, C, most=5 * 64)
-    run_only.admitted(A)
+    run_only.mark_allocated(A)
     assert run_only.is_promised(B) and not run_only.is_promised(C), "without host memory all pages must be there"
 
 
@@ -132,5 +134,5 @@ def test_what_a_saved_request_takes_beyond_its_pages_counts():
     plan = scheduler(host_pages=14, saved_extra_pages=1)
     for sequence in (A, B):
         add(plan, sequence, most=8 * 64)
-    plan.admitted(A)
+    plan.mark_allocated(A)
     assert not plan.is_promised(B)

@@ -1,12 +1,10 @@
 import asyncio
 import os
 import sys
-import time
 
 import pytest
 
-from isthmus.model import starting
-from isthmus.model.starting import NICENESS, gently
+from isthmus.worker.start import NICENESS, gently
 
 
 def niceness() -> int:
@@ -25,13 +23,3 @@ async def test_what_a_start_raises_is_raised() -> None:
     assert await gently(int, "ff", base=16) == 255
     with pytest.raises(ValueError, match="invalid literal"):
         await gently(int, "x")
-
-
-def test_the_phases_of_a_start_are_counted_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starting, "_phases", {})
-    for _ in range(2):
-        with starting.phase("load"):
-            time.sleep(0.02)
-    counters = starting.start_counters()
-    assert list(counters) == ["start_load_ms", "start_load_cpu_ms"]
-    assert counters["start_load_ms"] >= 40 > counters["start_load_cpu_ms"]

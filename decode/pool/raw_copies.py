@@ -11,7 +11,7 @@ from ...kvtransfer.pool.dense import DensePool
 from ...kvtransfer.pool.table import PageTable
 
 
-class RawPages:
+class RawCopies:
     """Copies in spare pages of a dense pool. They make room as all pages do that nobody uses, and take nobody's."""
 
     def __init__(self, pool: DensePool, table: PageTable) -> None:
@@ -28,17 +28,17 @@ class RawPages:
             self._copy(runs, page, (Run(taken[0], 1),), 0)
         self._table.release(taken)
 
-    def hold(self, address: bytes | None) -> int | None:
-        """The copy of the page with that address, held until `give_back`; None where there is none."""
+    def share(self, address: bytes | None) -> int | None:
+        """The copy of the page with that address, kept until `release`; None where there is none."""
         return None if address is None else self._table.share(_name(address))
 
-    def give_back(self, held: int) -> None:
-        """Ends the hold of a copy."""
-        self._table.release([held])
+    def release(self, copy: int) -> None:
+        """Ends the use of a copy."""
+        self._table.release([copy])
 
-    def fill(self, held: int, runs: tuple[Run, ...], page: int) -> None:
-        """Copies a held copy to a page of a sequence."""
-        self._copy((Run(held, 1),), 0, runs, page)
+    def restore(self, copy: int, runs: tuple[Run, ...], page: int) -> None:
+        """Copies a shared copy to a page of a sequence."""
+        self._copy((Run(copy, 1),), 0, runs, page)
 
     def _copy(self, source: tuple[Run, ...], source_page: int, target: tuple[Run, ...], target_page: int) -> None:
         size = self._pool.page_tokens

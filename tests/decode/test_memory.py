@@ -2,8 +2,8 @@
 
 import pytest
 
-from isthmus.decode.budget import GIB, KvBudget, kv_budget
 from isthmus.decode.config import DecodeConfig
+from isthmus.decode.memory import GIB, KvBudget, kv_budget
 from isthmus.kernels.shapes import LayerShape
 from isthmus.proto.errors import InvalidRequest
 

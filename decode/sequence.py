@@ -5,20 +5,17 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from ...kvtransfer.codecs.registry import PageCodec
-from ...kvtransfer.page_addresses import PageAddresses
-from ...model.penalties import SeenTokens, penalises
-from ...model.sampling import SampleRow
-from ...proto.common_pb2 import FinishReason, TokenLogprobs
-from ...proto.decode_pb2 import DecodeEvent
-from ...proto.errors import InvalidRequest, IsthmusError
-from ...proto.priority import STANDARD_RANK
-from ...proto.sampling import Sampling
-from .local_prompt import LocalPrompt
-from .pages import holdable_tokens
-from .scheduler import SequenceId
-
-ALONE_TOKENS = 2  # drawn in steps of its own: the first may be one that was drawn before, and not passed on
+from ..kvtransfer.codecs.registry import PageCodec
+from ..kvtransfer.page_addresses import PageAddresses
+from ..model.penalties import SeenTokens, penalises
+from ..model.sampling import SampleRow
+from ..proto.common_pb2 import FinishReason, TokenLogprobs
+from ..proto.decode_pb2 import DecodeEvent
+from ..proto.errors import InvalidRequest, IsthmusError
+from ..proto.priority import STANDARD_RANK
+from ..proto.sampling import Sampling
+from ..worker.step_plan import SequenceId
+from .pool.base import reusable_tokens
 
 
 @dataclass(frozen=True)
@@ -44,20 +41,20 @@ class TokenStream:
     def __init__(self) -> None:
         self._items: deque[Token | IsthmusError] = deque()
         self._filled = asyncio.Event()
-        self._admitted = asyncio.Event()
+        self._has_pages = asyncio.Event()  # or an error
 
     def put(self, item: Token | IsthmusError) -> None:
         self._items.append(item)
         self._filled.set()
-        self._admitted.set()
+        self._has_pages.set()
 
-    def admit(self) -> None:
+    def mark_allocated(self) -> None:
         """The request holds its pages now."""
-        self._admitted.set()
+        self._has_pages.set()
 
-    async def admitted(self) -> None:
+    async def wait_for_pages(self) -> None:
         """Returns once the request holds its pages; raises the error that ended it before."""
-        await self._admitted.wait()
+        await self._has_pages.wait()
         if self._items and isinstance(self._items[0], IsthmusError):
             raise self._items[0]
 
@@ -92,25 +89,17 @@ class DecodeSequence:
     stream: TokenStream
     output: list[int] = field(default_factory=list)  # at first: what a lost decode worker has emitted
     rank: int = STANDARD_RANK  # of its priority
-    _drawn: int = 0  # tokens, here
     addresses: PageAddresses | None = None  # of its full pages; None: it shares none
-    held: int = 0  # tokens of the prompt, whole pages, that were in the pool when it was admitted
+    cached_tokens: int = 0  # of the prompt, whole pages: they were in the pool when it got its pages
     computed: int = 0  # tokens whose KV is in the pool
-    local: LocalPrompt | None = None  # where this worker computes the prompt, until that is done
     seen: SeenTokens | None = None  # where its options penalise tokens, from its first step here
     timing: LocalTiming = field(default_factory=LocalTiming)
     arrived_s: float = field(default_factory=time.monotonic)
-    released: bool = False
+    dropped: bool = False  # its call has ended
     alone: bool = False  # in steps of its own: an engine died that computed it
 
-    def drew(self, token: int) -> None:
-        """Notes a token that was drawn here. A request that goes on has shown that it is no danger to others."""
-        self.output.append(token)
-        self._drawn += 1
-        self.alone = self.alone and self._drawn < ALONE_TOKENS
-
-    def tokens_at_most(self, context_length: int) -> int:
-        """How many tokens it can come to hold, which is what it reserves pages for."""
+    def max_tokens(self, context_length: int) -> int:
+        """How many tokens it can come to hold."""
         return min(len(self.prompt) + self.sampling.max_tokens, context_length)
 
     @property
@@ -135,7 +124,11 @@ class DecodeSequence:
         """Of the first pages, which hold known tokens; none where it shares none."""
         return self.addresses.first(pages, self.tokens(0, pages * page_tokens)) if self.addresses else []
 
-    def holdable_addresses(self, page_tokens: int) -> list[bytes]:
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+    def reusable_addresses(self, page_tokens: int) -> list[bytes]:
         """Of the pages of its prompt that it may take from others.
 
         None for a replay where the codec packs: shared pages may stem from a conversation, whose numbers differ a
@@ -143,16 +136,16 @@ class DecodeSequence:
         """
         if self.output and self.codec.packs:
             return []
-        tokens = holdable_tokens(len(self.prompt), page_tokens, self.codec.packs)
+        tokens = reusable_tokens(len(self.prompt), page_tokens, self.codec.packs)
         return self.page_addresses(tokens // page_tokens, page_tokens)
 
-    def raw_address(self, page_tokens: int, held_pages: int) -> bytes | None:
-        """Of the last full page of its prompt, where a raw copy of that would follow the pages that it holds.
+    def raw_copy_address(self, page_tokens: int, cached_pages: int) -> bytes | None:
+        """Of the last full page of its prompt, where a raw copy of that would follow so many pages found in the pool.
 
         None where it may take none: no token would be left to compute, the codec packs nothing, or it is a replay.
         """
         page, rest = divmod(len(self.prompt), page_tokens)
-        if held_pages != page - 1 or not held_pages or not rest or not self.codec.packs or self.output:
+        if cached_pages != page - 1 or not cached_pages or not rest or not self.codec.packs or self.output:
             return None
         return self.page_addresses(page, page_tokens)[-1]
 
@@ -175,27 +168,3 @@ class DecodeSequence:
         if count >= self.sampling.max_tokens or len(self.prompt) + count >= context_length:
             return FinishReason.FINISH_REASON_LENGTH
         return None
-
-
-@dataclass(frozen=True)
-class Advance:
-    """Tokens [start, end) of a request in one step; their KV is stored, and the last one's logits draw a token."""
-
-    sequence: DecodeSequence
-    start: int
-    end: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether a token is drawn after it: all known tokens have their KV then."""
-        return self.end == self.sequence.length
-
-    def completes_page(self, page_tokens: int) -> bool:
-        """Whether pages may be final after it that were not before: those of a prompt only with its end."""
-        prompt = len(self.sequence.prompt)
-        return self.end == prompt or (self.end > prompt and self.end % page_tokens == 0)
-
-    @property
-    def in_prompt(self) -> bool:
-        """Whether it belongs to a prompt that this worker computes."""
-        return self.start < len(self.sequence.prompt)

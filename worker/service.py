@@ -1,6 +1,7 @@
-"""The Worker service in full: the reports, and the orders that a worker takes from whoever runs the cluster."""
+"""The Worker service: a worker's reports of itself, and the orders that it takes from whoever runs the cluster."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,9 +10,19 @@ import grpc.aio
 
 from ..proto.errors import InvalidRequest
 from ..proto.rpc.timeouts import order_timeout_s
-from ..proto.worker_pb2 import DrainRequest, DrainResponse, FlipRequest, WorkerReport, WorkerRole
-from .report_service import ReportServicer
+from ..proto.worker_pb2 import (
+    DrainRequest,
+    DrainResponse,
+    FlipRequest,
+    GetReportRequest,
+    WatchRequest,
+    WorkerReport,
+    WorkerRole,
+)
+from ..proto.worker_pb2_grpc import WorkerServicer
 
+CHANGE_S = 0.1  # a watcher gets a report within that time of a change of load, and at once after `changed`
+HEARTBEAT_S = 0.7  # and about that often from a live worker whose report stays the same
 DRAIN_S = 30.0  # for running requests to end by themselves, where nobody says how long
 
 
@@ -24,7 +35,7 @@ class Drained:
 
 
 class Orders(Protocol):
-    """The owner of a worker, who follows an order once it was drained. Not to be found for a worker without one."""
+    """What the owner of a worker's process does with orders. A worker inside another program has no such owner."""
 
     async def prepare_flip(self, role: WorkerRole.ValueType) -> bool:
         """Makes ready what can be while the worker still serves; whether a flip to `role` changes anything.
@@ -42,8 +53,41 @@ class Orders(Protocol):
         ...
 
 
+class ReportServicer(WorkerServicer):
+    """Serves what `report` returns; `changed` wakes the watchers between two periods."""
+
+    def __init__(self, report: Callable[[], WorkerReport]) -> None:
+        self._report = report
+        self._change = asyncio.Event()
+
+    def changed(self) -> None:
+        """Has every watcher get a report now. From the event loop's thread."""
+        self._change.set()
+        self._change = asyncio.Event()
+
+    async def GetReport(self, request: GetReportRequest, context: grpc.aio.ServicerContext) -> WorkerReport:
+        return self._report()
+
+    async def Watch(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, request: WatchRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        last, last_s = WorkerReport(), -HEARTBEAT_S
+        while True:
+            change, report, now = self._change, self._report(), time.monotonic()
+            uptime_ms, report.uptime_ms = report.uptime_ms, 0
+            if now >= last_s + HEARTBEAT_S or report != last:
+                last.CopyFrom(report)
+                last_s, report.uptime_ms = now, uptime_ms
+                await context.write(report)
+            try:
+                async with asyncio.timeout(CHANGE_S):  # wait_for can swallow a cancellation
+                    await change.wait()
+            except TimeoutError:
+                continue
+
+
 class OrderServicer(ReportServicer):
-    """Serves reports, `Drain` and `Flip`. What follows a drain begins once its answer is sent.
+    """Serves reports, `Drain` and `Flip`. What follows a drain begins once the response is sent.
 
     An order is carried out to its end also where its caller goes away: no worker is left drained for nothing.
     """

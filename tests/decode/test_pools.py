@@ -8,7 +8,7 @@ from harness import worker_pair
 from models import model_path
 
 from isthmus.decode.config import DecodeConfig
-from isthmus.decode.pool_choice import keeps_packed
+from isthmus.decode.memory import keeps_packed
 from isthmus.proto.errors import InvalidRequest
 from isthmus.proto.sampling import Sampling
 

@@ -1,19 +1,52 @@
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from isthmus.decode.sequences.scheduler import SequenceId
-from isthmus.decode.stepping.steps import OPEN_PROMPTS, Backlog, Chunk, plan_step, take_turns
+from isthmus.decode.step_selection import OPEN_PROMPTS, Progress, select_tokens, take_turns
 from isthmus.proto.priority import BATCH_RANK
+from isthmus.worker.step_plan import SequenceId, SequencePlan
 
 A, B, C = SequenceId(1), SequenceId(2), SequenceId(3)
 
 
-def backlog(sequence: SequenceId, computed: int, known: int, prompt: int, **changes: float) -> Backlog:
-    settings = {"opened": False, "rank": 1, "waited_s": 0.0} | changes
-    return Backlog(sequence=sequence, computed=computed, known=known, prompt=prompt, **settings)  # type: ignore[arg-type]
+class Chunk(NamedTuple):
+    """What is planned of one request."""
+
+    sequence: SequenceId
+    start: int
+    end: int
 
 
-def plan(*backlogs: Backlog, budget: int = 128, raw_tokens: int | None = None) -> list[Chunk]:
-    return plan_step(backlogs, page_tokens=64, budget=budget, raw_tokens=raw_tokens)
+def backlog(
+    sequence: SequenceId,
+    computed: int,
+    known: int,
+    prompt: int,
+    *,
+    rank: int = 1,
+    waited_s: float = 0.0,
+    opened: bool = False,
+    raw_tokens: int = 0,
+) -> Progress:
+    return Progress(
+        sequence=sequence,
+        prompt_tokens=prompt,
+        known=known,
+        computed=computed,
+        opened=opened,
+        rank=rank,
+        arrived_s=-waited_s,
+        raw_tokens=raw_tokens,
+    )
+
+
+def chunks_of(plans: list[SequencePlan]) -> list[Chunk]:
+    return [Chunk(plan.sequence, plan.start, plan.end) for plan in plans]
+
+
+def plan(*requests: Progress, budget: int = 128, raw_tokens: int | None = None) -> list[Chunk]:
+    plans = select_tokens(requests, now_s=0, page_tokens=64, budget=budget, raw_tokens=raw_tokens)
+    known = {request.sequence: request.known for request in requests}
+    assert all(plan.samples == (plan.end == known[plan.sequence]) for plan in plans)
+    return chunks_of(plans)
 
 
 def test_running_requests_step_whatever_the_budget():
@@ -72,16 +105,9 @@ def test_a_prompt_begins_once_there_is_memory_for_it() -> None:
     assert plan(opened, pool_alone, budget=999, raw_tokens=300) == [Chunk(C, 0, 150), Chunk(A, 64, 300)]
 
 
-@dataclass(frozen=True)
-class Named:
-    """A request that may have to be alone."""
-
-    name: str
-    alone: bool = False
-
-
 def test_who_is_alone_shares_no_step_and_takes_turns_with_the_others():
-    a, b, c, d = Named("a"), Named("b", alone=True), Named("c"), Named("d", alone=True)
+    a, b, c, d = (backlog(SequenceId(number), 10, 11, 10) for number in range(4))
+    b.alone = d.alone = True
     assert take_turns([a, b, c, d], 0) == [[b], [d], [a, c]]
     assert take_turns([a, b, c, d], 1) == [[d], [a, c], [b]]
     assert take_turns([a, b, c, d], 5) == [[a, c], [b], [d]]
@@ -90,6 +116,9 @@ def test_who_is_alone_shares_no_step_and_takes_turns_with_the_others():
 
 
 def test_prompts_of_requests_in_other_steps_count_as_open():
-    prompt = backlog(A, 0, 64, 64)
-    assert plan_step([prompt], page_tokens=64, budget=64, opened_elsewhere=OPEN_PROMPTS) == []
-    assert plan_step([prompt], page_tokens=64, budget=64, opened_elsewhere=OPEN_PROMPTS - 1) == [Chunk(A, 0, 64)]
+    def chunks(open_elsewhere: int) -> list[Chunk]:
+        prompt = backlog(A, 0, 64, 64)
+        return chunks_of(select_tokens([prompt], now_s=0, page_tokens=64, budget=64, open_elsewhere=open_elsewhere))
+
+    assert chunks(OPEN_PROMPTS) == []
+    assert chunks(OPEN_PROMPTS - 1) == [Chunk(A, 0, 64)]
