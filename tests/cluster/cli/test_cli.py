@@ -219,7 +219,7 @@ def test_flags_of_the_gateway_reach_it(monkeypatch: pytest.MonkeyPatch, tmp_path
         given.append(config)
         raise Unavailable("not started")
 
-    monkeypatch.setattr("isthmus.cluster.cli.cluster._serve_cluster", serves)
+    monkeypatch.setattr("isthmus.cluster.cli.up._serve_cluster", serves)
     monkeypatch.setattr("isthmus.cluster.frontend.gateway.Gateway", gateway)
     monkeypatch.setattr("isthmus.cluster.text.served.load_served_model", lambda name: name)
     (tmp_path / "c.yaml").write_text("gateway:\n  replays: 3\n  overcommit: 4\n")
