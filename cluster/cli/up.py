@@ -1,44 +1,28 @@
-"""`isthmus up`, `demo` and `worker prefill|decode`."""
+"""`isthmus up` and `demo`."""
 
-import os
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from .gateway import takes_gateway_flags
+from .gateway import GATEWAY_FLAGS
 from .terminal import options as opt
+from .terminal.flags import Flag, command_with, given
 
 if TYPE_CHECKING:
-    from ..config import ClusterConfig, Role
+    from ..config import ClusterConfig
     from ..frontend.gateway import Gateway
 
-worker_app = typer.Typer(
-    no_args_is_help=True, help="Run one worker in this process, without Ray.", rich_markup_mode="rich"
+_MODEL = Flag("model", ("--model", "-m"))
+_DTYPE = Flag("dtype", choices=True)
+UP_FLAGS = (
+    *(Flag("prefill"), Flag("decode"), _MODEL, Flag("codec"), Flag("host"), Flag("port"), _DTYPE),
+    *(Flag("device"), Flag("threads"), Flag("address"), Flag("store_dir"), Flag("store_gib")),
+    *(opt.JOBS_DB, *GATEWAY_FLAGS),
 )
 
 
-@takes_gateway_flags
-def up(
-    prefill: Annotated[int | None, typer.Option(min=1, help="Prefill workers.", show_default="1")] = None,
-    decode: Annotated[int | None, typer.Option(min=1, help="Decode workers.", show_default="1")] = None,
-    model: opt.ModelSource = None,
-    codec: Annotated[str | None, typer.Option(help="Of the KV transfer by default.", show_default="tq-k4v4")] = None,
-    host: Annotated[str | None, typer.Option(help="To listen on.", show_default="127.0.0.1")] = None,
-    port: Annotated[int | None, typer.Option(help="0 picks a free one.", show_default="50051")] = None,
-    dtype: opt.Dtype = None,
-    device: opt.Device = None,
-    threads: opt.Threads = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a local Ray.")] = None,
-    store_dir: opt.StoreDir = None,
-    store_gib: opt.StoreGib = None,
-    jobs_db: opt.JobsDb = None,
-    config: opt.ConfigFile = None,
-    log_level: opt.LogLevel = "warning",
-    *,
-    routing: dict[str, Any],
-) -> None:
+def up(ctx: typer.Context, config: opt.ConfigFile = None, log_level: opt.LogLevel = opt.DEFAULT_LOG_LEVEL) -> None:
     """Start a cluster and run it until Ctrl-C, which drains and stops everything.
 
     [bold]Examples[/]
@@ -57,30 +41,10 @@ def up(
     opt.configure_logs(log_level)
     from ..config import load_config
 
-    flags = {
-        "prefill": prefill,
-        "decode": decode,
-        "model": model,
-        "codec": codec,
-        "host": host,
-        "port": port,
-        "dtype": dtype,
-        "device": device,
-        "threads": threads,
-        "address": address,
-        "store_dir": store_dir,
-        "store_gib": store_gib,
-    }
-    settings = load_config(config, flags, routing).with_jobs(jobs_db)
-    raise typer.Exit(_serve_cluster(settings, begun_s))
+    raise typer.Exit(_serve_cluster(load_config(config, given(ctx)).with_jobs(), begun_s))
 
 
-def demo(
-    codec: Annotated[str | None, typer.Option(help="Of the KV transfer.", show_default="tq-k4v4")] = None,
-    model: opt.ModelSource = None,
-    dtype: opt.Dtype = None,
-    as_json: opt.Json = False,
-) -> None:
+def demo(ctx: typer.Context, as_json: opt.Json = False) -> None:
     """Start a small cluster, send it real prompts, show the answers and what moving their KV took.
 
     [bold]Examples[/]
@@ -93,70 +57,12 @@ def demo(
     from ..config import load_config
     from .demo.demo import run_demo
 
-    settings = load_config(None, {"codec": codec, "model": model, "dtype": dtype, "port": 0})
+    settings = load_config(None, {**given(ctx), "port": 0, "gateway": {"jobs_db": "none"}}).with_jobs()
     raise typer.Exit(run_demo(settings, as_json=as_json))
 
 
-@worker_app.command("prefill")
-def worker_prefill(
-    listen: opt.WorkerListen = None,
-    model: opt.ModelSource = None,
-    codec: opt.WorkerCodec = None,
-    dtype: opt.Dtype = None,
-    device: opt.Device = None,
-    threads: opt.WorkerThreads = None,
-    name: opt.WorkerName = None,
-    advertise: opt.Advertise = None,
-    store_dir: opt.StoreDir = None,
-    store_gib: opt.StoreGib = None,
-    drain_s: opt.WorkerDrain = 30.0,
-    dry_run: opt.DryRun = False,
-    config: opt.ConfigFile = None,
-    log_level: opt.LogLevel = "warning",
-) -> None:
-    """Run a prefill worker until Ctrl-C.
-
-    [bold]Examples[/]
-
-      isthmus worker prefill --listen 127.0.0.1:7001
-
-      isthmus worker prefill --listen 0.0.0.0:7001 --advertise 10.0.0.7:7001 --model ./my-model
-
-      isthmus worker prefill --store-dir /var/lib/isthmus/pages --store-gib 50
-    """
-    flags = _worker_flags(listen, model, codec, dtype, device, threads, name, advertise)
-    store = {"store_dir": store_dir, "store_gib": store_gib}
-    flags |= {name: value for name, value in store.items() if value is not None}
-    _run_worker("prefill", flags, config, drain_s, log_level, dry_run=dry_run)
-
-
-@worker_app.command("decode")
-def worker_decode(
-    listen: opt.WorkerListen = None,
-    model: opt.ModelSource = None,
-    codec: opt.WorkerCodec = None,
-    dtype: opt.Dtype = None,
-    device: opt.Device = None,
-    threads: opt.WorkerThreads = None,
-    name: opt.WorkerName = None,
-    advertise: opt.Advertise = None,
-    drain_s: opt.WorkerDrain = 30.0,
-    dry_run: opt.DryRun = False,
-    config: opt.ConfigFile = None,
-    log_level: opt.LogLevel = "warning",
-) -> None:
-    """Run a decode worker until Ctrl-C.
-
-    [bold]Examples[/]
-
-      isthmus worker decode --listen 127.0.0.1:7002
-
-      isthmus worker decode --listen 127.0.0.1:7002 --config decode.yaml
-
-      isthmus worker decode --model ./my-model --dry-run    # what memory it would take
-    """
-    flags = _worker_flags(listen, model, codec, dtype, device, threads, name, advertise)
-    _run_worker("decode", flags, config, drain_s, log_level, dry_run=dry_run)
+UpCommand = command_with(UP_FLAGS)
+DemoCommand = command_with((Flag("codec"), _MODEL, _DTYPE))
 
 
 def _serve_cluster(settings: "ClusterConfig", begun_s: float) -> int:
@@ -186,45 +92,3 @@ def _welcome(settings: "ClusterConfig", running: "Gateway", took_s: float) -> No
     opt.say(f"ready on {running.address}: {settings.model}, {workers}, codec {settings.codec} ({took_s:.1f} s)")
     server = "" if running.address == opt.DEFAULT_SERVER else f" --server {running.address}"
     opt.say(f'try: isthmus generate --chat{server} "Why is the sky blue?"')
-
-
-def _worker_flags(*values: Any) -> dict[str, Any]:
-    names = ("listen", "model", "default_codec", "dtype", "device", "threads", "name", "advertise")
-    return {name: value for name, value in zip(names, values, strict=True) if value is not None}
-
-
-def _run_worker(
-    role: "Role", flags: dict[str, Any], config: Path | None, drain_s: float, log_level: str, *, dry_run: bool
-) -> None:
-    opt.configure_logs(log_level)
-    from ..config import load_worker_settings
-    from ..launch.host import activity, end_process, thread_settings, usable_cores
-    from ..launch.seat import WorkerSeat, settings_of_both
-
-    for flag in ("listen", "advertise"):
-        if flag in flags:
-            opt.check_address(flags[flag], to_dial=flag == "advertise")
-    settings = load_worker_settings(role, config, flags, default_threads=usable_cores())
-    os.environ.update(thread_settings(settings["threads"]))  # before torch is imported
-    if dry_run:
-        from .memory import show_plan
-
-        return show_plan(role, settings)
-    from ..launch.foreground import run_service
-    from ..launch.steps import ShownSteps, telling
-
-    seat = WorkerSeat(role, settings_of_both(role, settings), end_process)
-
-    async def doing() -> str:
-        return activity()
-
-    async def start() -> None:
-        with ShownSteps() as shown, shown.step(f"model {settings['model']}") as tell:
-            await telling(seat.start(), doing, tell)
-        opt.say(f"{role} worker for {settings['model']} on {seat.address}")
-
-    async def stop(timeout_s: float) -> None:
-        await seat.drain(timeout_s)
-        await seat.stop()
-
-    raise typer.Exit(run_service(start, stop, drain_s, seat.emptied))

@@ -21,7 +21,8 @@ from ...proto.errors import Incompatible, InvalidRequest, IsthmusError
 from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import WorkerRole
 from ...worker.server import Drained, WorkerServer
-from ..config import CONFIG_OF, SHARED, Role, explain
+from ..config import CONFIG_OF, SHARED, Role
+from ..sources import explain
 
 if TYPE_CHECKING:
     from ...model.model import Model

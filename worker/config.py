@@ -1,0 +1,58 @@
+"""Settings that workers of both roles have."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from ..kvtransfer.codecs.names import DEFAULT_CODEC
+from ..model.dtypes import Dtype
+from ..proto.rpc.addresses import checked_address
+
+
+def _split(value: Any) -> Any:
+    """A text with commas as a list, for environment variables and flags."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+class WorkerConfig(BaseModel):
+    """Each setting here means the same in both roles. Unknown keys are errors. Sizes in tokens are of KV, over all
+    layers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field("smollm2-135m", description="Model: a name of `isthmus models`, a folder, .gguf file or hub id.")
+    listen: str = Field(
+        "127.0.0.1:0", description="host:port to listen on; port 0 picks a free one; [::]:7001 is IPv6."
+    )
+    advertise: str | None = Field(
+        None, description="host:port for others; default: as bound, or of the interface that routes outward."
+    )
+    name: str | None = Field(None, description="Name of this worker in status; default: role, host and port.")
+    dtype: Dtype = Field("auto", description="Of weights and KV; auto: what the device is fast at; float16: GPUs only.")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto: a GPU where there is one.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="PyTorch threads of a worker; default: half of the cores, in `isthmus up` cores / workers.",
+    )
+    codecs: Names = Field((), description="Codecs that requests may ask for; all where empty.")
+    default_codec: str = Field(DEFAULT_CODEC, description="Codec of the KV transfer where a request names none.")
+    balance: str | None = Field(
+        None, description="File of `isthmus calibrate --out`; default: made at first load and kept."
+    )
+    page_tokens: int = Field(64, ge=8, le=1024, multiple_of=8, description="Tokens of a KV page.")
+    pool_gib: float = Field(2.0, gt=0, description="Memory for KV on the device, in GiB.")
+    pool_tokens: int | None = Field(None, ge=1, description="Size of the KV pool in tokens; wins over pool_gib.")
+
+    @field_validator("listen")
+    @classmethod
+    def _can_be_bound(cls, value: str) -> str:
+        return checked_address(value)
+
+    @field_validator("advertise")
+    @classmethod
+    def _can_be_dialled(cls, value: str | None) -> str | None:
+        return value if value is None else checked_address(value, to_dial=True)
