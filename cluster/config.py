@@ -49,8 +49,8 @@ class ClusterConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prefill: int = Field(1, ge=1, le=1024, description="Number of prefill workers.")
-    decode: int = Field(1, ge=1, le=1024, description="Number of decode workers.")
+    prefill: int = Field(default=1, ge=1, le=1024, description="Number of prefill workers.")
+    decode: int = Field(default=1, ge=1, le=1024, description="Number of decode workers.")
     model: str = _same(WorkerConfig, "model")
     codec: str = _same(WorkerConfig, "default_codec")
     codecs: Names = _same(WorkerConfig, "codecs")
@@ -66,16 +66,20 @@ class ClusterConfig(BaseModel):
         description="Part of the names of Ray actors, for clusters that share a Ray; default: drawn at each start.",
     )
     address: str | None = Field(
-        None, description="Ray cluster to join, auto: the one here; default: start a local Ray."
+        default=None, description="Ray cluster to join, auto: the one here; default: start a local Ray."
     )
     drain_s: float = Field(
         defaults.DRAIN_S, ge=0, description="Time for running requests when it stops; others take those left."
     )
     store_dir: str | None = _same(PrefillConfig, "store_dir")
     store_gib: float = _same(PrefillConfig, "store_gib")
-    gateway: GatewayConfig = Field(GatewayConfig(), description="The gateway: where requests run.")
-    prefill_worker: PrefillConfig = Field(PrefillConfig(), description="Prefill workers; wins over the settings above.")
-    decode_worker: DecodeConfig = Field(DecodeConfig(), description="Decode workers; wins over the settings above.")
+    gateway: GatewayConfig = Field(default=GatewayConfig(), description="The gateway: where requests run.")
+    prefill_worker: PrefillConfig = Field(
+        default=PrefillConfig(), description="Prefill workers; wins over the settings above."
+    )
+    decode_worker: DecodeConfig = Field(
+        default=DecodeConfig(), description="Decode workers; wins over the settings above."
+    )
 
     @field_validator("codec", "codecs")
     @classmethod

@@ -36,41 +36,53 @@ class GatewayConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     workers: Names = Field(
-        (), description="host:port of the workers of `isthmus gateway`; `isthmus up` starts its own."
+        default=(), description="host:port of the workers of `isthmus gateway`; `isthmus up` starts its own."
     )
-    policy: Policy = Field("cost", description="How workers are chosen; others than cost are for comparison.")
+    policy: Policy = Field(default="cost", description="How workers are chosen; others than cost are for comparison.")
     local_prefill: LocalPrefill = Field(
-        "when_cheaper", description="Whether decode workers compute prompts: never, when_cheaper or always."
+        default="when_cheaper", description="Whether decode workers compute prompts: never, when_cheaper or always."
     )
-    replays: int = Field(16, ge=0, description="Times that one request may be placed again after it lost a worker.")
-    restart_wait_s: float = Field(30.0, ge=0, description="Time that a request waits for lost workers to be back.")
-    max_waiting: int = Field(256, ge=1, description="Requests of one priority that wait; more are refused.")
+    replays: int = Field(
+        default=16, ge=0, description="Times that one request may be placed again after it lost a worker."
+    )
+    restart_wait_s: float = Field(
+        default=30.0, ge=0, description="Time that a request waits for lost workers to be back."
+    )
+    max_waiting: int = Field(default=256, ge=1, description="Requests of one priority that wait; more are refused.")
     overcommit: float = Field(
-        2.0, gt=0, description="Tokens that run at once, as a multiple of what the decode workers can hold."
+        default=2.0, gt=0, description="Tokens that run at once, as a multiple of what the decode workers can hold."
     )
     tenant_weights: Annotated[dict[str, float], BeforeValidator(_weights)] = Field(
-        {}, description="Shares of tenants while others wait, as NAME=WEIGHT with commas; 1 where not named."
+        default={}, description="Shares of tenants while others wait, as NAME=WEIGHT with commas; 1 where not named."
     )
     max_request_tokens: int | None = Field(
-        None, ge=2, description="Tokens of one request, prompt and output; default: no bound."
+        default=None, ge=2, description="Tokens of one request, prompt and output; default: no bound."
     )
     max_request_kv_mib: float | None = Field(
-        None, gt=0, description="KV of one request on the wire, in MiB; default: no bound."
+        default=None, gt=0, description="KV of one request on the wire, in MiB; default: no bound."
     )
     max_request_s: float | None = Field(
-        None, gt=0, description="Time of one request from arrival to end; default: no bound."
+        default=None, gt=0, description="Time of one request from arrival to end; default: no bound."
     )
-    sign_of_life_s: float = Field(10.0, gt=0, description="Silence after which an answer's stream gets an empty event.")
-    max_prompt_bytes: int = Field(InputLimits.max_prompt_bytes, ge=1, description="UTF-8 bytes of a prompt or chat.")
-    max_chat_messages: int = Field(InputLimits.max_chat_messages, ge=1, description="Messages of a chat.")
+    sign_of_life_s: float = Field(
+        default=10.0, gt=0, description="Silence after which an answer's stream gets an empty event."
+    )
+    max_prompt_bytes: int = Field(
+        default=InputLimits.max_prompt_bytes, ge=1, description="UTF-8 bytes of a prompt or chat."
+    )
+    max_chat_messages: int = Field(default=InputLimits.max_chat_messages, ge=1, description="Messages of a chat.")
     parse_special: bool = Field(
-        InputLimits.parse_special, description="Whether control tokens spelled in a chat message are such, not text."
+        default=InputLimits.parse_special,
+        description="Whether control tokens spelled in a chat message are such, not text.",
     )
-    preflight: bool = Field(True, description="Whether a worker must pass a canary request before it gets others.")
+    preflight: bool = Field(
+        default=True, description="Whether a worker must pass a canary request before it gets others."
+    )
     jobs_db: str | None = Field(
-        None, description="URL of the database of jobs; none: no jobs; default: jobs.db in ~/.local/state/isthmus."
+        default=None,
+        description="URL of the database of jobs; none: no jobs; default: jobs.db in ~/.local/state/isthmus.",
     )
-    jobs: JobsSettings = Field(JobsSettings(), description="Limits and periods of jobs.")
+    jobs: JobsSettings = Field(default=JobsSettings(), description="Limits and periods of jobs.")
 
     @property
     def input_limits(self) -> InputLimits:

@@ -23,29 +23,37 @@ class WorkerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field("smollm2-135m", description="Model: a name of `isthmus models`, a folder, .gguf file or hub id.")
+    model: str = Field(
+        default="smollm2-135m", description="Model: a name of `isthmus models`, a folder, .gguf file or hub id."
+    )
     listen: str = Field(
-        "127.0.0.1:0", description="host:port to listen on; port 0 picks a free one; [::]:7001 is IPv6."
+        default="127.0.0.1:0", description="host:port to listen on; port 0 picks a free one; [::]:7001 is IPv6."
     )
     advertise: str | None = Field(
-        None, description="host:port for others; default: as bound, or of the interface that routes outward."
+        default=None, description="host:port for others; default: as bound, or of the interface that routes outward."
     )
-    name: str | None = Field(None, description="Name of this worker in status; default: role, host and port.")
-    dtype: Dtype = Field("auto", description="Of weights and KV; auto: what the device is fast at; float16: GPUs only.")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto: a GPU where there is one.")
+    name: str | None = Field(default=None, description="Name of this worker in status; default: role, host and port.")
+    dtype: Dtype = Field(
+        default="auto", description="Of weights and KV; auto: what the device is fast at; float16: GPUs only."
+    )
+    device: str = Field(default="auto", description="cpu, cuda, cuda:1, or auto: a GPU where there is one.")
     threads: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="PyTorch threads of a worker; default: half of the cores, in `isthmus up` cores / workers.",
     )
-    codecs: Names = Field((), description="Codecs that requests may ask for; all where empty.")
-    default_codec: str = Field(DEFAULT_CODEC, description="Codec of the KV transfer where a request names none.")
-    balance: str | None = Field(
-        None, description="File of `isthmus calibrate --out`; default: made at first load and kept."
+    codecs: Names = Field(default=(), description="Codecs that requests may ask for; all where empty.")
+    default_codec: str = Field(
+        default=DEFAULT_CODEC, description="Codec of the KV transfer where a request names none."
     )
-    page_tokens: int = Field(64, ge=8, le=1024, multiple_of=8, description="Tokens of a KV page.")
-    pool_gib: float = Field(2.0, gt=0, description="Memory for KV on the device, in GiB.")
-    pool_tokens: int | None = Field(None, ge=1, description="Size of the KV pool in tokens; wins over pool_gib.")
+    balance: str | None = Field(
+        default=None, description="File of `isthmus calibrate --out`; default: made at first load and kept."
+    )
+    page_tokens: int = Field(default=64, ge=8, le=1024, multiple_of=8, description="Tokens of a KV page.")
+    pool_gib: float = Field(default=2.0, gt=0, description="Memory for KV on the device, in GiB.")
+    pool_tokens: int | None = Field(
+        default=None, ge=1, description="Size of the KV pool in tokens; wins over pool_gib."
+    )
 
     @field_validator("listen")
     @classmethod

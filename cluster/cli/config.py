@@ -61,7 +61,7 @@ def config_show(
 
       ISTHMUS_GATEWAY__REPLAYS=3 isthmus config show --port 7000 --json
     """
-    opt.configure_logs("warning")
+    opt.configure_logs(opt.DEFAULT_LOG_LEVEL)
     from ..config import load
 
     loaded = load(config, given(ctx))
@@ -97,7 +97,7 @@ def _rows(loaded: "Loaded", part: Part | None) -> "Iterator[Row]":
     from ..launch.host import cores_for_one
     from ..sources import settings_of
 
-    if part in (Part.prefill, Part.decode):
+    if part is Part.prefill or part is Part.decode:
         yield _row(loaded, "drain_s", ("drain_s",), loaded.config.drain_s)
         yield from _worker_rows(loaded, part.value, cores_for_one(), "")
         return

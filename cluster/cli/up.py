@@ -53,7 +53,7 @@ def demo(ctx: typer.Context, as_json: opt.Json = False) -> None:
 
       isthmus demo --codec raw
     """
-    opt.configure_logs("warning")
+    opt.configure_logs(opt.DEFAULT_LOG_LEVEL)
     from ..config import load_config
     from .demo.demo import run_demo
 

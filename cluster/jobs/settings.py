@@ -11,24 +11,32 @@ class JobsSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_tenants: int = Field(10_000, ge=1, description="Tenants that have jobs, ended ones included.")
-    max_jobs: int = Field(10_000, ge=1, description="Jobs that have not ended.")
+    max_tenants: int = Field(default=10_000, ge=1, description="Tenants that have jobs, ended ones included.")
+    max_jobs: int = Field(default=10_000, ge=1, description="Jobs that have not ended.")
     max_queued_tokens: int = Field(
-        100_000_000, ge=1, description="Prompts and max_tokens of requests that have not ended, in tokens."
+        default=100_000_000, ge=1, description="Prompts and max_tokens of requests that have not ended, in tokens."
     )
-    max_stored_bytes: int = Field(4 << 30, ge=1, description="Requests, events and results of all jobs that are kept.")
-    max_running: int = Field(256, ge=1, description="Requests of interactive and standard jobs that run at once.")
+    max_stored_bytes: int = Field(
+        default=4 << 30, ge=1, description="Requests, events and results of all jobs that are kept."
+    )
+    max_running: int = Field(
+        default=256, ge=1, description="Requests of interactive and standard jobs that run at once."
+    )
     max_running_batch: int = Field(
-        32, ge=1, description="Requests of batch jobs that run at once when nothing else runs."
+        default=32, ge=1, description="Requests of batch jobs that run at once when nothing else runs."
     )
-    lease_s: float = Field(5.0, gt=0, description="Silence after which a gateway has lost its jobs to the others.")
-    sweep_s: float = Field(1.0, gt=0, description="Time between looks for deadlines, cancelled jobs and dead gateways.")
+    lease_s: float = Field(
+        default=5.0, gt=0, description="Silence after which a gateway has lost its jobs to the others."
+    )
+    sweep_s: float = Field(
+        default=1.0, gt=0, description="Time between looks for deadlines, cancelled jobs and dead gateways."
+    )
     sign_of_life_s: float = Field(
-        10.0, gt=0, description="Silence after which a watcher gets a response without events."
+        default=10.0, gt=0, description="Silence after which a watcher gets a response without events."
     )
-    prune_s: float = Field(10.0, gt=0, description="Time between looks for jobs to erase.")
+    prune_s: float = Field(default=10.0, gt=0, description="Time between looks for jobs to erase.")
     retention_s: float = Field(
-        7 * 86400.0, ge=0, description="Time that ended jobs are kept, where a job does not say."
+        default=7 * 86400.0, ge=0, description="Time that ended jobs are kept, where a job does not say."
     )
 
 

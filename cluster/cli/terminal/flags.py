@@ -138,9 +138,9 @@ def _metavar(name: str, kind: Any) -> str | None:
     return units.get(name.rpartition("_")[2], "N") if kind in (int, float) else None
 
 
-def _limits(field: "FieldInfo") -> dict[str, float]:
+def _limits(field: "FieldInfo") -> dict[str, Any]:
     """Bounds of a number. What must be more than a bound, and is that bound, is refused by the field itself."""
-    limits = {}
+    limits: dict[str, Any] = {}
     for bound in field.metadata:
         for limit, names in {"min": ("ge", "gt"), "max": ("le", "lt")}.items():
             for name in names:

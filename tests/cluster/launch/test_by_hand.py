@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import grpc
-from clusters import free_port, isthmus, wait_ready
+from clusters import wait_ready
 from models import model_path
+from processes import free_port, isthmus
 
 from isthmus.cluster.launch.host import usable_cores
 from isthmus.proto.worker_pb2 import GetStatusRequest
