@@ -148,10 +148,10 @@ async def load_for(
 
 
 @contextmanager
-def settings(**values: float) -> Iterator[str]:
-    """A file of a worker's settings."""
+def settings(**sections: dict[str, float]) -> Iterator[str]:
+    """A file of settings."""
     with NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(values, file)
+        yaml.safe_dump(sections, file)
         file.flush()
         yield file.name
 
@@ -161,10 +161,12 @@ async def run(
 ) -> None:
     """Starts the workers, loads them, looks what is left."""
     with (
-        settings(pool_tokens=POOL_TOKENS, host_cache_gib=HOST_CACHE_GIB) as of_prefill,
-        settings(pool_tokens=POOL_TOKENS) as of_decode,
-        running_worker("prefill", model, dtype, 1, "--config", of_prefill) as prefill,
-        running_worker("decode", model, dtype, 1, "--config", of_decode) as decode,
+        settings(
+            prefill_worker={"pool_tokens": POOL_TOKENS, "host_cache_gib": HOST_CACHE_GIB},
+            decode_worker={"pool_tokens": POOL_TOKENS},
+        ) as file,
+        running_worker("prefill", model, dtype, 1, "--config", file) as prefill,
+        running_worker("decode", model, dtype, 1, "--config", file) as decode,
     ):
         workers = {"prefill": prefill, "decode": decode}
         say("starting a prefill and a decode worker")

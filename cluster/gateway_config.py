@@ -1,10 +1,31 @@
 """Settings of the gateway: where requests may run and what becomes of those that lose their worker."""
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from typing import Annotated, Any
 
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from ..worker.config import Names
 from .jobs.settings import JobsSettings
 from .router.policies import LocalPrefill, Policy
 from .text.served import InputLimits
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Weights of tenants from NAME=WEIGHT, with commas between them. ValueError where it is not that."""
+    weights = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        tenant, equals, weight = part.rpartition("=")
+        try:
+            weights[tenant] = float(weight)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"{part!r} is not NAME=WEIGHT")
+    return weights
+
+
+def _weights(value: Any) -> Any:
+    return parse_weights(value) if isinstance(value, str) else value
 
 
 class GatewayConfig(BaseModel):
@@ -12,23 +33,54 @@ class GatewayConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    policy: Policy = "cost"  # how workers are chosen (docs/routing.md)
-    local_prefill: LocalPrefill = "when_cheaper"  # whether decode workers may compute prompts themselves
-    replays: int = Field(default=16, ge=0)  # times that one request may be placed again after a worker was lost
-    restart_wait_s: float = Field(default=30.0, ge=0)  # how long a request waits for lost workers to be back
-    max_waiting: int = Field(default=256, ge=1)  # requests of one priority that wait for their turn; more are refused
-    overcommit: float = Field(default=2.0, gt=0)  # tokens that run at once, in what the decode workers can hold
-    tenant_weights: dict[str, float] = {}  # share of the tokens of a tenant against another's while both wait; else 1
-    max_request_tokens: int | None = Field(default=None, ge=2)  # prompt and output of one request
-    max_request_kv_mib: float | None = Field(default=None, gt=0)  # their KV, as measured on the wire
-    max_request_s: float | None = Field(default=None, gt=0)  # from arrival to end
-    sign_of_life_s: float = Field(default=10.0, gt=0)  # a silent stream of an answer gets an event without tokens
-    max_prompt_bytes: int = Field(default=1 << 20, ge=1)  # UTF-8 of a prompt or chat; more is refused before any work
-    max_chat_messages: int = Field(default=4096, ge=1)
-    parse_special: bool = False  # whether a control token that a chat message spells is one, and not text
-    preflight: bool = True  # whether a worker must pass a canary before it gets requests (cluster/fleet/preflight.py)
-    jobs_db: str | None = None  # URL of the database of jobs; none: no jobs
-    jobs: JobsSettings = JobsSettings()
+    workers: Names = Field(
+        default=(), description="host:port of the workers of `isthmus gateway`; `isthmus up` starts its own."
+    )
+    policy: Policy = Field(default="cost", description="How workers are chosen; others than cost are for comparison.")
+    local_prefill: LocalPrefill = Field(
+        default="when_cheaper", description="Whether decode workers compute prompts: never, when_cheaper or always."
+    )
+    replays: int = Field(
+        default=16, ge=0, description="Times that one request may be placed again after it lost a worker."
+    )
+    restart_wait_s: float = Field(
+        default=30.0, ge=0, description="Time that a request waits for lost workers to be back."
+    )
+    max_waiting: int = Field(default=256, ge=1, description="Requests of one priority that wait; more are refused.")
+    overcommit: float = Field(
+        default=2.0, gt=0, description="Tokens that run at once, as a multiple of what the decode workers can hold."
+    )
+    tenant_weights: Annotated[dict[str, float], BeforeValidator(_weights)] = Field(
+        default={}, description="Shares of tenants while others wait, as NAME=WEIGHT with commas; 1 where not named."
+    )
+    max_request_tokens: int | None = Field(
+        default=None, ge=2, description="Tokens of one request, prompt and output; default: no bound."
+    )
+    max_request_kv_mib: float | None = Field(
+        default=None, gt=0, description="KV of one request on the wire, in MiB; default: no bound."
+    )
+    max_request_s: float | None = Field(
+        default=None, gt=0, description="Time of one request from arrival to end; default: no bound."
+    )
+    sign_of_life_s: float = Field(
+        default=10.0, gt=0, description="Silence after which an answer's stream gets an empty event."
+    )
+    max_prompt_bytes: int = Field(
+        default=InputLimits.max_prompt_bytes, ge=1, description="UTF-8 bytes of a prompt or chat."
+    )
+    max_chat_messages: int = Field(default=InputLimits.max_chat_messages, ge=1, description="Messages of a chat.")
+    parse_special: bool = Field(
+        default=InputLimits.parse_special,
+        description="Whether control tokens spelled in a chat message are such, not text.",
+    )
+    preflight: bool = Field(
+        default=True, description="Whether a worker must pass a canary request before it gets others."
+    )
+    jobs_db: str | None = Field(
+        default=None,
+        description="URL of the database of jobs; none: no jobs; default: jobs.db in ~/.local/state/isthmus.",
+    )
+    jobs: JobsSettings = Field(default=JobsSettings(), description="Limits and periods of jobs.")
 
     @property
     def input_limits(self) -> InputLimits:

@@ -6,14 +6,22 @@ from ..worker.config import WorkerConfig
 
 
 class PrefillConfig(WorkerConfig):
-    """Those of every worker, and its own. The pool holds the KV of prompts in work, and pages that are kept."""
+    """Those of every worker (`worker/config.py`) and its own."""
 
-    chunk_tokens: int | None = Field(None, ge=64)  # computed in one step, over all prompts; none: 512, on a CPU 256
-    max_waiting_tokens: int = Field(1_000_000, ge=1)  # prompts in work; more are refused with RESOURCE_EXHAUSTED
-    host_buffer_gib: float = Field(1.0, gt=0)  # encoded pages under way; prompts wait for their share
-    host_cache_gib: float = Field(1.0, ge=0)  # encoded pages kept in host memory for prompts to come
-    store_dir: str | None = None  # a folder that keeps pages on disk, also for other workers; none: no store
-    store_gib: float = Field(10.0, gt=0)  # size of that folder, at most
+    chunk_tokens: int | None = Field(
+        default=None, ge=64, description="Prompt tokens of a step, over all prompts; default: 512, on a CPU 256."
+    )
+    max_waiting_tokens: int = Field(default=1_000_000, ge=1, description="Tokens of prompts in work; more are refused.")
+    host_buffer_gib: float = Field(
+        default=1.0, gt=0, description="Encoded pages being sent, in GiB; prompts wait for a share."
+    )
+    host_cache_gib: float = Field(
+        default=1.0, ge=0, description="Encoded pages kept in host memory for prompts to come, in GiB."
+    )
+    store_dir: str | None = Field(
+        default=None, description="Folder where prefill workers keep KV pages on disk; default: no store."
+    )
+    store_gib: float = Field(default=10.0, gt=0, description="Largest size of that folder, in GiB.")
 
     @model_validator(mode="after")
     def _chunk_is_pages(self) -> "PrefillConfig":

@@ -23,7 +23,7 @@ MAX_FILES = 12  # of a folder, those in its sub-folders not counted
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 # A command declares all its options as parameters: its length is that of its help.
-COMMANDS = {"generate", "chat", "up", "worker_prefill", "worker_decode", "gateway", "jobs_submit", "batch_run"}
+COMMANDS = {"generate", "chat", "jobs_submit", "batch_run"}
 
 
 def sources(folder: str) -> list[Path]:

@@ -1,8 +1,8 @@
-"""Settings that workers of both roles share."""
+"""Settings that workers of both roles have."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from ..kvtransfer.codecs.names import DEFAULT_CODEC
 from ..model.dtypes import Dtype
@@ -14,24 +14,51 @@ if TYPE_CHECKING:
 GPU_CHUNK_TOKENS, CPU_CHUNK_TOKENS = 512, 256
 
 
+def _split(value: Any) -> Any:
+    """A text with commas as a list, for environment variables and flags."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
 class WorkerConfig(BaseModel):
-    """Unknown keys are errors. Sizes in tokens are of KV, over all layers."""
+    """Each setting here means the same in both roles. Unknown keys are errors. Sizes in tokens are of KV, over all
+    layers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str  # a local folder, a GGUF file, a hub id, or a name that `isthmus models` lists
-    listen: str = "127.0.0.1:0"  # host:port; port 0 picks a free one
-    advertise: str | None = None  # host:port that others dial; default: as bound, for all interfaces the one outward
-    name: str | None = None  # of this worker in reports; default: role, host and port
-    dtype: Dtype = "auto"  # of weights, and of KV where the device computes in it (model/dtypes.py)
-    device: str = "auto"  # cpu, cuda, cuda:1, or a GPU where there is one
-    threads: int = Field(1, ge=1)  # of torch; set before it is imported
-    codecs: tuple[str, ...] = ()  # that requests may ask for; empty: all
-    default_codec: str = DEFAULT_CODEC
-    balance: str | None = None  # a file of `isthmus calibrate --out`; none: made at first load and kept (docs/codec.md)
-    page_tokens: int = Field(64, ge=8, le=1024, multiple_of=8)
-    pool_gib: float = Field(2.0, gt=0)  # memory for all KV on the device
-    pool_tokens: int | None = Field(None, ge=1)  # the same as a number of tokens of the pool; wins over pool_gib
+    model: str = Field(
+        default="smollm2-135m", description="Model: a name of `isthmus models`, a folder, .gguf file or hub id."
+    )
+    listen: str = Field(
+        default="127.0.0.1:0", description="host:port to listen on; port 0 picks a free one; [::]:7001 is IPv6."
+    )
+    advertise: str | None = Field(
+        default=None, description="host:port for others; default: as bound, or of the interface that routes outward."
+    )
+    name: str | None = Field(default=None, description="Name of this worker in status; default: role, host and port.")
+    dtype: Dtype = Field(
+        default="auto", description="Of weights and KV; auto: what the device is fast at; float16: GPUs only."
+    )
+    device: str = Field(default="auto", description="cpu, cuda, cuda:1, or auto: a GPU where there is one.")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="PyTorch threads of a worker; default: half of the cores, in `isthmus up` cores / workers.",
+    )
+    codecs: Names = Field(default=(), description="Codecs that requests may ask for; all where empty.")
+    default_codec: str = Field(
+        default=DEFAULT_CODEC, description="Codec of the KV transfer where a request names none."
+    )
+    balance: str | None = Field(
+        default=None, description="File of `isthmus calibrate --out`; default: made at first load and kept."
+    )
+    page_tokens: int = Field(default=64, ge=8, le=1024, multiple_of=8, description="Tokens of a KV page.")
+    pool_gib: float = Field(default=2.0, gt=0, description="Memory for KV on the device, in GiB.")
+    pool_tokens: int | None = Field(
+        default=None, ge=1, description="Size of the KV pool in tokens; wins over pool_gib."
+    )
 
     @field_validator("listen")
     @classmethod

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from . import calibrate, cluster, explain, gateway, generate, operate, status
+from . import calibrate, config, explain, gateway, generate, operate, status, up, worker
 from .jobs import batch, jobs
 
 INTERRUPTED = 130
@@ -26,7 +26,7 @@ app = typer.Typer(
     help="Disaggregated prefill/decode inference: compressed KV pages over plain TCP.",
     epilog="Start with [bold]isthmus demo[/], or [bold]isthmus up[/] and then [bold]isthmus generate[/].",
 )
-app.command("up")(cluster.up)
+app.command("up", cls=up.UpCommand)(up.up)
 app.command("generate")(generate.generate)
 app.command("chat")(generate.chat)
 app.command("status")(status.status)
@@ -35,12 +35,13 @@ app.command("drain")(operate.drain)
 app.command("flip")(operate.flip)
 app.command("scale")(operate.scale)
 app.command("models")(status.models)
-app.command("calibrate")(calibrate.calibrate)
-app.command("demo")(cluster.demo)
+app.command("calibrate", cls=calibrate.CalibrateCommand)(calibrate.calibrate)
+app.command("demo", cls=up.DemoCommand)(up.demo)
 app.add_typer(jobs.jobs_app, name="jobs")
 app.add_typer(batch.batch_app, name="batch")
-app.add_typer(cluster.worker_app, name="worker")
-app.command("gateway")(gateway.gateway)
+app.add_typer(worker.worker_app, name="worker")
+app.command("gateway", cls=gateway.GatewayCommand)(gateway.gateway)
+app.add_typer(config.config_app, name="config")
 
 
 def _show_version(asked: bool) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..defaults import DRAIN_S
 from .terminal import options as opt
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ DrainTimeout = Annotated[
 ]
 
 
-def drain(worker: WorkerId, timeout: DrainTimeout = 30.0, server: opt.Server = opt.DEFAULT_SERVER) -> None:
+def drain(worker: WorkerId, timeout: DrainTimeout = DRAIN_S, server: opt.Server = opt.DEFAULT_SERVER) -> None:
     """Drain a worker and end it: no new work, running requests finish, or go on on another worker.
 
     [bold]Examples[/]
@@ -35,7 +36,7 @@ def drain(worker: WorkerId, timeout: DrainTimeout = 30.0, server: opt.Server = o
 def flip(
     worker: WorkerId,
     role: Annotated[str, typer.Argument(metavar="prefill|decode", help="The role it shall have.")],
-    timeout: DrainTimeout = 30.0,
+    timeout: DrainTimeout = DRAIN_S,
     server: opt.Server = opt.DEFAULT_SERVER,
 ) -> None:
     """Give a worker another role: it is drained first and keeps its loaded weights.
@@ -54,7 +55,7 @@ def flip(
 
 def scale(
     counts: Annotated[list[str], typer.Argument(metavar="ROLE=N...", help="prefill=N, decode=N, or both.")],
-    timeout: DrainTimeout = 30.0,
+    timeout: DrainTimeout = DRAIN_S,
     server: opt.Server = opt.DEFAULT_SERVER,
 ) -> None:
     """Change the number of workers of a cluster that `isthmus up` started; those too many are drained first.

@@ -22,8 +22,9 @@ from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import WorkerRole
 from ...worker.server import Drained, WorkerServer
 from ...worker.start import gently
-from ..config import CONFIG_OF, SHARED, explain
+from ..config import CONFIG_OF, SHARED
 from ..fleet.report import ROLE_OF, Role
+from ..sources import explain
 
 if TYPE_CHECKING:
     from ...model.model import Model

@@ -33,6 +33,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_for_one() -> int:
+    """Threads of a worker that is started by hand and told nothing: half of the cores. There is at least one of each
+    role, often on one host; what is taken does not depend on which of them starts first."""
+    return max(1, usable_cores() // 2)
+
+
 def end_process() -> None:
     """Ends this process: a worker whose engine failed serves nothing, and its supervisor starts another."""
     logging.shutdown()

@@ -1,11 +1,10 @@
 """Settings from a file and flags, and how mistakes in them read."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from isthmus.cluster.config import ClusterConfig, load_config, load_worker_settings
+from isthmus.cluster.config import ClusterConfig, load_config
 from isthmus.proto.errors import InvalidRequest
 
 
@@ -50,15 +49,17 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, text: str | bytes, messag
     assert "\n" not in str(raised.value)
 
 
-def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+def test_an_empty_file_is_all_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ISTHMUS_JOBS_DB")
     config = load_config(written(tmp_path, ""), {})
     assert config == ClusterConfig(cluster_id=config.cluster_id)
     assert config.cluster_id != ClusterConfig().cluster_id, "drawn for each"
 
 
 def test_worker_settings_from_file_and_flags(tmp_path: Path) -> None:
-    path = written(tmp_path, "max_batch: 4\nthreads: 3\n")
-    settings: dict[str, Any] = load_worker_settings("decode", path, {"listen": "h:1"}, default_threads=2)
+    path = written(tmp_path, "decode_worker: {max_batch: 4}\nthreads: 3\n")
+    config = load_config(path, {"decode_worker": {"listen": "h:1"}})
+    settings = config.process_settings("decode", default_threads=2)
     assert (settings["max_batch"], settings["threads"], settings["listen"]) == (4, 3, "h:1")
     with pytest.raises(InvalidRequest, match="unknown key 'port'"):
-        load_worker_settings("decode", None, {"port": 1}, default_threads=1)
+        load_config(None, {"decode_worker": {"port": 1}})

@@ -53,7 +53,7 @@ def jobs_submit(
     tenant: Tenant = "",
     key: Annotated[str, typer.Option(help="Idempotency key: twice the same one is one job.")] = "",
     deadline: Annotated[str | None, typer.Option(help="To be done within: 90s, 10m, 2h, 3d.")] = None,
-    retention: Annotated[str | None, typer.Option(help="To be kept for, once ended.", show_default="7d")] = None,
+    retention: Annotated[str | None, typer.Option(help="To be kept for, once ended; default: the cluster's.")] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow it at once.")] = False,
     as_json: opt.Json = False,
     server: opt.Server = opt.DEFAULT_SERVER,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ....model import dtypes
+from ... import defaults
+from .flags import Flag
 
 if TYPE_CHECKING:
     from ....proto.rpc.transport import Transport
@@ -21,13 +22,20 @@ Server = Annotated[
     str,
     typer.Option("--server", "-s", envvar="ISTHMUS_SERVER", help="host:port of the gateway.", show_default=True),
 ]
-DEFAULT_SERVER = "127.0.0.1:50051"
+DEFAULT_SERVER = defaults.SERVER
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error; JSON lines on stderr.")]
+DEFAULT_LOG_LEVEL = "warning"
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", exists=True, dir_okay=False, help="YAML file of settings; flags win over it."),
+    typer.Option(
+        "--config",
+        exists=True,
+        dir_okay=False,
+        envvar="ISTHMUS_CONFIG",
+        help="YAML file of settings; variables ISTHMUS_... win over it, flags over both.",
+    ),
 ]
 
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; the default is 1.", rich_help_panel=SAMPLING)]
@@ -69,60 +77,7 @@ RequestCodec = Annotated[str, typer.Option("--codec", help="Of this request's KV
 RequestModel = Annotated[str, typer.Option("--model", help="Fails unless the cluster serves this one.")]
 Timeout = Annotated[float | None, typer.Option(min=0.001, help="Give up after so many seconds.")]
 
-ModelSource = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="Name (isthmus models), folder, .gguf file or hub id.",
-        show_default="smollm2-135m",
-    ),
-]
-Dtype = Annotated[
-    dtypes.Dtype | None,
-    typer.Option(
-        help="Of weights; auto: what the device is fast at; float16: GPUs only.",
-        show_default="auto",
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or auto.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of torch in each worker; default: cores / workers.")]
-
-WorkerThreads = Annotated[
-    int | None, typer.Option(min=1, help="Of torch; default: all cores, too many where workers share a host.")
-]
-
-StoreDir = Annotated[
-    str | None,
-    typer.Option("--store-dir", help="Folder where prefill workers keep KV pages on disk.", show_default="none"),
-]
-StoreGib = Annotated[
-    float | None, typer.Option("--store-gib", min=0.001, help="Size of that folder, at most.", show_default="10")
-]
-
-JobsDb = Annotated[
-    str | None,
-    typer.Option(
-        "--jobs-db",
-        metavar="URL",
-        help="Database of jobs (ISTHMUS_JOBS_DB); none: no jobs.",
-        show_default="jobs.db in ~/.local/state/isthmus",
-    ),
-]
-
-WorkerCodec = Annotated[str | None, typer.Option("--codec", help="The default one.", show_default="tq-k4v4")]
-WorkerName = Annotated[str | None, typer.Option(help="Of this worker in status; default: role, host and port.")]
-WorkerListen = Annotated[
-    str | None, typer.Option(help="host:port; port 0 picks a free one; [::]:7001 is IPv6.", show_default="127.0.0.1:0")
-]
-Advertise = Annotated[
-    str | None,
-    typer.Option(help="host:port that others shall use; default: as bound, or of the interface that routes outward."),
-]
-WorkerDrain = Annotated[
-    float, typer.Option("--drain-s", min=0, help="For running requests when it stops; those left go on elsewhere.")
-]
-
+JOBS_DB = Flag("gateway.jobs_db", ("--jobs-db",))
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what memory it would take, read no weights, serve nothing.")
@@ -149,7 +104,7 @@ async def transport_to(server: str) -> AsyncIterator["Transport"]:
     from ....proto.rpc.statuses import is_unreached
     from ....proto.rpc.transport import Transport
 
-    check_address(server, to_dial=True)
+    address_to_dial(server)
     transport = Transport()
     try:
         yield transport
@@ -162,14 +117,19 @@ async def transport_to(server: str) -> AsyncIterator["Transport"]:
         await transport.close()
 
 
-def check_address(address: str, *, to_dial: bool = False) -> None:
-    """A mistake of the user where it is not host:port."""
+def address(text: str, *, to_dial: bool = False) -> str:
+    """The same; a mistake of the user where it is not host:port."""
     from ....proto.rpc.addresses import checked_address
 
     try:
-        checked_address(address, to_dial=to_dial)
+        return checked_address(text, to_dial=to_dial)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def address_to_dial(text: str) -> str:
+    """The same; a mistake of the user where nobody can be dialled there."""
+    return address(text, to_dial=True)
 
 
 def configure_logs(level: str) -> None:

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 from scripted import says, scripted_cluster
 
-from isthmus.cluster.cli.gateway import FLAGS
+from isthmus.cluster.cli.gateway import GATEWAY_FLAGS
 from isthmus.cluster.cli.main import run
 from isthmus.cluster.config import ClusterConfig
 from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.proto.errors import Unavailable
 
+TENANTS = "error: INVALID_ARGUMENT: gateway.tenant_weights: "
 COMMANDS = (
     *("up", "generate", "chat", "status", "models", "calibrate", "demo", "worker", "gateway"),
-    *("drain", "flip", "scale"),
+    *("drain", "flip", "scale", "config"),
 )
 
 
@@ -134,10 +135,11 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
         (["up", "--codec", "zip"], 1, "error: INVALID_ARGUMENT: codec is 'zip': no codec 'zip'; allowed: "),
         (["up", "--log-level", "loud"], 2, "error: "),
         (["gateway", "--workers", "nowhere"], 2, "error: "),
+        (["gateway"], 2, "error: Invalid value: no workers: name them with --workers, or as workers: under gateway: "),
         (["gateway", "--workers", "h:1", "--model", "/no/model"], 1, "error: NOT_FOUND: "),
-        (["gateway", "--workers", "h:1", "--policy", "x"], 1, "error: INVALID_ARGUMENT: policy is 'x': "),
+        (["gateway", "--workers", "h:1", "--policy", "x"], 1, "error: INVALID_ARGUMENT: gateway.policy is 'x': "),
         (["gateway", "--workers", "h:1", "--tenant-weights", "a"], 2, "error: "),
-        (["gateway", "--workers", "h:1", "--tenant-weights", "a=-1"], 1, "error: INVALID_ARGUMENT: tenant_weights: "),
+        (["gateway", "--workers", "h:1", "--tenant-weights", "a=-1"], 1, TENANTS),
         (["up", "--overcommit", "0"], 1, "error: INVALID_ARGUMENT: gateway.overcommit is 0.0: "),
         (["worker", "prefill", "--listen", "nowhere"], 2, "error: Invalid value: 'nowhere' is not host:port"),
         (["worker", "decode", "--listen", "::1:7001"], 2, "error: Invalid value: '::1:7001' is not host:port"),
@@ -186,7 +188,8 @@ def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    names = [(command, "prefill"), (command, "decode")] if command == "worker" else [(command,)]
+    parts = {"worker": ("prefill", "decode"), "config": ("show", "schema")}
+    names = [(command, part) for part in parts[command]] if command in parts else [(command,)]
     for name in names:
         code, out, _ = outcome(capsys, *name, "--help")
         assert code == 0
@@ -202,8 +205,8 @@ def command(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[
 @pytest.mark.parametrize("name", ["up", "gateway"])
 def test_settings_of_the_gateway_are_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = outcome(capsys, name, "--help")
-    settings = set(GatewayConfig.model_fields) - {"jobs", "jobs_db"}
-    assert set(FLAGS) == settings
+    settings = set(GatewayConfig.model_fields) - {"jobs", "jobs_db", "workers"}
+    assert {flag.setting for flag in GATEWAY_FLAGS} == {f"gateway.{setting}" for setting in settings}
     for setting in settings:
         assert f"--{setting.replace('_', '-')}"[:13] in out  # narrow terminals cut names
 
@@ -219,7 +222,7 @@ def test_flags_of_the_gateway_reach_it(monkeypatch: pytest.MonkeyPatch, tmp_path
         given.append(config)
         raise Unavailable("not started")
 
-    monkeypatch.setattr("isthmus.cluster.cli.cluster._serve_cluster", serves)
+    monkeypatch.setattr("isthmus.cluster.cli.up._serve_cluster", serves)
     monkeypatch.setattr("isthmus.cluster.frontend.gateway.Gateway", gateway)
     monkeypatch.setattr("isthmus.cluster.text.served.load_served_model", lambda name: name)
     (tmp_path / "c.yaml").write_text("gateway:\n  replays: 3\n  overcommit: 4\n")

@@ -33,7 +33,7 @@ def test_a_dry_run_of_what_does_not_fit_says_what_to_lower(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(memory, "machine_bytes", lambda: 3 << 30)
-    (tmp_path / "decode.yaml").write_text("pool_gib: 0.5\npreempt_gib: 0.5\n")
+    (tmp_path / "decode.yaml").write_text("decode_worker: {pool_gib: 0.5, preempt_gib: 0.5}\n")
     arguments = ["worker", "decode", "--model", model_path("tiny-llama"), "--dry-run"]
     assert run([*arguments, "--config", str(tmp_path / "decode.yaml")]) == 0
     assert run(arguments) == 1

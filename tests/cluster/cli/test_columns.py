@@ -35,7 +35,7 @@ LONG = (
 COMMANDS = (
     *("", "up", "generate", "chat", "status", "explain", "drain", "flip", "scale", "models", "calibrate", "demo"),
     *("gateway", "worker", "worker prefill", "worker decode", "batch", "batch run", "jobs", "jobs submit", "jobs list"),
-    *("jobs show", "jobs watch", "jobs result", "jobs cancel", "jobs delete"),
+    *("jobs show", "jobs watch", "jobs result", "jobs cancel", "jobs delete", "config", "config show", "config schema"),
 )
 
 

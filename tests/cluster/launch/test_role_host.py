@@ -11,9 +11,11 @@ import pytest
 from models import model_path
 
 from isthmus.cluster.cli.main import run
-from isthmus.cluster.config import CONFIG_OF, SHARED, ClusterConfig, Role, load_worker_settings
+from isthmus.cluster.config import CONFIG_OF, SHARED, ClusterConfig, Role, load_config
 from isthmus.cluster.launch.role_host import RoleHost, settings_by_role
+from isthmus.decode.config import DecodeConfig
 from isthmus.decode.worker import DecodeWorker
+from isthmus.prefill.config import PrefillConfig
 from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import (
@@ -95,7 +97,8 @@ async def test_a_worker_of_the_command_line_flips_and_back(
 def test_only_what_was_set_and_means_the_same_goes_along(role: Role, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = settings_of_command(monkeypatch, role, "--threads", "1")
     assert plain[OTHER[role]] == {"model": "smollm2-135m", "threads": 1, "listen": "127.0.0.1:0"}
-    settings = load_worker_settings(role, None, {"chunk_tokens": 64, "pool_gib": 0.5, "codecs": ()}, default_threads=2)
+    flags = {f"{role}_worker": {"chunk_tokens": 64, "pool_gib": 0.5, "codecs": ()}}
+    settings = load_config(None, flags).process_settings(role, default_threads=2)
     other = settings_by_role(role, settings)[OTHER[role]]
     expected = {"model": "smollm2-135m", "threads": 2, "listen": "127.0.0.1:0", "pool_gib": 0.5, "codecs": ()}
     assert other == expected
@@ -110,7 +113,9 @@ def test_every_setting_of_both_roles_is_decided_on() -> None:
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_under_up_each_role_has_its_own_settings(role: Role) -> None:
-    config = ClusterConfig(prefill_worker={"chunk_tokens": 128}, decode_worker={"chunk_tokens": 8, "pool_gib": 0.25})
+    config = ClusterConfig(
+        prefill_worker=PrefillConfig(chunk_tokens=128), decode_worker=DecodeConfig(chunk_tokens=8, pool_gib=0.25)
+    )
     both = {each: config.worker_settings(each, "w", "127.0.0.1:0", 1) for each in OTHER}
     given = settings_by_role(role, both[role], both[OTHER[role]])
     assert given == both

@@ -16,7 +16,7 @@ from isthmus.cluster.jobs.database.database import Database
 from isthmus.cluster.jobs.database.migrate import migrate
 from isthmus.cluster.jobs.database.schema import EVENTS, JOBS, LABELS, METADATA, REQUESTS, TENANTS
 from isthmus.cluster.jobs.database.writer import Tx, Writer
-from isthmus.cluster.jobs.settings import JobsSettings, chosen_url
+from isthmus.cluster.jobs.settings import JobsSettings, database_url
 from isthmus.cluster.jobs.states import OPEN, TRANSITIONS, JobState, check_transition
 from isthmus.cluster.jobs.store.progress import Progress
 from isthmus.cluster.jobs.store.store import JobStore
@@ -136,15 +136,11 @@ async def test_a_file_that_is_no_database(tmp_path: Path) -> None:
         await opened(sqlite_url(tmp_path))
 
 
-def test_the_database_is_chosen_by_flag_settings_environment_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ISTHMUS_JOBS_DB", "sqlite:////env")
-    assert chosen_url("sqlite:////flag", "sqlite:////file") == "sqlite:////flag"
-    assert chosen_url(None, "sqlite:////file") == "sqlite:////file"
-    assert chosen_url(None, None) == "sqlite:////env"
-    assert chosen_url("none") is None
-    monkeypatch.delenv("ISTHMUS_JOBS_DB")
+def test_the_database_is_the_named_one_or_in_the_state_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert database_url("sqlite:////file") == "sqlite:////file"
+    assert database_url("none") is None
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
-    assert chosen_url(None) == "sqlite:////state/isthmus/jobs.db"
+    assert database_url(None) == "sqlite:////state/isthmus/jobs.db"
 
 
 async def test_limits_of_a_tenant(url: str) -> None:

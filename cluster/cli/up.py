@@ -1,0 +1,94 @@
+"""`isthmus up` and `demo`."""
+
+import time
+from typing import TYPE_CHECKING
+
+import typer
+
+from .gateway import GATEWAY_FLAGS
+from .terminal import options as opt
+from .terminal.flags import Flag, command_with, given
+
+if TYPE_CHECKING:
+    from ..config import ClusterConfig
+    from ..frontend.gateway import Gateway
+
+_MODEL = Flag("model", ("--model", "-m"))
+_DTYPE = Flag("dtype", choices=True)
+UP_FLAGS = (
+    *(Flag("prefill"), Flag("decode"), _MODEL, Flag("codec"), Flag("host"), Flag("port"), _DTYPE),
+    *(Flag("device"), Flag("threads"), Flag("address"), Flag("store_dir"), Flag("store_gib")),
+    *(opt.JOBS_DB, *GATEWAY_FLAGS),
+)
+
+
+def up(ctx: typer.Context, config: opt.ConfigFile = None, log_level: opt.LogLevel = opt.DEFAULT_LOG_LEVEL) -> None:
+    """Start a cluster and run it until Ctrl-C, which drains and stops everything.
+
+    [bold]Examples[/]
+
+      isthmus up
+
+      isthmus up --prefill 1 --decode 2 --codec raw --dtype float32
+
+      isthmus up --config cluster.yaml --port 7000
+
+      isthmus up --prefill 2 --decode 2 --local-prefill never --tenant-weights research=3,web=1
+
+      isthmus up --address auto    # on the Ray that runs here already
+    """
+    begun_s = time.monotonic()
+    opt.configure_logs(log_level)
+    from ..config import load_config
+
+    raise typer.Exit(_serve_cluster(load_config(config, given(ctx)).with_jobs(), begun_s))
+
+
+def demo(ctx: typer.Context, as_json: opt.Json = False) -> None:
+    """Start a small cluster, send it real prompts, show the answers and what moving their KV took.
+
+    [bold]Examples[/]
+
+      isthmus demo
+
+      isthmus demo --codec raw
+    """
+    opt.configure_logs(opt.DEFAULT_LOG_LEVEL)
+    from ..config import load_config
+    from .demo.demo import run_demo
+
+    settings = load_config(None, {**given(ctx), "port": 0, "gateway": {"jobs_db": "none"}}).with_jobs()
+    raise typer.Exit(run_demo(settings, as_json=as_json))
+
+
+UpCommand = command_with(UP_FLAGS)
+DemoCommand = command_with((Flag("codec"), _MODEL, _DTYPE))
+
+
+def _serve_cluster(settings: "ClusterConfig", begun_s: float) -> int:
+    from ..launch.foreground import run_service
+    from ..launch.progress import StartProgress
+    from ..launch.ray_cluster import RayCluster
+    from ..launch.supervisor import Supervisor
+
+    shown = StartProgress()
+    supervisor = Supervisor(settings, RayCluster(settings), shown.step)
+
+    async def start() -> None:
+        with shown:
+            running = await supervisor.start()
+        _welcome(settings, running, time.monotonic() - begun_s)
+
+    async def stop(drain_s: float) -> None:
+        if drain_s:
+            opt.say("stopping: running requests may end; Ctrl-C again stops at once")
+        await supervisor.stop(drain_s)
+
+    return run_service(start, stop, settings.drain_s)
+
+
+def _welcome(settings: "ClusterConfig", running: "Gateway", took_s: float) -> None:
+    workers = f"{settings.prefill} prefill and {settings.decode} decode"
+    opt.say(f"ready on {running.address}: {settings.model}, {workers}, codec {settings.codec} ({took_s:.1f} s)")
+    server = "" if running.address == opt.DEFAULT_SERVER else f" --server {running.address}"
+    opt.say(f'try: isthmus generate --chat{server} "Why is the sky blue?"')

@@ -1,0 +1,8 @@
+"""Defaults that settings and commands share. Without imports: `isthmus --help` reads them."""
+
+# Where a gateway listens and its clients look for it.
+HOST = "127.0.0.1"
+PORT = 50051
+SERVER = f"{HOST}:{PORT}"
+
+DRAIN_S = 30.0  # for running requests, where a worker is drained or a cluster stops
