@@ -127,7 +127,7 @@ class WorkerSeat:
         if self._worker is not None:
             await self._worker.stop()
 
-    # What others may order of this worker (`proto.reporting.Orders`).
+    # What others may order of this worker (`worker.orders.Orders`).
 
     def left(self) -> None:
         """Was drained by order, and whoever ordered it knows."""
