@@ -40,7 +40,7 @@ test-integration: .venv/.installed .venv/.test-weights  ## Tests with models in 
 	@$(BIN)/pytest --suite model $(SIDE_BY_SIDE)
 	@$(BIN)/pytest --suite process
 
-test-chaos: .venv/.installed  ## Processes killed and stopped, links cut, frames corrupted, disks full, clocks that jump
+test-chaos: .venv/.installed  ## Processes killed, links cut, frames corrupted, disks full, clocks that jump; a minute of soak
 	@$(BIN)/pytest --suite chaos
 
 test-fuzz: .venv/.installed  ## 20,000 requests that nobody meant, to every RPC of a small cluster
