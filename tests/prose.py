@@ -31,8 +31,21 @@ def protos() -> list[Path]:
 
 
 @cache
-def syntax(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+def nodes(path: Path) -> list[ast.AST]:
+    """Everything in a file's syntax tree, the module first."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
+def words(path: Path) -> tuple[set[str], list[str]]:
+    """The identifiers of a file, and its comments."""
+    names, comments = set(), []
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type == tokenize.NAME:
+            names.add(token.string)
+        elif token.type == tokenize.COMMENT:
+            comments.append(token.string)
+    return names, comments
 
 
 def without_code_blocks(page: str) -> str:
@@ -65,30 +78,24 @@ def remarks(path: Path) -> str:
     text = path.read_text()
     if path.suffix == ".proto":
         return "\n".join(re.findall(r"//.*", text))
-    documented = [node for node in ast.walk(syntax(path)) if isinstance(node, _WITH_DOCSTRING)]
-    docstrings = [ast.get_docstring(node) or "" for node in documented]
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    return "\n".join([*docstrings, *(token.string for token in tokens if token.type == tokenize.COMMENT)])
+    docstrings = [ast.get_docstring(node) or "" for node in nodes(path) if isinstance(node, _WITH_DOCSTRING)]
+    return "\n".join([*docstrings, *words(path)[1]])
 
 
 @cache
 def code_words() -> set[str]:
     """Every identifier and every word of a string in the code; of docstrings and comments none."""
-    words: set[str] = set()
+    found: set[str] = set()
     for path in sources():
-        docstrings = {
-            id(node.body[0].value)
-            for node in ast.walk(syntax(path))
-            if isinstance(node, _WITH_DOCSTRING) and node.body and isinstance(node.body[0], ast.Expr)
-        }
-        for node in ast.walk(syntax(path)):
+        documented = [node for node in nodes(path) if isinstance(node, _WITH_DOCSTRING) and node.body]
+        docstrings = {id(node.body[0].value) for node in documented if isinstance(node.body[0], ast.Expr)}
+        for node in nodes(path):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-                words.update(re.findall(r"\w+", node.value))
-        tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
-        words.update(token.string for token in tokens if token.type == tokenize.NAME)
+                found.update(re.findall(r"\w+", node.value))
+        found |= words(path)[0]
     for path in protos():
-        words.update(re.findall(r"\w+", re.sub(r"//.*", "", path.read_text())))
-    return words
+        found.update(re.findall(r"\w+", re.sub(r"//.*", "", path.read_text())))
+    return found
 
 
 @cache
@@ -96,7 +103,7 @@ def members() -> dict[str, set[str]]:
     """Attributes and methods of each class, fields of each message, methods of each service, by its name."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in sources():
-        for node in ast.walk(syntax(path)):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
                 found[node.name].update(_members(node))
     for path in protos():
@@ -123,7 +130,7 @@ def _classes() -> dict[str, list[ast.ClassDef]]:
     """The classes of ours; what bases of others bring is not known."""
     found: dict[str, list[ast.ClassDef]] = defaultdict(list)
     for path in sources():
-        for node in syntax(path).body:
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
                 found[node.name].append(node)
     return found
@@ -134,7 +141,7 @@ def modules() -> dict[str, set[str]]:
     """What each module defines, by the name of its file: top-level names and those of its classes."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in sources():
-        for node in ast.walk(syntax(path)):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 found[path.stem].add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
