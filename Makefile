@@ -34,14 +34,14 @@ demo: .venv/.installed  ## Start a local cluster, send it prompts, show the figu
 test: lint test-unit test-integration  ## Lint, types, unit and integration tests
 
 test-unit: .venv/.installed  ## Tests that start no process and load no model
-	@$(BIN)/pytest --suite unit $(SIDE_BY_SIDE)
+	@$(BIN)/pytest --suite=unit $(SIDE_BY_SIDE)
 
 test-integration: .venv/.installed .venv/.test-weights  ## Tests with models in one process, then those that start processes
-	@$(BIN)/pytest --suite model $(SIDE_BY_SIDE)
-	@$(BIN)/pytest --suite process
+	@$(BIN)/pytest --suite=model $(SIDE_BY_SIDE)
+	@$(BIN)/pytest --suite=process
 
 test-chaos: .venv/.installed  ## Processes killed, links cut, frames corrupted, disks full, clocks that jump; a minute of soak
-	@$(BIN)/pytest --suite chaos
+	@$(BIN)/pytest --suite=chaos
 
 test-fuzz: .venv/.installed  ## 20,000 requests that nobody meant, to every RPC of a small cluster
 	@$(BIN)/python tests/fuzz.py --calls $(or $(CALLS),20000) --seed $(or $(SEED),1)

@@ -1,4 +1,4 @@
-"""What must be set before torch and Triton are imported, for all tests; `pytest --suite NAME`."""
+"""What must be set before torch and Triton are imported, for all tests; `pytest --suite=NAME`."""
 
 import ctypes
 import gc
