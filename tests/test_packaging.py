@@ -60,11 +60,9 @@ def test_stubs_are_current(tmp_path: Path) -> None:
 
 def _copy_of_sources(target: Path) -> Path:
     """The files that a wheel is built from: a build leaves folders behind, which must not stay in the repository."""
-    for name in ("pyproject.toml", "README.md"):
-        source = ROOT / name
-        if source.exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_bytes(source.read_bytes())
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        target.mkdir(exist_ok=True)
+        (target / name).write_bytes((ROOT / name).read_bytes())
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:

@@ -125,7 +125,7 @@ class RoleHost:
         if self._worker is not None:
             await self._worker.stop()
 
-    # What others may order of this worker (`worker/orders.py`, `Orders`).
+    # What others may order of this worker (`worker/service.py`, `Orders`).
 
     def left(self) -> None:
         """The worker was drained by order, and the caller has its answer."""

@@ -3,7 +3,7 @@
 Odd integers c = 2 v - 127 with v in 0..127: the midpoints between neighbours are integers (so the nearest
 centroid is decided by floor(y) in 8 bits), sums of centroids are exact in fp32 and bf16 holds each of them
 exactly, and v is 7 bits wide, which lets a GPU look four codes up with two byte permutations
-(`dequant.py`). Mean squared error over that of the real Lloyd-Max points: -.01 % (the integers are optimal
+(`dequant_triton.py`). Mean squared error over that of the real Lloyd-Max points: -.01 % (the integers are optimal
 to the last digit), +.05 %, +.34 % at 2, 3 and 4 bits.
 
 Codes ascend: code 0 is the most negative centroid.

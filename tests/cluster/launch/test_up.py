@@ -87,7 +87,7 @@ def test_it_answers(up: Up) -> None:
 
 def test_output_is_quiet(up: Up) -> None:
     lines = up.log.read_text().splitlines()
-    assert all(line.startswith(("✓ ", "ready on ", "try: ")) for line in lines), lines
+    assert all(line.startswith(("✓ ", "… ", "ready on ", "try: ")) for line in lines), lines  # …: a slow start
 
 
 def test_a_killed_worker_comes_back(up: Up) -> None:

@@ -16,6 +16,7 @@ from isthmus.kvtransfer.calibration.balance import (
     load_balance,
     save_balance,
 )
+from isthmus.kvtransfer.calibration.progress import calibrated_share
 from isthmus.kvtransfer.calibration.text import TEXT
 from isthmus.proto.errors import Corrupt, InvalidRequest
 
@@ -89,24 +90,32 @@ def test_text_is_long_enough():
     assert len(TEXT.split()) > 1300
 
 
-def test_made_once_by_workers_that_start_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path, texts = balance_path(tmp_path / "deep", "abc", 8), []
+def test_made_once_by_workers_that_start_together(tmp_path: Path):
+    path, texts, shares = balance_path(tmp_path / "deep", "abc", 8), [], []
 
     def encode(text: str) -> list[int]:
         texts.append(text)
         time.sleep(0.2)
         return [i * 7 % 50 for i in range(100)]
 
+    def noting(ids: Tensor, positions: Tensor, rows: Tensor, attend: Attend) -> Tensor:
+        def attend_and_note(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            out = attend(layer, q, k, v, scale)
+            shares.append(calibrated_share())
+            return out
+
+        return forward(ids, positions, rows, attend_and_note)
+
     def start(_: int) -> list[Tensor]:
-        return ensure_balance(path, "abc", forward, encode, LAYERS, 8)
+        return ensure_balance(path, "abc", noting, encode, LAYERS, 8)
 
     with ThreadPoolExecutor(3) as pool:
         first, *others = pool.map(start, range(3))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     assert texts == [TEXT]
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.rsplit(": ")[-1] for line in lines[1:]] == ["50 %", "100 %"]
+    assert shares == [0.5, 1.0]
+    assert calibrated_share() is None
 
 
 def test_a_file_that_is_given_is_used(tmp_path: Path):
