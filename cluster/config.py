@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..decode.config import DecodeConfig
-from ..kvtransfer.codecs.names import DEFAULT_CODEC, codec_names
+from ..kvtransfer.codecs.registry import DEFAULT_CODEC, codec_names
 from ..model.dtypes import Dtype
 from ..prefill.config import PrefillConfig
 from ..proto.errors import InvalidRequest

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..kvtransfer.codecs.names import DEFAULT_CODEC
+from ..kvtransfer.codecs.registry import DEFAULT_CODEC
 from ..model.dtypes import Dtype
 from ..proto.rpc.addresses import checked_address
 

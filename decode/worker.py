@@ -20,8 +20,7 @@ import grpc.aio
 from ..kvtransfer.calibration.balance import balance_path, ensure_balance
 from ..kvtransfer.codecs.registry import PageCodec
 from ..kvtransfer.frame import PROTOCOL_VERSION
-from ..kvtransfer.hashing import page_salt
-from ..kvtransfer.page_addresses import PageAddresses
+from ..kvtransfer.hashing import PageAddresses, page_salt
 from ..kvtransfer.pairing import CodecSet, require_same
 from ..model.cache import cache_root
 from ..model.load.loader import load_model

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..kvtransfer.codecs.names import DEFAULT_CODEC
+from ..kvtransfer.codecs.registry import DEFAULT_CODEC
 from ..model.dtypes import Dtype
 from ..proto.rpc.addresses import checked_address
 

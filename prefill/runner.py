@@ -29,8 +29,8 @@ class PrefillRunner:
         """
         token_ids, positions, spans, last_rows = [], [], [], []
         for job, chunk in work:
-            stretches = tuple(self._pool.slots(job.runs, 0, chunk.end))
-            spans.append(Span(len(token_ids), chunk.end - chunk.start, chunk.start, stretches))
+            ranges = tuple(self._pool.slots(job.runs, 0, chunk.end))
+            spans.append(Span(len(token_ids), chunk.end - chunk.start, chunk.start, ranges))
             token_ids += job.token_ids[chunk.start : chunk.end]
             positions += range(chunk.start, chunk.end)
             if chunk.last:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from ..kernels.cpu.compiling import is_compiling
+from ..kernels.cpu.compiled import is_compiling
 from .stamps import LOOK_S, Stamps
 
 log = logging.getLogger(__name__)

@@ -173,9 +173,9 @@ class DenseStore:
             runs, start, end = self._runs[advance.sequence.id], advance.start, advance.end
             if self._rounds(advance):
                 rounded.append((advance.sequence, slice(len(slots), len(slots) + end - start)))
-            stretches = tuple(pool.slots(runs, 0, end))
-            spans.append(Span(len(slots), end - start, start, stretches, output=not advance.in_prompt))
-            slot, tokens = stretches[-1]
+            ranges = tuple(pool.slots(runs, 0, end))
+            spans.append(Span(len(slots), end - start, start, ranges, output=not advance.in_prompt))
+            slot, tokens = ranges[-1]
             if end - start <= tokens:
                 slots += range(slot + tokens - (end - start), slot + tokens)
             else:

@@ -10,7 +10,7 @@ from isthmus.cluster.requests.request import Admitted, admit, examine
 from isthmus.cluster.router.board import Board, board_of
 from isthmus.cluster.router.table import WorkerLoad
 from isthmus.cluster.text.served import InputLimits, ServedModel
-from isthmus.kvtransfer.codecs.names import codec_names
+from isthmus.kvtransfer.codecs.registry import codec_names
 from isthmus.proto.errors import InvalidRequest, IsthmusError, NotFound, Unavailable
 from isthmus.proto.generation_pb2 import GenerateRequest
 

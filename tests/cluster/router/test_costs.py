@@ -12,7 +12,7 @@ from isthmus.cluster.router.costs import Demand
 from isthmus.cluster.router.prefixes import Steps
 from isthmus.cluster.router.router import route
 from isthmus.cluster.router.table import NOBODY, SUSPECT, PrefillTime, StepTime, WorkerLoad
-from isthmus.cluster.router.ties import mixed
+from isthmus.kernels.splitmix64 import mix
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
 
 DAMAGE = {PRIORITY_INTERACTIVE: 0.5, PRIORITY_STANDARD: 1.0, PRIORITY_BATCH: 2.0}
@@ -90,7 +90,7 @@ def preferred(costs: dict[str, float], near_ms: float, board: Board, affinity: i
     seeds = {a: pool.seeds[pool.row[a]] for pool in (board.prefill, board.decode) for a in pool.row}
     least = min(costs.values())
     near = [address for address, cost in costs.items() if cost <= least + near_ms]
-    return min(near, key=lambda address: mixed(seeds[address] ^ affinity))
+    return min(near, key=lambda address: mix(seeds[address] ^ affinity))
 
 
 def expected(model: Model, board: Board, local: str) -> tuple[str, str, float]:
