@@ -87,7 +87,7 @@ def span_attention(
         from torch.nn.attention.bias import causal_lower_right  # imports the compiler: 3 s, for which a CPU has no use
 
         mask = causal_lower_right(span.new, total)
-    else:  # PyTorch offers no window of FlashAttention's; no wider than the chunk and the window, one for all layers
+    else:  # PyTorch has no window for FlashAttention; no wider than the chunk and the window, one for all layers
         start = max(0, span.past - window + 1)
         k, v = k[:, :, start:], v[:, :, start:]
         mask = cached_band(span.past - start, span.new, total - start, window, q_THD.dtype, q_THD.device)
