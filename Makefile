@@ -105,5 +105,5 @@ clean:  ## Remove .venv and all caches of the build and the tests (converted mod
 gpu-check: .venv/.installed  ## Check kernels, CUDA graphs and chunks on this machine's GPU against references; time them
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "this PyTorch finds no GPU")'
 	@$(BIN)/pytest -m gpu
-	@$(BIN)/python benchmarks/kernels.py --check --json gpu-check.json
+	@$(BIN)/python benchmarks/kernel_speed.py --check --json gpu-check.json
 	@$(BIN)/python benchmarks/steps.py --json gpu-steps.json

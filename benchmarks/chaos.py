@@ -1,4 +1,4 @@
-"""Faults under load on real processes, and lies about pages; writes what came of the answers as JSON.
+"""Faults under load on real processes, and corrupted frames; writes what came of the answers as JSON.
 
 Each part answers the same requests twice, undisturbed and under faults, and compares the tokens. A third, undisturbed
 run with another number of requests at once is the control: what differs there differs by who shares a batch (the last
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chaos_cluster import ChaosCluster, chaos_cluster
-from chaos_frames import frame_rig, mutate_frames
-from chaos_kills import Faults, compare_runs, hurt_gateway, hurt_links, hurt_workers
-from chaos_load import answer_all, cancel_storm, make_requests
-from chaos_poison import hang, poison
-from report import Report, conditions, say
+from faults.cluster import ChaosCluster, chaos_cluster
+from faults.frames import frame_rig, mutate_frames
+from faults.kills import Faults, compare_runs, hurt_gateway, hurt_links, hurt_workers
+from faults.load import answer_all, cancel_storm, make_requests
+from faults.poison import hang, poison
+from support.report import Report, conditions, say
 
 from isthmus.model.load.describe import describe_model
 from isthmus.proto.generation_pb2 import GenerateRequest
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
         "--every", type=float, default=5.0, help="seconds between two faults, about; four times as many for the gateway"
     )
     parser.add_argument("--codecs", default="raw,tq-k4v4")
-    parser.add_argument("--frames", type=int, default=10_000, help="lies about pages")
+    parser.add_argument("--frames", type=int, default=10_000, help="corrupted frames")
     parser.add_argument("--cancels", type=int, default=500, help="within 10 s")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
@@ -157,7 +157,7 @@ def totals(results: dict[str, Any]) -> dict[str, Any]:
     def total(name: str) -> int:
         return sum(result.get(name, 0) for part, result in results.items() if part != "frames")
 
-    lies = results.get("frames", {})
+    frames = results.get("frames", {})
     return {
         "requests": total("requests"),
         "answered": total("answered"),
@@ -165,8 +165,8 @@ def totals(results: dict[str, Any]) -> dict[str, Any]:
         "leaked_pages": total("leaked_pages"),
         "flip_s": results.get("flip", {}).get("flip_s"),
         "pause_p99_s": results.get("kill", {}).get("pause_p99_s"),
-        "refused_frames": lies.get("refused_frames"),
-        "wrong_tokens": lies.get("wrong_tokens"),
+        "refused_frames": frames.get("refused_frames"),
+        "wrong_tokens": frames.get("wrong_tokens"),
         **{part: results[part] for part in ("poison", "hang") if part in results},
     }
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import grpc.aio
 import typer
-from processes import free_port, isthmus
-from report import Report, conditions, each, percentiles, say
+from support.processes import free_port, isthmus
+from support.report import Report, conditions, each, percentiles, say
 
 from isthmus.cluster.client.client import Answer, Client, build_request
 from isthmus.proto.rpc.transport import Transport

@@ -12,10 +12,10 @@ import sys
 import time
 
 import psutil
-from processes import free_port, isthmus
+from support.processes import free_port, isthmus
 
 from isthmus.cluster.text.served import load_served_model
-from isthmus.kvtransfer.codecs.names import DEFAULT_CODEC
+from isthmus.kvtransfer.codecs.registry import DEFAULT_CODEC
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto import worker_pb2
 from isthmus.proto.rpc.server import Server

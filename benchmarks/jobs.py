@@ -1,6 +1,6 @@
 """Generation jobs: nothing lost when the gateway is killed, submissions and watch events per second, TTFT beside batch.
 
-    python benchmarks/jobs.py --json jobs.json               # about 5 minutes; no model: benchmarks/fake_worker.py
+    python benchmarks/jobs.py --json jobs.json               # about 5 minutes; no model: support/fake_worker.py
     python benchmarks/jobs.py --real --json jobs-real.json   # SmolLM2: crashes, and a file of prompts interrupted twice
 
 Results are JSON with the fields `submitted, succeeded, identical, duplicated_tokens, lost` of the crash part,
@@ -23,8 +23,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from processes import ISTHMUS, free_port, ready, worker
-from report import Count, Report, conditions
+from support.processes import ISTHMUS, free_port, ready, worker
+from support.report import Count, Report, conditions
 
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.client.jobs import JobsClient
@@ -34,7 +34,7 @@ from isthmus.proto.generation_pb2 import GenerateRequest
 from isthmus.proto.jobs_pb2 import JOB_STATE_SUCCEEDED, SubmitJobRequest
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE
 
-FAKE = Path(__file__).with_name("fake_worker.py")
+FAKE = Path(__file__).with_name("support") / "fake_worker.py"
 MODEL = "smollm2-135m"
 WAIT_S = 120.0
 

@@ -18,8 +18,9 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from quality_protocols import Cache, Correlation, Divergence, add_served, logits_all, step
-from report import Count, Report
+from quantizers.codec import PUBLISHED, PublishedCodec
+from support.quality_protocols import Cache, Correlation, Divergence, add_served, logits_all, step
+from support.report import Count, Report
 
 from isthmus.kvtransfer.calibration.balance import calibrate
 from isthmus.kvtransfer.calibration.text import TEXT
@@ -44,7 +45,12 @@ def main() -> None:
     if not options.no_balance:
         balance = calibrate(model.forward, tokenizer.encode(TEXT), model.layers, PAGE)
     names = options.codecs.split(",")
-    codecs = {name: build_codec(name, model.layers, PAGE, balance) for name in names}
+    codecs: dict[str, PageCodec] = {
+        name: PublishedCodec(name, model.layers, PAGE)
+        if name in PUBLISHED
+        else build_codec(name, model.layers, PAGE, balance)
+        for name in names
+    }
     with Report(Path(options.json) if options.json else None) as report:
         report.put(
             model=model.name,
@@ -76,7 +82,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True, help="UTF-8, plain or .gz; not the calibration text")
-    parser.add_argument("--codecs", default=",".join(codec_names()), help="`raw` is the reference itself")
+    parser.add_argument(
+        "--codecs", default=",".join((*codec_names(), *PUBLISHED)), help="`raw` is the reference itself"
+    )
     parser.add_argument("--context", type=int, default=1024, help="tokens of a window of protocol all")
     parser.add_argument(
         "--served-context", type=int, default=2048, help="tokens of a window of protocol served; 0: none"

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from processes import ready, worker
-from report import Report, conditions, each
+from support.processes import ready, worker
+from support.report import Report, conditions, each
 
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto.common_pb2 import TransferStats

@@ -7,10 +7,10 @@ worker reports ten times a second; placements are decisions that are also counte
 Goals, in decisions: 20,000/s with 16 workers, 2,000/s with 1,024.
 
 A trace is a file of Mooncake (JSON lines with `timestamp`, `input_length`, `output_length`, `hash_ids`) or of Azure's
-LLM inference traces (CSV with `TIMESTAMP`, `ContextTokens`, `GeneratedTokens`), plain or gzipped. It is replayed in
-the queue model of queue_model.py with 16 prefill and 16 decode workers, sped up so that computing every prompt in full
-would take `--load` of all prefill workers. Goal: p95 TTFT of the cost model at most 0.8 of least-requests, and no worse
-than with local prefill always or never. `ideal` is what no policy can get below: no prompt waits.
+LLM inference traces (CSV with `TIMESTAMP`, `ContextTokens`, `GeneratedTokens`), plain or gzipped. It is replayed in the
+queue model (`support/queue_model.py`) of 16 prefill and 16 decode workers, sped up so that computing every prompt in
+full would take `--load` of all prefill workers. Goal: p95 TTFT of the cost model at most 0.8 of least-requests, and no
+worse than with local prefill always or never. `ideal` is what no policy can get below: no prompt waits.
 
 With `--idle 64` a real gateway process watches so many idle workers; goal: under 5 % of a core.
 """
@@ -30,8 +30,8 @@ from typing import Any
 
 import numpy as np
 from idle import idle_share
-from queue_model import BLOCK, PREFILL, STEP, Arrival, Simulation, compute_ms
-from report import Report, conditions, say
+from support.queue_model import BLOCK, PREFILL, STEP, Arrival, Simulation, compute_ms
+from support.report import Report, conditions, say
 
 from isthmus.cluster.router.costs import Demand
 from isthmus.cluster.router.policies import LocalPrefill, Policy

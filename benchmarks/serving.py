@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from asking import Answer, ask, decode_request
-from baseline import Baseline
-from mixed import Load, mixed_load
-from processes import ready, worker
-from report import Report, conditions, percentiles, say
+from support.asking import Answer, ask, decode_request
+from support.baseline import Baseline
+from support.mixed import Load, mixed_load
+from support.processes import ready, worker
+from support.report import Report, conditions, percentiles, say
 
 from isthmus.proto.decode_pb2_grpc import DecodeStub
 from isthmus.proto.rpc.transport import Transport

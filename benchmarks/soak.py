@@ -26,9 +26,9 @@ from typing import Annotated
 import grpc.aio
 import typer
 import yaml
-from asking import ask, decode_request
-from processes import Running, ready, running_worker
-from report import Report, conditions, each, say
+from support.asking import ask, decode_request
+from support.processes import Running, ready, running_worker
+from support.report import Report, conditions, each, say
 
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeStub

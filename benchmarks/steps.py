@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import Report, conditions, each
+from support.report import Report, conditions, each
 
 from isthmus.decode.graphs import PaddedSteps, recorder
 from isthmus.decode.pool.packed import PackedKvPool

@@ -12,7 +12,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..decode.config import DecodeConfig
-from ..kvtransfer.codecs.names import codec_names
+from ..kvtransfer.codecs.registry import codec_names
 from ..model.dtypes import Dtype
 from ..prefill.config import PrefillConfig
 from ..proto.errors import InvalidRequest

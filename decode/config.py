@@ -8,7 +8,7 @@ from ..worker.config import WorkerConfig
 
 
 class DecodeConfig(WorkerConfig):
-    """Those of every worker (`worker/config.py`) and its own. `pool_gib` is shared out in `decode/budget.py`."""
+    """Those of every worker (`worker/config.py`) and its own. `pool_gib` is shared out in `decode/memory.py`."""
 
     pool: Literal["auto", "dense", "packed"] = Field(
         default="auto", description="packed: pages stay packed in the pool, in the default codec only."

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from ..kvtransfer.codecs.registry import PageCodec
-from ..kvtransfer.page_addresses import PageAddresses
+from ..kvtransfer.hashing import PageAddresses
 from ..model.penalties import SeenTokens, penalises
 from ..model.sampling import SampleRow
 from ..proto.common_pb2 import FinishReason, TokenLogprobs

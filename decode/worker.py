@@ -19,8 +19,7 @@ import grpc.aio
 
 from ..kvtransfer.codecs.registry import PageCodec
 from ..kvtransfer.frame import PROTOCOL_VERSION
-from ..kvtransfer.hashing import page_salt
-from ..kvtransfer.page_addresses import PageAddresses
+from ..kvtransfer.hashing import PageAddresses, page_salt
 from ..kvtransfer.pairing import CodecSet, require_same
 from ..model.memory import require_memory, size_of
 from ..model.model import Model

@@ -1,7 +1,7 @@
 """Which fast paths this process takes: each is tried once on small data, and has a plain path beside it.
 
-What a CPU can do is not concluded from its name or flags: libraries ask for other combinations of instructions than one
-would think, and are told by environment variables to use fewer. So the very operation is run, and compared with the
+What a CPU can do is not concluded from its name or flags: libraries need other combinations of instructions than
+one would think, and environment variables have them use fewer. So the operation itself is run, and compared with the
 plain path. One that raises, or gives other numbers, is not taken; a line of the log says which and why.
 
 `ISTHMUS_COMPILED=never` takes no fast path at all, to tell a kernel's fault from the model's.

@@ -8,8 +8,7 @@ from ..kernels.shapes import LayerShape
 from ..proto.errors import Incompatible, InvalidRequest, NotFound, shown
 from ..proto.rpc.transport import FRAME_MESSAGE_LIMIT
 from ..proto.worker_pb2 import WorkerReport
-from .codecs.names import codec_names
-from .codecs.registry import PageCodec, build_codec
+from .codecs.registry import PageCodec, build_codec, codec_names
 from .encoded import raw_bytes
 from .frame import F32, PROTOCOL_VERSION
 
@@ -54,7 +53,7 @@ class CodecSet:
         return self._codecs[name]
 
     def fill_report(self, report: WorkerReport) -> None:
-        """Tells others what they must match."""
+        """Adds what others must match to a report."""
         report.protocol_version = PROTOCOL_VERSION
         report.default_codec = self._default
         report.page_tokens = self.page_tokens

@@ -37,7 +37,7 @@ class ReceivedSection:
 class KvReceiver:
     """Checks the frames of one transfer in order, and at the commit that nothing is missing.
 
-    It holds no pages: the engine decodes what `accept` returns. Every refusal is a Corrupt error that names the
+    It keeps no pages: the engine decodes what `accept` returns. Every refusal is a Corrupt error that names the
     mismatch; nothing is guessed or repaired.
     """
 
@@ -48,12 +48,13 @@ class KvReceiver:
         layers: Sequence[LayerShape],
         page_tokens: int,
         prompt_tokens: int,
-        held_tokens: int,
+        cached_tokens: int,
     ) -> None:
+        """`cached_tokens`: the first tokens of the prompt, which are here already and are not sent."""
         self._asked, self._binding, self._codec, self._layers = binding, binding.fields(), codec, layers
         self._page_tokens, self._prompt_tokens = page_tokens, prompt_tokens
         self._packed = packed_range(prompt_tokens, page_tokens, codec.packs)
-        self._have = [held_tokens] * len(layers)  # tokens from the start, per layer: sections come in order
+        self._received = [cached_tokens] * len(layers)  # tokens from the start, per layer: sections come in order
         self._digest = Digest()
         # A section is a page at least, however large that is.
         self._max_bytes = max(MAX_FRAME_BYTES, *(raw_bytes(layer, page_tokens, F32) for layer in layers))
@@ -89,9 +90,9 @@ class KvReceiver:
 
     def finish(self, commit: KvCommit) -> None:
         """Corrupt where the commit does not match what came, or a token of any layer is missing."""
-        for layer, have in enumerate(self._have):
-            if have != self._prompt_tokens:
-                raise Corrupt(f"layer {layer} has {have} of {self._prompt_tokens} tokens at the commit")
+        for layer, received in enumerate(self._received):
+            if received != self._prompt_tokens:
+                raise Corrupt(f"layer {layer} has {received} of {self._prompt_tokens} tokens at the commit")
         got = (self._digest.frames, self._digest.payload_bytes, self._digest.digest())
         if got != (commit.frames, commit.payload_bytes, commit.digest):
             raise Corrupt("the commit does not match the frames that came")
@@ -111,16 +112,16 @@ class KvReceiver:
         layer, start, end = self._layers[section.layer], section.start, section.start + section.tokens
         if (section.first_head, section.end_head) != (0, layer.kv_heads):
             raise Corrupt(f"a section of heads {section.first_head} to {section.end_head}; asked for all")
-        if not section.tokens or start != self._have[section.layer] or end > self._prompt_tokens:
-            have = self._have[section.layer]
-            raise Corrupt(f"layer {section.layer}: tokens {start} to {end} came where token {have} was due")
+        if not section.tokens or start != self._received[section.layer] or end > self._prompt_tokens:
+            due = self._received[section.layer]
+            raise Corrupt(f"layer {section.layer}: tokens {start} to {end} came where token {due} was due")
         packed = self._packed[0] <= start < self._packed[1]
         crosses = any(start < bound < end for bound in self._packed)
         if packed != (section.encoding == PACKED) or crosses:
             raise Corrupt(f"layer {section.layer}: tokens {start} to {end} came as {section.encoding}")
         if section.nbytes != self._expected_bytes(layer, section):
             raise Corrupt(f"layer {section.layer}: {section.nbytes} bytes for {section.tokens} tokens")
-        self._have[section.layer] = end
+        self._received[section.layer] = end
 
     def _expected_bytes(self, layer: LayerShape, section: SectionHeader) -> int:
         if section.encoding == PACKED:

@@ -20,9 +20,10 @@ class KvSender:
     hands over the pages that `encode` has completed, to be kept.
     """
 
-    def __init__(self, form: PageFormat, page_hashes: bytes, prompt_tokens: int, held_tokens: int) -> None:
+    def __init__(self, form: PageFormat, page_hashes: bytes, prompt_tokens: int, cached_tokens: int) -> None:
+        """`cached_tokens`: the first tokens of the prompt, which the receiver has already."""
         self._form, self._hashes, self._prompt_tokens = form, page_hashes, prompt_tokens
-        self._sent = held_tokens
+        self._sent = cached_tokens
         self._pages: dict[int, EncodedPage] = {}  # that `encode` works on, by first token
         self.bf16_bytes = 0
         token_bytes = max(raw_bytes(layer, 1, F32) for layer in form.layers)
@@ -58,9 +59,9 @@ class KvSender:
         else:
             check_finite(layer, keys_THD, values_THD)
             data = encode_raw(keys_THD, values_THD, pages[0].encoding)
-        rows = data.cpu().contiguous().view(torch.uint8).view(len(pages), -1)
-        for page, row in zip(pages, rows, strict=True):
-            page.layer(layer)[:] = row.numpy().data
+        data_PB = data.cpu().contiguous().view(torch.uint8).view(len(pages), -1)
+        for page, data_B in zip(pages, data_PB, strict=True):
+            page.layer(layer)[:] = data_B.numpy().data
         return pages
 
     def resend(self, layer: int, section: Section, pages: Sequence[EncodedPage]) -> EncodedSection:

@@ -4,7 +4,6 @@ A model stands in a folder `NAME-KEY`, where the key is of the source's content,
 was made from. It is made in a folder beside it and renamed when complete: what is there under its name is whole.
 """
 
-import fcntl
 import json
 import shutil
 import sys
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
+
+from filelock import FileLock, Timeout
 
 from ..kernels.cache_folder import cache_folder
 
@@ -71,10 +72,13 @@ def cached_or_made(folder: Path, note: Note, make: Callable[[Path], None]) -> Pa
 
 @contextmanager
 def _locked(path: Path, waiting: str) -> Iterator[None]:
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(waiting, file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(waiting, file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()

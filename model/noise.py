@@ -1,9 +1,8 @@
 """Random numbers by counter: the number for a token at a place in a sequence depends on (seed, place, token) alone.
 
 So a request that is replayed elsewhere, or in another batch, draws what it drew before. The mixing function is that of
-SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, figure 17); the seed
-is mixed before the place is added, and the place before the token, so that neighbouring seeds or places do not give
-one sequence shifted against another.
+SplitMix64 (`kernels/splitmix64.py`); the seed is mixed before the place is added, and the place before the token, so
+that neighbouring seeds or places do not give one sequence shifted against another.
 """
 
 from collections.abc import Sequence
@@ -11,17 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_MASK = (1 << 64) - 1
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-_STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-_LAST_SHIFT = 31
+from ..kernels.splitmix64 import GOLDEN_GAMMA, LAST_SHIFT, MASK, STEPS, mix
+
 _BLOCK = 1 << 16  # numbers made at once: more do not stay in a core's cache
 _BELOW_ONE = 1 - 2.0**-24  # the greatest float32 below 1
 
 
 def place_key(seed: int, position: int) -> int:
     """64 random bits for one place of a sequence."""
-    return _mix(_mix(seed + _GOLDEN_GAMMA & _MASK) + (position + 1) * _GOLDEN_GAMMA & _MASK)
+    return mix(mix(seed + GOLDEN_GAMMA & MASK) + (position + 1) * GOLDEN_GAMMA & MASK)
 
 
 def gumbel(keys: Sequence[int], token_RK: Tensor) -> Tensor:
@@ -33,24 +30,18 @@ def gumbel(keys: Sequence[int], token_RK: Tensor) -> Tensor:
 
 
 def _gumbel(key_R1: Tensor, token_RK: Tensor) -> Tensor:
-    bits_RK = _mix_all((token_RK + 1) * _signed(_GOLDEN_GAMMA) + key_R1)
+    bits_RK = _mix_all((token_RK + 1) * _signed(GOLDEN_GAMMA) + key_R1)
     # A number in (0, 1) with full relative precision near 0, where the greatest Gumbel numbers come from.
     uniform_RK = _shifted(bits_RK, 32).float().add_(0.5).mul_(2.0**-32).clamp_max_(_BELOW_ONE)
     return uniform_RK.neg_().log1p_().neg_().log_().neg_()
 
 
-def _mix(z: int) -> int:
-    for shift, factor in _STEPS:
-        z = (z ^ z >> shift) * factor & _MASK
-    return z ^ z >> _LAST_SHIFT
-
-
 def _mix_all(z: Tensor) -> Tensor:
-    """`_mix` of 64-bit integers, in place: products of two's complement numbers wrap as those without sign do."""
-    for shift, factor in _STEPS:
+    """`mix` of 64-bit integers, in place: products of two's complement numbers wrap as those without sign do."""
+    for shift, factor in STEPS:
         z ^= _shifted(z, shift)
         z *= _signed(factor)
-    z ^= _shifted(z, _LAST_SHIFT)
+    z ^= _shifted(z, LAST_SHIFT)
     return z
 
 

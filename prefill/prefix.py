@@ -181,7 +181,7 @@ class PrefixCache:
     def _write_to_store(self, job: PrefillJob, pages: Iterable[EncodedPage]) -> None:
         if self._store:
             for page in pages:
-                self._store.offer(job.prompt.form, page)
+                self._store.enqueue(job.prompt.form, page)
 
     def _unpin_late(self, reading: Future[list[EncodedPage]]) -> None:
         if not reading.cancelled() and not reading.exception():

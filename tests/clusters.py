@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
-from processes import ISTHMUS, free_port, isthmus
+from support.processes import ISTHMUS, free_port, isthmus
 
 from isthmus.proto.worker_pb2 import GetStatusRequest, WorkerHealth, WorkerRole
 from isthmus.proto.worker_pb2_grpc import ClusterStub

@@ -152,7 +152,8 @@ def problem_of(words: list[str]) -> str | None:
     command: Any = typer.main.get_command(app)
     for word in words:
         inner = getattr(command, "commands", None)  # of a group
-        options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        parameters = command.get_params(command.context_class(command))  # also those that are made when asked for
+        options = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
         if inner and re.fullmatch(r"[a-z]+(\|[a-z]+)*", word):
             if missing := set(word.split("|")) - set(inner):
                 return f"no command {sorted(missing)}"

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from ..kvtransfer.codecs.names import DEFAULT_CODEC
+from ..kvtransfer.codecs.registry import DEFAULT_CODEC
 from ..model.dtypes import Dtype
 from ..proto.rpc.addresses import checked_address
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..kernels.cpu.compiling import is_compiling
+from ..kernels.cpu.compiled import is_compiling
 from ..proto.errors import Exhausted
 from .watchdog import CHECK_S, Watchdog
 

@@ -59,7 +59,7 @@ def activity() -> str:
     phase = current_phase()
     if phase in ("", "imports"):
         return _ACTIVITY_OF.get(phase, "")
-    from ...kernels.cpu.compiling import is_compiling  # imported by the worker
+    from ...kernels.cpu.compiled import is_compiling  # imported by the worker
     from ...kvtransfer.calibration.progress import calibrated_share
 
     share = calibrated_share()

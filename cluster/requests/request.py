@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...kvtransfer.codecs.names import codec_names
+from ...kvtransfer.codecs.registry import codec_names
 from ...proto.common_pb2 import PRIORITY_STANDARD, Priority
 from ...proto.errors import InvalidRequest, NotFound, Unavailable, shown
 from ...proto.generation_pb2 import Chat, GenerateRequest, TokenIds

@@ -227,9 +227,9 @@ class PackedKvPool(PackedPages):
         if self._triton:
             from ...kernels.pages.pack_triton import pack
 
-            gains = self._codec.gains(layer, self._model.device)
+            rotations = self._codec.rotations(layer, self._model.device)
             layout, pool = self._codec.layout(layer), self._packed[layer]
-            pack(keys, values, raw_P * self.page_tokens, *gains, layout, pool, packed_P)
+            pack(keys, values, raw_P * self.page_tokens, rotations, layout, pool, packed_P)
             return
         tokens = torch.arange(self.page_tokens, device=raw_P.device)
         rows = (raw_P[:, None] * self.page_tokens + tokens).flatten()

@@ -4,7 +4,7 @@ Compiled from Python when a worker starts (Numba; the result is kept on disk). A
 sequences costs more than the attention itself; one batched PyTorch call needs all keys and values copied side by side.
 
 Letters of tensor shapes: B sequences, S slots of the pool, H heads (query heads or KV heads, as named), D head
-dimension, N stretches.
+dimension, N keys of a query token.
 """
 
 from collections.abc import Sequence
@@ -17,51 +17,51 @@ import torch
 from torch import Tensor
 
 from ..cpu.compiled import compiled
-from ..cpu.exponential import exp_fp32
-from ..cpu.numbers import np_view, number
+from ..cpu.numbers import exp_fp32, np_view, number
 from ..cpu.threads import in_parts
 from ..fast_paths import FastPath, alike, spread
 
 
 @dataclass(frozen=True)
-class Stretches:
-    """Where the keys of each row lie: row b has the stretches [of[b], of[b + 1])."""
+class SlotRanges:
+    """Which slots of the pool hold the keys and values of each query token: token b has the ranges
+    [bounds[b], bounds[b + 1])."""
 
-    of: np.ndarray
-    slots: np.ndarray  # first slot of each stretch
-    tokens: np.ndarray
-    most: int  # tokens of one row
-    total: int  # tokens of all rows
+    bounds: np.ndarray
+    starts: np.ndarray  # first slot of each range
+    lengths: np.ndarray
+    longest: int  # slots of one query token, the most
+    total: int  # slots of all query tokens
 
     @classmethod
-    def gather(cls, rows: Sequence[Sequence[tuple[int, int]]]) -> "Stretches":
-        """Of (first slot, tokens) stretches for each row."""
-        flat = np.array([stretch for row in rows for stretch in row], dtype=np.int64).reshape(-1, 2)
-        of = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum([len(row) for row in rows], out=of[1:])
-        lengths = np.add.reduceat(flat[:, 1], of[:-1])
-        return cls(of, flat[:, 0].copy(), flat[:, 1].copy(), int(lengths.max()), int(lengths.sum()))
+    def of(cls, ranges: Sequence[Sequence[tuple[int, int]]]) -> "SlotRanges":
+        """Of (first slot, tokens) ranges for each query token."""
+        flat = np.array([one for of_token in ranges for one in of_token], dtype=np.int64).reshape(-1, 2)
+        bounds = np.zeros(len(ranges) + 1, dtype=np.int64)
+        np.cumsum([len(of_token) for of_token in ranges], out=bounds[1:])
+        slots = np.add.reduceat(flat[:, 1], bounds[:-1])
+        return cls(bounds, flat[:, 0].copy(), flat[:, 1].copy(), int(slots.max()), int(slots.sum()))
 
 
-def decode_attention(q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, stretches: Stretches, scale: float) -> Tensor:
-    """Each row's attention over all tokens of its stretches: [B, query heads, D] in the dtype of `q_BHD`.
+def decode_attention(q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, ranges: SlotRanges, scale: float) -> Tensor:
+    """Each query token's attention over its slots: [B, query heads, D] in the dtype of `q_BHD`.
 
-    fp32 or bf16 on a CPU, the same for all three; sums are fp32. A row's result does not depend on the other rows.
+    fp32 or bf16 on a CPU, the same for all three; sums are fp32. A token's result does not depend on the others.
     """
     if has_decode_attention(q_BHD.dtype):
-        return _compiled_attention(q_BHD, keys_SHD, values_SHD, stretches, scale)
-    return decode_attention_reference(q_BHD, keys_SHD, values_SHD, stretches, scale)
+        return _compiled_attention(q_BHD, keys_SHD, values_SHD, ranges, scale)
+    return decode_attention_reference(q_BHD, keys_SHD, values_SHD, ranges, scale)
 
 
 def decode_attention_reference(
-    q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, stretches: Stretches, scale: float
+    q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, ranges: SlotRanges, scale: float
 ) -> Tensor:
-    """The same in PyTorch, row by row, each with copies of its own keys and values, so that no row's result depends on
-    the others or on where the pool holds it."""
+    """The same in PyTorch, token by token, each with copies of its own keys and values, so that no token's result
+    depends on the others or on which slots the pool has given it."""
     out_BHD = torch.empty_like(q_BHD)
     for row in range(len(q_BHD)):
-        parts = range(stretches.of[row], stretches.of[row + 1])
-        slots_N = torch.cat([torch.arange(n := int(stretches.slots[i]), n + int(stretches.tokens[i])) for i in parts])
+        parts = range(ranges.bounds[row], ranges.bounds[row + 1])
+        slots_N = torch.cat([torch.arange(n := int(ranges.starts[i]), n + int(ranges.lengths[i])) for i in parts])
         k_HND, v_HND = (x[slots_N].float().transpose(0, 1).contiguous() for x in (keys_SHD, values_SHD))
         q_HGD = q_BHD[row].float().view(len(k_HND), -1, q_BHD.shape[2])
         weight_HGN = (q_HGD @ k_HND.transpose(1, 2) * scale).softmax(-1)
@@ -70,17 +70,17 @@ def decode_attention_reference(
 
 
 def _compiled_attention(
-    q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, stretches: Stretches, scale: float
+    q_BHD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, ranges: SlotRanges, scale: float
 ) -> Tensor:
     q = np_view(q_BHD.float().contiguous())
     out = np.empty_like(q)
     keys, values = np_view(keys_SHD), np_view(values_SHD)
 
     def run(first: int, end: int) -> None:
-        scores = np.empty((q.shape[1] // keys.shape[1], stretches.most), dtype=np.float32)
-        _attend(q, keys, values, stretches.of, stretches.slots, stretches.tokens, out, scores, scale, first, end)
+        scores = np.empty((q.shape[1] // keys.shape[1], ranges.longest), dtype=np.float32)
+        _attend(q, keys, values, ranges.bounds, ranges.starts, ranges.lengths, out, scores, scale, first, end)
 
-    in_parts(run, len(q), stretches.total * q.shape[1] * q.shape[2])
+    in_parts(run, len(q), ranges.total * q.shape[1] * q.shape[2])
     return torch.from_numpy(out).to(q_BHD.dtype)
 
 
@@ -92,10 +92,10 @@ def has_decode_attention(dtype: torch.dtype) -> bool:
 
 
 def _works(dtype: torch.dtype) -> bool:
-    """Two rows of two stretches and of one; 2 KV heads for 4 query heads."""
+    """Two query tokens, of two ranges and of one; 2 KV heads for 4 query heads."""
     inputs = spread(2, 4, 16, dtype=dtype), spread(9, 2, 16, dtype=dtype), spread(9, 2, 16, dtype=dtype) + 1
-    stretches = Stretches.gather([((0, 3), (5, 2)), ((2, 4),)])
-    fast, plain = (f(*inputs, stretches, 0.5) for f in (_compiled_attention, decode_attention_reference))
+    ranges = SlotRanges.of([((0, 3), (5, 2)), ((2, 4),)])
+    fast, plain = (f(*inputs, ranges, 0.5) for f in (_compiled_attention, decode_attention_reference))
     return alike(fast, plain, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
@@ -110,24 +110,24 @@ def _attend(
     q: Any,
     keys: Any,
     values: Any,
-    of: Any,
-    slots: Any,
-    tokens: Any,
+    bounds: Any,
+    starts: Any,
+    lengths: Any,
     out: Any,
     scores: Any,
     scale: float,
     first: int,
     end: int,
 ) -> None:
-    """Rows [first, end): scores of all tokens, their softmax, the weighted sum of values."""
+    """Query tokens [first, end): scores of all their keys, their softmax, the weighted sum of values."""
     heads, dim = keys.shape[1], keys.shape[2]
     groups = q.shape[1] // heads
     factor = np.float32(scale)
     for row in range(first, end):
         for head in range(heads):
             place = 0
-            for n in range(of[row], of[row + 1]):
-                for slot in range(slots[n], slots[n] + tokens[n]):
+            for n in range(bounds[row], bounds[row + 1]):
+                for slot in range(starts[n], starts[n] + lengths[n]):
                     for g in range(groups):
                         total = np.float32(0)
                         for d in range(dim):
@@ -149,8 +149,8 @@ def _attend(
                 for d in range(dim):
                     out[row, head * groups + g, d] = np.float32(0)
             place = 0
-            for n in range(of[row], of[row + 1]):
-                for slot in range(slots[n], slots[n] + tokens[n]):
+            for n in range(bounds[row], bounds[row + 1]):
+                for slot in range(starts[n], starts[n] + lengths[n]):
                     for g in range(groups):
                         weight = scores[g, place]
                         for d in range(dim):

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunk import chunk_attention, remembered_band
-from .decode import Stretches, decode_attention
+from .chunk import cached_band, chunk_attention
+from .decode import SlotRanges, decode_attention
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Span:
     row: int  # of its first new token in the batch
     new: int  # how many new tokens
     past: int  # tokens of the sequence before them
-    stretches: tuple[tuple[int, int], ...]  # (first slot, tokens): past + new tokens, in order
+    slot_ranges: tuple[tuple[int, int], ...]  # (first slot, tokens): past + new tokens, in order
     # Output: each token attends as in a step of its own, so that output which is replayed comes out the same to the
     # bit. Else part of a prompt.
     output: bool = False
@@ -50,15 +50,15 @@ def _on_cpu(
     """All tokens of outputs in one call, the chunks of prompts one after the other."""
     prompts = [span for span in spans if not span.output]
     if not prompts:
-        return decode_attention(q_THD, keys, values, _stretches(spans, window), scale)
+        return decode_attention(q_THD, keys, values, _slot_ranges(spans, window), scale)
     out_THD = torch.empty_like(q_THD)
     for span in prompts:
         rows = slice(span.row, span.row + span.new)
-        out_THD[rows] = chunk_attention(q_THD[rows], keys, values, span.past, span.stretches, scale, window)
+        out_THD[rows] = chunk_attention(q_THD[rows], keys, values, span.past, span.slot_ranges, scale, window)
     outputs = [span for span in spans if span.output]
     if outputs:
         rows_B = [row for span in outputs for row in range(span.row, span.row + span.new)]
-        out_THD[rows_B] = decode_attention(q_THD[rows_B], keys, values, _stretches(spans, window), scale)
+        out_THD[rows_B] = decode_attention(q_THD[rows_B], keys, values, _slot_ranges(spans, window), scale)
     return out_THD
 
 
@@ -75,37 +75,37 @@ def span_attention(
     q_THGD = q_THD.view(span.new, keys_SHD.shape[1], -1, q_THD.shape[2])
     pools = keys_SHD, values_SHD
     if span.new == 1:  # a decode step reads K and V once
-        k, v = (contiguous(rows, _visible(span, 1, window)).transpose(0, 1).unsqueeze(0) for rows in pools)
+        k, v = (gather_slots(pool, _visible(span, 1, window)).transpose(0, 1).unsqueeze(0) for pool in pools)
         return F.scaled_dot_product_attention(q_THGD, k, v, scale=scale).view(q_THD.shape)
     q_HGTD = q_THGD.permute(1, 2, 0, 3)
     k, v = (
-        contiguous(rows, span.stretches).transpose(0, 1).unsqueeze(1).expand(-1, q_HGTD.shape[1], -1, -1)
-        for rows in pools
+        gather_slots(pool, span.slot_ranges).transpose(0, 1).unsqueeze(1).expand(-1, q_HGTD.shape[1], -1, -1)
+        for pool in pools
     )
     total = span.past + span.new
     if window is None or total <= window:
         from torch.nn.attention.bias import causal_lower_right  # imports the compiler: 3 s, for which a CPU has no use
 
         mask = causal_lower_right(span.new, total)
-    else:  # PyTorch offers no window of FlashAttention's; no wider than the chunk and the window, one for all layers
+    else:  # PyTorch has no window for FlashAttention; no wider than the chunk and the window, one for all layers
         start = max(0, span.past - window + 1)
         k, v = k[:, :, start:], v[:, :, start:]
-        mask = remembered_band(span.past - start, span.new, total - start, window, q_THD.dtype, q_THD.device)
+        mask = cached_band(span.past - start, span.new, total - start, window, q_THD.dtype, q_THD.device)
     out = F.scaled_dot_product_attention(q_HGTD, k, v, attn_mask=mask, scale=scale)
     return out.permute(2, 0, 1, 3).reshape(q_THD.shape)
 
 
 class _Last(threading.local):
-    """The stretches of the last step of this thread, by window: all layers of a step ask for the same."""
+    """The slot ranges of the last step of this thread, by window: all layers of a step ask for the same."""
 
     spans: tuple[Span, ...] | None = None
-    by_window: dict[int | None, Stretches]
+    by_window: dict[int | None, SlotRanges]
 
 
 _last = _Last()
 
 
-def _stretches(spans: Sequence[Span], window: int | None) -> Stretches:
+def _slot_ranges(spans: Sequence[Span], window: int | None) -> SlotRanges:
     """What each new token of outputs sees. A tuple is remembered until another comes; a list may have been changed."""
     if not isinstance(spans, tuple):
         return _gather(spans, window)
@@ -116,27 +116,27 @@ def _stretches(spans: Sequence[Span], window: int | None) -> Stretches:
     return _last.by_window[window]
 
 
-def _gather(spans: Sequence[Span], window: int | None) -> Stretches:
+def _gather(spans: Sequence[Span], window: int | None) -> SlotRanges:
     outputs = [span for span in spans if span.output]
-    return Stretches.gather([_visible(span, new, window) for span in outputs for new in range(1, span.new + 1)])
+    return SlotRanges.of([_visible(span, new, window) for span in outputs for new in range(1, span.new + 1)])
 
 
 def _visible(span: Span, new: int, window: int | None) -> tuple[tuple[int, int], ...]:
-    """The stretches that the last of the first `new` new tokens of a span sees."""
+    """The slot ranges that the last of the first `new` new tokens of a span sees."""
     end = span.past + new
     start = 0 if window is None else max(0, end - window)
     if start == 0 and new == span.new:
-        return span.stretches
-    visible, place = [], 0
-    for slot, tokens in span.stretches:
-        first, last = max(start, place), min(end, place + tokens)
+        return span.slot_ranges
+    visible, position = [], 0
+    for slot, tokens in span.slot_ranges:
+        first, last = max(start, position), min(end, position + tokens)
         if first < last:
-            visible.append((slot + first - place, last - first))
-        place += tokens
+            visible.append((slot + first - position, last - first))
+        position += tokens
     return tuple(visible)
 
 
-def contiguous(rows: Tensor, stretches: Sequence[tuple[int, int]]) -> Tensor:
-    """The rows of (first row, rows) stretches, in order; a view where there is only one."""
-    parts = [rows[slot : slot + tokens] for slot, tokens in stretches]
+def gather_slots(pool_SHD: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """The slots of (first slot, tokens) ranges, in order: [T, H, D], a view where there is one range only."""
+    parts = [pool_SHD[slot : slot + tokens] for slot, tokens in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..pages.layout import PageLayout
-from ..pages.pack import Rotations
-from ..pages.unpack import unpack_reference
+from ..pages.reference import unpack_reference
+from ..pages.rotation import Rotations
+from ..pages.unpack_cpu import packs_compiled, unpack_cpu
 
 MAX_QUERY_TOKENS = 8
 
@@ -59,7 +60,10 @@ def gather_sequence(kv: PagedKV, rotations: Rotations, sequence: int) -> tuple[T
     pages = -(-length // page)
     start, end = int(kv.packed_from_B[sequence]), min(int(kv.packed_to_B[sequence]), pages)
     slots = kv.table_BN[sequence, :pages].long()
-    packed = unpack_reference(kv.packed_SB[slots[start:end]], rotations, kv.layout, torch.float32)
+    packed_NB = kv.packed_SB[slots[start:end]]
+    # The packed pool of a CPU is read here at every step.
+    compiled = packed_NB.device.type == "cpu" and packs_compiled(torch.float32)
+    packed = (unpack_cpu if compiled else unpack_reference)(packed_NB, rotations, kv.layout, torch.float32)
     parts = []
     for pool, middle in zip((kv.raw_k_RPHD, kv.raw_v_RPHD), packed, strict=True):
         head, tail = (

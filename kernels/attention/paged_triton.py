@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pages.dequant_triton import point_table
-from ..pages.pack import Rotations
+from ..pages.rotation import Rotations
 from ..pages.unpack_triton import current, uses_asm
 from .paged import MAX_QUERY_TOKENS, PagedKV
 from .paged_splits_triton import packed_split, raw_split

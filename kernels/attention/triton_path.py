@@ -1,4 +1,4 @@
-"""Whether a GPU's packed pages are packed and attended to by the Triton kernels, or by their PyTorch references."""
+"""Whether a GPU's pages are packed, unpacked and attended to by the Triton kernels, or by their PyTorch references."""
 
 from functools import partial
 
@@ -6,9 +6,8 @@ import torch
 
 from ..fast_paths import FastPath, alike, spread
 from ..pages.layout import PageLayout
-from ..pages.pack import Rotations, pack_reference
-from ..pages.unpack import unpack_reference
-from ..rotation import hadamard
+from ..pages.reference import pack_reference, unpack_reference
+from ..pages.rotation import build_rotations
 from .paged import PagedKV, paged_attention_reference
 
 _PAGE, _DIM = 16, 64
@@ -16,26 +15,28 @@ _PAGE, _DIM = 16, 64
 
 def has_triton(device: torch.device) -> bool:
     """Whether the kernels are used on that device; the first call compiles and tries them."""
-    return FastPath(f"Triton kernels on {device}", partial(triton_works, device))()
+    return device.type == "cuda" and FastPath(f"Triton kernels on {device}", partial(triton_works, device))()
 
 
 def triton_works(device: torch.device) -> bool:
-    """Two pages are packed, then read beside a raw one by 4 query heads of 2 KV heads."""
+    """Two pages are packed, unpacked, and read beside a raw one by 4 query heads of 2 KV heads."""
     from ..pages.pack_triton import pack
+    from ..pages.unpack_triton import unpack
     from .paged_triton import paged_attention
 
     layout = PageLayout(head_dim=_DIM, page_tokens=_PAGE, key_bits=4, value_bits=4)
-    one, inverse = torch.ones(2, _DIM, device=device), hadamard(_DIM).T.float().to(device) / _DIM**0.5
-    rotations = Rotations(
-        inverse.expand(2, -1, -1).contiguous(), inverse.contiguous(), one / _DIM**0.5, one[0] / _DIM**0.5, one, one[0]
-    )
+    rotations = build_rotations(torch.ones(2, _DIM), device)
     k_THD, v_THD = (x.to(device) for x in spread(2, 3 * _PAGE, 2, _DIM))
     packed_SB = torch.zeros(2, 2 * layout.head_bytes, dtype=torch.uint8, device=device)
-    places = torch.arange(3, device=device)
-    pack(k_THD, v_THD, places[:2] * _PAGE, one, one[0], layout, packed_SB, places[:2])
-    wanted_PB = pack_reference(k_THD[: 2 * _PAGE], v_THD[: 2 * _PAGE], rotations, layout)
-    decoded = (unpack_reference(pages_PB, rotations, layout, torch.float32) for pages_PB in (packed_SB, wanted_PB))
-    near = [(fast - plain).norm() <= 0.03 * plain.norm() for fast, plain in zip(*decoded, strict=True)]
+    slots = torch.arange(2, device=device)
+    pack(k_THD, v_THD, slots * _PAGE, rotations, layout, packed_SB, slots)
+    wanted_SB = pack_reference(k_THD[: 2 * _PAGE], v_THD[: 2 * _PAGE], rotations, layout)
+    dense, same, wanted = (
+        unpack(packed_SB, rotations, layout, torch.float32),
+        *(unpack_reference(pages_SB, rotations, layout, torch.float32) for pages_SB in (packed_SB, wanted_SB)),
+    )
+    near = [(fast - plain).norm() <= 0.03 * plain.norm() for fast, plain in zip(same, wanted, strict=True)]
+    near += [alike(fast, plain) for fast, plain in zip(dense, same, strict=True)]
     kv = PagedKV(
         raw_k_RPHD=k_THD[2 * _PAGE :][None],
         raw_v_RPHD=v_THD[2 * _PAGE :][None],

@@ -17,7 +17,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from filelock import FileLock
 from numba import njit
-from numba.core import config
+from numba.core import config, event
 from numba.core.caching import FunctionCache
 
 from ..cache_folder import cache_folder
@@ -29,7 +29,7 @@ _config: Any = config  # its attributes come from the environment
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator: machine code that lets go of the interpreter's lock. `options` are those of `numba.njit`."""
+    """A decorator: machine code that releases the interpreter's lock. `options` are those of `numba.njit`."""
 
     def compile_later(function: Callable[..., Any]) -> Any:
         dispatcher: Any = njit(nogil=True, **options)(function)
@@ -99,3 +99,28 @@ def _forget_others(used: Path) -> None:
     for other in used.parent.glob("isthmus-*"):
         if time.time() - other.stat().st_mtime > _FORGOTTEN_S:
             shutil.rmtree(other, ignore_errors=True)
+
+
+class _Running(event.Listener):
+    """Counts what Numba compiles now."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_start(self, event: event.Event) -> None:
+        self.count += 1
+
+    def on_end(self, event: event.Event) -> None:
+        self.count -= 1
+
+
+_running = _Running()
+event.register("numba:compile", _running)
+
+
+def is_compiling() -> bool:
+    """Whether Numba compiles something in this process now, which may take many seconds in the middle of a step.
+
+    From any thread.
+    """
+    return _running.count > 0

@@ -1,4 +1,8 @@
-"""Numbers as memory holds them, for compiled code, which knows neither bf16 nor half floats."""
+"""Numbers in compiled code, which knows neither bf16 nor half floats as memory holds them, and an exponential function
+of vector instructions."""
+
+import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +12,7 @@ from torch import Tensor
 from .compiled import compiled
 
 _HALF_MIN, _HALF_MAX = 2.0**-14, 65504.0
+_MAX_EXPONENT = 87.0  # exp of it and of its negative are normal numbers of fp32
 
 
 def np_view(x: Tensor) -> np.ndarray:
@@ -48,7 +53,7 @@ def bf16_bits(x):
 
 @compiled()
 def scale16_bits(x):
-    """The bits of a finite fp32 `x` >= 0 in the format of `kernels/scale16.py`."""
+    """The bits of a finite fp32 `x` >= 0 in the format `scale16` (`pages/layout.py`)."""
     bits = np.float32(x).view(np.uint32)
     if x == 0:
         return np.uint16(0)
@@ -60,7 +65,7 @@ def scale16_bits(x):
 
 @compiled()
 def from_scale16_bits(bits):
-    """fp32 of bits in the format of `kernels/scale16.py`; infinity where they are those of no finite half float."""
+    """fp32 of bits in the format `scale16` (`pages/layout.py`); infinity where no finite half float has them."""
     low = np.uint32(bits & np.uint16(0x7FFF))
     if bits & np.uint16(0x8000):
         return np.uint32(low << np.uint32(16)).view(np.float32)
@@ -69,3 +74,22 @@ def from_scale16_bits(bits):
     if low >= np.uint32(0x7C00):
         return np.float32(np.inf)
     return np.uint32((low << np.uint32(13)) + np.uint32(112 << 23)).view(np.float32)
+
+
+@compiled(fastmath=True)
+def exp_fp32(x: Any) -> Any:
+    """exp of a number in fp32 (Cephes, expf.c): vector instructions, unlike NumPy's.
+
+    Numbers beyond 87 count as 87, either sign: of no use for what may be greater. Infinity and NaN give some number.
+    """
+    x = min(max(x, np.float32(-_MAX_EXPONENT)), np.float32(_MAX_EXPONENT))
+    n = np.float32(math.floor(x * np.float32(1.44269504088896341) + np.float32(0.5)))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..fast_paths import alike, fast_path, spread
 from .compiled import compiled
-from .exponential import exp_fp32
+from .numbers import exp_fp32
 from .threads import in_parts
 
 _WORK = 8  # products that one number, read and written, counts as (`threads.in_parts`)

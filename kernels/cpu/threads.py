@@ -10,9 +10,10 @@ _WORK_PER_THREAD = 1 << 19  # numbers, or products of numbers, that outweigh wak
 
 
 def in_parts(run: Callable[[int, int], None], rows: int, work: int) -> None:
-    """run(first, end) for ranges that cover `rows` rows, side by side where `work`, of all rows together, is worth it.
+    """Calls run(first, end) for ranges that together are [0, rows), on several threads where `work`, of all rows
+    together, is worth it.
 
-    `run` must let go of the interpreter's lock.
+    `run` must release the interpreter's lock.
     """
     parts = min(torch.get_num_threads(), rows, 1 + work // _WORK_PER_THREAD)
     if parts <= 1:

@@ -12,15 +12,11 @@ Codes ascend: code 0 is the most negative centroid.
 from functools import cache
 from itertools import pairwise
 
-import torch
-from torch import Tensor
-
 MAGNITUDES: dict[int, tuple[int, ...]] = {
     2: (29, 97),
     3: (13, 41, 73, 117),
     4: (5, 15, 25, 37, 49, 63, 81, 107),
 }
-CODE_BITS = tuple(MAGNITUDES)
 
 
 @cache
@@ -46,41 +42,3 @@ def magnitude_steps(bits: int) -> tuple[int, ...]:
     missing = 7 - len(pairs)
     middle = [(a + b) // 2 for a, b in pairs] + [127] * missing
     return (*middle, magnitudes[0], *(b - a for a, b in pairs), *([0] * missing))
-
-
-@cache
-def pair_table(bits: int) -> Tensor:
-    """What two values a and b become, by the bytes of floor(a) (low) and floor(b), two's complement, each clamped.
-
-    int32 [65536] of four bytes: code of a | code of b << 4; k modulo 64; k / 64; 0, where the sum of the squares of
-    both centroids is 8 k + 2 (they are odd). `pair_weights` adds k up.
-    """
-    points = torch.tensor(centroids(bits), dtype=torch.float32)
-    midpoints = (points[1:] + points[:-1]) / 2
-    grid = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.float32)
-    code = torch.bucketize(grid, midpoints, right=True).to(torch.int32)  # floor(y) >= m exactly when y >= m
-    square = points[code.long()].square().to(torch.int32)
-    k = (square[None, :] + square[:, None] - 2) // 8
-    return (code[None, :] | code[:, None] << 4 | (k & 63) << 8 | k >> 6 << 16).flatten().contiguous()
-
-
-@cache
-def pair_weights(pairs: int) -> Tensor:
-    """int8 [4 pairs, 1]: what the bytes of `pair_table` count for in the sum of k."""
-    return torch.tensor([[0], [1], [64], [0]], dtype=torch.int8).repeat(pairs, 1)
-
-
-@cache
-def quad_table(bits: int) -> Tensor:
-    """Four centroids, int8 each, in an int32; by two neighbouring bytes of codes (4 bits: int32 [65536]), by a byte
-    (2 bits: [256]), or by a byte and above it the nibble of its high bits (3 bits: [4096]).
-
-    At 4 bits they are those of the first byte's low and high nibble, then the second's; else those of the groups.
-    """
-    points = torch.tensor(centroids(bits), dtype=torch.int8)
-    index = torch.arange({4: 65536, 3: 4096, 2: 256}[bits])
-    if bits == 4:
-        codes = [index >> (4 * i) & 15 for i in range(4)]
-    else:
-        codes = [(index >> (2 * i) & 3) | (index >> (8 + i) & 1) << 2 for i in range(4)]
-    return torch.stack([points[code] for code in codes], 1).view(torch.int32).flatten()

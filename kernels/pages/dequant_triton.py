@@ -148,7 +148,7 @@ def load_nibbles(plane, row, column, WIDTH: tl.constexpr, mask):
 
 @triton.jit
 def load_scale16(pointer, mask):
-    """float32 of scales in `kernels/scale16.py`'s format; `pointer` to int16."""
+    """float32 of `scale16` scales (`layout.py`); `pointer` to int16."""
     bits = tl.load(pointer, mask=mask, other=0)
     half = bits.to(tl.float16, bitcast=True).to(tl.float32)
     wide = ((bits & 0x7FFF).to(tl.int32) << 16).to(tl.float32, bitcast=True)

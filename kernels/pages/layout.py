@@ -20,11 +20,20 @@ interleave:
 
 Values are stored across tokens because a product with the attention weights sums over tokens: the summed
 index is contiguous in memory for keys (dimensions) and for values (tokens) alike.
+
+scale16 is a non-negative float in 16 bits that no finite float32 overflows. Sign bit clear: the bits of a half float
+(11 bits of precision, 2^-14 to 65504). Sign bit set: the other 15 bits are those of a bfloat16 without its sign (8 bits
+of precision), for what lies outside of that range.
 """
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 ALIGNMENT = 16
+_HALF_MIN, _HALF_MAX = 2.0**-14, 65504.0
+_BF16_MAX = 3.3895313892515355e38
 
 
 def _aligned(size: int) -> int:
@@ -75,6 +84,16 @@ class PageLayout:
         return self.head_bytes > codes + 4 * self.page_tokens + 2 * self.head_dim
 
 
-def code_groups(bits: int) -> int:
-    """How many columns of a row share one byte of the (low) plane."""
-    return 2 if bits == 4 else 4
+def to_scale16(scale: Tensor) -> Tensor:
+    """int16 bits of float32 scales >= 0, same shape. Values over the largest bfloat16 become that."""
+    half = scale.to(torch.float16).view(torch.int16)
+    wide = scale.clamp(max=_BF16_MAX).to(torch.bfloat16).view(torch.int16)
+    is_half = (scale >= _HALF_MIN) & (scale <= _HALF_MAX) | (scale == 0)
+    return torch.where(is_half, half, wide | -0x8000)
+
+
+def from_scale16(bits: Tensor) -> Tensor:
+    """float32 of int16 bits, same shape."""
+    half = bits.view(torch.float16).float()
+    wide = (bits & 0x7FFF).view(torch.bfloat16).float()
+    return torch.where(bits < 0, wide, half)

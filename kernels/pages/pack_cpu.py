@@ -1,7 +1,8 @@
-"""Packing on a CPU, compiled: `pack.py`'s arithmetic, a head of a page at a time, in the memory of a cache.
+"""Packing on a CPU, compiled: `reference.py`'s arithmetic in fp32, a head of a page at a time, which a core's cache
+holds.
 
-Sums run in another order than in `pack.py`, so that a number within rounding of the border between two codes may get
-the other one; sums of whole numbers are exact in both. A page's bytes never depend on the pages that come with it.
+Sums are rounded otherwise than in `reference.py`, so that a number within rounding of the border between two codes may
+get the other one; sums of whole numbers are exact in both. A page's bytes never depend on the pages that come with it.
 """
 
 from collections.abc import Callable
@@ -15,22 +16,23 @@ from torch import Tensor
 from ..cpu.compiled import compiled
 from ..cpu.numbers import bf16_bits, np_view, number, scale16_bits
 from ..cpu.threads import in_parts
-from ..rotation import paley_factor
 from .codebook import magnitude_steps, unit
 from .layout import PageLayout
-from .pack import SAFE_MAX, SAFE_MIN, Rotations, pack_reference
+from .reference import pack_reference
+from .rotation import Rotations, paley_factor
 from .tiles import FAST, U, rotate, to_centroids, to_codes, transpose
 
-_MIN, _MAX = np.float32(SAFE_MIN), np.float32(SAFE_MAX)
+# Of norms: outside of this, squares and sums of fp32 could overflow or lose bits.
+_MIN, _MAX = np.float32(2.0**-48), np.float32(2.0**48)
 
 
 def pack_cpu(k_THD: Tensor, v_THD: Tensor, rotations: Rotations, layout: PageLayout) -> Tensor:
-    """`pack_reference` for tensors on a CPU. Pages that hold extreme numbers, zeros or NaN are left to that one."""
+    """`pack_reference` for tensors on a CPU; it does the pages with extreme numbers, vectors of zeros or NaN."""
     page, dim, heads = layout.page_tokens, layout.head_dim, k_THD.shape[1]
     pages = k_THD.shape[0] // page
     make = torch.zeros if layout.has_padding else torch.empty
-    out_PB = make(pages, heads * layout.head_bytes, dtype=torch.uint8)
-    out, unsafe = out_PB.view(-1).numpy(), np.zeros(pages, dtype=np.uint8)
+    out_NB = make(pages, heads * layout.head_bytes, dtype=torch.uint8)
+    out, unsafe = out_NB.view(-1).numpy(), np.zeros(pages, dtype=np.uint8)
     paley = paley_factor(dim).numpy()
     kinds: list[Callable[..., None]] = []
     for keys, x, bits in ((True, k_THD, layout.key_bits), (False, v_THD, layout.value_bits)):
@@ -49,9 +51,9 @@ def pack_cpu(k_THD: Tensor, v_THD: Tensor, rotations: Rotations, layout: PageLay
     in_parts(run, pages, 2 * k_THD.numel())
     if unsafe.any():
         again = torch.from_numpy(unsafe.astype(bool))
-        rows = again.repeat_interleave(page)
-        out_PB[again] = pack_reference(k_THD[rows], v_THD[rows], rotations, layout)
-    return out_PB
+        tokens = again.repeat_interleave(page)
+        out_NB[again] = pack_reference(k_THD[tokens], v_THD[tokens], rotations, layout)
+    return out_NB
 
 
 @compiled(error_model="numpy")

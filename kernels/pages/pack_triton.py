@@ -1,5 +1,5 @@
-"""Finished pages -> packed pages, in Triton, one launch for a layer. Reference: `pack.py`; formats:
-`layout.py`.
+"""Finished pages -> packed pages, in Triton, one launch for a layer. Reference: `reference.py`;
+formats: `layout.py`.
 
 One program for each page, KV head and kind (keys, values). Rotation: x · signs / balance is split into two
 bf16 numbers (16 bits of mantissa), whose products with ±1 are exact, so that tensor cores do it with fp32
@@ -23,6 +23,7 @@ from torch import Tensor
 from .codebook import centroids, unit
 from .dequant_triton import dot_bf16
 from .layout import PageLayout
+from .rotation import Rotations
 from .unpack_triton import current, hadamard_bf16, uses_asm
 
 _BF16_MAX = tl.constexpr(3.3895313892515355e38)
@@ -46,7 +47,7 @@ def _bf16_bits(x):
 
 @triton.jit
 def _scale16(scale):
-    """int16 bits in `kernels/scale16.py`'s format."""
+    """int16 bits of `scale16` (`layout.py`)."""
     scale = tl.minimum(scale, _BF16_MAX)
     usual = ((scale >= 0.00006103515625) & (scale <= 65504.0)) | (scale == 0.0)
     half = tl.where(usual, scale, 0.0).to(tl.float16).to(tl.int16, bitcast=True)
@@ -203,41 +204,39 @@ def _pack_values(
 
 @triton.jit
 def pack_kernel(
-    k, v, k_stride, v_stride, rows, slots, out, key_gain, value_gain, hadamard_ptr, key_steps, value_steps,
+    k, v, k_stride, v_stride, starts, slots, out, key_gain, value_gain, hadamard_ptr, key_steps, value_steps,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     KEY_UNIT: tl.constexpr, VALUE_UNIT: tl.constexpr, KEY_LOWEST: tl.constexpr, VALUE_LOWEST: tl.constexpr,
     HEAD_BYTES: tl.constexpr, CODES_VALUE: tl.constexpr, SCALE_KEY: tl.constexpr, SCALE_VALUE: tl.constexpr,
     MEAN_KEY: tl.constexpr, DIM_PAD: tl.constexpr, PAGE_PAD: tl.constexpr, ROOT: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pages, heads, 2). rows: first token of each page; slots: where it goes."""
+    """Grid (pages, heads, 2). starts: first token of each page; slots: where it goes."""
     head = tl.program_id(1)
-    row, slot = tl.load(rows + tl.program_id(0)), tl.load(slots + tl.program_id(0))
+    start, slot = tl.load(starts + tl.program_id(0)), tl.load(slots + tl.program_id(0))
     base = out + (slot * HEADS + head) * HEAD_BYTES
     if tl.program_id(2) == 0:
         _pack_keys(
-            k + row * k_stride + head * DIM, k_stride, base, key_gain + head * DIM, hadamard_ptr, key_steps,
+            k + start * k_stride + head * DIM, k_stride, base, key_gain + head * DIM, hadamard_ptr, key_steps,
             DIM, PAGE, KEY_BITS, KEY_UNIT, KEY_LOWEST, SCALE_KEY, MEAN_KEY, DIM_PAD, PAGE_PAD, ROOT, NATIVE,
         )  # fmt: skip
     else:
         _pack_values(
-            v + row * v_stride + head * DIM, v_stride, base, value_gain, hadamard_ptr, value_steps,
+            v + start * v_stride + head * DIM, v_stride, base, value_gain, hadamard_ptr, value_steps,
             DIM, PAGE, VALUE_BITS, VALUE_UNIT, VALUE_LOWEST, CODES_VALUE, SCALE_VALUE, DIM_PAD, PAGE_PAD, ROOT, NATIVE,
         )  # fmt: skip
 
 
 def pack(
-    k_THD: Tensor, v_THD: Tensor, rows_P: Tensor, key_gain_HD: Tensor, value_gain_D: Tensor,
-    layout: PageLayout, out_SB: Tensor, slots_P: Tensor,
+    k_THD: Tensor, v_THD: Tensor, starts_N: Tensor, rotations: Rotations,
+    layout: PageLayout, out_SB: Tensor, slots_N: Tensor,
 ) -> None:  # fmt: skip
-    """Packs pages of finite keys and values straight from a pool of tokens into slots of a pool of packed
-    pages.
+    """Packs pages of finite keys and values straight from a pool of tokens into slots of a pool of packed pages.
 
-    k_THD, v_THD: any float dtype, each token's [H, D] contiguous, tokens at any stride. rows_P: int64, the
-    first token of each page; the page is rows_P[i] ... + page_tokens. out_SB: uint8 [slots, H * head_bytes]
-    contiguous; slots_P: int64, the slot of each page. Gains: signs / balance of each key channel [H, D],
-    and signs of the value channels [D], float32.
+    k_THD, v_THD: any float dtype, each token's [H, D] contiguous, tokens at any stride. starts_N: int64, the first
+    token of each page; the page is starts_N[i] ... + page_tokens. out_SB: uint8 [slots, H * head_bytes] contiguous;
+    slots_N: int64, the slot of each page.
     """
-    heads, dim = key_gain_HD.shape
+    heads, dim = rotations.key_weight_HD.shape
     for x_THD in (k_THD, v_THD):
         if x_THD.shape[1:] != (heads, dim) or x_THD.stride()[1:] != (dim, 1):
             raise ValueError(
@@ -245,12 +244,13 @@ def pack(
             )
     if out_SB.shape[1] != heads * layout.head_bytes or not out_SB.is_contiguous():
         raise ValueError(f"packed pool {tuple(out_SB.shape)} does not hold {heads} heads of {layout}")
-    if len(rows_P) == 0:
+    if len(starts_N) == 0:
         return
     device = k_THD.device
     with current(device):
-        pack_kernel[(len(rows_P), heads, 2)](
-            k_THD, v_THD, k_THD.stride(0), v_THD.stride(0), rows_P, slots_P, out_SB, key_gain_HD, value_gain_D,
+        pack_kernel[(len(starts_N), heads, 2)](
+            k_THD, v_THD, k_THD.stride(0), v_THD.stride(0), starts_N, slots_N, out_SB,
+            rotations.key_weight_HD, rotations.value_weight_D,
             hadamard_bf16(dim, device), _steps(layout.key_bits, device), _steps(layout.value_bits, device),
             heads, dim, layout.page_tokens, layout.key_bits, layout.value_bits,
             unit(layout.key_bits), unit(layout.value_bits),

@@ -1,4 +1,5 @@
-"""Unpacking on a CPU, compiled: `unpack.py`'s arithmetic, a head of a page at a time, in the memory of a cache."""
+"""Unpacking on a CPU, compiled: `reference.py`'s arithmetic in fp32, a head of a page at a time, which a core's cache
+holds."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,27 +13,28 @@ from ..cpu.compiled import compiled
 from ..cpu.numbers import from_scale16_bits, np_view, number, stored
 from ..cpu.threads import in_parts
 from ..fast_paths import FastPath, alike, spread
-from ..rotation import hadamard, paley_factor
 from .codebook import magnitude_steps
 from .layout import PageLayout
-from .pack import Rotations, pack_reference
 from .pack_cpu import pack_cpu
+from .reference import pack_reference, unpack_reference
+from .rotation import Rotations, build_rotations, paley_factor
 from .tiles import U, rotate, to_centroids, transpose
-from .unpack import LARGE, unpack_reference
 
-_LARGE = np.float32(LARGE)
+_LARGE = np.float32(1e30)  # scales and means over this may overflow fp32 on the way
 
 
 def unpack_cpu(
-    packed_PB: Tensor, rotations: Rotations, layout: PageLayout, dtype: torch.dtype
+    packed_NB: Tensor, rotations: Rotations, layout: PageLayout, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`unpack_reference` for tensors on a CPU. Left to that one: pages that fp32 cannot hold on the way, and fp16."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return unpack_reference(packed_PB, rotations, layout, dtype)
+    """`unpack_reference` for tensors on a CPU; it does the pages that fp32 cannot hold on the way."""
+    if dtype == torch.float16:
+        k_THD, v_THD = unpack_cpu(packed_NB, rotations, layout, torch.float32)
+        limit = torch.finfo(dtype).max
+        return k_THD.clamp_(-limit, limit).to(dtype), v_THD.clamp_(-limit, limit).to(dtype)
     page, dim, heads = layout.page_tokens, layout.head_dim, rotations.key_gain_HD.shape[0]
-    pages = packed_PB.shape[0]
+    pages = packed_NB.shape[0]
     dense = [torch.empty(pages * page, heads, dim, dtype=dtype) for _ in range(2)]
-    packed, unsafe = packed_PB.contiguous().view(-1).numpy(), np.zeros(pages, dtype=np.uint8)
+    packed, unsafe = packed_NB.contiguous().view(-1).numpy(), np.zeros(pages, dtype=np.uint8)
     paley = paley_factor(dim).T.contiguous().numpy()
     kinds: list[Callable[[Any, int, int], None]] = []
     for keys, x, bits in ((True, dense[0], layout.key_bits), (False, dense[1], layout.value_bits)):
@@ -50,9 +52,9 @@ def unpack_cpu(
     in_parts(run, pages, 2 * dense[0].numel())
     if unsafe.any():
         again = torch.from_numpy(unsafe.astype(bool))
-        rows = again.repeat_interleave(page)
-        for x, safe in zip(dense, unpack_reference(packed_PB[again], rotations, layout, dtype), strict=True):
-            x[rows] = safe
+        tokens = again.repeat_interleave(page)
+        for x_THD, safe_THD in zip(dense, unpack_reference(packed_NB[again], rotations, layout, dtype), strict=True):
+            x_THD[tokens] = safe_THD
     return dense[0], dense[1]
 
 
@@ -64,9 +66,7 @@ def packs_compiled(dtype: torch.dtype) -> bool:
 
 def _works(dtype: torch.dtype) -> bool:
     layout = PageLayout(head_dim=8, page_tokens=8, key_bits=4, value_bits=4)
-    matrix, row = hadamard(8).float() / 8**0.5, torch.full((8,), 8**-0.5)
-    ones = torch.ones(8)
-    rotations = Rotations(matrix.T[None].contiguous(), matrix.T.contiguous(), row[None], row, ones[None], ones)
+    rotations = build_rotations(torch.ones(1, 8), torch.device("cpu"))
     x_THD = spread(16, 1, 8, dtype=dtype)
     fast, plain = (pack(x_THD, x_THD, rotations, layout) for pack in (pack_cpu, pack_reference))
     dense = unpack_cpu(plain, rotations, layout, dtype), unpack_reference(plain, rotations, layout, dtype)

@@ -1,4 +1,4 @@
-"""Packed pages -> dense keys and values, in Triton. Reference: `unpack.py`; formats: `layout.py`.
+"""Packed pages -> dense keys and values, in Triton. Reference: `reference.py`; formats: `layout.py`.
 
 One program for each page, KV head and kind. Rotating integer centroids by ±1 is exact in bf16 products with
 fp32 sums, so the only rounding is that of scale · sum + mean.
@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rotation import hadamard
 from .dequant_triton import POINT_OFFSET, dot_bf16, load_nibbles, load_scale16, point_table, points2, points3, points4
 from .layout import PageLayout
+from .rotation import Rotations, hadamard
 
 _MEAN_SHIFT = tl.constexpr(2.0**-16)  # keeps sums of huge means finite until they are clamped
 
@@ -262,18 +262,12 @@ def unpack_kernel(
         )  # fmt: skip
 
 
-def unpack(
-    packed_PB: Tensor, key_gain_HD: Tensor, value_gain_D: Tensor, layout: PageLayout, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Keys and values [T, H, D] of packed pages uint8 [pages, H * head_bytes], contiguous.
-
-    Gains: signs · balance / sqrt(d) of each key channel [H, D] and signs / sqrt(d) of the value channels
-    [D], float32: the diagonal part of the inverse rotations (`Rotations`).
-    """
-    pages, heads, dim = packed_PB.shape[0], key_gain_HD.shape[0], layout.head_dim
-    if packed_PB.shape[1] != heads * layout.head_bytes or not packed_PB.is_contiguous():
-        raise ValueError(f"packed pages {tuple(packed_PB.shape)} do not hold {heads} heads of {layout}")
-    device = packed_PB.device
+def unpack(packed_NB: Tensor, rotations: Rotations, layout: PageLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values [T, H, D] of packed pages uint8 [pages, H * head_bytes], contiguous."""
+    pages, heads, dim = packed_NB.shape[0], rotations.key_gain_HD.shape[0], layout.head_dim
+    if packed_NB.shape[1] != heads * layout.head_bytes or not packed_NB.is_contiguous():
+        raise ValueError(f"packed pages {tuple(packed_NB.shape)} do not hold {heads} heads of {layout}")
+    device = packed_NB.device
     k_THD = torch.empty(pages * layout.page_tokens, heads, dim, dtype=dtype, device=device)
     v_THD = torch.empty_like(k_THD)
     if pages == 0:
@@ -281,7 +275,7 @@ def unpack(
     dim_pad = triton.next_power_of_2(max(16, dim))
     with current(device):
         unpack_kernel[(pages, heads, 2)](
-            packed_PB, k_THD, v_THD, key_gain_HD, value_gain_D, hadamard_bf16(dim, device),
+            packed_NB, k_THD, v_THD, rotations.key_gain_HD, rotations.value_gain_D, hadamard_bf16(dim, device),
             point_table(layout.key_bits, device), point_table(layout.value_bits, device),
             heads, dim, layout.page_tokens, layout.key_bits, layout.value_bits,
             layout.head_bytes, layout.codes_value, layout.scale_key, layout.scale_value,

@@ -107,7 +107,7 @@ def calibrate(
     windows = [token_ids[i : i + WINDOW_TOKENS] for i in range(0, len(token_ids), WINDOW_TOKENS)]
     for number, window in enumerate(windows):
         total = len(window)
-        span = Span(row=0, new=total, past=0, stretches=((0, total),))
+        span = Span(row=0, new=total, past=0, slot_ranges=((0, total),))
 
         def attend(
             layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, span: Span = span, number: int = number
@@ -167,7 +167,7 @@ def ensure_balance(
     given: str | None = None,
 ) -> list[Tensor]:
     """The balance in the file `given`, if any, or else at `path`, or else one that is made from the text that the
-    project ships, and kept there. `calibrated_share` tells how far that is.
+    project ships, and kept there. `calibrated_share` is how far that is.
 
     Of several workers that find the file missing one makes it, and the others wait. InvalidRequest where the file
     `given` is missing, Corrupt where it is of another model.

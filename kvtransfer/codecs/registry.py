@@ -3,22 +3,29 @@
 A codec is made for one model and one page size. Raw pages (the first, the newest, a partial one) never pass
 through it. Legend of shape suffixes: P pages, T tokens = pages * page_tokens, H KV heads, D head dimension,
 B bytes of a packed page.
+
+PyTorch is imported when a codec is built: a gateway checks names without it.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from ...kernels.shapes import LayerShape
 from ...proto.errors import InvalidRequest, NotFound
-from .fp8 import Fp8Codec
-from .names import DEFAULT_CODEC, REFERENCES, TQ_BITS, codec_names
-from .reference import ReferenceCodec
-from .tq import TqCodec
 
-__all__ = ["DEFAULT_CODEC", "PageCodec", "RawCodec", "build_codec", "codec_names"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+DEFAULT_CODEC = "tq-k4v4"
+
+_PACKED_BITS = ((4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
+TQ_BITS = {f"tq-k{key}v{value}": (key, value) for key, value in _PACKED_BITS}
+
+
+def codec_names() -> tuple[str, ...]:
+    """Every codec."""
+    return ("raw", "fp8", *TQ_BITS)
 
 
 class PageCodec(Protocol):
@@ -43,11 +50,11 @@ class PageCodec(Protocol):
         """Bytes of one packed page of this layer (all KV heads, keys and values), a multiple of 16."""
         ...
 
-    def encode(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> Tensor:
+    def encode(self, layer: int, k_THD: "Tensor", v_THD: "Tensor") -> "Tensor":
         """uint8 [P, B] of full pages of any float dtype. InvalidRequest where a value is NaN or infinite."""
         ...
 
-    def decode(self, layer: int, packed_PB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def decode(self, layer: int, packed_PB: "Tensor", dtype: "torch.dtype") -> "tuple[Tensor, Tensor]":
         """Keys and values [T, H, D] of packed pages. Corrupt where the bytes are not pages of this layer."""
         ...
 
@@ -62,15 +69,15 @@ class RawCodec:
     def page_bytes(self, layer: int) -> int:
         raise AssertionError("raw pages are not packed")
 
-    def encode(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> Tensor:
+    def encode(self, layer: int, k_THD: "Tensor", v_THD: "Tensor") -> "Tensor":
         raise AssertionError("raw pages are not packed")
 
-    def decode(self, layer: int, packed_PB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def decode(self, layer: int, packed_PB: "Tensor", dtype: "torch.dtype") -> "tuple[Tensor, Tensor]":
         raise AssertionError("raw pages are not packed")
 
 
 def build_codec(
-    name: str, layers: Sequence[LayerShape], page_tokens: int, balance: Sequence[Tensor] | None = None
+    name: str, layers: Sequence[LayerShape], page_tokens: int, balance: "Sequence[Tensor] | None" = None
 ) -> PageCodec:
     """The codec of that name for these layers.
 
@@ -78,14 +85,15 @@ def build_codec(
     None: all ones. Raises NotFound for an unknown name, InvalidRequest where the codec cannot hold the
     layers or the page size.
     """
+    from .fp8 import Fp8Codec
+    from .tq import TqCodec
+
+    if name not in codec_names():
+        raise NotFound(f"no codec {name!r}; there are {', '.join(codec_names())}")
     if name == "raw":
         return RawCodec()
     if page_tokens < 8 or page_tokens % 8:
         raise InvalidRequest(f"page size {page_tokens}: codec {name!r} needs a multiple of 8 tokens")
     if name == "fp8":
         return Fp8Codec(layers, page_tokens)
-    if name in TQ_BITS:
-        return TqCodec(name, layers, page_tokens, balance)
-    if name in REFERENCES:
-        return ReferenceCodec(name, layers, page_tokens)
-    raise NotFound(f"no codec {name!r}; there are {', '.join(codec_names())}")
+    return TqCodec(name, layers, page_tokens, balance)

@@ -1,8 +1,7 @@
-"""The `tq-kXvY` family: TurboQuant's MSE form with page means of keys, a calibrated balance and
-norm-preserving scales.
+"""The `tq-kXvY` family: TurboQuant's MSE form with page means of keys, a calibrated balance and norm-preserving scales.
 
-X bits a key value, Y bits a value's value. Bytes and arithmetic: `docs/codec.md`, `kernels/pages/pack.py`,
-`kernels/pages/layout.py`.
+X bits for a number of a key, Y bits for one of a value. Bytes and arithmetic: `docs/codec.md`,
+`kernels/pages/layout.py`, `kernels/pages/reference.py`.
 """
 
 import hashlib
@@ -11,19 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...kernels.attention.triton_path import has_triton
 from ...kernels.pages.layout import PageLayout
-from ...kernels.pages.pack import NotFinite, Rotations, pack_reference
 from ...kernels.pages.pack_cpu import pack_cpu
-from ...kernels.pages.unpack import unpack_reference
+from ...kernels.pages.reference import NotFinite, pack_reference, unpack_reference
+from ...kernels.pages.rotation import SEED_KEYS, SEED_VALUES, Rotations, build_rotations, head_dims
 from ...kernels.pages.unpack_cpu import packs_compiled, unpack_cpu
-from ...kernels.rotation import hadamard, head_dims, signs
 from ...kernels.shapes import LayerShape
 from ...proto.errors import Corrupt, InvalidRequest
 from .checks import check_finite, check_packed, check_pages
-from .names import TQ_BITS
+from .registry import TQ_BITS
 
 LAYOUT_VERSION = 1
-SEED_KEYS, SEED_VALUES = 1, 2
 
 
 class TqCodec:
@@ -75,49 +73,37 @@ class TqCodec:
             self._rotations[layer, device] = cached
         return cached
 
-    def gains(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What `kernels/pages/pack_triton.py` wants instead of rotations: signs / balance [H, D] and signs [D],
-        float32."""
-        dim = self._shapes[layer].head_dim
-        keys = signs(SEED_KEYS, dim).float() / self._balance[layer]
-        return keys.contiguous().to(device), signs(SEED_VALUES, dim).float().to(device)
-
     def page_bytes(self, layer: int) -> int:
         return self._shapes[layer].kv_heads * self._layouts[layer].head_bytes
 
     def encode(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> Tensor:
-        check_pages(self._shapes[layer], self._page_tokens, k_THD, v_THD)
+        pages = check_pages(self._shapes[layer], self._page_tokens, k_THD, v_THD)
+        rotations, layout = self.rotations(layer, k_THD.device), self._layouts[layer]
+        if has_triton(k_THD.device):
+            from ...kernels.pages.pack_triton import pack
+
+            check_finite(layer, k_THD, v_THD)
+            packed_PB = torch.zeros(pages, self.page_bytes(layer), dtype=torch.uint8, device=k_THD.device)
+            places_P = torch.arange(pages, device=k_THD.device)
+            starts_P = places_P * self._page_tokens
+            pack(k_THD.contiguous(), v_THD.contiguous(), starts_P, rotations, layout, packed_PB, places_P)
+            return packed_PB
+        compiled = k_THD.device.type == "cpu" and packs_compiled(k_THD.dtype)
         try:
-            compiled = k_THD.device.type == "cpu" and packs_compiled(k_THD.dtype)
-            pack = pack_cpu if compiled else pack_reference
-            return pack(k_THD, v_THD, self.rotations(layer, k_THD.device), self._layouts[layer])
+            return (pack_cpu if compiled else pack_reference)(k_THD, v_THD, rotations, layout)
         except NotFinite:
             check_finite(layer, k_THD, v_THD)  # raises, and says where
             raise
 
     def decode(self, layer: int, packed_PB: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         check_packed(packed_PB, self.page_bytes(layer))
+        rotations, layout = self.rotations(layer, packed_PB.device), self._layouts[layer]
+        if has_triton(packed_PB.device):
+            from ...kernels.pages.unpack_triton import unpack
+
+            return unpack(packed_PB.contiguous(), rotations, layout, dtype)
         compiled = packed_PB.device.type == "cpu" and packs_compiled(dtype)
-        unpack = unpack_cpu if compiled else unpack_reference
-        return unpack(packed_PB, self.rotations(layer, packed_PB.device), self._layouts[layer], dtype)
-
-
-def build_rotations(balance_HD: Tensor, device: torch.device) -> Rotations:
-    """The inverses and the diagonals of W_k = H diag(signs / balance) / sqrt(d) of each head and
-    W_v = H diag(signs) / sqrt(d)."""
-    dim = balance_HD.shape[1]
-    orthonormal = hadamard(dim).double() / dim**0.5
-    key_signs, value_signs = signs(SEED_KEYS, dim).double(), signs(SEED_VALUES, dim).double()
-    balance = balance_HD.double()
-    parts = (
-        orthonormal.T * (key_signs * balance)[:, :, None],
-        orthonormal.T * value_signs[:, None],
-        key_signs * balance / dim**0.5,
-        value_signs / dim**0.5,
-        key_signs / balance,
-        value_signs,
-    )
-    return Rotations(*(part.float().contiguous().to(device) for part in parts))
+        return (unpack_cpu if compiled else unpack_reference)(packed_PB, rotations, layout, dtype)
 
 
 def _checked_balance(shapes: Sequence[LayerShape], balance: Sequence[Tensor] | None) -> list[Tensor]:

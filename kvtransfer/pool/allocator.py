@@ -17,7 +17,7 @@ class Run:
 
 
 class PageAllocator:
-    """Hands out pages in runs as long as it can, so that attention reads long contiguous stretches of memory.
+    """Hands out pages in runs as long as it can, so that attention reads long contiguous ranges of memory.
 
     Whoever gets runs from `take` owns them until it gives all of them to `give_back`, once.
     """

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...kernels.attention.dense import contiguous
+from ...kernels.attention.dense import gather_slots
 from ...kernels.shapes import LayerShape
 from ...proto.worker_pb2 import PageCounts
 from .allocator import PageAllocator, Run
@@ -45,23 +45,23 @@ class DensePool:
         return -(-tokens // self.page_tokens)
 
     def slots(self, runs: tuple[Run, ...], start: int, end: int) -> list[tuple[int, int]]:
-        """Where the tokens [start, end) of a sequence lie: (first slot, tokens) stretches in order.
+        """Where the tokens [start, end) of a sequence lie: (first slot, tokens) ranges in order.
 
         A slot is a row of the layer tensors; `runs` are the sequence's pages.
         """
-        stretches, position = [], 0
+        ranges, position = [], 0
         for run in runs:
             tokens = run.pages * self.page_tokens
             low, high = max(start, position), min(end, position + tokens)
             if low < high:
-                stretches.append((run.first * self.page_tokens + low - position, high - low))
+                ranges.append((run.first * self.page_tokens + low - position, high - low))
             position += tokens
-        return stretches
+        return ranges
 
     def read(self, layer: int, runs: tuple[Run, ...], start: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens [start, end), [T, KV heads, D] each; views where they are contiguous."""
-        stretches = self.slots(runs, start, end)
-        return contiguous(self.keys[layer], stretches), contiguous(self.values[layer], stretches)
+        ranges = self.slots(runs, start, end)
+        return gather_slots(self.keys[layer], ranges), gather_slots(self.values[layer], ranges)
 
     def write(self, layer: int, runs: tuple[Run, ...], start: int, keys_THD: Tensor, values_THD: Tensor) -> None:
         """Stores tokens from position `start` on, converted to the pool's dtype."""

@@ -5,13 +5,14 @@ the folder too full removes the oldest files, one process at a time.
 """
 
 import contextlib
-import fcntl
 import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 _EVICT_TO = 0.9  # of the limit, so that not every write has to look
 _RECOUNT_S = 60.0  # what other processes write is noticed so late
@@ -87,18 +88,17 @@ class StoreFiles:
                 self._evict(entries, size)
 
     def _evict(self, entries: list[_Entry], size: int) -> None:
-        with (self._folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return  # another process makes room
-            for entry in sorted(entries, key=lambda entry: entry.used_s):
-                if self._bytes + size <= self._limit * _EVICT_TO:
-                    break
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(entry.path)
-                    self.evicted += 1
-                self._bytes -= entry.size
+        try:
+            with FileLock(self._folder / ".lock", timeout=0):
+                for entry in sorted(entries, key=lambda entry: entry.used_s):
+                    if self._bytes + size <= self._limit * _EVICT_TO:
+                        break
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(entry.path)
+                        self.evicted += 1
+                    self._bytes -= entry.size
+        except Timeout:
+            return  # another process makes room
 
     def _entries(self) -> Iterator[_Entry]:
         """All pages in the folder; removes files that somebody began and will not end."""

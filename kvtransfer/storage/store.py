@@ -38,7 +38,7 @@ class PageStore:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._files = StoreFiles(folder, limit_bytes)
-        self._queue: dict[PageKey, tuple[PageFormat, EncodedPage]] = {}  # in the order offered
+        self._queue: dict[PageKey, tuple[PageFormat, EncodedPage]] = {}  # in the order of `enqueue`
         self._queued_bytes = 0
         self._wake = threading.Condition()
         self._closing = False
@@ -68,8 +68,8 @@ class PageStore:
         self.counters["store_hits"] += 1
         return page
 
-    def offer(self, form: PageFormat, page: EncodedPage) -> None:
-        """Writes a full page some time soon, or counts a use of it where it is there; drops it where too many wait."""
+    def enqueue(self, form: PageFormat, page: EncodedPage) -> None:
+        """Has a full page written, or a use of it counted where its file is there; drops it where too many wait."""
         assert page.key is not None, "a page that is not full has no address"
         with self._wake:
             if page.key in self._queue or self._closing:

@@ -1,8 +1,8 @@
 """The baseline of transformers is bounded: it is taken of fewer tokens where it is too slow."""
 
 import pytest
-from baseline import TRIED_TOKENS, Baseline
 from models import model_path
+from support.baseline import TRIED_TOKENS, Baseline
 
 PROMPT = list(range(3, 3 + 8 * TRIED_TOKENS))
 

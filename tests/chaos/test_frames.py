@@ -3,23 +3,23 @@
 import asyncio
 import random
 
-from chaos_frames import Rig, frame_rig, mutate_frames
-from evil_prefill import KINDS
+from faults.faulty_prefill import KINDS
+from faults.frames import Rig, frame_rig, mutate_frames
+from faults.tcp_proxy import bad_link
 from harness import worker_pair
 from models import model_path
-from tcp_proxy import bad_link
 
 from isthmus.proto.sampling import Sampling
 
-ROUNDS = 4  # of every kind of lie
+ROUNDS = 4  # of every kind of corruption
 GREEDY = Sampling(temperature=0, max_tokens=6, ignore_eos=True)
 
 
-async def test_every_lie_is_refused_and_counted_and_the_answer_is_right() -> None:
+async def test_every_corruption_is_refused_and_counted_and_the_answer_is_right() -> None:
     async with frame_rig(model_path("tiny-llama")) as rig:
         count = ROUNDS * len(KINDS)
         result = await mutate_frames(rig, count)
-        assert rig.liar.told == count
+        assert rig.faulty.corrupted == count
         assert (result["refused_frames"], result["answered"], result["wrong_tokens"]) == (count, count, 0)
         assert (result["wrong"], result["not_refused"]) == ({}, {})
         await settled(rig)

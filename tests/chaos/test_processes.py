@@ -8,9 +8,9 @@ import grpc
 import grpc.aio
 import pytest
 import pytest_asyncio
-from chaos_cluster import ChaosCluster, chaos_cluster
-from chaos_kills import Faults, compare_runs, hurt_gateway, hurt_links, hurt_workers
-from chaos_load import answer_all, cancel_storm, make_requests
+from faults.cluster import ChaosCluster, chaos_cluster
+from faults.kills import Faults, compare_runs, hurt_gateway, hurt_links, hurt_workers
+from faults.load import answer_all, cancel_storm, make_requests
 from models import model_path
 
 from isthmus.proto.generation_pb2 import GenerateRequest

@@ -6,13 +6,12 @@ from torch import Tensor
 
 from isthmus.kernels.attention.paged import PagedKV, gather_sequence, paged_attention_reference
 from isthmus.kernels.attention.paged_triton import paged_attention
+from isthmus.kernels.attention.triton_path import has_triton, triton_works
 from isthmus.kernels.pages.layout import PageLayout
-from isthmus.kernels.pages.pack import Rotations, pack_reference
 from isthmus.kernels.pages.pack_triton import pack
-from isthmus.kernels.pages.unpack import unpack_reference
+from isthmus.kernels.pages.reference import pack_reference, unpack_reference
+from isthmus.kernels.pages.rotation import Rotations, build_rotations
 from isthmus.kernels.pages.unpack_triton import unpack
-from isthmus.kernels.rotation import signs
-from isthmus.kvtransfer.codecs.tq import SEED_KEYS, SEED_VALUES, build_rotations
 
 # The interpreter computes lanes that are masked off, infinities among them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -21,10 +20,9 @@ BITS = ((4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
 HEAD_DIMS = (16, 64, 80, 96, 128, 192, 256)
 
 
-def make(bits: tuple[int, int], dim: int, page: int, heads: int) -> tuple[PageLayout, Tensor, Rotations]:
+def make(bits: tuple[int, int], dim: int, page: int, heads: int) -> tuple[PageLayout, Rotations]:
     layout = PageLayout(head_dim=dim, page_tokens=page, key_bits=bits[0], value_bits=bits[1])
-    balance_HD = torch.rand(heads, dim) + 0.5
-    return layout, balance_HD, build_rotations(balance_HD, CPU)
+    return layout, build_rotations(torch.rand(heads, dim) + 0.5, CPU)
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -38,16 +36,13 @@ def key_value(tokens: int, heads: int, dim: int, size: float = 1.0) -> tuple[Ten
 
 def check_pack(bits: tuple[int, int], dim: int, page: int, size: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layout, balance_HD, rotations = make(bits, dim, page, 2)
+    layout, rotations = make(bits, dim, page, 2)
     k_THD, v_THD = (x.to(dtype) for x in key_value(3 * page + 5, 2, dim, size))
     rows, slots = torch.tensor([5, 5 + 2 * page]), torch.tensor([3, 0])
     pool = torch.full((4, 2 * layout.head_bytes), 0xAB, dtype=torch.uint8)
     padding = pack_reference(k_THD[:page] * 0, v_THD[:page] * 0, rotations, layout)
     pool[slots] = padding
-    pack(
-        *(k_THD, v_THD, rows, signs(SEED_KEYS, dim) / balance_HD, signs(SEED_VALUES, dim)),
-        *(layout, pool, slots),
-    )
+    pack(k_THD, v_THD, rows, rotations, layout, pool, slots)
     assert bool((pool[[1, 2]] == 0xAB).all())
     pages = torch.cat([torch.arange(row, row + page) for row in rows.tolist()])
     wanted = pack_reference(k_THD[pages], v_THD[pages], rotations, layout)
@@ -77,11 +72,10 @@ def test_pack_page_sizes_and_bf16(page: int):
 @pytest.mark.parametrize("bits", ((4, 2), (3, 4), (2, 3)))
 def test_unpack(bits: tuple[int, int], dim: int):
     torch.manual_seed(0)
-    layout, balance_HD, rotations = make(bits, dim, 16, 3)
+    layout, rotations = make(bits, dim, 16, 3)
     packed = pack_reference(*key_value(32, 3, dim), rotations, layout)
-    gains = (signs(SEED_KEYS, dim) * balance_HD / dim**0.5, signs(SEED_VALUES, dim) / dim**0.5)
     wanted = unpack_reference(packed, rotations, layout, torch.float32)
-    for got, reference in zip(unpack(packed, *gains, layout, torch.float32), wanted, strict=True):
+    for got, reference in zip(unpack(packed, rotations, layout, torch.float32), wanted, strict=True):
         assert error(got, reference) < 1e-6
 
 
@@ -89,11 +83,10 @@ def test_unpack(bits: tuple[int, int], dim: int):
 @pytest.mark.parametrize("size", (0.0, 1e-30, 1e37, 3e38))
 def test_unpack_extremes_into_bf16(size: float):
     torch.manual_seed(0)
-    layout, balance_HD, rotations = make((3, 2), 16, 24, 1)
+    layout, rotations = make((3, 2), 16, 24, 1)
     packed = pack_reference(*key_value(24, 1, 16, size), rotations, layout)
-    gains = (signs(SEED_KEYS, 16) * balance_HD / 4, signs(SEED_VALUES, 16) / 4)
     wanted = unpack_reference(packed, rotations, layout, torch.bfloat16)
-    for got, reference in zip(unpack(packed, *gains, layout, torch.bfloat16), wanted, strict=True):
+    for got, reference in zip(unpack(packed, rotations, layout, torch.bfloat16), wanted, strict=True):
         assert bool(got.isfinite().all())
         assert error(got, reference) < 0.01
 
@@ -102,7 +95,7 @@ def make_kv(
     bits: tuple[int, int], dim: int, page: int, heads: int, queries: int, lengths: list[int]
 ) -> tuple[PagedKV, Rotations]:
     """Sequences whose first page, last full page and partial page are raw; what no token has written is NaN."""
-    layout, _, rotations = make(bits, dim, page, heads)
+    layout, rotations = make(bits, dim, page, heads)
     pages = max(-(-length // page) for length in lengths) + 1
     slots = len(lengths) * pages
     table_BN = torch.randperm(slots).view(len(lengths), pages).int()
@@ -171,4 +164,9 @@ def test_wrappers_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="different numbers of sequences"):
         paged_attention(torch.randn(2, 1, 4, 64), kv, rotations, 1.0)
     with pytest.raises(ValueError, match="do not hold"):
-        unpack(torch.zeros(1, 100, dtype=torch.uint8), torch.ones(2, 64), torch.ones(64), kv.layout, torch.float32)
+        unpack(torch.zeros(1, 100, dtype=torch.uint8), rotations, kv.layout, torch.float32)
+
+
+def test_the_kernels_are_tried_before_they_are_used() -> None:
+    assert triton_works(CPU)
+    assert not has_triton(CPU), "the interpreter is for tests"

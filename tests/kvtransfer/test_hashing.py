@@ -1,5 +1,4 @@
-from isthmus.kvtransfer.hashing import HASH_BYTES, page_hashes, page_salt, prompt_hash
-from isthmus.kvtransfer.page_addresses import PageAddresses
+from isthmus.kvtransfer.hashing import HASH_BYTES, PageAddresses, page_hashes, page_salt, prompt_hash
 
 SALT = page_salt("model", "tq-k4v4", "abc")
 

@@ -18,7 +18,7 @@ from isthmus.cluster.launch.role_host import RoleHost, settings_by_role
 from isthmus.cluster.text.served import load_served_model
 from isthmus.decode.config import DecodeConfig
 from isthmus.decode.worker import DecodeWorker
-from isthmus.kvtransfer.codecs.names import DEFAULT_CODEC
+from isthmus.kvtransfer.codecs.registry import DEFAULT_CODEC
 from isthmus.kvtransfer.receiver import KvReceiver
 from isthmus.prefill.config import PrefillConfig
 from isthmus.prefill.worker import PrefillWorker

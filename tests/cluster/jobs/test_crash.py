@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc.aio
-from processes import ISTHMUS, free_port
 from scripted import Scripted, report_of
+from support.processes import ISTHMUS, free_port
 
 from isthmus.cluster.client.jobs import JobsClient
 from isthmus.cluster.text.served import load_served_model

@@ -8,7 +8,7 @@ import pytest
 
 from isthmus.cluster.launch import progress
 from isthmus.cluster.launch.worker_thread import activity
-from isthmus.kernels.cpu import compiling
+from isthmus.kernels.cpu import compiled
 from isthmus.kvtransfer.calibration.progress import noted
 from isthmus.model import phases
 from isthmus.proto.errors import Unavailable
@@ -76,6 +76,6 @@ def test_what_a_worker_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
             assert activity() == "calibrating the tq- codecs for this model, once: 25%"
     with phases.phase("speed_up"):
         assert activity() == "packing weights"
-        monkeypatch.setattr(compiling, "is_compiling", lambda: True)
+        monkeypatch.setattr(compiled, "is_compiling", lambda: True)
         assert activity() == "compiling kernels for this CPU, once"
     assert activity() == ""

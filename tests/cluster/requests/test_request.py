@@ -11,7 +11,7 @@ from isthmus.cluster.requests.request import ResolvedRequest, resolve, validate
 from isthmus.cluster.router.routing_table import RoutingTable
 from isthmus.cluster.router.worker_columns import WorkerLoad
 from isthmus.cluster.text.served import InputLimits, ServedModel
-from isthmus.kvtransfer.codecs.names import codec_names
+from isthmus.kvtransfer.codecs.registry import codec_names
 from isthmus.proto.errors import InvalidRequest, IsthmusError, NotFound, Unavailable
 from isthmus.proto.generation_pb2 import GenerateRequest
 

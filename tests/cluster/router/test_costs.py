@@ -11,8 +11,8 @@ from isthmus.cluster.router.costs import Demand
 from isthmus.cluster.router.prefixes import PrefixKeys
 from isthmus.cluster.router.router import route
 from isthmus.cluster.router.routing_table import RoutingTable
-from isthmus.cluster.router.tie_breaking import mixed
 from isthmus.cluster.router.worker_columns import EXCLUDED, SUSPECT, PrefillTime, StepTime, WorkerLoad
+from isthmus.kernels.splitmix64 import mix
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
 
 DAMAGE = {PRIORITY_INTERACTIVE: 0.5, PRIORITY_STANDARD: 1.0, PRIORITY_BATCH: 2.0}
@@ -90,7 +90,7 @@ def preferred(costs: dict[str, float], near_ms: float, table: RoutingTable, affi
     seeds = {a: workers.seeds[workers.row_of[a]] for workers in (table.prefill, table.decode) for a in workers.row_of}
     least = min(costs.values())
     near = [address for address, cost in costs.items() if cost <= least + near_ms]
-    return min(near, key=lambda address: mixed(seeds[address] ^ affinity))
+    return min(near, key=lambda address: mix(seeds[address] ^ affinity))
 
 
 def expected(model: Model, table: RoutingTable, local: str) -> tuple[str, str, float]:

@@ -12,14 +12,14 @@ SLOTS = 500
 
 
 def make_spans(rng: random.Random) -> list[Span]:
-    """Up to four sequences with old and new tokens, in one stretch of the pool or in two."""
+    """Up to four sequences with old and new tokens, in one range of slots or in two."""
     spans, row = [], 0
     for _ in range(rng.randint(1, 4)):
         new, past = rng.choice([1, 1, 2, 5, 40]), rng.choice([0, 1, 7, 63, 64, 100])
         cut = rng.choice([0, rng.randint(0, past + new)])
         lengths = [tokens for tokens in (cut, past + new - cut) if tokens]
-        stretches = tuple((rng.randint(0, SLOTS - tokens), tokens) for tokens in lengths)
-        spans.append(Span(row, new, past, stretches, output=rng.random() < 0.5))
+        ranges = tuple((rng.randint(0, SLOTS - tokens), tokens) for tokens in lengths)
+        spans.append(Span(row, new, past, ranges, output=rng.random() < 0.5))
         row += new
     return spans
 
@@ -30,7 +30,7 @@ def token_by_token(q: Tensor, keys: Tensor, values: Tensor, spans: list[Span], s
     groups = q.shape[1] // keys.shape[1]
     for span in spans:
         k, v = (
-            torch.cat([rows[slot : slot + n] for slot, n in span.stretches]).double().repeat_interleave(groups, dim=1)
+            torch.cat([rows[slot : slot + n] for slot, n in span.slot_ranges]).double().repeat_interleave(groups, dim=1)
             for rows in (keys, values)
         )
         for index in range(span.new):
@@ -64,10 +64,10 @@ def test_what_a_gpu_computes_agrees_with_the_definition(window, kv_heads, groups
     torch.manual_seed(dim)
     keys, values = torch.randn(2, SLOTS, kv_heads, dim)
     for new, past, cut in ((5, 0, 0), (40, 0, 7), (1, 30, 8), (5, 7, 0), (40, 64, 50), (40, 100, 0), (2, 6, 0)):
-        stretches = tuple(stretch for stretch in ((200, cut), (9, past + new - cut)) if stretch[1])
+        ranges = tuple(one for one in ((200, cut), (9, past + new - cut)) if one[1])
         q = torch.randn(3 + new, kv_heads * groups, dim)
-        out = span_attention(q, keys, values, Span(3, new, past, stretches), dim**-0.5, window)
-        expected = token_by_token(q[3:], keys, values, [Span(0, new, past, stretches)], dim**-0.5, window)
+        out = span_attention(q, keys, values, Span(3, new, past, ranges), dim**-0.5, window)
+        expected = token_by_token(q[3:], keys, values, [Span(0, new, past, ranges)], dim**-0.5, window)
         torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -111,8 +111,8 @@ def test_where_a_prompt_is_cut_and_lies_changes_no_bit(window, groups):
         total = rng.randint(1, 1500 - 640)
         cuts = sorted({0, total, *(rng.randrange(total // 64 + 1) * 64 for _ in range(3)), total - 1})
         for past, end in pairwise(cuts):
-            stretches = ((0, min(end, 64)), (704, end - 64)) if end > 64 else ((0, end),)
-            spans = [Span(0, end - past, past, stretches), Span(end - past, 2, 20, ((64, 22),))]
+            ranges = ((0, min(end, 64)), (704, end - 64)) if end > 64 else ((0, end),)
+            spans = [Span(0, end - past, past, ranges), Span(end - past, 2, 20, ((64, 22),))]
             out = ragged_attention(torch.cat([q[past:end], q[:2]]), *elsewhere, spans, 0.125, window)
             assert torch.equal(out[: end - past], whole[past:end])
 
@@ -124,6 +124,15 @@ def test_output_that_is_replayed_in_one_span_has_the_same_bits():
         ragged_attention(q[i : i + 1], keys, values, [Span(0, 1, 200 + i, ((9, 201 + i),), output=True)], 0.125, 128)
         for i in range(40)
     ]
-    stretches = ((9, 64), (73, 176))
-    spans = [Span(0, 40, 200, stretches, output=True)]
+    ranges = ((9, 64), (73, 176))
+    spans = [Span(0, 40, 200, ranges, output=True)]
     assert torch.equal(ragged_attention(q, keys, values, spans, 0.125, 128), torch.cat(one_by_one))
+
+
+def test_a_chunk_in_inference_mode_and_one_outside_of_it_agree() -> None:
+    """The memory that both use is made by the first."""
+    keys, values = torch.randn(2, 300, 1, 24)
+    q = torch.randn(40, 2, 24)
+    with torch.inference_mode():
+        inside = ragged_attention(q, keys, values, [Span(0, 40, 260, ((0, 300),))], 0.2, None)
+    assert torch.equal(ragged_attention(q, keys, values, [Span(0, 40, 260, ((0, 300),))], 0.2, None), inside)

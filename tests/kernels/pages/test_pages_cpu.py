@@ -1,19 +1,20 @@
 """Compiled packing and unpacking beside their references: the same bytes but for ties, the same numbers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
 from isthmus.kernels.cpu import threads
 from isthmus.kernels.cpu.numbers import np_view
-from isthmus.kernels.pages.codebook import CODE_BITS, centroids, magnitude_steps, pair_table
+from isthmus.kernels.pages.codebook import MAGNITUDES, centroids, magnitude_steps
 from isthmus.kernels.pages.layout import PageLayout
-from isthmus.kernels.pages.pack import NotFinite, Rotations, pack_reference
 from isthmus.kernels.pages.pack_cpu import pack_cpu
+from isthmus.kernels.pages.reference import NotFinite, join_codes, pack_reference, split_codes, unpack_reference
+from isthmus.kernels.pages.rotation import Rotations, build_rotations
 from isthmus.kernels.pages.tiles import to_centroids, to_codes
-from isthmus.kernels.pages.unpack import unpack_reference
 from isthmus.kernels.pages.unpack_cpu import unpack_cpu
-from isthmus.kvtransfer.codecs.tq import build_rotations
 
 BITS = ((4, 4), (4, 3), (4, 2), (3, 4), (2, 3), (2, 2))
 SHAPES = ((8, 8), (64, 64), (80, 24), (96, 16), (128, 64), (192, 8), (256, 40), (320, 8))  # head dimension, page tokens
@@ -107,13 +108,21 @@ def test_no_pages():
     assert unpack_cpu(packed, rotations, layout, torch.float32)[0].shape == (0, 2, 16)
 
 
-@pytest.mark.parametrize("bits", CODE_BITS)
+@pytest.mark.parametrize("bits", MAGNITUDES)
 def test_codes_of_every_number(bits: int):
     grid = torch.arange(-126, 127, dtype=torch.int8)
     steps, half = torch.tensor(magnitude_steps(bits), dtype=torch.int8), 1 << (bits - 1)
     codes, points = torch.zeros(253, dtype=torch.uint8), torch.zeros(253, dtype=torch.int8)
     to_codes(np_view(grid), np_view(steps), half, np_view(codes))
     to_centroids(np_view(codes), np_view(steps), half, np_view(points))
-    wanted = pair_table(bits)[grid.view(torch.uint8).long()] & 15  # of the lower byte
-    assert torch.equal(codes.int(), wanted)
+    midpoints = [sum(pair) // 2 for pair in pairwise(centroids(bits))]
+    assert codes.tolist() == [sum(number >= middle for middle in midpoints) for number in grid.tolist()]
     assert points.tolist() == [centroids(bits)[code] for code in codes.tolist()]
+
+
+@pytest.mark.parametrize("bits", MAGNITUDES)
+def test_codes_are_joined_and_split(bits: int):
+    codes = torch.randint(0, 1 << bits, (2, 3, 5, 24), dtype=torch.uint8)
+    section = join_codes(codes, bits)
+    assert section.shape == (2, 3, 5 * 24 * bits // 8)
+    assert torch.equal(split_codes(section, 5, bits), codes)

@@ -1,4 +1,3 @@
-import hashlib
 import math
 import re
 import struct
@@ -6,18 +5,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from codec_checks import (
+    HEAD_DIMS,
+    SIZES,
+    check_error,
+    check_mixed_sizes,
+    check_neighbours,
+    check_refused,
+    check_size,
+    digest,
+    error,
+    example,
+    layer,
+)
 
 from isthmus.kernels.pages.codebook import centroids
-from isthmus.kernels.pages.pack import pack_reference
-from isthmus.kernels.rotation import hadamard, signs
-from isthmus.kernels.shapes import LayerShape
-from isthmus.kvtransfer.codecs.names import TQ_BITS
-from isthmus.kvtransfer.codecs.registry import build_codec, codec_names
+from isthmus.kernels.pages.reference import pack_reference
+from isthmus.kernels.pages.rotation import hadamard, signs
+from isthmus.kvtransfer.codecs.registry import TQ_BITS, build_codec, codec_names
 from isthmus.proto.errors import Corrupt, InvalidRequest, NotFound
 
 PACKING = [name for name in codec_names() if name != "raw"]
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 DOCUMENT = Path(__file__).parents[3] / "docs" / "codec.md"
 
 # The page of the worked example in docs/codec.md: 8 tokens, 1 head, 8 dimensions.
@@ -37,8 +45,7 @@ GOLDEN_OTHERS = {
     "tq-k4v2": "46a6c9bd8e3ad7dd",
     "tq-k3v3": "d315e4742dcd118c",
 }
-# sha256 of a page of `tq-k4v3`, 64 tokens, 2 heads, and of a page of each reference codec, 8 tokens, 1
-# head, 16 dimensions.
+# sha256 of a page of `tq-k4v3`, 64 tokens, 2 heads.
 GOLDEN_DIMS = {
     64: (7936, "a0f7ae3fecedacd5"),
     80: (9792, "b7e213ef7218a270"),
@@ -47,36 +54,6 @@ GOLDEN_DIMS = {
     192: (22784, "f8361fd486b4df25"),
     256: (30208, "7c7863eee5367cba"),
 }
-GOLDEN_REFERENCES = {
-    "turboquant-mse-4": "05066949c1d52e43",
-    "turboquant-mse-3": "a45013abae64a97c",
-    "turboquant-mse-2": "343e46df18f444d1",
-    "turboquant-prod-4": "d63c15dff833f6fb",
-    "turboquant-prod-3": "fac6b2ee6e876770",
-    "turboquant-prod-2": "a3b8e600904ef815",
-    "turboquant-3.5": "9d8adb9b0fe143ea",
-    "turboquant-2.5": "9039de822c16b836",
-    "polarquant-4": "d748cb3f770ee595",
-    "polarquant-3": "903b8a95484e73f0",
-}
-
-
-def example(tokens: int, heads: int, dim: int) -> Tensor:
-    """[T, H, D]: 29 t + 31 h + 53 c mod 97, less 48."""
-    t, h, c = torch.arange(tokens), torch.arange(heads), torch.arange(dim)
-    return ((29 * t[:, None, None] + 31 * h[None, :, None] + 53 * c[None, None, :]) % 97 - 48).float()
-
-
-def layer(heads: int, dim: int) -> list[LayerShape]:
-    return [LayerShape(kv_heads=heads, head_dim=dim)]
-
-
-def error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-def digest(data: Tensor) -> str:
-    return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -93,14 +70,12 @@ def test_golden_others(name: str):
 
 
 def test_every_codec_that_packs_has_golden_bytes():
-    assert {*GOLDEN, *GOLDEN_OTHERS, *GOLDEN_REFERENCES} == set(PACKING)
+    assert {*GOLDEN, *GOLDEN_OTHERS} == set(PACKING)
 
 
 def test_document_shows_the_golden_bytes():
     shown = re.findall(r"\b[0-9a-f]{16,}\b", DOCUMENT.read_text())
-    x_THD = example(8, 1, 16)
-    reference = build_codec("turboquant-mse-2", layer(1, 16), 8).encode(0, x_THD, x_THD)
-    assert "".join(shown) == GOLDEN["tq-k3v2"] + reference[0, :48].numpy().tobytes().hex()
+    assert "".join(shown) == GOLDEN["tq-k3v2"]
 
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)
@@ -110,12 +85,6 @@ def test_golden_head_dims(dim: int):
     assert (codec.page_bytes(0), digest(codec.encode(0, x_THD, x_THD))) == GOLDEN_DIMS[dim]
     reference = pack_reference(x_THD, x_THD, codec.rotations(0, x_THD.device), codec.layout(0))
     assert digest(reference) == GOLDEN_DIMS[dim][1]
-
-
-@pytest.mark.parametrize("name", GOLDEN_REFERENCES)
-def test_golden_references(name: str):
-    packed = build_codec(name, layer(1, 16), 8).encode(0, example(8, 1, 16), example(8, 1, 16))
-    assert digest(packed) == GOLDEN_REFERENCES[name]
 
 
 def number(section: bytes, token: int) -> float:
@@ -170,17 +139,7 @@ def test_decoder_written_from_the_document(name: str):
 @pytest.mark.parametrize("dim", (16, *HEAD_DIMS))
 @pytest.mark.parametrize("name", PACKING)
 def test_error_is_what_the_bits_allow(name: str, dim: int):
-    torch.manual_seed(dim)
-    k_THD, v_THD = torch.randn(128, 2, dim), torch.randn(128, 2, dim)
-    codec = build_codec(name, layer(2, dim), 64)
-    packed = codec.encode(0, k_THD.bfloat16(), v_THD.bfloat16())
-    assert packed.shape == (2, codec.page_bytes(0))
-    assert codec.page_bytes(0) % 16 == 0
-    k_got, v_got = codec.decode(0, packed, torch.float32)
-    largest = {"fp8": 0.03, "tq-k4v4": 0.1, "tq-k4v3": 0.19, "tq-k3v3": 0.19}
-    limit = largest.get(name, 0.8 if "prod" in name else 0.36)
-    assert error(k_got, k_THD) < limit
-    assert error(v_got, v_THD) < limit
+    check_error(build_codec, name, dim)
 
 
 def test_page_means_cost_nothing_to_remove():
@@ -215,55 +174,26 @@ def test_balance_moves_precision_to_where_it_is_wanted():
     assert error(got[..., :8], k_THD[..., :8]) < 0.6 * error(plain[..., :8], k_THD[..., :8])
 
 
-@pytest.mark.parametrize("size", (0.0, 1e-45, 1e-40, 1e-38, 1e-20, 1e-4, 1e4, 1e20, 1e37, 3.4e38))
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", PACKING)
 def test_every_finite_page_packs(name: str, size: float):
-    torch.manual_seed(0)
-    x_THD = (torch.rand(64, 2, 64) * 2 - 1) * size
-    codec = build_codec(name, layer(2, 64), 64)
-    for got in codec.decode(0, codec.encode(0, x_THD, -x_THD), torch.float32):
-        assert bool(got.isfinite().all())
-        if size == 0:
-            assert not bool(got.any())
-    if size > 1e-37 and "prod" not in name:
-        assert error(codec.decode(0, codec.encode(0, x_THD, x_THD), torch.float32)[0], x_THD) < 0.4
+    check_size(build_codec, name, size)
 
 
 @pytest.mark.parametrize("name", PACKING)
 def test_lonely_channels_and_mixed_sizes(name: str):
-    codec = build_codec(name, layer(1, 64), 64)
-    x_THD = torch.zeros(64, 1, 64)
-    x_THD[3, 0, 5], x_THD[9, 0, 63], x_THD[10] = 7.0, -3e38, 1e-44
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for got in codec.decode(0, codec.encode(0, x_THD, x_THD), dtype):
-            assert bool(got.isfinite().all())
+    check_mixed_sizes(build_codec, name)
 
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
 @pytest.mark.parametrize("name", PACKING)
 def test_what_is_no_number_is_refused(name: str, bad: float):
-    codec = build_codec(name, layer(3, 64) * 2, 64)
-    k_THD, v_THD = torch.randn(128, 3, 64), torch.randn(128, 3, 64)
-    v_THD[77, 2, 5] = bad
-    with pytest.raises(InvalidRequest, match=r"layer 1, KV head 2: the values of token 77"):
-        codec.encode(1, k_THD, v_THD)
-    with pytest.raises(InvalidRequest, match=r"layer 0, KV head 2: the keys of token 77"):
-        codec.encode(0, v_THD, k_THD)
+    check_refused(build_codec, name, bad)
 
 
 @pytest.mark.parametrize("name", PACKING)
 def test_pages_do_not_depend_on_their_neighbours(name: str):
-    torch.manual_seed(0)
-    k_THD, v_THD = torch.randn(640, 3, 64), torch.randn(640, 3, 64)
-    codec = build_codec(name, layer(3, 64), 64)
-    together = codec.encode(0, k_THD, v_THD)
-    one = codec.encode(0, k_THD[192:256], v_THD[192:256])
-    k_all, v_all = codec.decode(0, together, torch.float32)
-    k_one, v_one = codec.decode(0, one, torch.float32)
-    # Products of another number of rows may round differently: not the bytes, but what they mean is the same.
-    assert float((together[3] != one[0]).float().mean()) < 0.01
-    assert error(k_one, k_all[192:256]) < 0.05
-    assert error(v_one, v_all[192:256]) < 0.05
+    check_neighbours(build_codec, name)
 
 
 def test_hash_covers_what_decides_the_bytes():
@@ -299,3 +229,22 @@ def test_refusals():
 
 def test_raw_is_available_for_any_shape():
     assert not build_codec("raw", layer(1, 72), 20).packs
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Triton's interpreter computes lanes that are masked off
+@pytest.mark.parametrize("name", TQ_BITS)
+def test_a_gpu_packs_and_unpacks_in_triton(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Under Triton's interpreter: what it packs and the CPU packs mean the same."""
+    torch.manual_seed(0)
+    k_THD, v_THD = torch.randn(2, 16, 32, 48).transpose(1, 2)  # [32, 16, 48]: a token's heads are not contiguous
+    codec = build_codec(name, layer(16, 48), 16)
+    wanted = codec.encode(0, k_THD, v_THD)
+    dense = codec.decode(0, wanted, torch.float32)
+    monkeypatch.setattr("isthmus.kvtransfer.codecs.tq.has_triton", lambda device: True)
+    packed = codec.encode(0, k_THD, v_THD)
+    assert float((packed != wanted).float().mean()) < 0.01
+    for got, same in zip(codec.decode(0, wanted, torch.float32), dense, strict=True):
+        assert error(got, same) < 1e-6
+    k_THD[20, 3, 1] = math.nan
+    with pytest.raises(InvalidRequest, match="KV head 3: the keys of token 20"):
+        codec.encode(0, k_THD, v_THD)

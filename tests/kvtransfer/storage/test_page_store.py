@@ -39,7 +39,7 @@ def written(folder: Path, *pages: EncodedPage, limit: int = 64 * MIB) -> PageSto
     """A closed store that has written the pages."""
     store = PageStore(folder, limit)
     for page in pages:
-        store.offer(FORM, page)
+        store.enqueue(FORM, page)
     store.close()
     return store
 
@@ -119,7 +119,7 @@ def test_the_files_unused_for_longest_make_room(tmp_path):
     store = PageStore(tmp_path, 10 * size)
     assert read(store, make_page(0)) is not None, "used now, so no longer the oldest"
     for number in range(8, 12):
-        store.offer(FORM, make_page(number))
+        store.enqueue(FORM, make_page(number))
     store.close()
     assert sum(path.stat().st_size for path in files(tmp_path)) <= 10 * size
     here = [number for number in range(12) if read(store, make_page(number)) is not None]
@@ -182,7 +182,7 @@ import test_page_store as t
 folder, first = Path(sys.argv[1]), int(sys.argv[2])
 store = t.PageStore(folder, int(sys.argv[3]))
 for number in range(first, first + 60):
-    store.offer(t.FORM, t.make_page(number))
+    store.enqueue(t.FORM, t.make_page(number))
     found = t.read(store, t.make_page(number - 5))
     assert found is None or found == bytes(t.make_page(number - 5).data)
 store.close(60)

@@ -18,13 +18,14 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import grpc.aio
-from tcp_proxy import BadLink
 
 from isthmus.cluster.cli.main import run
 from isthmus.cluster.launch.worker_thread import thread_settings
 from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, GetReportRequest, GetStatusRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import ClusterStub, WorkerStub
+
+from .tcp_proxy import BadLink
 
 START_S = 240.0  # of a loaded machine
 PRELOADED = ("isthmus.prefill.worker", "isthmus.decode.worker", "isthmus.cluster.frontend.gateway")
@@ -42,12 +43,12 @@ def _processes() -> ForkServerContext:
 
 
 def _child(arguments: Sequence[str], log: Path, faults: Path | None) -> None:
-    """`isthmus ARGUMENTS` in this process, with its output in a file; `faults`: see `chaos_poison.install`."""
+    """`isthmus ARGUMENTS` in this process, with its output in a file; `faults`: see `poison.install`."""
     with log.open("ab") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
     if faults is not None:
-        from chaos_poison import install
+        from .poison import install
 
         install(faults)
     run(list(arguments))

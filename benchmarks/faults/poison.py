@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chaos_cluster import ChaosCluster
-from chaos_load import Outcome, answer_all
-
 from isthmus.proto.generation_pb2 import GenerateRequest
+
+from .cluster import ChaosCluster
+from .load import Outcome, answer_all
 
 POISON, HANG_PREFILL, HANG_DECODE = 0, 1, 2  # first tokens of prompts, which `make_requests` never draws
 HANGS = {"prefill": HANG_PREFILL, "decode": HANG_DECODE}

@@ -8,7 +8,7 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from report import say
+from .report import say
 
 TRIED_TOKENS = 16  # of the prompt that tells how long others will take
 

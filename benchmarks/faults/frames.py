@@ -7,8 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from evil_prefill import KINDS, LyingPrefill
-from report import each
+from support.report import each
 
 from isthmus.decode.config import DecodeConfig
 from isthmus.decode.worker import DecodeWorker
@@ -21,17 +20,19 @@ from isthmus.proto.decode_pb2_grpc import DecodeStub
 from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 
+from .faulty_prefill import KINDS, FaultyPrefill
+
 TOKENS = 4
 PROMPTS = 8
 
 
 @dataclass
 class Rig:
-    """A decode worker with an honest and a lying prefill worker."""
+    """A decode worker with a sound and a faulty prefill worker."""
 
     prefill: PrefillWorker
     decode: DecodeWorker
-    liar: LyingPrefill
+    faulty: FaultyPrefill
     stub: Any
     vocab: int
     asked: int = 0
@@ -71,23 +72,23 @@ async def frame_rig(model: str, seed: int = 0) -> AsyncIterator[Rig]:
     decode = DecodeWorker(DecodeConfig(name="decode", **shared))
     for worker in (prefill, decode):
         await worker.start()
-    liar = LyingPrefill(prefill.address, seed)
-    await liar.start()
+    faulty = FaultyPrefill(prefill.address, seed)
+    await faulty.start()
     channel = Transport().dial(decode.address)
     try:
         vocab = decode.server.report().model.vocab_size
-        yield Rig(prefill, decode, liar, DecodeStub(channel), vocab)
+        yield Rig(prefill, decode, faulty, DecodeStub(channel), vocab)
     finally:
         await channel.close()
-        await liar.stop()
+        await faulty.stop()
         for worker in (decode, prefill):
             await worker.stop()
 
 
 async def mutate_frames(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
-    """`count` answers with one lie each, in turn of every kind; what the decode worker made of them.
+    """`count` answers with one corruption each, in turn of every kind; what the decode worker made of them.
 
-    Each request names the liar first and an honest worker second.
+    Each request names the faulty worker first and a sound one second.
     """
     rng = random.Random(seed)
     prompts = [[rng.randrange(3, rig.vocab) for _ in range(rng.randint(100, 150))] for _ in range(PROMPTS)]
@@ -97,15 +98,15 @@ async def mutate_frames(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
         for number, prompt in enumerate(prompts)
         for codec in codecs
     }
-    rig.liar.lie = ""
-    await rig.answer(prompts[0], "raw", [rig.liar.address, rig.prefill.address])  # it has an earlier request now
+    rig.faulty.corruption = ""
+    await rig.answer(prompts[0], "raw", [rig.faulty.address, rig.prefill.address])  # it has an earlier request now
     result, not_refused, wrong = Counter[str](), Counter[str](), Counter[str]()
     before = rig.refused()
-    for number in each(range(count), "lies"):
+    for number in each(range(count), "corrupted frames"):
         kind, which = KINDS[number % len(KINDS)], (rng.randrange(PROMPTS), codecs[rng.randrange(2)])
-        rig.liar.lie = kind
+        rig.faulty.corruption = kind
         refused = rig.refused()
-        tokens = await rig.answer(prompts[which[0]], which[1], [rig.liar.address, rig.prefill.address])
+        tokens = await rig.answer(prompts[which[0]], which[1], [rig.faulty.address, rig.prefill.address])
         result["answered"] += len(tokens) == TOKENS
         result["wrong_tokens"] += sum(a != b for a, b in zip(tokens, right[which], strict=False))
         if tokens != right[which]:

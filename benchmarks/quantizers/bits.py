@@ -1,10 +1,13 @@
-"""Pieces that the reference codecs share: a bit stream, a seeded matrix, scalar quantizers."""
+"""Pieces that the published quantizers share: a bit stream, a seeded matrix, scalar quantizers."""
 
 import math
 from functools import cache
+from itertools import islice
 
 import torch
 from torch import Tensor
+
+from isthmus.kernels.splitmix64 import outputs
 
 # Lloyd-Max points of N(0, 1), the positive half (Max 1960, and Newton's method to the digits shown).
 LLOYD_MAX: dict[int, tuple[float, ...]] = {
@@ -13,12 +16,10 @@ LLOYD_MAX: dict[int, tuple[float, ...]] = {
     3: (0.2450942, 0.7560052, 1.3439093, 2.1519457),
     4: (0.1283950, 0.3880483, 0.6567591, 0.9423404, 1.2562312, 1.6180464, 2.0690173, 2.7326357),
 }
-_MASK = (1 << 64) - 1
 
 
 def to_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes [..., n] below 2^bits -> uint8 [..., n * bits / 8], a little-endian bit stream; n * bits % 8 ==
-    0."""
+    """Codes [..., n] below 2^bits -> uint8 [..., n * bits / 8], a little-endian bit stream; n * bits % 8 == 0."""
     stream = codes.to(torch.int32)[..., None] >> torch.arange(bits) & 1
     return (stream.flatten(-2).unflatten(-1, (-1, 8)) << torch.arange(8)).sum(-1).to(torch.uint8)
 
@@ -44,16 +45,9 @@ def nearest(y: Tensor, levels: Tensor) -> Tensor:
 @cache
 def gaussian(seed: int, dim: int) -> Tensor:
     """float64 [dim, dim] of N(0, 1): Box-Muller over the outputs of splitmix64, row by row."""
-    state, pairs = seed & _MASK, []
-    for _ in range((dim * dim + 1) // 2):
-        uniform = []
-        for _ in range(2):
-            state = (state + 0x9E3779B97F4A7C15) & _MASK
-            z = state
-            z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-            z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-            uniform.append(((z ^ (z >> 31)) >> 11) + 0.5)
-        radius = math.sqrt(-2 * math.log(uniform[0] * 2.0**-53))
-        angle = 2 * math.pi * uniform[1] * 2.0**-53
+    bits, pairs = islice(outputs(seed), 2 * ((dim * dim + 1) // 2)), list[float]()
+    for first, second in zip(bits, bits, strict=True):
+        radius = math.sqrt(-2 * math.log(((first >> 11) + 0.5) * 2.0**-53))
+        angle = 2 * math.pi * ((second >> 11) + 0.5) * 2.0**-53
         pairs += [radius * math.cos(angle), radius * math.sin(angle)]
     return torch.tensor(pairs[: dim * dim], dtype=torch.float64).view(dim, dim)

@@ -1,4 +1,4 @@
-"""A prefill worker that lies: it passes a real one's answers on, and changes one thing in each."""
+"""A faulty prefill worker: it passes a real one's answers on, and corrupts one thing in each."""
 
 import random
 from collections.abc import Awaitable, Callable
@@ -17,12 +17,12 @@ Events = list[PrefillEvent]
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"]
 
 
-class LyingPrefill(PrefillServicer):
-    """A Prefill service in front of a real worker; `lie` names what it does to the next answers (see KINDS)."""
+class FaultyPrefill(PrefillServicer):
+    """A Prefill service in front of a real worker; `corruption` names what it does to the next answers (see KINDS)."""
 
     def __init__(self, real: str, seed: int = 0) -> None:
-        self.lie = ""
-        self.told = 0  # answers in which something was changed
+        self.corruption = ""  # one of KINDS; "": none
+        self.corrupted = 0  # answers in which something was changed
         self._rng = random.Random(seed)
         self._transport = Transport()
         self._channel = self._transport.dial(real)
@@ -45,22 +45,22 @@ class LyingPrefill(PrefillServicer):
     async def Prefill(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, request: PrefillRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        honest = await self._ask(request)
-        frames = [at for at, event in enumerate(honest) if event.HasField("frame")]
+        intact = await self._ask(request)
+        frames = [at for at, event in enumerate(intact) if event.HasField("frame")]
         at = self._rng.choice(frames)
-        events = [PrefillEvent.FromString(event.SerializeToString()) for event in honest]
-        if self.lie in BYTES:
-            _set(events, at, BYTES[self.lie](events[at].frame, self._rng))
-        elif self.lie in FORGED:
-            _set(events, at, _forge(events[at].frame, FORGED[self.lie], self._rng))
-        elif self.lie in ORDER:
-            ORDER[self.lie](events, frames, self._rng)
-        elif self.lie in FOREIGN:
-            other = await FOREIGN[self.lie](self, request)
+        events = [PrefillEvent.FromString(event.SerializeToString()) for event in intact]
+        if self.corruption in BYTES:
+            _set(events, at, BYTES[self.corruption](events[at].frame, self._rng))
+        elif self.corruption in FORGED:
+            _set(events, at, _forge(events[at].frame, FORGED[self.corruption], self._rng))
+        elif self.corruption in ORDER:
+            ORDER[self.corruption](events, frames, self._rng)
+        elif self.corruption in FOREIGN:
+            other = await FOREIGN[self.corruption](self, request)
             theirs = [event for event in other if event.HasField("frame")]
             _set(events, at, theirs[min(frames.index(at), len(theirs) - 1)].frame)
-        self.told += bool(self.lie)
-        self._earlier = honest
+        self.corrupted += bool(self.corruption)
+        self._earlier = intact
         for event in events:
             await context.write(event)
 
@@ -147,10 +147,10 @@ def _section(name: str, change: int) -> Forgery:
     def forge(header: FrameHeader, rng: random.Random) -> FrameHeader:
         at = rng.randrange(len(header.sections))
         section = header.sections[at]
-        lied = replace(section, **{name: max(0, getattr(section, name) + change)})
-        if lied == section:
-            lied = replace(section, **{name: getattr(section, name) + 1})
-        return replace(header, sections=(*header.sections[:at], lied, *header.sections[at + 1 :]))
+        changed = replace(section, **{name: max(0, getattr(section, name) + change)})
+        if changed == section:
+            changed = replace(section, **{name: getattr(section, name) + 1})
+        return replace(header, sections=(*header.sections[:at], changed, *header.sections[at + 1 :]))
 
     return forge
 
@@ -214,11 +214,11 @@ ORDER: dict[str, Callable[[Events, list[int], random.Random], None]] = {
     "commit lost": _no_commit,
 }
 
-FOREIGN: dict[str, Callable[[LyingPrefill, PrefillRequest], Awaitable[Events]]] = {
-    "replayed from another request": LyingPrefill.of_request,
-    "replayed from another tenant": LyingPrefill.of_tenant,
-    "replayed from another attempt": LyingPrefill.of_attempt,
-    "replayed from another prompt": LyingPrefill.of_prompt,
+FOREIGN: dict[str, Callable[[FaultyPrefill, PrefillRequest], Awaitable[Events]]] = {
+    "replayed from another request": FaultyPrefill.of_request,
+    "replayed from another tenant": FaultyPrefill.of_tenant,
+    "replayed from another attempt": FaultyPrefill.of_attempt,
+    "replayed from another prompt": FaultyPrefill.of_prompt,
 }
 
 KINDS = (*BYTES, *FORGED, *ORDER, *FOREIGN)

@@ -51,7 +51,7 @@ def logits_all(model: Model, ids_T: Tensor, codec: PageCodec | None, page: int, 
     """[T, V]: everything but the first SINK_TOKENS packed, in one forward. None: keys and values only
     rounded to bf16."""
     total = len(ids_T)
-    span = Span(row=0, new=total, past=0, stretches=((0, total),))
+    span = Span(row=0, new=total, past=0, slot_ranges=((0, total),))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k, v = _bf16(k), _bf16(v)
@@ -138,8 +138,7 @@ def step(
                 cache.unpacked_keys[layer][cache.length : end] = cache.keys[layer][cache.length : end]
                 if seen is not None:
                     seen.add(layer, q[new], cache.unpacked_keys[layer][:end], cache.keys[layer][:end])
-            stretches = ((0, end),)
-            span = Span(row=0, new=len(one), past=cache.length, stretches=stretches, output=len(one) == 1)
+            span = Span(row=0, new=len(one), past=cache.length, slot_ranges=((0, end),), output=len(one) == 1)
             window = model.layers[layer].window
             outs.append(ragged_attention(q[new], cache.keys[layer], cache.values[layer], [span], scale, window))
         return torch.cat(outs)

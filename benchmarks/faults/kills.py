@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from chaos_cluster import ChaosCluster, Node
-from chaos_load import Outcome, answer_all
 
 from isthmus.proto.generation_pb2 import GenerateRequest
+
+from .cluster import ChaosCluster, Node
+from .load import Outcome, answer_all
 
 DETECTION_S = {"kill": 0.0, "stop": 3.0}  # until others can know: a broken connection at once, silence after that long
 DELAY_S = 0.02  # of each chunk of a delayed link

@@ -1,4 +1,4 @@
-"""The published codecs as page codecs: what the `tq-` family is measured against.
+"""The published quantizers as page codecs: what the `tq-` family is measured against. Layout: `README.md` beside this.
 
 Per head: keys | values, each as its quantizer lays it out, each padded to 16 bytes.
 """
@@ -8,13 +8,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...kernels.rotation import head_dims
-from ...kernels.shapes import LayerShape
-from ...proto.errors import InvalidRequest
-from .checks import check_finite, check_packed, check_pages
-from .polar import Polar
-from .quantizers import Mse, Outliers, PageQuantizer, Prod
+from isthmus.kernels.pages.rotation import head_dims
+from isthmus.kernels.shapes import LayerShape
+from isthmus.kvtransfer.codecs.checks import check_finite, check_packed, check_pages
+from isthmus.proto.errors import InvalidRequest
 
+from .polar import Polar
+from .turboquant import Mse, Outliers, PageQuantizer, Prod
+
+PUBLISHED = (
+    *(f"turboquant-mse-{bits}" for bits in (4, 3, 2)),
+    *(f"turboquant-prod-{bits}" for bits in (4, 3, 2)),
+    *("turboquant-3.5", "turboquant-2.5", "polarquant-4", "polarquant-3"),
+)
 _QUANTIZERS: dict[str, Callable[[int, int, int], PageQuantizer]] = {
     "turboquant-mse": Mse,
     "turboquant-prod": Prod,
@@ -31,8 +37,8 @@ def _quantizer(name: str, dim: int, page_tokens: int) -> PageQuantizer:
     return _QUANTIZERS[family](dim, page_tokens, int(bits))
 
 
-class ReferenceCodec:
-    """A published quantizer for keys and values alike; see `PageCodec` for the methods."""
+class PublishedCodec:
+    """One of PUBLISHED: a quantizer for keys and values alike; see `PageCodec` for the methods."""
 
     packs = True
 

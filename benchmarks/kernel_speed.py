@@ -1,6 +1,6 @@
 """How fast pages are packed, unpacked and attended to.
 
-    .venv/bin/python benchmarks/kernels.py --json OUT.json [--quick] [--check]
+    .venv/bin/python benchmarks/kernel_speed.py --json OUT.json [--quick] [--check]
 
 On a GPU: pack and unpack in GB/s of bf16, and decode attention for the shapes of Llama 3.1 8B (32 query
 heads, 8 KV heads, d 128) against bf16 `scaled_dot_product_attention` and what is installed of
@@ -19,14 +19,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import Report, say
+from support.report import Report, say
 
 from isthmus.kernels.attention.paged import PagedKV, paged_attention_reference
-from isthmus.kernels.rotation import signs
 from isthmus.kernels.shapes import LayerShape
-from isthmus.kvtransfer.codecs.names import TQ_BITS
-from isthmus.kvtransfer.codecs.registry import build_codec
-from isthmus.kvtransfer.codecs.tq import SEED_KEYS, SEED_VALUES, TqCodec
+from isthmus.kvtransfer.codecs.registry import TQ_BITS, build_codec
+from isthmus.kvtransfer.codecs.tq import TqCodec
 
 PAGE = 64
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -112,11 +110,6 @@ def gpu(names: list[str], quick: bool) -> dict[str, object]:
     }
 
 
-def gains(codec: TqCodec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signs of keys [H, D] and values [D] for an unbalanced codec."""
-    return signs(SEED_KEYS, DIM).to(device).expand(KV_HEADS, DIM).contiguous(), signs(SEED_VALUES, DIM).to(device)
-
-
 def tq(name: str) -> TqCodec:
     codec = build_codec(name, [LayerShape(kv_heads=KV_HEADS, head_dim=DIM)], PAGE)
     assert isinstance(codec, TqCodec) and name in TQ_BITS
@@ -130,13 +123,11 @@ def page_rates(name: str, bandwidth: float) -> dict[str, object]:
 
     codec, device, pages = tq(name), torch.device("cuda"), 1024
     k_THD, v_THD = (torch.randn(pages * PAGE, KV_HEADS, DIM, device=device).bfloat16() for _ in range(2))
-    rows, slots = torch.arange(pages, device=device) * PAGE, torch.arange(pages, device=device)
-    key_gain, value_gain = gains(codec, device)
+    starts, slots = torch.arange(pages, device=device) * PAGE, torch.arange(pages, device=device)
+    rotations = codec.rotations(0, device)
     packed = torch.empty(pages, codec.page_bytes(0), dtype=torch.uint8, device=device)
-    pack_s = device_time(lambda: pack(k_THD, v_THD, rows, key_gain, value_gain, codec.layout(0), packed, slots))
-    unpack_s = device_time(
-        lambda: unpack(packed, key_gain / DIM**0.5, value_gain / DIM**0.5, codec.layout(0), torch.bfloat16)
-    )
+    pack_s = device_time(lambda: pack(k_THD, v_THD, starts, rotations, codec.layout(0), packed, slots))
+    unpack_s = device_time(lambda: unpack(packed, rotations, codec.layout(0), torch.bfloat16))
     size = 2 * 2 * k_THD.numel()
     moved = size + packed.numel()
     row = {"codec": name, "pack_gb_s": size / pack_s / 1e9, "unpack_gb_s": size / unpack_s / 1e9}
@@ -240,9 +231,8 @@ def dense_times(q_BQHD: torch.Tensor, batch: int, context: int) -> dict[str, flo
 def check(names: list[str]) -> list[dict[str, object]]:
     """Relative errors of the kernels against the references on this GPU."""
     from isthmus.kernels.attention.paged_triton import paged_attention
-    from isthmus.kernels.pages.pack import pack_reference
     from isthmus.kernels.pages.pack_triton import pack
-    from isthmus.kernels.pages.unpack import unpack_reference
+    from isthmus.kernels.pages.reference import pack_reference, unpack_reference
     from isthmus.kernels.pages.unpack_triton import unpack
 
     def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -260,11 +250,10 @@ def check(names: list[str]) -> list[dict[str, object]]:
             errors[f"attention_window_{window}"] = error(got, wanted)
         k_THD, v_THD = (torch.randn(5 * PAGE, KV_HEADS, DIM, device="cuda") for _ in range(2))
         reference = pack_reference(k_THD, v_THD, rotations, codec.layout(0))
-        key_gain, value_gain = gains(codec, k_THD.device)
         packed, slots = torch.zeros_like(reference), torch.arange(5, device="cuda")
-        pack(k_THD, v_THD, slots * PAGE, key_gain, value_gain, codec.layout(0), packed, slots)
+        pack(k_THD, v_THD, slots * PAGE, rotations, codec.layout(0), packed, slots)
         errors["pack_bytes_that_differ"] = float((packed != reference).float().mean())
-        back = unpack(reference, key_gain / DIM**0.5, value_gain / DIM**0.5, codec.layout(0), torch.float32)
+        back = unpack(reference, rotations, codec.layout(0), torch.float32)
         dense = unpack_reference(reference, rotations, codec.layout(0), torch.float32)
         errors["unpack"] = max(error(a, b) for a, b in zip(back, dense, strict=True))
         if max(errors.values()) > 0.02:

@@ -7,19 +7,23 @@ orders 12 and 20 (Paley's first construction over the primes 11 and 19) the head
 mix as well as powers of two do.
 """
 
+from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-MIN_HEAD_DIM = 8
-MAX_HEAD_DIM = 512
+from ..splitmix64 import outputs
+
+SEED_KEYS, SEED_VALUES = 1, 2  # of the signs
+_MIN_HEAD_DIM, _MAX_HEAD_DIM = 8, 512
 _PALEY_ORDERS = (1, 12, 20)
 
 
 def head_dims() -> tuple[int, ...]:
     """All head dimensions of packed pages, ascending: those that split into four blocks of rotations."""
-    candidates = range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1, 8)
+    candidates = range(_MIN_HEAD_DIM, _MAX_HEAD_DIM + 1, 8)
     return tuple(d for d in candidates for power, _ in _splits(d) if power >= 4)
 
 
@@ -50,8 +54,7 @@ def _paley(order: int) -> Tensor:
     return skew + torch.eye(order)
 
 
-@cache
-def sylvester(power: int) -> Tensor:
+def _sylvester(power: int) -> Tensor:
     """[power, power] of ±1, power = 2^k: entry (i, j) is negative where i & j has an odd number of bits."""
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < power:
@@ -63,7 +66,7 @@ def sylvester(power: int) -> Tensor:
 def hadamard(head_dim: int) -> Tensor:
     """[d, d] of ±1 with H Hᵀ = d I. ValueError where there is no such m and k."""
     power, order = _split(head_dim)
-    return torch.kron(sylvester(power), _paley(order)).contiguous()
+    return torch.kron(_sylvester(power), _paley(order)).contiguous()
 
 
 @cache
@@ -74,12 +77,34 @@ def paley_factor(head_dim: int) -> Tensor:
 
 def signs(seed: int, head_dim: int) -> Tensor:
     """[d] of ±1: entry i is negative where the top bit of splitmix64's i-th output for this seed is set."""
-    mask = (1 << 64) - 1
-    state, out = seed & mask, []
-    for _ in range(head_dim):
-        state = (state + 0x9E3779B97F4A7C15) & mask
-        z = state
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        out.append(-1.0 if (z ^ (z >> 31)) >> 63 else 1.0)
-    return torch.tensor(out)
+    return torch.tensor([-1.0 if output >> 63 else 1.0 for output in islice(outputs(seed), head_dim)])
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """W_k = H diag(signs / balance) / sqrt(d) of each KV head of a layer, W_v = H diag(signs) / sqrt(d) of all its
+    heads, and their inverses, as the kernels take them: float32 and contiguous, on the device of the pages."""
+
+    key_inverse_HDD: Tensor  # W_k⁻¹ = diag(key_gain) Hᵀ
+    value_inverse_DD: Tensor  # W_v⁻¹
+    key_gain_HD: Tensor  # signs · balance / sqrt(d)
+    value_gain_D: Tensor  # signs / sqrt(d)
+    key_weight_HD: Tensor  # signs / balance
+    value_weight_D: Tensor  # signs
+
+
+def build_rotations(balance_HD: Tensor, device: torch.device) -> Rotations:
+    """The rotations of a layer whose key channels have this balance."""
+    dim = balance_HD.shape[1]
+    orthonormal_DD = hadamard(dim).double() / dim**0.5
+    key_signs_D, value_signs_D = signs(SEED_KEYS, dim).double(), signs(SEED_VALUES, dim).double()
+    balance = balance_HD.double()
+    parts = (
+        orthonormal_DD.T * (key_signs_D * balance)[:, :, None],
+        orthonormal_DD.T * value_signs_D[:, None],
+        key_signs_D * balance / dim**0.5,
+        value_signs_D / dim**0.5,
+        key_signs_D / balance,
+        value_signs_D,
+    )
+    return Rotations(*(part.float().contiguous().to(device) for part in parts))

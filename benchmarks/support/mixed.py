@@ -14,14 +14,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from asking import Answer, ask, decode_request
-from processes import ready, worker
-from report import each, percentiles, say
-
 from isthmus.proto.decode_pb2_grpc import DecodeStub
 from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import WorkerReport
+
+from .asking import Answer, ask, decode_request
+from .processes import ready, worker
+from .report import each, percentiles, say
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,44 @@
-"""Decoders of `fp8` and the published quantizers, in plain Python, written from docs/codec.md alone."""
+"""The published quantizers that benchmarks compare ours with: golden bytes, and decoders in plain Python, written from
+the README.md beside them alone."""
 
 import math
+import re
 import struct
+from pathlib import Path
 
 import pytest
 import torch
+from codec_checks import (
+    HEAD_DIMS,
+    SIZES,
+    check_error,
+    check_mixed_sizes,
+    check_neighbours,
+    check_refused,
+    check_size,
+    digest,
+    example,
+    layer,
+)
+from quantizers.codec import PUBLISHED, PublishedCodec
 
-from isthmus.kernels.rotation import hadamard, signs
+from isthmus.kernels.pages.rotation import hadamard, signs
 from isthmus.kernels.shapes import LayerShape
-from isthmus.kvtransfer.codecs.registry import build_codec
+
+DOCUMENT = Path(__file__).parents[2] / "benchmarks" / "quantizers" / "README.md"
+# sha256 of a page of 8 tokens, 1 head, 16 dimensions.
+GOLDEN = {
+    "turboquant-mse-4": "05066949c1d52e43",
+    "turboquant-mse-3": "a45013abae64a97c",
+    "turboquant-mse-2": "343e46df18f444d1",
+    "turboquant-prod-4": "d63c15dff833f6fb",
+    "turboquant-prod-3": "fac6b2ee6e876770",
+    "turboquant-prod-2": "a3b8e600904ef815",
+    "turboquant-3.5": "9d8adb9b0fe143ea",
+    "turboquant-2.5": "9039de822c16b836",
+    "polarquant-4": "d748cb3f770ee595",
+    "polarquant-3": "903b8a95484e73f0",
+}
 
 P, D = 8, 32
 POINTS = {
@@ -121,8 +151,8 @@ def page() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_published_quantizers(name: str):
-    codec = build_codec(name, [LayerShape(kv_heads=2, head_dim=D)], P)
+def test_decoders_written_from_the_document(name: str):
+    codec = PublishedCodec(name, [LayerShape(kv_heads=2, head_dim=D)], P)
     packed = codec.encode(0, *page())
     decoded = codec.decode(0, packed, torch.float32)
     data = packed[0].numpy().tobytes()
@@ -135,22 +165,42 @@ def test_published_quantizers(name: str):
             assert torch.allclose(decoded[kind][:, head], torch.tensor(rows), atol=1e-4)
 
 
-def e4m3(byte: int) -> float:
-    exponent, fraction = byte >> 3 & 15, byte & 7
-    size = math.ldexp(8 + fraction, exponent - 10) if exponent else math.ldexp(fraction, -9)
-    return -size if byte & 128 else size
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_golden_bytes(name: str):
+    packed = PublishedCodec(name, layer(1, 16), 8).encode(0, example(8, 1, 16), example(8, 1, 16))
+    assert digest(packed) == GOLDEN[name]
 
 
-def test_fp8():
-    codec = build_codec("fp8", [LayerShape(kv_heads=2, head_dim=D)], P)
-    packed = codec.encode(0, *page())
-    decoded = codec.decode(0, packed, torch.float32)
-    data = packed[0].numpy().tobytes()
-    for head in range(2):
-        section = Reader(data[head * len(data) // 2 : (head + 1) * len(data) // 2])
-        kinds = [section.take(P * D) for _ in range(2)]
-        scales = [struct.unpack("<f", section.take(4))[0] for _ in range(2)]
-        assert section.data[section.at :] == bytes(8)
-        for kind, numbers, scale in zip(decoded, kinds, scales, strict=True):
-            wanted = torch.tensor([scale * e4m3(byte) for byte in numbers]).view(P, D)
-            assert torch.allclose(kind[:, head], wanted, rtol=1e-5, atol=0)
+def test_the_document_shows_golden_bytes():
+    x_THD = example(8, 1, 16)
+    packed = PublishedCodec("turboquant-mse-2", layer(1, 16), 8).encode(0, x_THD, x_THD)
+    shown = re.findall(r"\b[0-9a-f]{16,}\b", DOCUMENT.read_text())
+    assert "".join(shown) == packed[0, :48].numpy().tobytes().hex()
+
+
+@pytest.mark.parametrize("dim", (16, *HEAD_DIMS))
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_error_is_what_the_bits_allow(name: str, dim: int):
+    check_error(PublishedCodec, name, dim)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_finite_page_packs(name: str, size: float):
+    check_size(PublishedCodec, name, size)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_lonely_channels_and_mixed_sizes(name: str):
+    check_mixed_sizes(PublishedCodec, name)
+
+
+@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_no_number_is_refused(name: str, bad: float):
+    check_refused(PublishedCodec, name, bad)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_pages_do_not_depend_on_their_neighbours(name: str):
+    check_neighbours(PublishedCodec, name)

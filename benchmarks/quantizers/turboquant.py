@@ -1,8 +1,8 @@
-"""The published quantizers, in PyTorch: references to compare with, not meant to be fast.
+"""TurboQuant (arXiv 2504.19874) as published, in PyTorch: to be compared with, not fast.
 
-Each turns the vectors of one page and head, float64 [B, P, D], into uint8 [B, bytes] and back. B pages times heads,
-P page tokens, D head dimension. Norms are stored, divided by sqrt(D) so that none overflows, as `scale16`
-(kernels/scale16.py); rotations are Hadamard with seeded signs.
+Each quantizer turns the vectors of one page and head, float64 [B, P, D], into uint8 [B, bytes] and back. B pages times
+heads, P page tokens, D head dimension. Norms are stored, divided by sqrt(D) so that none overflows, as `scale16`
+(`kernels/pages/layout.py`); rotations are Hadamard with seeded signs.
 """
 
 from typing import Protocol
@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...kernels.rotation import hadamard, signs
-from ...kernels.scale16 import from_scale16, to_scale16
+from isthmus.kernels.pages.layout import from_scale16, to_scale16
+from isthmus.kernels.pages.rotation import hadamard, signs
+
 from .bits import from_bits, gaussian, nearest, points, to_bits
 
 SEED_ROTATION, SEED_PROJECTION = 2, 3
@@ -41,8 +42,7 @@ def load_norms(stored: Tensor) -> Tensor:
 
 
 class Mse:
-    """TurboQuant's MSE form (arXiv 2504.19874, algorithm 1): rotate, quantize each coordinate, keep the
-    norm."""
+    """The MSE form (algorithm 1): rotate, quantize each coordinate, keep the norm."""
 
     def __init__(self, dim: int, page_tokens: int, bits: int) -> None:
         self._dim, self._page, self._bits = dim, page_tokens, bits
@@ -64,7 +64,7 @@ class Mse:
 
 
 class Prod:
-    """TurboQuant's inner-product form (algorithm 2): MSE at one bit less, and QJL's signs of what remains.
+    """The inner-product form (algorithm 2): MSE at one bit less, and QJL's signs of what remains.
 
     The estimate of q · x is unbiased: the residual r is read as sqrt(pi / 2) / d · |r| · Sᵀ sign(S r).
     """
@@ -92,8 +92,7 @@ class Prod:
 
 
 class Outliers:
-    """TurboQuant at a half bit (its section on KV caches): the stronger half of the channels gets one bit
-    more.
+    """Half a bit (the section on KV caches): the stronger half of the channels gets one bit more.
 
     The channels are chosen anew for each page and stored as a bit mask; each half is rotated by itself and
     has its own norm.

@@ -1,5 +1,4 @@
-"""PolarQuant (arXiv 2502.02617): rotated vectors in recursive polar coordinates, angles quantized, radii
-kept.
+"""PolarQuant (arXiv 2502.02617): rotated vectors in recursive polar coordinates, angles quantized, radii kept.
 
 Blocks of 16 coordinates: 8 angles of pairs in [0, 2 pi), then 4, 2 and 1 angles in [0, pi/2] between radii,
 and one radius. For rotated (normal) coordinates the angle of level l > 1 has the density ~ sin(2
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .bits import from_bits, nearest, to_bits
-from .quantizers import load_norms, rotation, store_norms
+from .turboquant import load_norms, rotation, store_norms
 
 _BLOCK = 16
 # Bits of the angles of each level. With 16 bits for the radius: 3.875 and 2.9375 bits a coordinate.
