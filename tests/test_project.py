@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from isthmus.cluster.cli.main import run
+from isthmus.proto.rpc.transport import Transport
 from isthmus.worker.server import WorkerServer
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +23,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_worker_reports_the_version() -> None:
-    assert WorkerServer(1, "127.0.0.1:0", None, "one").report().version == PROJECT["version"]
+    assert WorkerServer(1, "127.0.0.1:0", None, "one", Transport()).report().version == PROJECT["version"]
 
 
 def test_no_code_spells_the_version() -> None:
