@@ -28,7 +28,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, list
     assert run(["config", "show", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["setting", "source", "value"]
-    assert max(map(len, lines)) <= 80
+    assert max(len(line) for line in lines if not line.startswith("file: ")) <= 80  # a path is shown whole
     return {name: rest for name, *rest in (line.split() for line in lines[1:])}
 
 
