@@ -5,7 +5,7 @@ from pathlib import Path
 import grpc
 from clusters import wait_ready
 from models import model_path
-from processes import free_port, isthmus
+from support.processes import free_port, isthmus
 
 from isthmus.cluster.launch.worker_thread import usable_cores
 from isthmus.proto.worker_pb2 import GetStatusRequest
