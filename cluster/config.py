@@ -2,7 +2,7 @@
 defines; this composes it. `sources.py` reads file, environment and flags."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import reduce
@@ -36,6 +36,7 @@ OF_WORKERS = {
     **{name: name for name in ("model", "dtype", "device", "threads", "codecs", "balance", "store_dir", "store_gib")},
     "codec": "default_codec",
 }
+OF_ONE_PROCESS = ("name", "listen", "advertise")  # settings of a worker that is started by hand
 OPTION_NAMES = {"default_codec": "codec"}  # of options that are not named like their setting
 
 
@@ -112,8 +113,12 @@ class ClusterConfig(BaseModel):
         return self.model_copy(update={"gateway": gateway})
 
     def worker_settings(self, role: Role, name: str, listen: str, threads: int) -> dict[str, Any]:
-        """The settings of one of the cluster's workers as plain data, checked. InvalidRequest where one is wrong."""
-        return self._checked(role, {"name": name, "listen": listen, "threads": threads}).model_dump()
+        """The settings of one of the cluster's workers as plain data, checked. InvalidRequest where one is wrong.
+
+        Name and addresses in the file are those of a process that is started by hand: no two of these may share them.
+        """
+        own = {"name": name, "listen": listen, "threads": threads}
+        return self._checked(role, own, without=OF_ONE_PROCESS).model_dump()
 
     def process_settings(self, role: Role, *, default_threads: int | None) -> dict[str, Any]:
         """The settings of a worker that is a process of its own, checked. InvalidRequest where one is wrong.
@@ -137,8 +142,11 @@ class ClusterConfig(BaseModel):
         """Of a setting, which may be in a section."""
         return reduce(getattr, setting, self)
 
-    def _checked(self, role: Role, base: Mapping[str, Any]) -> PrefillConfig | DecodeConfig:
-        settings = {name: self.value(setting) for name, setting in self.set_for_workers(role).items()}
+    def _checked(
+        self, role: Role, base: Mapping[str, Any], without: Collection[str] = ()
+    ) -> PrefillConfig | DecodeConfig:
+        found = self.set_for_workers(role)
+        settings = {name: self.value(setting) for name, setting in found.items() if name not in without}
         try:
             return CONFIG_OF[role](**{**base, **settings})
         except ValidationError as error:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, Self
 
 from ...proto.common_pb2 import FINISH_REASON_UNSPECIFIED, FinishReason, SamplingParams
+from ...proto.errors import InvalidRequest
 from ...proto.generation_pb2 import (
     Chat,
     ChatMessage,
@@ -41,13 +42,14 @@ def build_request(
 ) -> GenerateRequest:
     """A request with one of the three inputs; `sampling` has fields of SamplingParams, None is unset.
 
-    With `continue_final_message` the answer goes on where the chat's last message ends.
+    With `continue_final_message` the answer goes on where the chat's last message ends. InvalidRequest where a field of
+    `sampling` cannot have its value.
     """
     set_sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
     request = GenerateRequest(
         model=model,
         codec=codec,
-        sampling=SamplingParams(**set_sampling),
+        sampling=_sampling_params(set_sampling),
         continue_final_message=continue_final_message,
     )
     if prompt is not None:
@@ -58,6 +60,16 @@ def build_request(
     if token_ids is not None:
         request.tokens.CopyFrom(TokenIds(ids=token_ids))
     return request
+
+
+def _sampling_params(values: Mapping[str, Any]) -> SamplingParams:
+    params = SamplingParams()
+    for name, value in values.items():
+        try:
+            params.MergeFrom(SamplingParams(**{name: value}))
+        except (TypeError, ValueError) as error:  # protobuf's own say of no field what is wrong with it
+            raise InvalidRequest(f"{name} is {value!r}: {str(error).partition(':')[0].lower()}") from None
+    return params
 
 
 @dataclass(kw_only=True)

@@ -145,6 +145,9 @@ class WorkerGroup:
         except TimeoutError:
             await self._forget(name)
             raise Exhausted(f"{name} did not start in {max(timeout_s, START_S):g} s; is there room for it?") from None
+        except OSError as error:  # of its process: an address or a file of its settings
+            await self._forget(name)
+            raise Unavailable(f"{name} did not start: {error}") from None
         except BaseException:
             await self._forget(name)
             raise

@@ -28,6 +28,17 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert (settings["chunk_tokens"], settings["default_codec"], settings["name"]) == (256, "raw", "prefill-0")
 
 
+def test_workers_of_up_have_names_and_addresses_of_their_own(tmp_path: Path) -> None:
+    """The file's are those of a worker that is started by hand with the same file."""
+    section = "{name: mine, listen: '0.0.0.0:7001', advertise: 'h:7001', host_cache_gib: 4}"
+    config = load_config(written(tmp_path, f"prefill_worker: {section}"), {})
+    settings = config.worker_settings("prefill", "prefill-0", "127.0.0.1:0", 1)
+    names = ("name", "listen", "advertise", "host_cache_gib")
+    assert [settings[name] for name in names] == ["prefill-0", "127.0.0.1:0", None, 4]
+    by_hand = config.process_settings("prefill", default_threads=1)
+    assert [by_hand[name] for name in names] == ["mine", "0.0.0.0:7001", "h:7001", 4]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

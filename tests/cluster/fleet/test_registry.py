@@ -22,6 +22,7 @@ async def test_a_worker_that_is_added_while_another_leaves_its_address_stays() -
     after, stream = fleet.channel(NOBODY), fleet._streams[NOBODY]
     await removing
     assert fleet.channel(NOBODY) is after is not before
+    assert transport.open_channels == 1
     await asyncio.sleep(0.05)
     assert not stream.done()
     assert after.get_state(try_to_connect=True).name != "SHUTDOWN"
