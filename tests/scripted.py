@@ -1,8 +1,9 @@
 """Workers that follow a script, a model of bytes, and a gateway on top: the gateway's tests need no weights."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -222,3 +223,25 @@ async def scripted_cluster(
         for worker in (prefill, *decodes):
             await worker.stop()
     assert gateway.transport.open_channels == 0
+
+
+@contextmanager
+def in_thread(cluster: AbstractAsyncContextManager[ScriptedCluster]) -> Iterator[str]:
+    """The address of a scripted cluster's gateway, which runs in a thread of its own: for callers that block."""
+    ready, address, ends = threading.Event(), [""], list[asyncio.Event]()
+    loop = asyncio.new_event_loop()
+
+    async def serve() -> None:
+        ends.append(asyncio.Event())
+        async with cluster as running:
+            address[0] = running.gateway.address
+            ready.set()
+            await ends[0].wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    assert ready.wait(10)
+    yield address[0]
+    loop.call_soon_threadsafe(ends[0].set)
+    thread.join()
+    loop.close()

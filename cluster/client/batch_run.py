@@ -55,19 +55,21 @@ class Tally:
     failed: int = 0
 
 
-Told = Callable[[Tally], None]
+OnProgress = Callable[[Tally], None]
 
 
 class BatchRun:
     """`run` once; what it wrote stays right however it ends."""
 
-    def __init__(self, client: JobsClient, source: Path, files: BatchFiles, plan: Plan, told: Told) -> None:
-        """`told` hears of progress."""
+    def __init__(
+        self, client: JobsClient, source: Path, files: BatchFiles, plan: Plan, on_progress: OnProgress
+    ) -> None:
+        """`on_progress` is called with each change of the tally."""
         self._client = client
         self._source = source
         self._files = files
         self._plan = plan
-        self._told = told
+        self._on_progress = on_progress
         self._tally = Tally()
         self._counted: dict[str, int] = {}  # requests of jobs under way that have ended
 
@@ -212,7 +214,7 @@ class BatchRun:
     def _note(self, *, answered: int = 0, failed: int = 0) -> None:
         self._tally.answered += answered
         self._tally.failed += failed
-        self._told(self._tally)
+        self._on_progress(self._tally)
 
 
 def _is_refused(error: grpc.aio.AioRpcError) -> bool:

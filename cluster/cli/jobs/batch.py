@@ -93,11 +93,11 @@ async def _run(server: str, source: Path, paths: "Paths", plan: "Plan", *, quiet
         with BatchFiles.open(paths, source, settings) as files, progress:
             bar = progress.add_task("", total=total, completed=len(files.done), failed="")
 
-            def told(tally: "Tally") -> None:
+            def show_progress(tally: "Tally") -> None:
                 failed = f"{tally.failed} failed" if tally.failed else ""
                 progress.update(bar, completed=tally.answered + tally.failed, failed=failed)
 
-            tally = await BatchRun(client, source, files, plan, told).run()
+            tally = await BatchRun(client, source, files, plan, show_progress).run()
             files.finish()
     return tally
 

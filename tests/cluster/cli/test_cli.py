@@ -1,16 +1,14 @@
 """The command line: exit codes, one line for an error, what is printed; against a gateway of scripted workers."""
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scripted import says, scripted_cluster
+from scripted import in_thread, says, scripted_cluster
 
 from isthmus.cluster.cli.gateway import GATEWAY_FLAGS
 from isthmus.cluster.cli.main import run
@@ -28,23 +26,8 @@ COMMANDS = (
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The address of a gateway that always answers "hello", in a thread of its own."""
-    ready, address, ends = threading.Event(), [""], list[asyncio.Event]()
-    loop = asyncio.new_event_loop()
-
-    async def serve() -> None:
-        ends.append(asyncio.Event())
-        async with scripted_cluster(says("hello")) as cluster:
-            address[0] = cluster.gateway.address
-            ready.set()
-            await ends[0].wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    assert ready.wait(10)
-    yield address[0]
-    loop.call_soon_threadsafe(ends[0].set)
-    thread.join()
-    loop.close()
+    with in_thread(scripted_cluster(says("hello"))) as address:
+        yield address
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -1,19 +1,17 @@
 """`isthmus jobs` and `isthmus batch`: what they print, their exit codes, and what Ctrl-C leaves."""
 
-import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc.aio
 import pytest
-from scripted import scripted_cluster
+from scripted import in_thread, scripted_cluster
 from served_jobs import QUICK, answering, expected_text, sqlite_url
 
 from isthmus.cluster.cli.main import run
@@ -25,27 +23,13 @@ SEEDED = ("--seed", "1", "--max-tokens", "4")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A gateway with jobs in a thread of its own. Prompts that begin with "slow" take a second for each token."""
-    ready, address, ends = threading.Event(), [""], list[asyncio.Event]()
-    loop = asyncio.new_event_loop()
     url = sqlite_url(tmp_path_factory.mktemp("jobs"))
 
     async def script(request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
         await answering(1.0 if bytes(request.prompt_token_ids).startswith(b"slow") else 0.0)(request, context)
 
-    async def serve() -> None:
-        ends.append(asyncio.Event())
-        async with scripted_cluster(script, jobs_db=url, jobs=QUICK) as cluster:
-            address[0] = cluster.gateway.address
-            ready.set()
-            await ends[0].wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    assert ready.wait(10)
-    yield address[0]
-    loop.call_soon_threadsafe(ends[0].set)
-    thread.join()
-    loop.close()
+    with in_thread(scripted_cluster(script, jobs_db=url, jobs=QUICK)) as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)
