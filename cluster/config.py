@@ -22,6 +22,7 @@ from . import defaults
 from .fleet.report import Role
 from .gateway_config import GatewayConfig
 from .jobs.settings import database_url
+from .logs.configure import LogFormat
 from .sources import Origin, Setting, explain, read_sources, warn_of_unknown_variables
 
 CONFIG_OF: dict[Role, type[PrefillConfig] | type[DecodeConfig]] = {
@@ -71,6 +72,11 @@ class ClusterConfig(BaseModel):
     )
     drain_s: float = Field(
         defaults.DRAIN_S, ge=0, description="Time for running requests when it stops; others take those left."
+    )
+    log_format: LogFormat = Field("json", description="Lines of the log: json or text.")
+    log_content: bool = Field(False, description="Whether the gateway logs prompts and outputs too.")
+    audit_file: str | None = Field(
+        None, min_length=1, description="File that the audit log is appended to (0600), beside stderr."
     )
     store_dir: str | None = _same(PrefillConfig, "store_dir")
     store_gib: float = _same(PrefillConfig, "store_gib")

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from ..worker.config import Names
+from .access.settings import AccessSettings
 from .jobs.settings import JobsSettings
 from .router.policies import LocalPrefill, Policy
 from .text.served import InputLimits
@@ -81,6 +82,7 @@ class GatewayConfig(BaseModel):
         description="URL of the database of jobs; none: no jobs; default: jobs.db in ~/.local/state/isthmus.",
     )
     jobs: JobsSettings = Field(default=JobsSettings(), description="Limits and periods of jobs.")
+    access: AccessSettings = Field(default=AccessSettings(), description="Who may ask: API keys and tokens.")
 
     @property
     def input_limits(self) -> InputLimits:

@@ -7,11 +7,11 @@ shown, with the source that it has.
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -29,6 +29,8 @@ VARIABLES = {
     "ISTHMUS_CONFIG": "the settings file, where no --config is given",
     "ISTHMUS_JOBS_DB": "gateway.jobs_db",
     "ISTHMUS_SERVER": "the gateway that clients ask, where no --server is given",
+    "ISTHMUS_API_KEY": "what clients show the gateway, where no --api-key is given",
+    "ISTHMUS_ALLOW_PLAINTEXT_KEY": "whether clients may send it over a network in plain text",
     "ISTHMUS_CACHE": "the folder of what can be made again: converted models, calibration, compiled kernels",
     "ISTHMUS_COMPILED": "auto or never: compiled kernels and CUDA graphs",
     "ISTHMUS_BF16": "auto or never: the bf16 units of a CPU",
@@ -187,10 +189,20 @@ def _unknown(setting: Setting, model: type[BaseModel]) -> str:
     *path, key = setting
     if not path and (owners := [name for name, owner in sections(model).items() if key in owner.model_fields]):
         return f"key {key!r} belongs under {' or '.join(f'{owner}:' for owner in owners)}"
-    for section in path:
-        model = sections(model)[section]
     where = f"{'.'.join(path)}: " if path else ""
-    return f"{where}unknown key {key!r}; allowed: {', '.join(model.model_fields)}"
+    return f"{where}unknown key {key!r}; allowed: {', '.join(_model_at(model, path).model_fields)}"
+
+
+def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    """The model of a section, or of an entry of a mapping to models."""
+    names = iter(path)
+    for name in names:
+        annotation = model.model_fields[name].annotation
+        if get_origin(annotation) is dict:
+            next(names)
+            annotation = get_args(annotation)[1]
+        model = cast(type[BaseModel], annotation)
+    return model
 
 
 def _where(setting: Setting, origins: Mapping[Setting, Origin]) -> list[str]:

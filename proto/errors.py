@@ -6,6 +6,8 @@
     ├── AlreadyExists       the name is taken by something else
     ├── IllegalState        the thing exists, but its state does not allow this
     ├── OutOfRange          a position past the end
+    ├── Unauthenticated     nobody knows who asks: no credentials, or such as are not valid
+    ├── PermissionDenied    who asks is known, and may not do this
     ├── Incompatible        two sides differ in protocol, model or codec parameters
     ├── Exhausted           no room now: try again later
     ├── Unavailable         the other side is not there, or is going away
@@ -47,6 +49,14 @@ class IllegalState(IsthmusError):
 
 class OutOfRange(IsthmusError):
     """The request names a position past the end."""
+
+
+class Unauthenticated(IsthmusError):
+    """Who asks has shown no valid credentials."""
+
+
+class PermissionDenied(IsthmusError):
+    """Who asks may not do what was asked."""
 
 
 class Incompatible(IsthmusError):

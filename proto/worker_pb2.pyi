@@ -711,11 +711,15 @@ class ClusterStatus(_message.Message):
     TASK_FAILURES_FIELD_NUMBER: _builtins.int
     FAILING_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    ACCESS_FIELD_NUMBER: _builtins.int
+    LOG_CONTENT_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     active_requests: _builtins.int
     uptime_ms: _builtins.int
     cluster_id: _builtins.str
     """in the names of the Ray actors; none where the workers are a given list"""
+    log_content: _builtins.bool
+    """prompts and outputs are logged"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerReport]: ...
     @_builtins.property
@@ -730,6 +734,10 @@ class ClusterStatus(_message.Message):
     def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryUse]:
         """the gateway's tables"""
 
+    @_builtins.property
+    def access(self) -> Global___AccessStatus:
+        """who may ask of the gateway's client port"""
+
     def __init__(
         self,
         *,
@@ -741,11 +749,71 @@ class ClusterStatus(_message.Message):
         task_failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         failing: _abc.Iterable[_builtins.str] | None = ...,
         memory: _abc.Iterable[Global___MemoryUse] | None = ...,
+        access: Global___AccessStatus | None = ...,
+        log_content: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "cluster_id", b"cluster_id", "failing", b"failing", "memory", b"memory", "task_failures", b"task_failures", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "active_requests", b"active_requests", "cluster_id", b"cluster_id", "failing", b"failing", "log_content", b"log_content", "memory", b"memory", "task_failures", b"task_failures", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterStatus: _TypeAlias = ClusterStatus  # noqa: Y015
+
+@_typing.final
+class AccessStatus(_message.Message):
+    """Who may ask, and who was refused since the gateway's start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RefusedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MODE_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    mode: _builtins.str
+    """"loopback" or "anonymous": everybody; else "keys", "jwt" or "keys, jwt" """
+    keys: _builtins.int
+    """API keys that are let in"""
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """why keys or tokens are refused that should not be: a file that cannot be read"""
+
+    @_builtins.property
+    def refused(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """calls, by reason"""
+
+    def __init__(
+        self,
+        *,
+        mode: _builtins.str = ...,
+        keys: _builtins.int = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
+        refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "mode", b"mode", "problems", b"problems", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccessStatus: _TypeAlias = AccessStatus  # noqa: Y015

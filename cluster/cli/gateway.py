@@ -50,12 +50,13 @@ def gateway(
 
       isthmus gateway --config cluster.yaml    # the file of isthmus up, with gateway: {workers: [...]}
 
-      isthmus gateway --listen 0.0.0.0:50051 --workers 10.0.0.7:7001 --workers 10.0.0.8:7002
+      isthmus gateway --listen 0.0.0.0:50051 --keys-file keys.json --workers 10.0.0.7:7001,10.0.0.8:7002
 
       isthmus gateway --workers 127.0.0.1:7001,127.0.0.1:7002 --local-prefill never --max-request-s 60
     """
     opt.configure_logs(log_level)
     from ...proto.rpc.addresses import parse_address
+    from ..access.access import check_listen
     from ..config import load_config
     from ..frontend.gateway import Gateway
     from ..launch.foreground import run_service
@@ -66,12 +67,14 @@ def gateway(
         host, port = parse_address(opt.address(listen))
         flags |= {"host": host, "port": port}
     settings = load_config(config, flags).with_jobs()
+    opt.configure_logs(log_level, settings)
+    check_listen(settings.gateway.access, settings.listen)
     if not (workers := settings.gateway.workers):
         raise typer.BadParameter("no workers: name them with --workers, or as workers: under gateway: in the settings")
     for worker in workers:
         opt.address_to_dial(worker)
     served = load_served_model(settings.model)
-    running = Gateway(settings.listen, served, list(workers), settings.gateway)
+    running = Gateway(settings.listen, served, list(workers), settings.gateway, log_content=settings.log_content)
 
     async def start() -> None:
         await running.start()
@@ -86,5 +89,13 @@ def gateway(
 
 _WORKERS = Flag("gateway.workers", parse=_addresses)
 GatewayCommand = command_with(
-    (_WORKERS, Flag("model", ("--model", "-m")), Flag("drain_s"), opt.JOBS_DB, *GATEWAY_FLAGS)
+    (
+        _WORKERS,
+        Flag("model", ("--model", "-m")),
+        Flag("drain_s"),
+        opt.JOBS_DB,
+        opt.KEYS_FILE,
+        opt.LOG_FORMAT,
+        *GATEWAY_FLAGS,
+    )
 )

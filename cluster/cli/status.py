@@ -103,6 +103,29 @@ def _task_lines(cluster: "ClusterStatus") -> "Iterator[Text]":
         yield Text("exceptions of background tasks: ", style="yellow").append(counts, style="default")
 
 
+def _access_lines(cluster: "ClusterStatus") -> "Iterator[Text | str]":
+    """Who may ask, who was refused, and what is logged of it."""
+    from rich.text import Text
+
+    access = cluster.access
+    said = {
+        "loopback": "everybody on this host",
+        "anonymous": "everybody, from anywhere (anonymous)",
+        "keys": f"API keys ({access.keys} valid)",
+        "jwt": "tokens",
+        "keys, jwt": f"API keys ({access.keys} valid) and tokens",
+    }
+    if access.mode:
+        line = Text(f"who may ask: {said.get(access.mode, access.mode)}")
+        yield Text(line.plain, style="yellow") if access.mode == "anonymous" else line
+    for problem in access.problems:
+        yield Text("nobody is let in: ", style="red").append(problem, style="default")
+    if access.refused:
+        yield "refused: " + ", ".join(f"{reason} {count}" for reason, count in sorted(access.refused.items()))
+    if cluster.log_content:
+        yield Text("prompts and outputs are logged (log_content)", style="yellow")
+
+
 def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text | str]":
     """A line for each worker, what matters first; with `verbose` more lines below each."""
     from rich.text import Text
@@ -126,6 +149,7 @@ def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text 
         if worker.reason:
             yield Text(f"{worker.worker_id}: ", style="red").append(worker.reason, style="default")
     yield from _task_lines(cluster)
+    yield from _access_lines(cluster)
     parts = [
         f"isthmus {cluster.version}",
         *([f"cluster {cluster.cluster_id}"] if cluster.cluster_id else []),

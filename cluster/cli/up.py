@@ -18,7 +18,7 @@ _DTYPE = Flag("dtype", choices=True)
 UP_FLAGS = (
     *(Flag("prefill"), Flag("decode"), _MODEL, Flag("codec"), Flag("host"), Flag("port"), _DTYPE),
     *(Flag("device"), Flag("threads"), Flag("address"), Flag("store_dir"), Flag("store_gib")),
-    *(opt.JOBS_DB, *GATEWAY_FLAGS),
+    *(opt.JOBS_DB, opt.KEYS_FILE, opt.LOG_FORMAT, *GATEWAY_FLAGS),
 )
 
 
@@ -33,15 +33,21 @@ def up(ctx: typer.Context, config: opt.ConfigFile = None, log_level: opt.LogLeve
 
       isthmus up --config cluster.yaml --port 7000
 
+      isthmus up --host 0.0.0.0 --keys-file keys.json    # for other hosts, with API keys (isthmus keys add)
+
       isthmus up --prefill 2 --decode 2 --local-prefill never --tenant-weights research=3,web=1
 
       isthmus up --address auto    # on the Ray that runs here already
     """
     begun_s = time.monotonic()
     opt.configure_logs(log_level)
+    from ..access.access import check_listen
     from ..config import load_config
 
-    raise typer.Exit(_serve_cluster(load_config(config, given(ctx)).with_jobs(), begun_s))
+    settings = load_config(config, given(ctx)).with_jobs()
+    opt.configure_logs(log_level, settings)
+    check_listen(settings.gateway.access, settings.listen)
+    raise typer.Exit(_serve_cluster(settings, begun_s))
 
 
 def demo(ctx: typer.Context, as_json: opt.Json = False) -> None:

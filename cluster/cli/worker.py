@@ -27,6 +27,7 @@ def _flags(section: str, *own: str) -> tuple[Flag, ...]:
         Flag(f"{section}.advertise", parse=opt.address_to_dial),
         *(Flag(f"{section}.{name}") for name in own),
         Flag("drain_s"),
+        opt.LOG_FORMAT,
     )
 
 
@@ -83,6 +84,7 @@ def _run_worker(role: "Role", file: Path | None, flags: dict[str, Any], log_leve
     from ..launch.worker_thread import activity, cores_for_one, end_process, thread_settings
 
     config = load_config(file, _for_both(role, flags))
+    opt.configure_logs(log_level, config, audit=False)
     threads = cores_for_one()
     settings = config.process_settings(role, default_threads=threads)
     os.environ.update(thread_settings(settings["threads"]))  # before torch is imported

@@ -28,6 +28,7 @@ from ...proto.generation_pb2_grpc import GenerationStub
 from ...proto.rpc.transport import Transport
 from ...proto.worker_pb2 import ClusterStatus, Explanation, GetStatusRequest
 from ...proto.worker_pb2_grpc import ClusterStub
+from .credentials import ApiKey, as_api_key, dial
 
 
 def build_request(
@@ -121,10 +122,15 @@ class Answer:
 class Client:
     """Calls one gateway, as an async context manager; raises grpc.aio.AioRpcError as the server sends it."""
 
-    def __init__(self, address: str, transport: Transport | None = None) -> None:
-        """Dials through `transport`; by default one of its own, in plain text."""
+    def __init__(
+        self, address: str, transport: Transport | None = None, *, api_key: ApiKey | str | None = None
+    ) -> None:
+        """Dials through `transport`; by default one of its own, in plain text.
+
+        InvalidRequest where `api_key` would go to another host in plain text.
+        """
         self.address = address
-        self._channel = (transport or Transport()).dial(address)
+        self._channel = dial(address, transport, as_api_key(api_key))
         self._generation = GenerationStub(self._channel)
         self.cluster = ClusterStub(self._channel)  # status and operations
 

@@ -34,6 +34,7 @@ from ...proto.jobs_pb2_grpc import JobsStub
 from ...proto.rpc.statuses import error_of
 from ...proto.rpc.transport import Transport
 from ..jobs.states import JobState
+from .credentials import ApiKey, as_api_key, dial
 
 CALL_S = 30.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.2, 2.0
@@ -46,10 +47,20 @@ class JobsClient:
     A call that finds no gateway, or one whose database is busy, is tried again for `patience_s`.
     """
 
-    def __init__(self, address: str, transport: Transport | None = None, *, patience_s: float = 0.0) -> None:
-        """Dials through `transport`; by default one of its own, in plain text."""
+    def __init__(
+        self,
+        address: str,
+        transport: Transport | None = None,
+        *,
+        patience_s: float = 0.0,
+        api_key: ApiKey | str | None = None,
+    ) -> None:
+        """Dials through `transport`; by default one of its own, in plain text.
+
+        InvalidRequest where `api_key` would go to another host in plain text.
+        """
         self.patience_s = patience_s
-        self._channel = (transport or Transport()).dial(address)
+        self._channel = dial(address, transport, as_api_key(api_key))
         self._stub: Any = JobsStub(self._channel)
 
     async def __aenter__(self) -> Self:

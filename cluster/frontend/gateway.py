@@ -19,12 +19,15 @@ from ...proto.rpc.addresses import parse_address
 from ...proto.rpc.server import Server
 from ...proto.rpc.transport import MIB, Transport
 from ...proto.tasks import Tasks
+from ..access.access import Access, check_listen
+from ..access.interceptor import AccessInterceptor
 from ..fleet.compatibility import Requirements
 from ..fleet.preflight import Preflight
 from ..fleet.registry import Fleet
 from ..gateway_config import GatewayConfig
 from ..jobs.service.manager import Jobs
 from ..jobs.service.service import SERVICE as JOBS_SERVICE
+from ..logs.admin import AdminAudit
 from ..requests.generator import Generator
 from ..router.router import servable_codecs
 from ..text.served import ServedModel
@@ -54,11 +57,15 @@ class Gateway:
         owner: Tasks | None = None,
         *,
         cluster_id: str = "",
+        log_content: bool = False,
     ) -> None:
         """`owner`: background tasks of the gateway's owner, whose failures count as the gateway's own.
 
-        `cluster_id`: what `isthmus status` shows; "" where the workers are a given list.
+        `cluster_id`: what `isthmus status` shows; "" where the workers are a given list. `log_content`: whether prompts
+        and outputs are logged.
         """
+        self.access = Access(config.access)
+        self._log_content = log_content
         self._cluster_id = cluster_id
         self._listen = listen
         self._model = replace(model, limits=config.input_limits)
@@ -75,16 +82,21 @@ class Gateway:
     async def start(self) -> None:
         """Listens and starts to watch the workers, and to run jobs where it has a database of them.
 
-        OSError where the address cannot be bound; what `Jobs.open` raises.
+        OSError where the address cannot be bound; InvalidRequest where nobody has said who may ask there; what
+        `Jobs.open` raises.
         """
+        check_listen(self._config.access, self._listen)
+        await self.access.start(self._tasks)
         required = Requirements(
             protocol_version=PROTOCOL_VERSION, model=self._model.name, fingerprint=self._model.fingerprint
         )
         self.fleet = Fleet(required, self.transport, verify=self._config.preflight, failures=self.failures)
         self._preflight = Preflight(self.fleet, self._model, self.failures)
         self.load = Load()
-        self.generator = Generator(self._model, self.fleet, self._config)
-        self._generation = GenerationService(self._model, self.fleet.table, self.generator, self.load, self._config)
+        self.generator = Generator(self._model, self.fleet, self._config, log_content=self._log_content)
+        self._generation = GenerationService(
+            self._model, self.fleet.table, self.generator, self.load, self.access, self._config
+        )
         self.operations = Operations(self.fleet)
         cluster = ClusterService(self.fleet, self.operations, self.generator, self._fill_status)
         adders = (
@@ -95,7 +107,12 @@ class Gateway:
         if self._config.jobs_db is not None:
             self._jobs = await self._open_jobs(self._config.jobs_db)
             services[JOBS_SERVICE] = self._jobs.add_to
-        self._server = await self.transport.listen(self._listen, services, max_request_bytes=MAX_MESSAGE_BYTES)
+        self._server = await self.transport.listen(
+            self._listen,
+            services,
+            max_request_bytes=MAX_MESSAGE_BYTES,
+            interceptors=[AccessInterceptor(self.access, [SERVICES[1].full_name]), AdminAudit()],
+        )
         for address in self._workers:
             self.fleet.add(address)
         if self._config.preflight:
@@ -113,6 +130,7 @@ class Gateway:
             reports=self.fleet.statuses,
             others=lambda: self.load.active,
             settings=self._config.jobs,
+            access=self.access,
             failures=self.failures,
         )
 
@@ -179,3 +197,5 @@ class Gateway:
         status.failing.extend([*self._failing(), *self._jobs_failing()])
         for name, count in self.failures.items():
             status.task_failures[name] = count
+        self.access.fill_status(status.access)
+        status.log_content = self._log_content

@@ -1,6 +1,8 @@
 """`isthmus.v1.Generation`: what clients ask of the model."""
 
 import time
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import grpc.aio
@@ -9,6 +11,8 @@ from ...proto import generation_pb2, generation_pb2_grpc
 from ...proto.errors import Exhausted, Unavailable
 from ...proto.rpc.streams import with_heartbeat, write_in_time
 from ...proto.rpc.trace import trace_context
+from ..access.access import Access
+from ..access.usage import Permit
 from ..fleet.worker_table import WorkerTable
 from ..gateway_config import GatewayConfig
 from ..requests.generator import Generator
@@ -22,7 +26,13 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     """One model on the workers of a fleet."""
 
     def __init__(
-        self, model: ServedModel, workers: WorkerTable, generator: Generator, load: Load, config: GatewayConfig
+        self,
+        model: ServedModel,
+        workers: WorkerTable,
+        generator: Generator,
+        load: Load,
+        access: Access,
+        config: GatewayConfig,
     ) -> None:
         self._local_prefill: LocalPrefill = config.local_prefill
         self._sign_of_life_s = config.sign_of_life_s
@@ -30,6 +40,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self._workers = workers
         self._generator = generator
         self._load = load
+        self._access = access
         self.draining = False
 
     async def Generate(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -37,15 +48,21 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         request: generation_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateEvent],
     ) -> None:
-        arrived_s = time.monotonic()
-        if self.draining:
-            raise Unavailable("the gateway is shutting down")
-        with self._load.track():
+        arrived_s, log = time.monotonic(), self._generator.log
+        with self._load.track(), ExitStack() as of_request:
             try:
-                resolved = await self._generator.resolve(request)
-                await context.send_initial_metadata(())
+                with log.before_run(request, arrived_s):
+                    if self.draining:
+                        raise Unavailable("the gateway is shutting down")
+                    caller = self._access.caller()
+                    request.tenant, request.priority = self._access.claimed(request.tenant, request.priority)
+                    permit = of_request.enter_context(self._access.running(caller))
+                    resolved = await self._generator.resolve(request)
+                    resolved = replace(resolved, limits=caller.limits)
+                    permit.reserve(len(resolved.prompt_token_ids), resolved.sampling.max_tokens, time.monotonic())
+                    await context.send_initial_metadata(())
                 heartbeat = partial(generation_pb2.GenerateEvent, request_id=resolved.request_id)
-                write = partial(write_in_time, context)
+                write = partial(_write, context, permit)
                 async with with_heartbeat(write, heartbeat, self._sign_of_life_s) as pass_on:
                     await self._generator.run(
                         resolved,
@@ -81,3 +98,9 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             default_codec=self._workers.default_codec(),
             max_request_tokens=min(model.context_length, token_limit(table, None, self._local_prefill)[1]),
         )
+
+
+async def _write(context: grpc.aio.ServicerContext, permit: Permit, event: generation_pb2.GenerateEvent) -> None:
+    """Counts what a caller is given, before it is."""
+    permit.output_tokens += len(event.token_ids)
+    await write_in_time(context, event)

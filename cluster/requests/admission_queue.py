@@ -10,7 +10,7 @@ from ..fleet.worker_table import WorkerTable
 from ..gateway_config import GatewayConfig
 from ..router.estimates import LatencyEstimate
 from .fair_queue import Claim, FairQueue, Ticket
-from .request import ResolvedRequest
+from .request import ResolvedRequest, smaller
 
 RECHECK_S = 1.0  # capacity changes with the workers, too
 
@@ -36,7 +36,12 @@ class AdmissionQueue:
         than a request may have.
         """
         self._check_budget(request)
-        claim = Claim(priority=request.priority, tenant=request.tenant, tokens=request.tokens)
+        claim = Claim(
+            priority=request.priority,
+            tenant=request.tenant,
+            tokens=request.tokens,
+            weight=request.limits.weight,
+        )
         left = time_left()
         ticket = self._queue.enqueue(claim, self._capacity(), left, estimate() if left is not None else None)
         try:
@@ -72,11 +77,11 @@ class AdmissionQueue:
         return round(self._config.overcommit * sum(load.capacity_tokens for load in self._workers.routing.decode))
 
     def _check_budget(self, request: ResolvedRequest) -> None:
-        config, tokens = self._config, request.tokens
-        if config.max_request_tokens is not None and tokens > config.max_request_tokens:
-            raise InvalidRequest(f"prompt and output come to {tokens} tokens; allowed: {config.max_request_tokens}")
+        config, own, tokens = self._config, request.limits, request.tokens
+        most_tokens = smaller(config.max_request_tokens, own.max_request_tokens)
+        if most_tokens is not None and tokens > most_tokens:
+            raise InvalidRequest(f"prompt and output come to {tokens} tokens; allowed: {most_tokens}")
         kv_mib = tokens * self._workers.routing.wire_bytes(request.codec) / (1 << 20)
-        if config.max_request_kv_mib is not None and kv_mib > config.max_request_kv_mib:
-            raise InvalidRequest(
-                f"prompt and output come to about {kv_mib:.0f} MiB of KV; allowed: {config.max_request_kv_mib:g}"
-            )
+        most_mib = smaller(config.max_request_kv_mib, own.max_request_kv_mib)
+        if most_mib is not None and kv_mib > most_mib:
+            raise InvalidRequest(f"prompt and output come to about {kv_mib:.0f} MiB of KV; allowed: {most_mib:g}")

@@ -26,6 +26,7 @@ class Claim:
     priority: int
     tenant: str
     tokens: int  # prompt and output at most
+    weight: float | None = None  # its caller's; None: the tenant's by the settings
 
 
 @dataclass(eq=False)
@@ -112,7 +113,8 @@ class FairQueue:
         """Counts a request that starts now as given to its tenant: one that goes away before costs it nothing."""
         tenant, start = ticket.claim.tenant, self._start_time(ticket)
         self._virtual_time = max(self._virtual_time, start)
-        self._finish[tenant] = start + ticket.claim.tokens / self._weights.get(tenant, 1.0)
+        weight = ticket.claim.weight or self._weights.get(tenant, 1.0)
+        self._finish[tenant] = start + ticket.claim.tokens / weight
         if len(self._finish) > MAX_TENANTS:  # a finish time that has passed says nothing; of the others half may stay
             ahead = [item for item in self._finish.items() if item[1] > self._virtual_time]
             self._finish = dict(sorted(ahead, key=lambda item: item[1])[-MAX_TENANTS // 2 :])

@@ -3,13 +3,10 @@
 import asyncio
 import contextlib
 import functools
-import logging
 import time
 from collections.abc import Sequence
 
-from ...proto.errors import IsthmusError
 from ...proto.generation_pb2 import GenerateRequest
-from ...proto.rpc.statuses import code_of
 from ...proto.rpc.trace import TraceContext
 from ...proto.worker_pb2 import Explanation
 from ..fleet.registry import Fleet
@@ -20,11 +17,10 @@ from ..text.served import ServedModel
 from .admission_queue import AdmissionQueue
 from .attempt import PassOn
 from .dispatch import Dispatcher, TimeLeft
-from .request import ResolvedRequest, resolve
+from .request import ResolvedRequest, resolve, smaller
+from .request_log import RequestLog
 from .session import Session, new_session
 from .suspicion import Suspicion
-
-log = logging.getLogger(__name__)
 
 GRACE_S = 1.0  # a connection to a worker that was lost is often back at once
 
@@ -36,8 +32,9 @@ def no_deadline() -> None:
 class Generator:
     """One model on the workers of one fleet."""
 
-    def __init__(self, model: ServedModel, fleet: Fleet, config: GatewayConfig) -> None:
+    def __init__(self, model: ServedModel, fleet: Fleet, config: GatewayConfig, *, log_content: bool = False) -> None:
         self._model = model
+        self.log = RequestLog(model, content=log_content)
         self._fleet = fleet
         self._config = config
         self._admission = AdmissionQueue(fleet.table, config)
@@ -82,28 +79,18 @@ class Generator:
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
         session = new_session(request, self._model, arrived_s)
         session.resume(emitted)
-        status = "UNKNOWN"
-        try:
-            left = self._bounded(time_left, arrived_s)
+        with self.log.run(session):
+            left = self._bounded(time_left, arrived_s, request.limits.max_request_s)
             prepared = functools.cache(lambda: self._dispatcher.prepare(request))
             async with self._admission.admit(request, left, lambda: self._dispatcher.estimate(request, prepared())):
                 await self._dispatcher.run(
                     session, prepared(), pass_on, time_left=left, trace=trace, suspicion=suspicion
                 )
-            status = "OK"
-        except IsthmusError as error:
-            status = f"{code_of(error).name}: {error}"
-            raise
-        except asyncio.CancelledError:
-            status = "CANCELLED"
-            raise
-        finally:
-            _log_end(session, status)
         return session
 
-    def _bounded(self, time_left: TimeLeft, arrived_s: float) -> TimeLeft:
-        """The time left, with what a request may take at most."""
-        most_s = self._config.max_request_s
+    def _bounded(self, time_left: TimeLeft, arrived_s: float, own_s: float | None) -> TimeLeft:
+        """The time left, with what a request may take at most: any one, or this one's caller's."""
+        most_s = smaller(self._config.max_request_s, own_s)
         if most_s is None:
             return time_left
 
@@ -131,17 +118,3 @@ class Generator:
                 async with asyncio.timeout(left):
                     await change.wait()
         return self._fleet.table.routing
-
-
-def _log_end(session: Session, status: str) -> None:
-    usage = session.usage()
-    fields = {
-        "request_id": session.request.request_id,
-        "status": status,
-        "ms": round((time.monotonic() - session.arrived_s) * 1e3, 1),
-        "prompt_tokens": usage.prompt_tokens,
-        "output_tokens": usage.output_tokens,
-        "decode_worker": session.decode_worker,
-        "replays": session.replays,
-    }
-    log.info("request ended", extra={"fields": fields})

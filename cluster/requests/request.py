@@ -4,6 +4,7 @@ import functools
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ...kvtransfer.codecs.registry import codec_names
 from ...proto.common_pb2 import PRIORITY_STANDARD, Priority
@@ -11,12 +12,14 @@ from ...proto.errors import InvalidRequest, NotFound, Unavailable, shown
 from ...proto.generation_pb2 import Chat, GenerateRequest, TokenIds
 from ...proto.names import check_name
 from ...proto.sampling import Sampling
+from ..access.settings import NO_LIMITS, Limits
 from ..router.policies import LocalPrefill
 from ..router.router import servable_codecs, token_limit
 from ..router.routing_table import Limit, RoutingTable
 from ..text.served import ServedModel
 
 ROLES = ("system", "user", "assistant")
+T = TypeVar("T", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class ResolvedRequest:
     priority: Priority.ValueType = PRIORITY_STANDARD
     tenant: str = ""
     explain: bool = False
+    limits: Limits = NO_LIMITS  # its caller's own, beside those of the gateway
 
     @property
     def tokens(self) -> int:
@@ -44,6 +48,11 @@ class ValidatedRequest:
 
     prompt_token_ids: list[int]
     sampling: Sampling
+
+
+def smaller(limit: T | None, other: T | None) -> T | None:
+    """The smaller of two limits; None is no limit."""
+    return min((each for each in (limit, other) if each is not None), default=None)
 
 
 async def validate(request: GenerateRequest, model: ServedModel) -> ValidatedRequest:

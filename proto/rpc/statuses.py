@@ -29,6 +29,8 @@ from ..errors import (
     Lost,
     NotFound,
     OutOfRange,
+    PermissionDenied,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -48,6 +50,8 @@ _CODE_OF: dict[type[IsthmusError], grpc.StatusCode] = {
     AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     IllegalState: grpc.StatusCode.FAILED_PRECONDITION,
     OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     Incompatible: grpc.StatusCode.FAILED_PRECONDITION,  # after IllegalState: what the code is read as
     Exhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,

@@ -10,7 +10,7 @@ await transport.close()
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import grpc
@@ -103,13 +103,25 @@ class Transport:
         self._open.add(channel)
         return channel
 
-    async def listen(self, address: str, services: Services, *, max_request_bytes: int = FRAME_MESSAGE_LIMIT) -> Server:
+    @property
+    def encrypted(self) -> bool:
+        """Whether what goes through its channels can be read by nobody on the way."""
+        return False
+
+    async def listen(
+        self,
+        address: str,
+        services: Services,
+        *,
+        max_request_bytes: int = FRAME_MESSAGE_LIMIT,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> Server:
         """Starts a server on "host:port" (port 0 picks one), not yet serving for health probes.
 
-        OSError where the address cannot be bound.
+        `interceptors` come after the one that makes statuses of errors. OSError where the address cannot be bound.
         """
         options = {**_OPTIONS, **_SERVER_OPTIONS, "grpc.max_receive_message_length": max_request_bytes}
-        grpc_server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=list(options.items()))
+        grpc_server = grpc.aio.server(interceptors=[ErrorInterceptor(), *interceptors], options=list(options.items()))
         health = add_services(grpc_server, services)
         try:
             port = grpc_server.add_insecure_port(address)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..terminal import options as opt
+from ..terminal.credentials import ClientCommand, api_key
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,7 +28,7 @@ def _batch() -> None:
     pass
 
 
-@batch_app.command("run")
+@batch_app.command("run", cls=ClientCommand)
 def batch_run(
     source: Annotated[Path, typer.Argument(metavar="INPUT", exists=True, dir_okay=False, help="Requests, JSON lines.")],
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Answers, JSON lines.")],
@@ -88,7 +89,7 @@ async def _run(server: str, source: Path, paths: "Paths", plan: "Plan", *, quiet
     progress = _progress(quiet)
     async with (
         opt.transport_to(server) as transport,
-        JobsClient(server, transport, patience_s=PATIENCE_S) as client,
+        JobsClient(server, transport, patience_s=PATIENCE_S, api_key=api_key()) as client,
     ):
         with BatchFiles.open(paths, source, settings) as files, progress:
             bar = progress.add_task("", total=total, completed=len(files.done), failed="")

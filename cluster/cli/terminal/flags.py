@@ -53,8 +53,10 @@ def command_with(flags: Sequence[Flag]) -> type[TyperCommand]:
             for flag in flags:
                 value = ctx.params.pop(flag.key)
                 if value is not None and value != ():
-                    section, _, name = flag.setting.rpartition(".")
-                    place = values.setdefault(section, {}) if section else values
+                    *sections, name = flag.setting.split(".")
+                    place = values
+                    for section in sections:
+                        place = place.setdefault(section, {})
                     place[name] = flag.parse(value) if flag.parse else value
             ctx.meta[_META] = values
             return super().invoke(ctx)

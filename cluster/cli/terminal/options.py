@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ... import defaults
+from .credentials import api_key
 from .flags import Flag
 
 if TYPE_CHECKING:
     from ....proto.rpc.transport import Transport
     from ...client.client import Client
+    from ...config import ClusterConfig
 
 SAMPLING, CLUSTER = "Sampling", "Cluster"
 
@@ -25,7 +27,7 @@ Server = Annotated[
 DEFAULT_SERVER = defaults.SERVER
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
-LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error; JSON lines on stderr.")]
+LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error; lines on stderr.")]
 DEFAULT_LOG_LEVEL = "warning"
 ConfigFile = Annotated[
     Path | None,
@@ -78,6 +80,8 @@ RequestModel = Annotated[str, typer.Option("--model", help="Fails unless the clu
 Timeout = Annotated[float | None, typer.Option(min=0.001, help="Give up after so many seconds.")]
 
 JOBS_DB = Flag("gateway.jobs_db", ("--jobs-db",))
+KEYS_FILE = Flag("gateway.access.keys_file", ("--keys-file",))
+LOG_FORMAT = Flag("log_format", choices=True)
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what memory it would take, read no weights, serve nothing.")
@@ -88,10 +92,10 @@ JobPriority = Annotated[str, typer.Option(help="interactive, standard, or batch,
 
 @asynccontextmanager
 async def gateway_client(server: str) -> AsyncIterator["Client"]:
-    """A client of the gateway at `server`; errors as `transport_to`."""
+    """A client of the gateway at `server`, with the API key of the command line; errors as `transport_to`."""
     from ...client.client import Client
 
-    async with transport_to(server) as transport, Client(server, transport) as client:
+    async with transport_to(server) as transport, Client(server, transport, api_key=api_key()) as client:
         yield client
 
 
@@ -132,16 +136,20 @@ def address_to_dial(text: str) -> str:
     return address(text, to_dial=True)
 
 
-def configure_logs(level: str) -> None:
-    """Before anything imports gRPC, whose own lines on stderr (forks, ports) repeat what we say or help nobody."""
+def configure_logs(level: str, settings: "ClusterConfig | None" = None, *, audit: bool = True) -> None:
+    """Before anything imports gRPC, whose own lines on stderr (forks, ports) repeat what we say or help nobody; and
+    again once the settings are read, which say in what form. `audit`: whether this process has something to audit."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from .logs import LEVELS
-    from .logs import configure_logs as configure
+    from ...logs.configure import LEVELS
+    from ...logs.configure import configure_logs as configure
 
     if level not in LEVELS:
         raise typer.BadParameter(f"log level {level!r}; allowed: {', '.join(LEVELS)}")
-    configure(level)
+    if settings is None:
+        configure(level)
+    else:
+        configure(level, settings.log_format, settings.audit_file if audit else None)
 
 
 def say(line: str) -> None:

@@ -18,6 +18,7 @@ class ActiveJob:
 
     def __init__(self, claimed: Claimed) -> None:
         self.job_id = claimed.job_id
+        self.tenant = claimed.tenant
         self.priority = claimed.priority
         self.has_output = claimed.has_output
         self.pending: deque[Mapping[Any, Any]] = deque(claimed.requests or ())
@@ -25,7 +26,6 @@ class ActiveJob:
         self.last_item = -1  # that was read
         self.bugs = 0  # in reading it
         self.running: dict[int, asyncio.Task[None]] = {}
-        self._tenant = claimed.tenant
         self._deadline_us = claimed.deadline_us
 
     @property
@@ -43,7 +43,7 @@ class ActiveJob:
     def request_of(self, row: Mapping[Any, Any]) -> GenerateRequest:
         """The request as it runs; DecodeError where what is kept of it is damaged."""
         request = GenerateRequest.FromString(row["body"])
-        request.tenant = self._tenant
+        request.tenant = self.tenant
         request.priority = self.priority  # pyright: ignore[reportAttributeAccessIssue]
         request.request_id = request.request_id or f"{self.job_id}.{row['item']}"
         return request

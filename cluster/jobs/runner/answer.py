@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ....proto.backoff import backoff_s
@@ -12,6 +13,7 @@ from ....proto.errors import Exhausted, Expired, IsthmusError, Unavailable
 from ....proto.generation_pb2 import GenerateEvent, GenerateRequest
 from ....proto.jobs_pb2 import JobError, JobOutput, JobResult
 from ....proto.rpc.statuses import code_of, status_of_bug
+from ...access.settings import NO_LIMITS, Limits
 from ...requests.request import ResolvedRequest
 from ...requests.suspicion import Suspicion
 from ..states import JobState
@@ -68,7 +70,14 @@ class Answer:
         for output in outputs:
             self._take(output)
 
-    async def run(self, generator: RequestRunner, time_left: Callable[[], float | None]) -> None:
+    @property
+    def output_tokens(self) -> int:
+        """So far."""
+        return len(self._result.token_ids)
+
+    async def run(
+        self, generator: RequestRunner, time_left: Callable[[], float | None], limits: Limits = NO_LIMITS
+    ) -> None:
         """Returns when the end is given to the recorder, or the deadline has passed.
 
         No worker and no room are no reason to give up before that: the request is tried again, from where it is. One
@@ -78,7 +87,7 @@ class Answer:
         while True:
             had = len(self._result.token_ids)
             try:
-                resolved = await generator.resolve(self._request)
+                resolved = replace(await generator.resolve(self._request), limits=limits)
                 emitted = list(self._result.token_ids)
                 await generator.run(resolved, self._pass_on, emitted=emitted, time_left=time_left, suspicion=suspicion)
                 return

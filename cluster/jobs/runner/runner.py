@@ -20,12 +20,16 @@ from ....proto.generation_pb2 import GenerateRequest
 from ....proto.jobs_pb2 import JobError, JobEvent, JobOutput
 from ....proto.tasks import Tasks
 from ....proto.worker_pb2 import WorkerReport
+from ...access.access import Access
+from ...access.settings import NO_LIMITS
+from ...access.usage import Permit
 from ..settings import JobsSettings
 from ..states import JobState
 from ..store.store import JobStore
 from .active import ActiveJob
 from .answer import Answer, RequestRunner
 from .batch_limit import PERIOD_S, BatchLimit, load_of
+from .held import HeldJobs
 from .recorder import TRIES, Recorder
 
 log = logging.getLogger(__name__)
@@ -49,9 +53,11 @@ class Runner:
         *,
         reports: Callable[[], Sequence[WorkerReport]],
         others: Callable[[], int],
+        access: Access,
         tasks: Tasks,
     ) -> None:
-        """`reports` are the workers' last ones, `others` the number of requests at the gateway that are no jobs."""
+        """`reports` are the workers' last ones, `others` the number of requests at the gateway that are no jobs;
+        `access` says how much a tenant's jobs may have."""
         self._store = store
         self._generator = generator
         self._fingerprint = fingerprint
@@ -61,6 +67,8 @@ class Runner:
         self._batch_limit = BatchLimit(settings.max_running_batch)
         self._jobs: dict[str, ActiveJob] = {}
         self._ready: dict[int, deque[ActiveJob]] = {priority: deque() for group in CLASSES for priority in group}
+        self._held = HeldJobs()
+        self._access = access
         self._running = {True: 0, False: 0}  # requests, by whether they are batch
         self._unclaimed = dict.fromkeys(CLASSES, True)  # whether there may be jobs to claim
         self._wake = asyncio.Event()
@@ -119,6 +127,9 @@ class Runner:
 
     async def _schedule(self) -> None:
         self._wake.clear()
+        for job in self._held.released(time.monotonic()):
+            self._ready[job.priority].append(job)
+            self._look_for_work()
         for classes in CLASSES:
             await self._start_some(classes)
         await self._wake.wait()
@@ -134,16 +145,31 @@ class Runner:
             await self._load(job)
             if job.job_id not in self._jobs or not job.pending:
                 continue
-            self._run(job, job.pending.popleft())
+            if (permit := self._permit(job, job.pending[0])) is None:
+                continue
+            self._run(job, job.pending.popleft(), permit)
             if job.pending or not job.all_loaded:
                 self._ready[job.priority].append(job)
+
+    def _permit(self, job: ActiveJob, row: Mapping[Any, Any]) -> Permit | None:
+        """Leave for a request to begin; None where its tenant has used up its limits: then the job is held."""
+        if not self._held.holds(job.tenant):
+            prompt_tokens = row["prompt_tokens"]
+            permit = self._access.begin_job(job.tenant, prompt_tokens, row["cost_tokens"] - prompt_tokens)
+            if isinstance(permit, Permit):
+                return permit
+            self._held.hold(job.tenant, time.monotonic() + permit)
+            asyncio.get_running_loop().call_later(permit, self._wake.set)
+        self._held.add(job)
+        return None
 
     def _room(self, classes: Classes) -> int:
         batch = PRIORITY_BATCH in classes
         return (self._batch_limit.target if batch else self._settings.max_running) - self._running[batch]
 
     async def _claim(self, classes: Classes, limit: int) -> None:
-        claimed = await self._store.claim(self._id, self._fingerprint, classes, limit)
+        held = self._held.tenants
+        claimed = await self._store.claim(self._id, self._fingerprint, classes, limit, held)
         self._unclaimed[classes] = len(claimed) == limit
         for entry in claimed:
             job = ActiveJob(entry)
@@ -169,7 +195,7 @@ class Runner:
             await self._store.fail(job.job_id, self._id, JobError(code="UNKNOWN", message=why))
             self._drop(job.job_id)
 
-    def _run(self, job: ActiveJob, row: Mapping[Any, Any]) -> None:
+    def _run(self, job: ActiveJob, row: Mapping[Any, Any], permit: Permit) -> None:
         item, about = row["item"], f"{job.job_id}.{row['item']}"
         request = GenerateRequest()
         with self._background.noted("jobs answer", about):
@@ -177,18 +203,19 @@ class Runner:
         answer = Answer(job.job_id, item, request, row["cost_tokens"], self._recorder, batch=job.is_batch)
         if not request.request_id:
             answer.fail(ValueError("what is kept of the request cannot be read"))
+            permit.close(time.monotonic(), refused=True)
             return
         task = self._background.once(
             "jobs answer", partial(self._answer, job, item, answer), about=about, on_failure=answer.fail
         )
         job.running[item] = task
         self._running[job.is_batch] += 1
-        task.add_done_callback(lambda _: self._ended(job, item))
+        task.add_done_callback(lambda _: self._ended(job, item, answer, permit))
 
     async def _answer(self, job: ActiveJob, item: int, answer: Answer) -> None:
         if job.has_output:
             answer.resume(await self._recorded(job.job_id, item))
-        await answer.run(self._generator, job.time_left)
+        await answer.run(self._generator, job.time_left, self._access.limits_of(job.tenant) or NO_LIMITS)
 
     async def _recorded(self, job_id: str, item: int) -> Sequence[JobOutput]:
         """What there is of an answer; waits for the database where that fails."""
@@ -199,7 +226,10 @@ class Runner:
                 _note_wait(error)
                 await asyncio.sleep(RETRY_S)
 
-    def _ended(self, job: ActiveJob, item: int) -> None:
+    def _ended(self, job: ActiveJob, item: int, answer: Answer, permit: Permit) -> None:
+        permit.output_tokens = answer.output_tokens
+        permit.close(time.monotonic(), refused=False)
+        self._held.hold(job.tenant, 0.0)  # it has some room again
         del job.running[item]
         self._running[job.is_batch] -= 1
         self._wake.set()
@@ -209,6 +239,7 @@ class Runner:
         job = self._jobs.pop(job_id, None)
         if job is not None:
             job.pending.clear()
+            self._held.remove(job)
             with contextlib.suppress(ValueError):
                 self._ready[job.priority].remove(job)
             for task in job.running.values():

@@ -5,12 +5,14 @@ import hashlib
 import secrets
 import time
 
-from ....proto.common_pb2 import PRIORITY_STANDARD, Priority
+from ....proto.common_pb2 import PRIORITY_STANDARD, PRIORITY_UNSPECIFIED, Priority
 from ....proto.errors import InvalidRequest, IsthmusError
 from ....proto.generation_pb2 import GenerateRequest
 from ....proto.jobs_pb2 import SubmitJobRequest
 from ....proto.names import check_name
-from ...requests.request import validate
+from ...access.access import Access
+from ...access.settings import NO_LIMITS, Limits
+from ...requests.request import smaller, validate
 from ...text.served import ServedModel
 from ..labels import check_labels
 from ..settings import JobsSettings
@@ -22,10 +24,22 @@ MAX_RETENTION_S = 365 * 86400
 MAX_DEADLINE_S = 365 * 86400  # from now on
 
 
-async def checked(submission: SubmitJobRequest, model: ServedModel, codec: str, settings: JobsSettings) -> NewJob:
+def claim_job(submission: SubmitJobRequest, access: Access) -> None:
+    """Fills in the tenant and priority that the caller's jobs have. PermissionDenied where it asks for others.
+
+    A request of a job has the job's tenant and priority; one that names another tenant is refused all the same.
+    """
+    submission.tenant, submission.priority = access.claimed(submission.tenant, submission.priority)
+    for request in submission.requests:
+        access.claimed(request.tenant, PRIORITY_UNSPECIFIED)
+
+
+async def checked(
+    submission: SubmitJobRequest, model: ServedModel, codec: str, settings: JobsSettings, limits: Limits = NO_LIMITS
+) -> NewJob:
     """A submission as it can be kept: every request has a seed and, where `codec` is not empty, a codec.
 
-    InvalidRequest or NotFound with what was wrong and what is allowed.
+    InvalidRequest or NotFound with what was wrong and what is allowed, by the caller's own `limits` too.
     """
     if not 1 <= len(submission.requests) <= MAX_REQUESTS:
         raise InvalidRequest(f"a job of {len(submission.requests)} requests; allowed: 1 to {MAX_REQUESTS}")
@@ -37,7 +51,7 @@ async def checked(submission: SubmitJobRequest, model: ServedModel, codec: str, 
     deadline_us = _deadline_us(submission)
     retention_us = _retention_us(submission, settings)
     requests = [
-        await _request(request, number, len(submission.requests), model, codec)
+        await _request(request, number, len(submission.requests), model, codec, limits)
         for number, request in enumerate(submission.requests)
     ]
     return NewJob(
@@ -53,10 +67,16 @@ async def checked(submission: SubmitJobRequest, model: ServedModel, codec: str, 
     )
 
 
-async def _request(request: GenerateRequest, number: int, count: int, model: ServedModel, codec: str) -> NewRequest:
+async def _request(
+    request: GenerateRequest, number: int, count: int, model: ServedModel, codec: str, limits: Limits
+) -> NewRequest:
     await asyncio.sleep(0)  # thousands of requests with token ids would be checked in one go
     try:
         validated = await validate(request, model)
+        most = smaller(limits.max_request_tokens, limits.tokens_per_min)
+        tokens = len(validated.prompt_token_ids) + validated.sampling.max_tokens
+        if most is not None and tokens > most:
+            raise InvalidRequest(f"prompt and output come to {tokens} tokens; allowed for you: {most}")
     except IsthmusError as error:
         raise type(error)(f"request {number}: {error}" if count > 1 else str(error)) from None
     kept = GenerateRequest()

@@ -9,6 +9,8 @@ import grpc.aio
 from ....proto.jobs_pb2_grpc import add_JobsServicer_to_server
 from ....proto.tasks import Tasks
 from ....proto.worker_pb2 import WorkerReport
+from ...access.access import Access
+from ...access.settings import AccessSettings
 from ...text.served import ServedModel
 from ..runner.answer import RequestRunner
 from ..runner.runner import Runner
@@ -36,14 +38,21 @@ class Jobs:
         reports: Callable[[], Sequence[WorkerReport]],
         others: Callable[[], int],
         settings: JobsSettings | None = None,
+        access: Access | None = None,
         failures: "Counter[str] | None" = None,
     ) -> Self:
-        """Opens the database. InvalidRequest for a bad URL, Incompatible for one of a newer isthmus, Unavailable."""
+        """Opens the database; `access` says whose jobs a caller may see, None that everybody may see all.
+
+        InvalidRequest for a bad URL, Incompatible for one of a newer isthmus, Unavailable.
+        """
         settings = settings or JobsSettings()
         store = await JobStore.open(url, settings)
-        service = JobsService(store, model, settings, default_codec)
+        access = access or Access(AccessSettings())
+        service = JobsService(store, model, settings, default_codec, access)
         tasks = Tasks(failures)
-        runner = Runner(store, generator, model.fingerprint, settings, reports=reports, others=others, tasks=tasks)
+        runner = Runner(
+            store, generator, model.fingerprint, settings, reports=reports, others=others, access=access, tasks=tasks
+        )
         return cls(store, service, runner)
 
     @property

@@ -61,13 +61,16 @@ def _end_leases(tx: Tx, gateways: Sequence[str]) -> None:
         tx.connection.execute(delete(GATEWAYS).where(GATEWAYS.c.id.in_(gateways)))
 
 
-def claim(tx: Tx, gateway: str, fingerprint: str, priorities: Sequence[int], limit: int) -> list[Claimed]:
-    """Up to `limit` jobs of these classes that nobody runs, those first that ran before, then by class and age."""
+def claim(
+    tx: Tx, gateway: str, fingerprint: str, priorities: Sequence[int], limit: int, but: Sequence[str] = ()
+) -> list[Claimed]:
+    """Up to `limit` jobs of these classes that nobody runs, those first that ran before, then by class and age; none of
+    the tenants `but`."""
     rows: list[Mapping[Any, Any]] = []
     for state in sorted(OPEN, reverse=True):
         for priority in priorities:
             if len(rows) < limit:
-                rows += _free(tx, fingerprint, state, priority, limit - len(rows))
+                rows += _free(tx, fingerprint, state, priority, limit - len(rows), but)
     start(tx, rows, gateway)
     small = [row["id"] for row in rows if row["request_count"] <= FIRST_PAGE]
     requests: dict[str, list[Mapping[Any, Any]]] = {job_id: [] for job_id in small}
@@ -79,8 +82,11 @@ def claim(tx: Tx, gateway: str, fingerprint: str, priorities: Sequence[int], lim
     return [_claimed(row, requests.get(row["id"])) for row in rows]
 
 
-def _free(tx: Tx, fingerprint: str, state: JobState, priority: int, limit: int) -> Sequence[Mapping[Any, Any]]:
+def _free(
+    tx: Tx, fingerprint: str, state: JobState, priority: int, limit: int, but: Sequence[str]
+) -> Sequence[Mapping[Any, Any]]:
     values = {"b_state": state.value, "b_priority": priority, "b_fingerprint": fingerprint, "b_limit": limit}
+    values |= {"b_but": list(but)}
     return tx.connection.execute(_FREE, values).mappings().all()
 
 
@@ -100,6 +106,7 @@ _FREE = (
     select(JOBS)
     .where(JOBS.c.state == bindparam("b_state"), JOBS.c.owner.is_(None), JOBS.c.priority == bindparam("b_priority"))
     .where(JOBS.c.fingerprint == bindparam("b_fingerprint"))
+    .where(JOBS.c.tenant.not_in(bindparam("b_but", expanding=True)))
     .order_by(JOBS.c.created_us)
     .limit(bindparam("b_limit"))
     .with_for_update(skip_locked=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import ColumnElement, bindparam, insert, select, update
 
 from ....proto.errors import NotFound, shown
 from ....proto.jobs_pb2 import Job, JobError, JobEvent, JobOutput
@@ -77,9 +77,9 @@ def fail(tx: Tx, job_id: str, owner: str, error: JobError) -> None:
         end(tx, [row], JobState.FAILED, error)
 
 
-def cancel(tx: Tx, job_id: str) -> Job:
-    """Ends a job as CANCELLED; NotFound, or IllegalState where it has ended."""
-    end(tx, [locked_row(tx, job_id)], JobState.CANCELLED)
+def cancel(tx: Tx, job_id: str, tenant: str | None = None) -> Job:
+    """Ends a job as CANCELLED; NotFound as `locked_row`, or IllegalState where it has ended."""
+    end(tx, [locked_row(tx, job_id, tenant)], JobState.CANCELLED)
     return job_of(locked_row(tx, job_id))
 
 
@@ -91,12 +91,23 @@ def expire(tx: Tx) -> int:
     return len(rows)
 
 
-def locked_row(tx: Tx, job_id: str) -> Mapping[Any, Any]:
-    """The row of a job, locked for this transaction; NotFound where there is none."""
-    row = tx.connection.execute(select(JOBS).where(JOBS.c.id == job_id, KEPT).with_for_update()).mappings().first()
+def locked_row(tx: Tx, job_id: str, tenant: str | None = None) -> Mapping[Any, Any]:
+    """The row of a job, locked for this transaction; NotFound where there is none, or it is another tenant's."""
+    row = tx.connection.execute(select(JOBS).where(seen(job_id, tenant)).with_for_update()).mappings().first()
     if row is None:
-        raise NotFound(f"no job {shown(job_id)}: it was never here, was deleted, or its retention is over")
+        raise no_job(job_id)
     return row
+
+
+def seen(job_id: str, tenant: str | None) -> ColumnElement[bool]:
+    """The condition for a job that is kept, and that a tenant may see: its own; None sees all."""
+    wanted = (JOBS.c.id == job_id) & KEPT
+    return wanted if tenant is None else wanted & (JOBS.c.tenant == tenant)
+
+
+def no_job(job_id: str) -> NotFound:
+    """What is said of a job that is not there, and of one that the caller may not know of."""
+    return NotFound(f"no job {shown(job_id)}: it was never here, was deleted, or its retention is over")
 
 
 class _Change:

@@ -11,9 +11,9 @@ from .progress import count, locked_row
 PIECE = 2_000  # rows of one table at a time: other changes wait for no longer than that takes
 
 
-def forget(tx: Tx, job_id: str) -> None:
+def forget(tx: Tx, job_id: str, tenant: str | None = None) -> None:
     """Deletes a job that has ended: gone for everybody at once, erased by `erase`. NotFound, IllegalState."""
-    row = locked_row(tx, job_id)
+    row = locked_row(tx, job_id, tenant)
     state = JobState(row["state"])
     if not state.ended:
         raise IllegalState(f"job {job_id} is {state.name} and cannot be deleted: cancel it first, or wait for its end")

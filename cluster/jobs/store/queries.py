@@ -8,13 +8,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, select, tuple_
 
-from ....proto.errors import InvalidRequest, NotFound, OutOfRange, shown
+from ....proto.errors import InvalidRequest, OutOfRange, shown
 from ....proto.generation_pb2 import GenerateRequest
 from ....proto.jobs_pb2 import Job, JobEvent, JobOutput, JobResult
 from ..database.schema import EVENTS, JOBS, LABELS, REQUESTS
 from ..states import JobState
 from .messages import event_of, job_of
-from .progress import KEPT
+from .progress import KEPT, no_job, seen
 
 RESULT_BYTES = 2 << 20  # of one page of results: well below the limit of a message
 EVENT_PAGE = 500
@@ -34,11 +34,11 @@ class Listing:
     page_token: str = ""
 
 
-def get_job(connection: Connection, job_id: str) -> Job:
-    """NotFound where there is none."""
-    row = connection.execute(select(JOBS).where(JOBS.c.id == job_id, KEPT)).mappings().first()
+def get_job(connection: Connection, job_id: str, tenant: str | None = None) -> Job:
+    """NotFound where there is none, or it is another tenant's; None: whoever's it is."""
+    row = connection.execute(select(JOBS).where(seen(job_id, tenant))).mappings().first()
     if row is None:
-        raise NotFound(f"no job {shown(job_id)}: it was never here, was deleted, or its retention is over")
+        raise no_job(job_id)
     return job_of(row)
 
 
@@ -72,9 +72,12 @@ def _filtered(query: Select[Any], wanted: Listing) -> Select[Any]:
     return query
 
 
-def get_events(connection: Connection, job_id: str, first: int) -> tuple[Job, list[JobEvent]]:
-    """The job, and its events from number `first` on, a page of them. OutOfRange past the next one to come."""
-    job = get_job(connection, job_id)
+def get_events(
+    connection: Connection, job_id: str, first: int, tenant: str | None = None
+) -> tuple[Job, list[JobEvent]]:
+    """The job, and its events from number `first` on, a page of them. NotFound as `get_job`, OutOfRange past the next
+    one to come."""
+    job = get_job(connection, job_id, tenant)
     if first > job.last_event + 1:
         raise OutOfRange(
             f"job {job_id} has {job.last_event} events, and cannot be watched from event {first}; "
@@ -109,9 +112,11 @@ def outputs_of(connection: Connection, job_id: str, item: int) -> list[JobOutput
     return [JobOutput.FromString(body) for body in bodies]
 
 
-def get_results(connection: Connection, job_id: str, limit: int, page_token: str) -> tuple[Job, list[JobResult], str]:
-    """A page of answers in the order of the requests, and the token of the next page."""
-    job = get_job(connection, job_id)
+def get_results(
+    connection: Connection, job_id: str, limit: int, page_token: str, tenant: str | None = None
+) -> tuple[Job, list[JobResult], str]:
+    """A page of answers in the order of the requests, and the token of the next page. NotFound as `get_job`."""
+    job = get_job(connection, job_id, tenant)
     first = _number(_opened(page_token), MAX_ITEM, page_token) if page_token else 0
     wanted = (REQUESTS.c.job_id == job_id) & (REQUESTS.c.item >= first)
     query = select(REQUESTS).where(wanted).order_by(REQUESTS.c.item).limit(limit)

@@ -63,13 +63,13 @@ class JobStore:
         """See `progress.fail`."""
         await self._writer.run(lambda tx: progress.fail(tx, job_id, owner, error))
 
-    async def cancel(self, job_id: str) -> Job:
+    async def cancel(self, job_id: str, tenant: str | None = None) -> Job:
         """See `progress.cancel`."""
-        return await self._writer.run(lambda tx: progress.cancel(tx, job_id))
+        return await self._writer.run(lambda tx: progress.cancel(tx, job_id, tenant))
 
-    async def forget(self, job_id: str) -> None:
+    async def forget(self, job_id: str, tenant: str | None = None) -> None:
         """See `prune.forget`."""
-        await self._writer.run(lambda tx: prune.forget(tx, job_id))
+        await self._writer.run(lambda tx: prune.forget(tx, job_id, tenant))
 
     async def erase(self) -> bool:
         """See `prune.erase`."""
@@ -95,26 +95,28 @@ class JobStore:
         return await self._writer.run(change)
 
     async def claim(
-        self, gateway: str, fingerprint: str, priorities: Sequence[int], limit: int
+        self, gateway: str, fingerprint: str, priorities: Sequence[int], limit: int, but: Sequence[str] = ()
     ) -> list[leases.Claimed]:
         """See `leases.claim`."""
-        return await self._writer.run(lambda tx: leases.claim(tx, gateway, fingerprint, priorities, limit))
+        return await self._writer.run(lambda tx: leases.claim(tx, gateway, fingerprint, priorities, limit, but))
 
-    async def job(self, job_id: str) -> Job:
+    async def job(self, job_id: str, tenant: str | None = None) -> Job:
         """See `queries.get_job`."""
-        return await self._read(lambda connection: queries.get_job(connection, job_id))
+        return await self._read(lambda connection: queries.get_job(connection, job_id, tenant))
 
     async def jobs(self, wanted: queries.Listing) -> tuple[list[Job], str]:
         """See `queries.list_jobs`."""
         return await self._read(lambda connection: queries.list_jobs(connection, wanted))
 
-    async def events(self, job_id: str, first: int) -> tuple[Job, list[JobEvent]]:
+    async def events(self, job_id: str, first: int, tenant: str | None = None) -> tuple[Job, list[JobEvent]]:
         """See `queries.get_events`."""
-        return await self._read(lambda connection: queries.get_events(connection, job_id, first))
+        return await self._read(lambda connection: queries.get_events(connection, job_id, first, tenant))
 
-    async def results(self, job_id: str, limit: int, page_token: str) -> tuple[Job, list[JobResult], str]:
+    async def results(
+        self, job_id: str, limit: int, page_token: str, tenant: str | None = None
+    ) -> tuple[Job, list[JobResult], str]:
         """See `queries.get_results`."""
-        return await self._read(lambda connection: queries.get_results(connection, job_id, limit, page_token))
+        return await self._read(lambda connection: queries.get_results(connection, job_id, limit, page_token, tenant))
 
     async def last_events(self, job_ids: Iterable[str]) -> dict[str, int]:
         """See `queries.last_events`."""

@@ -21,6 +21,8 @@ from isthmus.proto.errors import (
     Lost,
     NotFound,
     OutOfRange,
+    PermissionDenied,
+    Unauthenticated,
     Unavailable,
 )
 from isthmus.proto.rpc.statuses import (
@@ -50,6 +52,7 @@ def answered(code: grpc.StatusCode, details: str = "", metadata: Any = ()) -> gr
     [
         *((kind("why"), kind) for kind in (InvalidRequest, NotFound, AlreadyExists, OutOfRange, Exhausted)),
         *((kind("why"), kind) for kind in (Incompatible, Unavailable, Lost, Blamed, Corrupt, Expired)),
+        *((kind("why"), kind) for kind in (Unauthenticated, PermissionDenied)),
         (IllegalState("why"), Incompatible),
         (EngineFailed("why", 3), EngineFailed),
     ],
