@@ -107,7 +107,7 @@ async def control(cluster: ChaosCluster, requests: Sequence[GenerateRequest], at
 async def flips(cluster: ChaosCluster) -> dict[str, Any]:
     """Seconds that an idle worker takes to the other role and back: from the order until it has passed its canary."""
     taken = []
-    async with Transport().dial(cluster.gateway.address) as channel:
+    async with Transport().dial(cluster.admin) as channel:
         for role in (WorkerRole.WORKER_ROLE_PREFILL, WorkerRole.WORKER_ROLE_DECODE) * 3:
             begun_s = time.monotonic()
             await ClusterStub(channel).FlipWorker(FlipWorkerRequest(worker="decode-1", role=role, timeout_s=10))

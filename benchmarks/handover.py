@@ -103,12 +103,12 @@ def summarize(answers: list[Answer], start_to_first_token_s: float) -> dict[str,
 
 async def run(report: Report, model: str, requests: int, codec: str, dtype: str) -> None:
     """Brings the cluster up, measures, takes it down."""
-    port = free_port()
+    port, admin = free_port(), f"127.0.0.1:{free_port()}"
     begun = time.monotonic()
     answers: list[Answer] = []
     say("starting a cluster")
-    with isthmus("up", "--model", model, "--port", str(port), "--dtype", dtype):
-        async with Client(f"127.0.0.1:{port}") as client:
+    with isthmus("up", "--model", model, "--port", str(port), "--admin-listen", admin, "--dtype", dtype):
+        async with Client(f"127.0.0.1:{port}", admin=admin) as client:
             await first_answer(client, 180)
             took = time.monotonic() - begun
             phases = await start_phases((await client.status()).workers)

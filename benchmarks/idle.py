@@ -45,15 +45,15 @@ def idle_share(workers: int, seconds: float) -> float:
     try:
         assert stand_ins.stdout is not None
         addresses = stand_ins.stdout.readline().strip()
-        listen = f"127.0.0.1:{free_port()}"
-        arguments = ("--workers", addresses, "--listen", listen, "--model", MODEL, "--no-preflight")
-        with isthmus("gateway", *arguments) as gateway:
-            asyncio.run(_all_ready(listen, workers))
+        listen, admin = (f"127.0.0.1:{free_port()}" for _ in range(2))
+        arguments = ("--workers", addresses, "--listen", listen, "--admin-listen", admin, "--model", MODEL)
+        with isthmus("gateway", *arguments, "--no-preflight") as gateway:
+            asyncio.run(_all_ready(admin, workers))
             time.sleep(SETTLE_S)
             before_s, begun_s = _cpu_s(gateway.pid), time.monotonic()
             time.sleep(seconds)
             used_s, took_s = _cpu_s(gateway.pid) - before_s, time.monotonic() - begun_s
-            asyncio.run(_all_ready(listen, workers))
+            asyncio.run(_all_ready(admin, workers))
             return used_s / took_s
     finally:
         stand_ins.send_signal(signal.SIGTERM)
@@ -65,10 +65,10 @@ def _cpu_s(pid: int) -> float:
     return times.user + times.system
 
 
-async def _all_ready(gateway: str, workers: int) -> None:
+async def _all_ready(admin: str, workers: int) -> None:
     """Returns once the gateway uses all workers."""
     end_s = time.monotonic() + START_S
-    async with Transport().dial(gateway) as channel:
+    async with Transport().dial(admin) as channel:
         while time.monotonic() < end_s:
             status: ClusterStatus = await ClusterStub(channel).GetStatus(GetStatusRequest(), wait_for_ready=True)
             if sum(worker.health == WORKER_HEALTH_READY for worker in status.workers) == workers:

@@ -65,7 +65,8 @@ class GatewayProcess:
 
     def __init__(self, workers: str, database: str) -> None:
         self.address = f"127.0.0.1:{free_port()}"
-        arguments = ("--listen", self.address, "--workers", workers, "--model", MODEL, "--jobs-db", database)
+        ports = ("--listen", self.address, "--admin-listen", f"127.0.0.1:{free_port()}")
+        arguments = (*ports, "--workers", workers, "--model", MODEL, "--jobs-db", database)
         self._command = [ISTHMUS, "gateway", *arguments]
         self.start()
 

@@ -4,5 +4,8 @@
 HOST = "127.0.0.1"
 PORT = 50051
 SERVER = f"{HOST}:{PORT}"
+# Where it takes orders and tells its status.
+ADMIN_PORT = 50052
+ADMIN = f"{HOST}:{ADMIN_PORT}"
 
 DRAIN_S = 30.0  # for running requests, where a worker is drained or a cluster stops

@@ -4,7 +4,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from ..proto.rpc.addresses import checked_address
 from ..worker.config import Names
+from . import defaults
 from .access.settings import AccessSettings
 from .jobs.settings import JobsSettings
 from .router.policies import LocalPrefill, Policy
@@ -36,6 +38,10 @@ class GatewayConfig(BaseModel):
 
     workers: Names = Field(
         default=(), description="host:port of the workers of `isthmus gateway`; `isthmus up` starts its own."
+    )
+    admin_listen: str | None = Field(
+        default=None,
+        description=f"host:port for status and orders; default: {defaults.ADMIN}, or a free port beside a free one.",
     )
     policy: Policy = Field(default="cost", description="How workers are chosen; others than cost are for comparison.")
     local_prefill: LocalPrefill = Field(
@@ -92,6 +98,11 @@ class GatewayConfig(BaseModel):
             max_chat_messages=self.max_chat_messages,
             parse_special=self.parse_special,
         )
+
+    @field_validator("admin_listen")
+    @classmethod
+    def _can_be_bound(cls, value: str | None) -> str | None:
+        return value if value is None else checked_address(value)
 
     @field_validator("tenant_weights")
     @classmethod

@@ -19,11 +19,14 @@ def run(*arguments: str, stdin: bytes = b"", timeout_s: float = 120) -> subproce
     return subprocess.run([ISTHMUS, *arguments], input=stdin, capture_output=True, timeout=timeout_s)
 
 
-def wait_ready(server: str, workers: int, within_s: float = START_S) -> None:
-    """Returns once the gateway sees that many ready workers, of both roles; TimeoutError after `within_s`."""
+def wait_ready(admin: str, workers: int, within_s: float = START_S) -> None:
+    """Returns once the gateway with this admin port sees that many ready workers, of both roles.
+
+    TimeoutError after `within_s`.
+    """
     end = time.monotonic() + within_s
     roles: set[WorkerRole.ValueType] = set()
-    with grpc.insecure_channel(server) as channel:
+    with grpc.insecure_channel(admin) as channel:
         while time.monotonic() < end:
             try:
                 status = ClusterStub(channel).GetStatus(GetStatusRequest(), timeout=2)
@@ -34,18 +37,19 @@ def wait_ready(server: str, workers: int, within_s: float = START_S) -> None:
             except grpc.RpcError:
                 pass
             time.sleep(0.2)
-    raise TimeoutError(f"no {workers} ready workers at {server}; roles seen: {roles}")
+    raise TimeoutError(f"no {workers} ready workers at {admin}; roles seen: {roles}")
 
 
 @contextmanager
-def cluster_without_ray(model: str, *, gateway: tuple[str, ...] = ()) -> Iterator[str]:
-    """A prefill worker, a decode worker and a gateway; yields the gateway's address."""
-    prefill, decode, server = (f"127.0.0.1:{free_port()}" for _ in range(3))
+def cluster_without_ray(model: str, *, gateway: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """A prefill worker, a decode worker and a gateway; yields the gateway's address and that of its admin port."""
+    prefill, decode, server, admin = (f"127.0.0.1:{free_port()}" for _ in range(4))
+    listen = ("--listen", server, "--admin-listen", admin)
     own = ("--model", model, "--dtype", "fp32", "--threads", "1")
     with (
         isthmus("worker", "prefill", "--listen", prefill, *own),
         isthmus("worker", "decode", "--listen", decode, *own),
-        isthmus("gateway", "--listen", server, "--workers", f"{prefill},{decode}", "--model", model, *gateway),
+        isthmus("gateway", *listen, "--workers", f"{prefill},{decode}", "--model", model, *gateway),
     ):
-        wait_ready(server, 2)
-        yield server
+        wait_ready(admin, 2)
+        yield server, admin

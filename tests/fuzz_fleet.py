@@ -181,9 +181,9 @@ async def _stop(fleet: Fleet) -> None:
 def _describe(fleet: Fleet) -> None:
     prefill, decode = (host.address for host in fleet.hosts)
     spares = fleet.spare_addresses = tuple(host.address for host in fleet.spare_hosts)
-    main = dict.fromkeys(GATEWAY, (fleet.gateway.address,))
+    main = dict.fromkeys(GATEWAY, (fleet.gateway.address,)) | {"Cluster": (fleet.gateway.admin_address,)}
     main |= {"Prefill": (prefill,), "Decode": (decode,), "Worker": (prefill, decode)}
-    orders = {"Cluster": (fleet.spare.address,), "Worker": spares}
+    orders = {"Cluster": (fleet.spare.admin_address,), "Worker": spares}
     for module in OURS:
         for name, service in module.DESCRIPTOR.services_by_name.items():
             for method in service.methods:
@@ -191,7 +191,8 @@ def _describe(fleet: Fleet) -> None:
                 fleet.methods.append(_method(method, addresses))
     for module in (health_pb2, reflection_pb2):
         for service in module.DESCRIPTOR.services_by_name.values():
-            fleet.methods += [_method(method, (fleet.gateway.address, prefill, decode)) for method in service.methods]
+            ports = (fleet.gateway.address, fleet.gateway.admin_address, prefill, decode)
+            fleet.methods += [_method(method, ports) for method in service.methods]
     fleet.valid, fleet.known = _valid(fleet, prefill), _known(fleet, prefill)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc.aio
 
+from isthmus.cluster.client.client import Client
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.cluster.text.served import ServedModel
@@ -197,6 +198,11 @@ class ScriptedCluster:
     decodes: list[Scripted]
 
 
+def client_of(gateway: Gateway) -> Client:
+    """A client that may order too."""
+    return Client(gateway.address, admin=gateway.admin_address)
+
+
 @asynccontextmanager
 async def scripted_cluster(
     *scripts: Script, model: ServedModel | None = None, **settings: Any
@@ -226,22 +232,22 @@ async def scripted_cluster(
 
 
 @contextmanager
-def in_thread(cluster: AbstractAsyncContextManager[ScriptedCluster]) -> Iterator[str]:
-    """The address of a scripted cluster's gateway, which runs in a thread of its own: for callers that block."""
-    ready, address, ends = threading.Event(), [""], list[asyncio.Event]()
+def in_thread(cluster: AbstractAsyncContextManager[ScriptedCluster]) -> Iterator[Gateway]:
+    """A scripted cluster's gateway, which runs in a thread of its own: for callers that block."""
+    ready, gateways, ends = threading.Event(), list[Gateway](), list[asyncio.Event]()
     loop = asyncio.new_event_loop()
 
     async def serve() -> None:
         ends.append(asyncio.Event())
         async with cluster as running:
-            address[0] = running.gateway.address
+            gateways.append(running.gateway)
             ready.set()
             await ends[0].wait()
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
     assert ready.wait(10)
-    yield address[0]
+    yield gateways[0]
     loop.call_soon_threadsafe(ends[0].set)
     thread.join()
     loop.close()

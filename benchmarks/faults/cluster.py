@@ -97,6 +97,7 @@ class ChaosCluster:
     """Nodes and, between them, links that can be made bad."""
 
     nodes: list[Node]
+    admin: str  # of the gateway
     links: dict[str, BadLink] = field(default_factory=dict)  # by node; what others use to reach it
     restarts: bool = True  # of those that die
 
@@ -122,7 +123,7 @@ class ChaosCluster:
 
     async def ready(self) -> set[str]:
         """Names of the workers that the gateway would use now."""
-        async with Transport().dial(self.gateway.address) as channel:
+        async with Transport().dial(self.admin) as channel:
             try:
                 status = await ClusterStub(channel).GetStatus(GetStatusRequest(), timeout=2)
             except grpc.aio.AioRpcError:
@@ -180,7 +181,7 @@ async def chaos_cluster(
     """
     own = ("--model", model, "--dtype", "fp32", "--threads", "1", *worker_options)
     nodes: list[Node] = []
-    cluster = ChaosCluster(nodes)
+    cluster = ChaosCluster(nodes, f"127.0.0.1:{_free_port()}")
     for role, count in (("prefill", prefill), ("decode", decode)):
         for number in range(count):
             name, address = f"{role}-{number}", f"127.0.0.1:{_free_port()}"
@@ -191,7 +192,8 @@ async def chaos_cluster(
                 await cluster.links[name].start()
     reached = ",".join(cluster.links[node.name].address if links else node.address for node in nodes)
     address = f"127.0.0.1:{_free_port()}"
-    serving = ("gateway", "--listen", address, "--workers", reached, "--model", model, *gateway_options)
+    ports = ("--listen", address, "--admin-listen", cluster.admin)
+    serving = ("gateway", *ports, "--workers", reached, "--model", model, *gateway_options)
     nodes.append(Node("gateway", "gateway", address, serving, folder / "gateway.log"))
     keeper = asyncio.create_task(cluster.keep())
     try:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -20,10 +20,8 @@ OPEN = frozenset({"grpc.health.v1.Health"})
 class AccessInterceptor(grpc.aio.ServerInterceptor):
     """Stands behind the interceptor that makes statuses of errors (`proto/rpc/interceptor.py`)."""
 
-    def __init__(self, access: Access, open_services: Collection[str] = ()) -> None:
-        """`open_services` are asked by anybody, by their full names, beside health."""
+    def __init__(self, access: Access) -> None:
         self._access = access
-        self._open = OPEN | frozenset(open_services)
         self._failures = PeerFailures()
 
     async def intercept_service(
@@ -33,7 +31,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler | None:
         """gRPC runs this and the handler in one task of the call: the handler sees what is set here, no other call."""
         method = handler_call_details.method
-        if _service(method) not in self._open:
+        if _service(method) not in OPEN:
             try:
                 calling.set(self._access.authenticate(handler_call_details.invocation_metadata or ()))
             except Refused as error:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ...proto.generation_pb2 import GenerateRequest
     from ...proto.worker_pb2 import Explanation
 
+ANSWER_S = 10.0
 COLUMNS = {
     "decode": "decode",
     "prefill": "prefill",
@@ -39,7 +40,7 @@ def explain(
     max_tokens: opt.MaxTokens = None,
     codec: opt.RequestCodec = "",
     as_json: opt.Json = False,
-    server: opt.Server = opt.DEFAULT_SERVER,
+    admin: opt.Admin = opt.DEFAULT_ADMIN,
 ) -> None:
     """Show where a request would run and what the candidates would cost, in milliseconds. Nothing is run.
 
@@ -60,7 +61,7 @@ def explain(
         sampling={"max_tokens": max_tokens},
         codec=codec,
     )
-    explanation = asyncio.run(_ask(server, request))
+    explanation = asyncio.run(_ask(admin, request))
     if as_json:
         print(
             json.dumps(
@@ -71,9 +72,9 @@ def explain(
     _show(explanation)
 
 
-async def _ask(server: str, request: "GenerateRequest") -> "Explanation":
-    async with opt.gateway_client(server) as client:
-        return await client.explain(request)
+async def _ask(admin: str, request: "GenerateRequest") -> "Explanation":
+    async with opt.admin_of(admin) as cluster:
+        return await cluster.Explain(request, timeout=ANSWER_S)
 
 
 def _show(explanation: "Explanation") -> None:

@@ -26,8 +26,8 @@ def _addresses(texts: list[str]) -> list[str]:
 GATEWAY_FLAGS = tuple(
     Flag(f"gateway.{name}", panel="Gateway", parse=_weights if name == "tenant_weights" else None)
     for name in (
-        *("policy", "local_prefill", "replays", "restart_wait_s", "max_waiting", "overcommit", "tenant_weights"),
-        *("max_request_tokens", "max_request_kv_mib", "max_request_s", "sign_of_life_s"),
+        *("admin_listen", "policy", "local_prefill", "replays", "restart_wait_s", "max_waiting", "overcommit"),
+        *("tenant_weights", "max_request_tokens", "max_request_kv_mib", "max_request_s", "sign_of_life_s"),
         *("max_prompt_bytes", "max_chat_messages", "parse_special", "preflight"),
     )
 )
@@ -78,7 +78,8 @@ def gateway(
 
     async def start() -> None:
         await running.start()
-        opt.say(f"gateway for {served.name} on {running.address}, {len(workers)} workers")
+        where = f"{running.address} (admin: {running.admin_address})"
+        opt.say(f"gateway for {served.name} on {where}, {len(workers)} workers")
 
     async def stop(drain: float) -> None:
         await running.drain(drain)

@@ -19,7 +19,7 @@ DrainTimeout = Annotated[
 ]
 
 
-def drain(worker: WorkerId, timeout: DrainTimeout = DRAIN_S, server: opt.Server = opt.DEFAULT_SERVER) -> None:
+def drain(worker: WorkerId, timeout: DrainTimeout = DRAIN_S, admin: opt.Admin = opt.DEFAULT_ADMIN) -> None:
     """Drain a worker and end it: no new work, running requests finish, or go on on another worker.
 
     [bold]Examples[/]
@@ -28,7 +28,7 @@ def drain(worker: WorkerId, timeout: DrainTimeout = DRAIN_S, server: opt.Server 
 
       isthmus drain 10.0.0.7:7001 --timeout 5
     """
-    done = asyncio.run(_drain(server, worker, timeout))
+    done = asyncio.run(_drain(admin, worker, timeout))
     moved = f", {done.handed_over} handed over to other workers" if done.handed_over else ""
     print(f"{worker} is drained: {done.finished} requests finished{moved}")
 
@@ -37,7 +37,7 @@ def flip(
     worker: WorkerId,
     role: Annotated[str, typer.Argument(metavar="prefill|decode", help="The role it shall have.")],
     timeout: DrainTimeout = DRAIN_S,
-    server: opt.Server = opt.DEFAULT_SERVER,
+    admin: opt.Admin = opt.DEFAULT_ADMIN,
 ) -> None:
     """Give a worker another role: it is drained first and keeps its loaded weights.
 
@@ -49,14 +49,14 @@ def flip(
     """
     if role not in ROLES:
         raise typer.BadParameter(f"role {role!r}; allowed: {', '.join(ROLES)}")
-    report = asyncio.run(_flip(server, worker, role, timeout))
+    report = asyncio.run(_flip(admin, worker, role, timeout))
     print(f"{report.worker_id} at {report.address} is a {role} worker and ready")
 
 
 def scale(
     counts: Annotated[list[str], typer.Argument(metavar="ROLE=N...", help="prefill=N, decode=N, or both.")],
     timeout: DrainTimeout = DRAIN_S,
-    server: opt.Server = opt.DEFAULT_SERVER,
+    admin: opt.Admin = opt.DEFAULT_ADMIN,
 ) -> None:
     """Change the number of workers of a cluster that `isthmus up` started; those too many are drained first.
 
@@ -67,7 +67,7 @@ def scale(
       isthmus scale decode=1 --timeout 60
     """
     wanted = _counts(counts)
-    done = asyncio.run(_scale(server, wanted, timeout))
+    done = asyncio.run(_scale(admin, wanted, timeout))
     for verb, names in (("started", done.started), ("drained", done.drained)):
         if names:
             print(f"{verb} {', '.join(names)}")
@@ -87,23 +87,23 @@ def _counts(texts: list[str]) -> dict[str, int]:
     return counts
 
 
-async def _drain(server: str, worker: str, timeout_s: float) -> "DrainResponse":
+async def _drain(admin: str, worker: str, timeout_s: float) -> "DrainResponse":
     from ...proto.worker_pb2 import DrainWorkerRequest
 
-    async with opt.gateway_client(server) as client:
-        return await client.cluster.DrainWorker(DrainWorkerRequest(worker=worker, timeout_s=timeout_s))
+    async with opt.admin_of(admin) as cluster:
+        return await cluster.DrainWorker(DrainWorkerRequest(worker=worker, timeout_s=timeout_s))
 
 
-async def _flip(server: str, worker: str, role: str, timeout_s: float) -> "WorkerReport":
+async def _flip(admin: str, worker: str, role: str, timeout_s: float) -> "WorkerReport":
     from ...proto.worker_pb2 import FlipWorkerRequest, WorkerRole
 
     number = WorkerRole.Value(f"WORKER_ROLE_{role.upper()}")
-    async with opt.gateway_client(server) as client:
-        return await client.cluster.FlipWorker(FlipWorkerRequest(worker=worker, role=number, timeout_s=timeout_s))
+    async with opt.admin_of(admin) as cluster:
+        return await cluster.FlipWorker(FlipWorkerRequest(worker=worker, role=number, timeout_s=timeout_s))
 
 
-async def _scale(server: str, counts: dict[str, int], timeout_s: float) -> "ScaleResponse":
+async def _scale(admin: str, counts: dict[str, int], timeout_s: float) -> "ScaleResponse":
     from ...proto.worker_pb2 import ScaleRequest
 
-    async with opt.gateway_client(server) as client:
-        return await client.cluster.Scale(ScaleRequest(timeout_s=timeout_s, **counts))
+    async with opt.admin_of(admin) as cluster:
+        return await cluster.Scale(ScaleRequest(timeout_s=timeout_s, **counts))

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from ...proto.worker_pb2 import ClusterStatus, WorkerReport
 
 NOT_READY = 1
+ANSWER_S = 10.0
 
 
 def status(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Model, codec, memory, versions too.")] = False,
     as_json: opt.Json = False,
-    server: opt.Server = opt.DEFAULT_SERVER,
+    admin: opt.Admin = opt.DEFAULT_ADMIN,
 ) -> None:
     """Show the workers, a line for each: role, health, requests that run and wait, pages in use, address.
 
@@ -33,11 +34,11 @@ def status(
 
       isthmus status -v
 
-      isthmus status --json --server 10.0.0.5:50051
+      isthmus status --json --admin 127.0.0.1:50053
     """
     from google.protobuf.json_format import MessageToDict
 
-    cluster = asyncio.run(_status(server))
+    cluster = asyncio.run(_status(admin))
     if as_json:
         print(json.dumps(MessageToDict(cluster, preserving_proto_field_name=True)))
     else:
@@ -79,9 +80,11 @@ def models(as_json: opt.Json = False) -> None:
     print_lines([*missing, "Also: a Hugging Face folder, a .gguf file, or OWNER/NAME of the Hugging Face hub."])
 
 
-async def _status(server: str) -> "ClusterStatus":
-    async with opt.gateway_client(server) as client:
-        return await client.status()
+async def _status(admin: str) -> "ClusterStatus":
+    from ...proto.worker_pb2 import GetStatusRequest
+
+    async with opt.admin_of(admin) as cluster:
+        return await cluster.GetStatus(GetStatusRequest(), timeout=ANSWER_S)
 
 
 def _can_serve(cluster: "ClusterStatus") -> bool:

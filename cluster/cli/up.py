@@ -97,4 +97,6 @@ def _welcome(settings: "ClusterConfig", running: "Gateway", took_s: float) -> No
     workers = f"{settings.prefill} prefill and {settings.decode} decode"
     opt.say(f"ready on {running.address}: {settings.model}, {workers}, codec {settings.codec} ({took_s:.1f} s)")
     server = "" if running.address == opt.DEFAULT_SERVER else f" --server {running.address}"
+    admin = f"export ISTHMUS_ADMIN={running.admin_address}; " if running.admin_address != opt.DEFAULT_ADMIN else ""
+    opt.say(f"status and orders on {running.admin_address}: {admin}isthmus status")
     opt.say(f'try: isthmus generate --chat{server} "Why is the sky blue?"')

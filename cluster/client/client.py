@@ -3,13 +3,16 @@
 async with Client("127.0.0.1:50051") as client:
     answer = await client.answer(build_request(prompt="The sea is"), on_event=lambda e: print(e.text, end=""))
     print(answer.ttft_ms, answer.itl_ms, answer.handover_ms)
+
+async with Client("127.0.0.1:50051", admin="127.0.0.1:50052") as client:
+    print(await client.status())
 """
 
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ...proto.common_pb2 import FINISH_REASON_UNSPECIFIED, FinishReason, SamplingParams
 from ...proto.errors import InvalidRequest
@@ -25,10 +28,13 @@ from ...proto.generation_pb2 import (
     Usage,
 )
 from ...proto.generation_pb2_grpc import GenerationStub
-from ...proto.rpc.transport import Transport
+from ...proto.rpc.transport import Channel, Transport
 from ...proto.worker_pb2 import ClusterStatus, Explanation, GetStatusRequest
 from ...proto.worker_pb2_grpc import ClusterStub
 from .credentials import ApiKey, as_api_key, dial
+
+if TYPE_CHECKING:
+    from ...proto.worker_pb2_grpc import ClusterAsyncStub
 
 
 def build_request(
@@ -123,22 +129,40 @@ class Client:
     """Calls one gateway, as an async context manager; raises grpc.aio.AioRpcError as the server sends it."""
 
     def __init__(
-        self, address: str, transport: Transport | None = None, *, api_key: ApiKey | str | None = None
+        self,
+        address: str,
+        transport: Transport | None = None,
+        *,
+        admin: str = "",
+        api_key: ApiKey | str | None = None,
     ) -> None:
-        """Dials through `transport`; by default one of its own, in plain text.
+        """Dials through `transport`; by default one of its own, in plain text. `admin`: host:port of the gateway's
+        admin port, for status and orders.
 
-        InvalidRequest where `api_key` would go to another host in plain text.
+        InvalidRequest where `api_key`, which the admin port never sees, would go to another host in plain text.
         """
-        self.address = address
-        self._channel = dial(address, transport, as_api_key(api_key))
+        self.address, self.admin_address = address, admin
+        self._transport = transport or Transport()
+        self._channel = dial(address, self._transport, as_api_key(api_key))
         self._generation = GenerationStub(self._channel)
-        self.cluster = ClusterStub(self._channel)  # status and operations
+        self._admin_channel: Channel | None = None
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self._channel.close()
+        if self._admin_channel is not None:
+            await self._admin_channel.close()
+
+    @property
+    def cluster(self) -> "ClusterAsyncStub":
+        """Status and orders; InvalidRequest where the client was given no admin address."""
+        if not self.admin_address:
+            raise InvalidRequest("status and orders have a port of their own: Client(address, admin='host:port')")
+        if self._admin_channel is None:
+            self._admin_channel = self._transport.dial(self.admin_address)
+        return ClusterStub(self._admin_channel)
 
     async def generate(
         self, request: GenerateRequest, *, timeout_s: float | None = None

@@ -85,9 +85,8 @@ class AuthorizedChannel(grpc.aio.Channel):
         return calling
 
 
-def dial(address: str, transport: Transport | None, key: ApiKey | None) -> grpc.aio.Channel:
-    """A channel to a gateway's client port, by default through a transport of its own; with a key one that shows it."""
-    transport = transport or Transport()
+def dial(address: str, transport: Transport, key: ApiKey | None) -> grpc.aio.Channel:
+    """A channel to a gateway's client port; with a key one whose calls show it. InvalidRequest as `ApiKey.check`."""
     if key is None:
         return transport.dial(address)
     key.check(address, transport)

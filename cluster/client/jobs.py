@@ -60,7 +60,7 @@ class JobsClient:
         InvalidRequest where `api_key` would go to another host in plain text.
         """
         self.patience_s = patience_s
-        self._channel = dial(address, transport, as_api_key(api_key))
+        self._channel = dial(address, transport or Transport(), as_api_key(api_key))
         self._stub: Any = JobsStub(self._channel)
 
     async def __aenter__(self) -> Self:

@@ -15,10 +15,11 @@ from functools import partial
 
 from ...kvtransfer.frame import PROTOCOL_VERSION
 from ...proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
-from ...proto.rpc.addresses import parse_address
-from ...proto.rpc.server import Server
-from ...proto.rpc.transport import MIB, Transport
+from ...proto.rpc.addresses import HostPort, parse_address
+from ...proto.rpc.server import Server, Services
+from ...proto.rpc.transport import Transport
 from ...proto.tasks import Tasks
+from .. import defaults
 from ..access.access import Access, check_listen
 from ..access.interceptor import AccessInterceptor
 from ..fleet.compatibility import Requirements
@@ -27,22 +28,19 @@ from ..fleet.registry import Fleet
 from ..gateway_config import GatewayConfig
 from ..jobs.service.manager import Jobs
 from ..jobs.service.service import SERVICE as JOBS_SERVICE
-from ..logs.admin import AdminAudit
 from ..requests.generator import Generator
 from ..router.router import servable_codecs
 from ..text.served import ServedModel
+from .admin import MAX_MESSAGE_BYTES, listen_admin
 from .cluster_service import ClusterService
 from .generation_service import GenerationService
 from .load import Load
 from .operations import Operations
 
 DEFAULTS = GatewayConfig()
-MAX_MESSAGE_BYTES = 4 * MIB
 HEALTH_PERIOD_S = 1.0  # between two checks of whether all background tasks do their work
-SERVICES = (
-    generation_pb2.DESCRIPTOR.services_by_name["Generation"],
-    worker_pb2.DESCRIPTOR.services_by_name["Cluster"],
-)
+GENERATION = generation_pb2.DESCRIPTOR.services_by_name["Generation"]
+CLUSTER = worker_pb2.DESCRIPTOR.services_by_name["Cluster"]
 
 
 class Gateway:
@@ -72,6 +70,7 @@ class Gateway:
         self._workers = tuple(workers)
         self._config = config
         self._server: Server | None = None
+        self._admin: Server | None = None
         self._jobs: Jobs | None = None
         self.transport = Transport()
         self._owner = owner or Tasks()
@@ -82,8 +81,8 @@ class Gateway:
     async def start(self) -> None:
         """Listens and starts to watch the workers, and to run jobs where it has a database of them.
 
-        OSError where the address cannot be bound; InvalidRequest where nobody has said who may ask there; what
-        `Jobs.open` raises.
+        OSError where an address cannot be bound; InvalidRequest where nobody has said who may ask there; what
+        `listen_admin` and `Jobs.open` raise.
         """
         check_listen(self._config.access, self._listen)
         await self.access.start(self._tasks)
@@ -99,19 +98,19 @@ class Gateway:
         )
         self.operations = Operations(self.fleet)
         cluster = ClusterService(self.fleet, self.operations, self.generator, self._fill_status)
-        adders = (
-            lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server),
-            lambda server: worker_pb2_grpc.add_ClusterServicer_to_server(cluster, server),
-        )
-        services = dict(zip(SERVICES, adders, strict=True))
+        services: Services = {
+            GENERATION: lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
+        }
+        orders: Services = {CLUSTER: lambda server: worker_pb2_grpc.add_ClusterServicer_to_server(cluster, server)}
         if self._config.jobs_db is not None:
             self._jobs = await self._open_jobs(self._config.jobs_db)
-            services[JOBS_SERVICE] = self._jobs.add_to
+            services = {**services, JOBS_SERVICE: self._jobs.add_to}
+        self._admin = await listen_admin(self.transport, self._admin_listen, orders, setting="gateway.admin_listen")
         self._server = await self.transport.listen(
             self._listen,
             services,
             max_request_bytes=MAX_MESSAGE_BYTES,
-            interceptors=[AccessInterceptor(self.access, [SERVICES[1].full_name]), AdminAudit()],
+            interceptors=[AccessInterceptor(self.access)],
         )
         for address in self._workers:
             self.fleet.add(address)
@@ -140,6 +139,17 @@ class Gateway:
         assert self._server is not None, "not started"
         return str(parse_address(self._listen)._replace(port=self._server.port))
 
+    @property
+    def admin_address(self) -> str:
+        """The same of its admin port."""
+        assert self._admin is not None, "not started"
+        return str(parse_address(self._admin_listen)._replace(port=self._admin.port))
+
+    @property
+    def _admin_listen(self) -> str:
+        free = parse_address(self._listen).port == 0
+        return self._config.admin_listen or (str(HostPort(defaults.HOST, 0)) if free else defaults.ADMIN)
+
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for the running ones; whether all have ended in time.
 
@@ -161,6 +171,8 @@ class Gateway:
         await self._tasks.stop()
         if self._server is not None:
             await self._server.stop(0.2)
+        if self._admin is not None:
+            await self._admin.stop(0.2)
         if self._jobs is not None:
             await self._jobs.stop()
         if self._server is not None:

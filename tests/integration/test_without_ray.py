@@ -29,14 +29,30 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with cluster_without_ray("smollm2-135m") as address:
-        yield address
+def addresses() -> Iterator[tuple[str, str]]:
+    with cluster_without_ray("smollm2-135m") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(addresses: tuple[str, str]) -> str:
+    return addresses[0]
+
+
+@pytest.fixture(scope="module")
+def admin(addresses: tuple[str, str]) -> str:
+    return addresses[1]
 
 
 @pytest.fixture(scope="module")
 def channel(server: str) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(server) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def orders(admin: str) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(admin) as opened:
         yield opened
 
 
@@ -134,14 +150,14 @@ def test_bad_input_is_refused_at_the_door(
     assert "\n" not in error.details()
 
 
-def test_models_and_status(channel: grpc.Channel) -> None:
+def test_models_and_status(channel: grpc.Channel, orders: grpc.Channel) -> None:
     stub = GenerationStub(channel)
     model = stub.GetModel(GetModelRequest())
     assert (model.context_length, model.vocab_size, model.has_chat_template) == (8192, 49152, True)
     assert model.default_codec == "tq-k4v4"
     assert [m.name for m in stub.ListModels(ListModelsRequest()).models] == [model.name]
     deadline_s = time.monotonic() + 5  # by which the pages of requests that were given up are back
-    while any(worker.pages.in_use for worker in ClusterStub(channel).GetStatus(GetStatusRequest()).workers):
+    while any(worker.pages.in_use for worker in ClusterStub(orders).GetStatus(GetStatusRequest()).workers):
         assert time.monotonic() < deadline_s, "pages are in use by nobody"
         time.sleep(0.05)
 
@@ -192,10 +208,10 @@ def test_chat_keeps_the_conversation(channel: grpc.Channel, server: str) -> None
     assert chat.stdout.decode().rstrip() == expected.rstrip()
 
 
-def test_programs_read_json(server: str) -> None:
+def test_programs_read_json(server: str, admin: str) -> None:
     answer = run("generate", "Hello", "--json", "--max-tokens", "3", "--ignore-eos", "--server", server)
     assert len(json.loads(answer.stdout)["token_ids"]) == 3
-    status = json.loads(run("status", "--json", "--server", server).stdout)
+    status = json.loads(run("status", "--json", "--admin", admin).stdout)
     assert {worker["role"] for worker in status["workers"]} == {"WORKER_ROLE_PREFILL", "WORKER_ROLE_DECODE"}
 
 
@@ -225,17 +241,17 @@ def test_nobody_there_is_one_line_too() -> None:
     assert b"Traceback" not in answer.stderr
 
 
-def test_a_deadline_is_kept_through_all_hops(channel: grpc.Channel, server: str) -> None:
+def test_a_deadline_is_kept_through_all_hops(channel: grpc.Channel, orders: grpc.Channel, admin: str) -> None:
     ids = TokenIds(ids=range(1, 3000))
     with pytest.raises(grpc.RpcError) as caught:
         ask(channel, GenerateRequest(tokens=ids, sampling=SamplingParams(max_tokens=500)), timeout_s=1)
     error: Any = caught.value
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    wait_free(channel)
-    wait_ready(server, 2)
+    wait_free(orders)
+    wait_ready(admin, 2)
 
 
-def test_a_client_that_goes_away_frees_both_workers(channel: grpc.Channel) -> None:
+def test_a_client_that_goes_away_frees_both_workers(channel: grpc.Channel, orders: grpc.Channel) -> None:
     for tokens, events in ((3000, 0), (600, 1), (20, 5)):
         ids = TokenIds(ids=range(1, tokens))
         sampling = SamplingParams(max_tokens=500, ignore_eos=True)
@@ -243,14 +259,14 @@ def test_a_client_that_goes_away_frees_both_workers(channel: grpc.Channel) -> No
         for _ in range(events):
             next(call)
         call.cancel()
-        wait_free(channel)
+        wait_free(orders)
 
 
-def wait_free(channel: grpc.Channel, within_s: float = 5.0) -> None:
+def wait_free(orders: grpc.Channel, within_s: float = 5.0) -> None:
     """Returns once no worker holds a page; AssertionError after `within_s`."""
     end = time.monotonic() + within_s
     while True:
-        workers = ClusterStub(channel).GetStatus(GetStatusRequest()).workers
+        workers = ClusterStub(orders).GetStatus(GetStatusRequest()).workers
         left = {worker.worker_id: worker.pages.in_use for worker in workers}
         if not any(left.values()):
             return

@@ -15,6 +15,7 @@ from .flags import Flag
 
 if TYPE_CHECKING:
     from ....proto.rpc.transport import Transport
+    from ....proto.worker_pb2_grpc import ClusterAsyncStub
     from ...client.client import Client
     from ...config import ClusterConfig
 
@@ -25,6 +26,13 @@ Server = Annotated[
     typer.Option("--server", "-s", envvar="ISTHMUS_SERVER", help="host:port of the gateway.", show_default=True),
 ]
 DEFAULT_SERVER = defaults.SERVER
+Admin = Annotated[
+    str,
+    typer.Option(
+        "--admin", "-a", envvar="ISTHMUS_ADMIN", help="host:port of the gateway's admin port.", show_default=True
+    ),
+]
+DEFAULT_ADMIN = defaults.ADMIN
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error; lines on stderr.")]
@@ -100,8 +108,17 @@ async def gateway_client(server: str) -> AsyncIterator["Client"]:
 
 
 @asynccontextmanager
-async def transport_to(server: str) -> AsyncIterator["Transport"]:
-    """What to dial `server` with; Unavailable, with what to do, where nobody answers there."""
+async def admin_of(address: str) -> AsyncIterator["ClusterAsyncStub"]:
+    """Status and orders at the admin port `address`; errors as `transport_to`."""
+    from ....proto.worker_pb2_grpc import ClusterStub
+
+    async with transport_to(address, "--admin") as transport, transport.dial(address) as channel:
+        yield ClusterStub(channel)
+
+
+@asynccontextmanager
+async def transport_to(server: str, option: str = "--server") -> AsyncIterator["Transport"]:
+    """What to dial `server` with; Unavailable, with what to do, where nobody answers there. `option` names it."""
     import grpc.aio
 
     from ....proto.errors import Unavailable
@@ -114,7 +131,7 @@ async def transport_to(server: str) -> AsyncIterator["Transport"]:
         yield transport
     except grpc.aio.AioRpcError as error:
         if is_unreached(error):
-            hint = "start one with `isthmus up`, or name another with --server"
+            hint = f"start one with `isthmus up`, or name another with {option}"
             raise Unavailable(f"no gateway answers at {server}; {hint}") from None
         raise
     finally:

@@ -13,6 +13,7 @@ from scripted import in_thread, says, scripted_cluster
 from isthmus.cluster.cli.gateway import GATEWAY_FLAGS
 from isthmus.cluster.cli.main import run
 from isthmus.cluster.config import ClusterConfig
+from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.proto.errors import Unavailable
 
@@ -24,10 +25,20 @@ COMMANDS = (
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The address of a gateway that always answers "hello", in a thread of its own."""
-    with in_thread(scripted_cluster(says("hello"))) as address:
-        yield address
+def gateway() -> Iterator[Gateway]:
+    """A gateway that always answers "hello", in a thread of its own."""
+    with in_thread(scripted_cluster(says("hello"))) as running:
+        yield running
+
+
+@pytest.fixture
+def server(gateway: Gateway) -> str:
+    return gateway.address
+
+
+@pytest.fixture
+def admin(gateway: Gateway) -> str:
+    return gateway.admin_address
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -62,17 +73,17 @@ def test_generate_from_a_file(server: str, capsys: pytest.CaptureFixture[str], t
     assert (code, json.loads(out)["usage"]["prompt_tokens"]) == (0, 6)
 
 
-def test_status(server: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = outcome(capsys, "status", "--server", server)
+def test_status(admin: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = outcome(capsys, "status", "--admin", admin)
     assert code == 0
     heading, prefill, decode, last = out.splitlines()
     assert heading.split() == ["worker", "role", "health", "run", "wait", "pages", "address"]
     assert prefill.split()[:6] == ["prefill-0", "prefill", "ready", "0", "0", "0%"]
     assert decode.split()[:3] == ["decode-0", "decode", "ready"]
     assert last.startswith("isthmus ")
-    code, out, _ = outcome(capsys, "status", "--server", server, "--verbose")
+    code, out, _ = outcome(capsys, "status", "--admin", admin, "--verbose")
     assert code == 0 and "prefixes" in out
-    code, out, _ = outcome(capsys, "status", "--server", server, "--json")
+    code, out, _ = outcome(capsys, "status", "--admin", admin, "--json")
     assert [worker["worker_id"] for worker in json.loads(out)["workers"]] == ["prefill-0", "decode-0"]
 
 
@@ -129,7 +140,7 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
         (["worker", "prefill", "--advertise", "10.0.0.7"], 2, "error: Invalid value: '10.0.0.7' is not host:port"),
         (["worker", "prefill", "--advertise", "10.0.0.7:0"], 2, "error: Invalid value: '10.0.0.7:0' is not host:port"),
         (["gateway", "--workers", "h:0"], 2, "error: Invalid value: 'h:0' is not host:port"),
-        (["status", "--server", "nowhere"], 2, "error: Invalid value: 'nowhere' is not host:port"),
+        (["status", "--admin", "nowhere"], 2, "error: Invalid value: 'nowhere' is not host:port"),
         (["up", "--host", "a b"], 1, "error: INVALID_ARGUMENT: host is 'a b': 'a b:0' is not host:port"),
         (["drain", "nobody"], 1, "error: NOT_FOUND: no worker 'nobody'; there are: prefill-0, decode-0"),
         (["flip", "decode-0", "prefill"], 1, "error: FAILED_PRECONDITION: decode-0 is the only worker of its role"),
@@ -140,14 +151,15 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_mistakes(
-    server: str,
+    gateway: Gateway,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
     code: int,
     error: str,
 ) -> None:
-    monkeypatch.setenv("ISTHMUS_SERVER", server)
+    monkeypatch.setenv("ISTHMUS_SERVER", gateway.address)
+    monkeypatch.setenv("ISTHMUS_ADMIN", gateway.admin_address)
     got, out, err = outcome(capsys, *arguments)
     assert (got, out) == (code, "")
     assert err.startswith(error)
@@ -164,7 +176,7 @@ def test_a_file_that_is_not_utf8(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = outcome(capsys, "status", "--server", "127.0.0.1:1")
+    code, _, err = outcome(capsys, "status", "--admin", "127.0.0.1:1")
     assert code == 1
     assert err.startswith("error: UNAVAILABLE: no gateway answers at 127.0.0.1:1; start one with `isthmus up`")
 

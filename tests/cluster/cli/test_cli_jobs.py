@@ -28,8 +28,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     async def script(request: DecodeRequest, context: grpc.aio.ServicerContext) -> None:
         await answering(1.0 if bytes(request.prompt_token_ids).startswith(b"slow") else 0.0)(request, context)
 
-    with in_thread(scripted_cluster(script, jobs_db=url, jobs=QUICK)) as address:
-        yield address
+    with in_thread(scripted_cluster(script, jobs_db=url, jobs=QUICK)) as gateway:
+        yield gateway.address
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ from typing import Any
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from scripted import Scripted, report_of, says, scripted_cluster, served
+from scripted import Scripted, client_of, report_of, says, scripted_cluster, served
 
-from isthmus.cluster.client.client import Client, build_request
+from isthmus.cluster.client.client import build_request
 from isthmus.cluster.fleet.canary import Canary
 from isthmus.cluster.fleet.canary_schedule import CanarySchedule
 from isthmus.cluster.fleet.registry import Fleet
@@ -58,7 +58,7 @@ async def test_a_loop_of_the_gateway_goes_on(
     monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, task: str
 ) -> None:
     raises = Raises(monkeypatch, owner, method)
-    async with scripted_cluster(says("hello")) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(says("hello")) as cluster, client_of(cluster.gateway) as client:
         await until(lambda: not raises.left and cluster.gateway.ready.is_set())
         assert (await client.answer(build_request(prompt="x"), timeout_s=20)).text == "hello"
         status = await client.status()
@@ -110,7 +110,7 @@ async def test_a_loop_that_fails_again_and_again_turns_the_gateway_red(monkeypat
     async with (
         scripted_cluster(says("hello")) as cluster,
         Transport().dial(cluster.gateway.address) as channel,
-        Client(cluster.gateway.address) as client,
+        client_of(cluster.gateway) as client,
     ):
         async with asyncio.timeout(30):
             while await health(channel) != not_serving or await health(channel, "isthmus.v1.Generation") != not_serving:

@@ -9,14 +9,15 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from raw_grpc import raw_call
-from scripted import Script, Scripted, hangs, report_of, says, scripted_cluster, served
+from scripted import Script, Scripted, client_of, hangs, report_of, says, scripted_cluster, served
 
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.fleet.report import Report
 from isthmus.cluster.fleet.worker_entry import WorkerEntry
 from isthmus.cluster.frontend.gateway import Gateway
+from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.kvtransfer.hashing import HASH_BYTES
 from isthmus.proto.common_pb2 import FINISH_REASON_STOP
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
@@ -51,7 +52,7 @@ async def until(worker: Scripted, cancelled: int) -> None:
 
 
 async def test_an_answer_with_its_figures() -> None:
-    async with scripted_cluster(says("hello")) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(says("hello")) as cluster, client_of(cluster.gateway) as client:
         answer = await client.answer(build_request(prompt="p" * 130, codec="raw", sampling={"seed": 5}))
         assert (answer.text, answer.finish, answer.token_ids) == ("hello", "length", list(b"hello"))
         assert (answer.usage.prompt_tokens, answer.usage.output_tokens) == (130, 5)
@@ -65,7 +66,7 @@ async def test_an_answer_with_its_figures() -> None:
 
 
 async def test_the_first_token_is_passed_on_at_once() -> None:
-    async with scripted_cluster(hangs) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(hangs) as cluster, client_of(cluster.gateway) as client:
         events = client.generate(build_request(prompt="x"))
         first = await asyncio.wait_for(anext(events), 2)
         assert first.text == "A"
@@ -76,7 +77,7 @@ async def test_the_first_token_is_passed_on_at_once() -> None:
 
 
 async def test_fifty_cancels_leave_nothing_behind() -> None:
-    async with scripted_cluster(hangs) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(hangs) as cluster, client_of(cluster.gateway) as client:
         for _ in range(50):
             events = client.generate(build_request(prompt="x"))
             await anext(events)
@@ -93,7 +94,7 @@ async def test_the_deadline_reaches_the_worker() -> None:
         left.append(context.time_remaining())
         await hangs(request, context)
 
-    async with scripted_cluster(script) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(script) as cluster, client_of(cluster.gateway) as client:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await client.answer(build_request(prompt="x"), timeout_s=2)
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -107,7 +108,7 @@ async def test_a_stop_string_across_tokens_cancels_the_worker() -> None:
             await context.write(DecodeEvent(token_ids=[token]))
         await asyncio.Event().wait()
 
-    async with scripted_cluster(script) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(script) as cluster, client_of(cluster.gateway) as client:
         answer = await client.answer(build_request(prompt="x", sampling={"stop": ["END"]}))
         assert (answer.text, answer.finish_reason) == ("one ", FINISH_REASON_STOP)
         assert answer.usage.output_tokens == len("one END")
@@ -122,7 +123,7 @@ async def test_a_stop_string_across_tokens_cancels_the_worker() -> None:
     ],
 )
 async def test_a_workers_error_is_the_clients(error: IsthmusError, code: grpc.StatusCode, details: str) -> None:
-    async with scripted_cluster(raises(error)) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(raises(error)) as cluster, client_of(cluster.gateway) as client:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await client.answer(build_request(prompt="x"))
         assert (raised.value.code(), raised.value.details()) == (code, details)
@@ -132,7 +133,7 @@ async def test_a_workers_error_is_the_clients(error: IsthmusError, code: grpc.St
 
 
 async def test_a_workers_bug_is_not_explained_to_clients(caplog: pytest.LogCaptureFixture) -> None:
-    async with scripted_cluster(raises(KeyError("secret"))) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(raises(KeyError("secret"))) as cluster, client_of(cluster.gateway) as client:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await client.answer(build_request(prompt="x"))
         assert raised.value.code() is grpc.StatusCode.UNKNOWN
@@ -144,14 +145,14 @@ async def test_a_workers_bug_is_not_explained_to_clients(caplog: pytest.LogCaptu
 async def test_before_the_first_token_another_worker_takes_over(error: IsthmusError) -> None:
     async with (
         scripted_cluster(raises(error), raises(error), says("fine")) as cluster,
-        Client(cluster.gateway.address) as client,
+        client_of(cluster.gateway) as client,
     ):
         for _ in range(3):
             assert (await client.answer(build_request(prompt="x"))).text == "fine"
 
 
 async def test_a_message_over_the_limit() -> None:
-    async with scripted_cluster(says("x")) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(says("x")) as cluster, client_of(cluster.gateway) as client:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await client.answer(build_request(prompt="x" * (4 << 20)))
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -159,7 +160,7 @@ async def test_a_message_over_the_limit() -> None:
 
 
 async def test_status_and_models() -> None:
-    async with scripted_cluster(says("x")) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(says("x")) as cluster, client_of(cluster.gateway) as client:
         status = await client.status()
         assert [(worker.worker_id, worker.health) for worker in status.workers] == [
             ("prefill-0", WORKER_HEALTH_READY),
@@ -191,19 +192,40 @@ async def test_health_follows_the_workers() -> None:
         watch.cancel()
 
 
-async def test_reflection_lists_the_services() -> None:
-    async with scripted_cluster(says("x")) as cluster, Transport().dial(cluster.gateway.address) as channel:
+async def listed(address: str) -> set[str]:
+    """The services that a port says it has."""
+    async with Transport().dial(address) as channel:
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
         call = stub.ServerReflectionInfo()
         await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
         reply = await call.read()
         await call.done_writing()
-        names = {service.name for service in reply.list_services_response.service}
-        assert {"isthmus.v1.Generation", "isthmus.v1.Cluster", "grpc.health.v1.Health"} <= names
+        return {service.name for service in reply.list_services_response.service} - {reflection.SERVICE_NAME}
+
+
+async def test_clients_and_orders_have_a_port_each() -> None:
+    async with scripted_cluster(says("x")) as cluster:
+        gateway = cluster.gateway
+        assert await listed(gateway.address) == {"isthmus.v1.Generation", "grpc.health.v1.Health"}
+        assert await listed(gateway.admin_address) == {"isthmus.v1.Cluster", "grpc.health.v1.Health"}
+        async with Client(gateway.address, admin=gateway.address) as client:
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await client.status()
+            assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        async with Client(gateway.address) as client:
+            with pytest.raises(InvalidRequest, match="a port of their own"):
+                await client.status()
+
+
+async def test_orders_are_taken_in_plain_text_on_loopback_only() -> None:
+    gateway = Gateway("127.0.0.1:0", served(), config=GatewayConfig(admin_listen="0.0.0.0:0"))
+    with pytest.raises(InvalidRequest, match=r"gateway.admin_listen is 0.0.0.0:0: without TLS .* name a loopback"):
+        await gateway.start()
+    await gateway.stop()
 
 
 async def test_a_worker_that_comes_back_is_used_again() -> None:
-    async with scripted_cluster(says("one"), restart_wait_s=0.5) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(says("one"), restart_wait_s=0.5) as cluster, client_of(cluster.gateway) as client:
         worker = cluster.decodes[0]
         address = worker.address
         await worker.stop()
@@ -231,7 +253,7 @@ async def test_draining_lets_running_requests_end() -> None:
         await release.wait()
         await says("B")(request, context)
 
-    async with scripted_cluster(script) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(script) as cluster, client_of(cluster.gateway) as client:
         running = asyncio.create_task(client.answer(build_request(prompt="x")))
         async with asyncio.timeout(5):
             while not cluster.decodes[0].requests:
@@ -246,7 +268,7 @@ async def test_draining_lets_running_requests_end() -> None:
 
 
 async def test_draining_gives_up_in_time() -> None:
-    async with scripted_cluster(hangs) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(hangs) as cluster, client_of(cluster.gateway) as client:
         running = asyncio.create_task(client.answer(build_request(prompt="x")))
         async with asyncio.timeout(5):
             while not cluster.decodes[0].requests:
@@ -261,11 +283,15 @@ async def test_draining_gives_up_in_time() -> None:
 
 async def test_a_port_in_use_is_an_error() -> None:
     async with scripted_cluster(says("x")) as cluster:
-        second = Gateway(cluster.gateway.address, served())
+        second = Gateway(cluster.gateway.address, served(), config=GatewayConfig(admin_listen="127.0.0.1:0"))
         with pytest.raises(OSError, match=r"cannot listen on .* in use"):
             await second.start()
         assert await second.drain(1)
         await second.stop()
+        third = Gateway("127.0.0.1:0", served(), config=GatewayConfig(admin_listen=cluster.gateway.admin_address))
+        with pytest.raises(OSError, match=r"cannot listen on .* in use.* \(from gateway.admin_listen\)"):
+            await third.start()
+        await third.stop()
 
 
 @pytest.mark.parametrize(
@@ -293,7 +319,7 @@ async def test_odd_headers_disturb_neither_the_request_nor_the_workers(header: t
 async def test_a_call_that_could_not_be_sent_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = (("tracestate", "a\x7fb"),)
     monkeypatch.setattr("isthmus.cluster.frontend.generation_service.trace_context", lambda context: trace)
-    async with scripted_cluster(says("hello")) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(says("hello")) as cluster, client_of(cluster.gateway) as client:
         failed: list[str] = []
         monkeypatch.setattr(cluster.gateway.fleet, "failed", failed.append)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -303,7 +329,7 @@ async def test_a_call_that_could_not_be_sent_blames_nobody(monkeypatch: pytest.M
 
 
 async def test_a_name_of_any_length_is_not_found() -> None:
-    async with scripted_cluster(says("hello")) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(says("hello")) as cluster, client_of(cluster.gateway) as client:
         for name in ("😀" * 2000, "x" * 100_000, "%" * 5000, "\0" * 5000):
             for _ in range(5):  # gRPC refuses long details at random
                 with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -330,7 +356,7 @@ async def test_a_name_of_any_length_is_not_found() -> None:
     ],
 )
 async def test_orders_that_cannot_be_are_refused_by_name(method: str, request_: Any, told: str) -> None:
-    async with scripted_cluster(says("hello")) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(says("hello")) as cluster, client_of(cluster.gateway) as client:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await getattr(client.cluster, method)(request_)
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -338,7 +364,7 @@ async def test_orders_that_cannot_be_are_refused_by_name(method: str, request_: 
 
 
 async def test_clients_see_no_paths_of_the_workers() -> None:
-    async with scripted_cluster(says("hello")) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(says("hello")) as cluster, client_of(cluster.gateway) as client:
         cluster.decodes[0].report.model.path = "/srv/models/secret"
         async with asyncio.timeout(5):
             while not any(status.model.path for status in cluster.gateway.fleet.statuses()):
@@ -359,7 +385,7 @@ async def test_clients_see_no_paths_of_the_workers() -> None:
     ],
 )
 async def test_decode_workers_dial_what_a_listed_worker_advertises(told: dict[str, str], dialled: str | None) -> None:
-    async with scripted_cluster(says("x")) as cluster, Client(cluster.gateway.address) as client:
+    async with scripted_cluster(says("x")) as cluster, client_of(cluster.gateway) as client:
         listed, before = cluster.prefill.address, cluster.gateway.fleet.change
         cluster.prefill.report = report_of(WORKER_ROLE_PREFILL, **told, instance="new")
         async with asyncio.timeout(10):

@@ -72,7 +72,8 @@ async def test_killed_at_random_no_job_is_lost_and_no_token_repeated(url: str) -
         for number in range(24)
     ]
     async with workers() as addresses, JobsClient(server, patience_s=120) as client:
-        arguments = ("--listen", server, "--workers", ",".join(addresses), "--model", MODEL, "--jobs-db", url)
+        ports = ("--listen", server, "--admin-listen", f"127.0.0.1:{free_port()}")
+        arguments = (*ports, "--workers", ",".join(addresses), "--model", MODEL, "--jobs-db", url)
         command = [ISTHMUS, "gateway", *arguments]
         gateway = subprocess.Popen(command, env=os.environ)
         try:

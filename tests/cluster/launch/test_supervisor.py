@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from scripted import Scripted, report_of, says, served
+from scripted import Scripted, client_of, report_of, says, served
 
-from isthmus.cluster.client.client import Client, build_request
+from isthmus.cluster.client.client import build_request
 from isthmus.cluster.config import ClusterConfig, Role
 from isthmus.cluster.launch import supervisor as supervisor_module
 from isthmus.cluster.launch import worker_group
@@ -112,7 +112,7 @@ async def test_up_answer_and_down() -> None:
     supervisor = Supervisor(config, launcher)
     gateway = await supervisor.start()
     assert [worker.name for worker in launcher.workers] == ["prefill-0", "prefill-1", "decode-0", "decode-1"]
-    async with Client(gateway.address) as client:
+    async with client_of(gateway) as client:
         assert (await client.answer(build_request(prompt="x"))).text == "hello"
         assert (await client.status()).cluster_id == config.cluster_id
     await supervisor.stop(5)
@@ -142,7 +142,7 @@ async def test_a_worker_that_died_is_found_at_its_new_address() -> None:
         while not gateway.fleet.table.routing.decode:
             await gateway.fleet.change.wait()
     assert len(gateway.fleet.statuses()) == 2
-    async with Client(gateway.address) as client:
+    async with client_of(gateway) as client:
         assert (await client.answer(build_request(prompt="x"))).text == "hello"
     await supervisor.stop(0)
 
@@ -153,7 +153,7 @@ async def test_without_its_head_the_cluster_goes_on_and_is_built_anew_once_a_wor
     gateway = await supervisor.start()
     first = list(launcher.workers)
     launcher.head_died.set()
-    async with Client(gateway.address) as client:
+    async with client_of(gateway) as client:
         assert (await client.answer(build_request(prompt="x"))).text == "hello"
         with pytest.raises(Unavailable, match="head is gone"):
             await gateway.operations.scale(2, None, 5)

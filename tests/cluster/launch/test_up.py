@@ -31,13 +31,15 @@ class Up:
     process: subprocess.Popen[str]
     log: Path
     server: str
+    admin: str
 
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        program = [*PROGRAM, *arguments, "--server", self.server]
-        return subprocess.run(program, capture_output=True, text=True, check=False, timeout=120)
+        environment = {**os.environ, "ISTHMUS_SERVER": self.server, "ISTHMUS_ADMIN": self.admin}
+        program = [*PROGRAM, *arguments]
+        return subprocess.run(program, capture_output=True, text=True, check=False, timeout=120, env=environment)
 
     def workers(self) -> dict[str, int]:
         """Process ids by worker name, as far as workers are ready."""
@@ -62,18 +64,19 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
             [*PROGRAM, *arguments], stdout=stderr, stderr=stderr, text=True, start_new_session=True
         )
     try:
-        yield Up(process, log, _wait_ready(process, log))
+        yield Up(process, log, *_wait_ready(process, log))
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def _wait_ready(process: subprocess.Popen[str], log: Path) -> str:
+def _wait_ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str]:
+    """The addresses of the gateway: for clients, and its admin port."""
     end = time.monotonic() + START_S
     while time.monotonic() < end:
-        if found := re.search(r"ready on (\S+):(\d+):", log.read_text()):
-            return f"{found[1]}:{found[2]}"
+        if found := re.search(r"ready on (\S+):.*\nstatus and orders on (\S+):", log.read_text()):
+            return found[1], found[2]
         assert process.poll() is None, log.read_text()
         time.sleep(0.2)
     raise AssertionError(f"not ready in {START_S} s: {log.read_text()}")
@@ -87,7 +90,8 @@ def test_it_answers(up: Up) -> None:
 
 def test_output_is_quiet(up: Up) -> None:
     lines = up.log.read_text().splitlines()
-    assert all(line.startswith(("✓ ", "… ", "ready on ", "try: ")) for line in lines), lines  # …: a slow start
+    known = ("✓ ", "… ", "ready on ", "status and orders on ", "try: ")  # …: a slow start
+    assert all(line.startswith(known) for line in lines), lines
 
 
 def test_a_killed_worker_comes_back(up: Up) -> None:
@@ -137,7 +141,7 @@ async def ready(up: Up, wanted: dict[str, str]) -> None:
     while roles != wanted:
         assert time.monotonic() < end, roles
         await asyncio.sleep(0.2)
-        async with Client(up.server) as client:
+        async with Client(up.server, admin=up.admin) as client:
             status = await client.status()
         roles = {
             worker.worker_id: WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower()

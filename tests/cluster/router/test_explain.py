@@ -5,10 +5,10 @@ import json
 
 import pytest
 from routing_tables import KEYS, demand, routing_table
-from scripted import says, scripted_cluster
+from scripted import client_of, says, scripted_cluster
 
 from isthmus.cluster.cli.main import run
-from isthmus.cluster.client.client import Client, build_request
+from isthmus.cluster.client.client import build_request
 from isthmus.cluster.router.explain import explain
 from isthmus.cluster.router.router import route
 
@@ -44,7 +44,7 @@ def test_a_local_prompt_is_expected_after_its_own_compute() -> None:
 async def test_over_the_wire() -> None:
     async with (
         scripted_cluster(says("a"), says("a"), local_prefill="never") as cluster,
-        Client(cluster.gateway.address) as client,
+        client_of(cluster.gateway) as client,
     ):
         explanation = await client.explain(build_request(prompt="p" * 100))
         assert (explanation.policy, explanation.prompt_tokens) == ("cost", 100)
@@ -60,10 +60,10 @@ async def test_over_the_wire() -> None:
 
 async def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     async with scripted_cluster(says("a")) as cluster:
-        server = cluster.gateway.address
-        assert await asyncio.to_thread(run, ["explain", "hello", "--server", server]) == 0
+        admin = cluster.gateway.admin_address
+        assert await asyncio.to_thread(run, ["explain", "hello", "--admin", admin]) == 0
         shown = capsys.readouterr().out
         assert shown.startswith("chosen  decode") and "\nyes " in shown and "policy cost" in shown
-        assert await asyncio.to_thread(run, ["explain", "hello", "--json", "--server", server]) == 0
+        assert await asyncio.to_thread(run, ["explain", "hello", "--json", "--admin", admin]) == 0
         table = json.loads(capsys.readouterr().out)
         assert [line["prefill"] for line in table["candidates"]] == [cluster.prefill.address, ""]
