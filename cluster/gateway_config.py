@@ -43,6 +43,9 @@ class GatewayConfig(BaseModel):
         default=None,
         description=f"host:port for status and orders; default: {defaults.ADMIN}, or a free port beside a free one.",
     )
+    health_listen: str | None = Field(
+        default=None, description="host:port for health probes in plain text; default: on its port only."
+    )
     policy: Policy = Field(default="cost", description="How workers are chosen; others than cost are for comparison.")
     local_prefill: LocalPrefill = Field(
         default="when_cheaper", description="Whether decode workers compute prompts: never, when_cheaper or always."
@@ -99,7 +102,7 @@ class GatewayConfig(BaseModel):
             parse_special=self.parse_special,
         )
 
-    @field_validator("admin_listen")
+    @field_validator("admin_listen", "health_listen")
     @classmethod
     def _can_be_bound(cls, value: str | None) -> str | None:
         return value if value is None else checked_address(value)

@@ -13,9 +13,9 @@ import typer
 from typer.exceptions import TyperException
 
 from . import calibrate, config, explain, gateway, generate, operate, status, up, worker
-from .access import keys
+from .access import certs, keys
 from .jobs import batch, jobs
-from .terminal.credentials import ClientCommand
+from .terminal.connection import AdminCommand, ClientCommand
 
 INTERRUPTED = 130
 
@@ -31,11 +31,11 @@ app = typer.Typer(
 app.command("up", cls=up.UpCommand)(up.up)
 app.command("generate", cls=ClientCommand)(generate.generate)
 app.command("chat", cls=ClientCommand)(generate.chat)
-app.command("status")(status.status)
-app.command("explain")(explain.explain)
-app.command("drain")(operate.drain)
-app.command("flip")(operate.flip)
-app.command("scale")(operate.scale)
+app.command("status", cls=AdminCommand)(status.status)
+app.command("explain", cls=AdminCommand)(explain.explain)
+app.command("drain", cls=AdminCommand)(operate.drain)
+app.command("flip", cls=AdminCommand)(operate.flip)
+app.command("scale", cls=AdminCommand)(operate.scale)
 app.command("models")(status.models)
 app.command("calibrate", cls=calibrate.CalibrateCommand)(calibrate.calibrate)
 app.command("demo", cls=up.DemoCommand)(up.demo)
@@ -45,6 +45,7 @@ app.add_typer(worker.worker_app, name="worker")
 app.command("gateway", cls=gateway.GatewayCommand)(gateway.gateway)
 app.add_typer(config.config_app, name="config")
 app.add_typer(keys.keys_app, name="keys")
+app.add_typer(certs.certs_app, name="certs")
 
 
 def _show_version(asked: bool) -> None:

@@ -15,7 +15,7 @@ async def listen_admin(transport: Transport, listen: str, services: Services, *,
     InvalidRequest where others than this host could dial it in plain text: anybody could drain workers there. OSError
     where the address cannot be bound.
     """
-    if not parse_address(listen).is_loopback:
+    if transport.security is None and not parse_address(listen).is_loopback:
         raise InvalidRequest(
             f"{setting} is {listen}: without TLS anybody who reaches that address could stop workers; "
             "name a loopback address, as 127.0.0.1:50052"

@@ -76,12 +76,12 @@ class Supervisor:
             model: ServedModel = await asyncio.to_thread(load_served_model, self._config.model)
             config = self._config
             self.gateway = Gateway(
-                config.listen,
-                model,
+                *(config.listen, model),
                 config=config.gateway,
                 owner=self._tasks,
                 cluster_id=config.cluster_id,
                 log_content=config.log_content,
+                security=await asyncio.to_thread(config.security, "gateway", "supervisor"),
             )
             await self.gateway.start()
             return self.gateway

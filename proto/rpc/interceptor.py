@@ -1,4 +1,5 @@
-"""The guard around every handler of every server: errors become statuses, bytes that are no request are refused."""
+"""The guard around every handler of every server: errors become statuses, bytes that are no request are refused, and so
+is who may not call."""
 
 import asyncio
 import inspect
@@ -18,6 +19,7 @@ from .streams import Stalled
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Any, grpc.aio.ServicerContext], Any]  # (request or iterator of requests, context)
+Admit = Callable[[str, grpc.aio.ServicerContext], None]  # of a method, by its full name
 
 # By whether requests and responses are streams: where the handler is found, and what makes another one of its kind.
 _KINDS = {
@@ -33,7 +35,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     An IsthmusError becomes its status, bytes that are no request become INVALID_ARGUMENT, and any other exception is a
     bug: logged with its trace, UNKNOWN for the caller. Handlers of request streams take requests from their iterator.
+    No handler runs before `admit` lets the caller in.
     """
+
+    def __init__(self, admit: Admit | None = None) -> None:
+        """`admit` raises what is wrong with a call's peer; None: anybody may call everything."""
+        self._admit = admit or _everybody
 
     async def intercept_service(
         self,
@@ -47,9 +54,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         kind, make = _KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
         behaviour: Handler = getattr(handler, kind)
         guard = _guard_generator if inspect.isasyncgenfunction(behaviour) else _guard_coroutine
-        requests = _checked_stream if handler.request_streaming else _checked
+        requests, admit = _checked_stream if handler.request_streaming else _checked, self._admit
         decode = _decoder(handler.request_deserializer or bytes, method)
-        return make(guard(behaviour, requests, method), decode, handler.response_serializer)
+        return make(guard(behaviour, requests, method, admit), decode, handler.response_serializer)
+
+
+def _everybody(method: str, context: grpc.aio.ServicerContext) -> None:
+    pass
 
 
 def _decoder(decode: Callable[[bytes], Any], method: str) -> Callable[[bytes], Any]:
@@ -76,7 +87,7 @@ async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield _checked(request)
 
 
-def _guard_coroutine(behaviour: Handler, requests: Callable[[Any], Any], method: str) -> Handler:
+def _guard_coroutine(behaviour: Handler, requests: Callable[[Any], Any], method: str, admit: Admit) -> Handler:
     """Wraps a handler that is a coroutine.
 
     Our streaming handlers are coroutines too and call `context.write`: a cancellation is then raised inside the
@@ -85,6 +96,7 @@ def _guard_coroutine(behaviour: Handler, requests: Callable[[Any], Any], method:
 
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
+            admit(method, context)
             return await behaviour(requests(request), context)
         except Exception as error:
             await _end(error, method, context)
@@ -92,11 +104,12 @@ def _guard_coroutine(behaviour: Handler, requests: Callable[[Any], Any], method:
     return guarded
 
 
-def _guard_generator(behaviour: Handler, requests: Callable[[Any], Any], method: str) -> Handler:
+def _guard_generator(behaviour: Handler, requests: Callable[[Any], Any], method: str, admit: Admit) -> Handler:
     """Wraps a handler that is an async generator, as gRPC's own reflection is."""
 
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         try:
+            admit(method, context)
             async with aclosing(behaviour(requests(request), context)) as responses:
                 async for response in responses:
                     yield response

@@ -96,7 +96,8 @@ async def test_a_worker_of_the_command_line_flips_and_back(
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_only_what_was_set_and_means_the_same_goes_along(role: Role, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = settings_of_command(monkeypatch, role, "--threads", "1")
-    assert plain[OTHER[role]] == {"model": "smollm2-135m", "threads": 1, "listen": "127.0.0.1:0"}
+    assert plain[OTHER[role]] == {"model": "smollm2-135m", "threads": 1, "listen": "127.0.0.1:0", "tls": "off"}
+    monkeypatch.delenv("ISTHMUS_TLS")
     flags = {f"{role}_worker": {"chunk_tokens": 64, "pool_gib": 0.5, "codecs": ()}}
     settings = load_config(None, flags).process_settings(role, default_threads=2)
     other = settings_by_role(role, settings)[OTHER[role]]
