@@ -15,7 +15,7 @@ from isthmus.cluster.access.key_file import KeyDocument, change, parse_table
 from isthmus.cluster.access.keys import PATTERN, new_key
 from isthmus.cluster.access.settings import AccessSettings, Limits
 from isthmus.cluster.cli.main import run
-from isthmus.cluster.client.credentials import ApiKey, dial
+from isthmus.cluster.client.credentials import ApiKey
 from isthmus.proto.errors import InvalidRequest
 from isthmus.proto.rpc.transport import Transport
 
@@ -37,8 +37,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     access = AccessSettings(keys_file=str(folder / "keys.json"))
     with in_thread(
         scripted_cluster(says("hello"), access=access, jobs_db=f"sqlite:///{folder / 'jobs.db'}")
-    ) as address:
-        yield address
+    ) as gateway:
+        yield gateway.address
 
 
 @pytest.fixture(autouse=True)
@@ -186,11 +186,10 @@ def test_no_key_goes_over_a_network_in_plain_text(capsys: pytest.CaptureFixture[
     transport = Transport()
     for address in ("10.0.0.7:1", "host.example:1", "0.0.0.0:1", "[2001:db8::1]:1"):
         with pytest.raises(InvalidRequest, match="in plain text"):
-            dial(address, transport, ApiKey(KEY))
-        dial(address, transport, ApiKey(KEY, over_plaintext=True))
-        dial(address, transport, None)
+            ApiKey(KEY).check(address, transport)
+        ApiKey(KEY, over_plaintext=True).check(address, transport)
     for address in ("127.0.0.1:1", "[::1]:1", "localhost:1"):
-        dial(address, transport, ApiKey(KEY))
+        ApiKey(KEY).check(address, transport)
 
 
 @pytest.mark.parametrize("text", ["", "a b", "a\nb", "ä", "a\0", 'a"'])
