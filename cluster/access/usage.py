@@ -13,6 +13,7 @@ from .settings import Limits
 
 MAX_ACCOUNTS = 100_000  # that are remembered, those used last
 MINUTE_S = 60.0
+_LOOKS = 4  # for one that is idle, each time that one is added
 _ROUNDING = 1e-6  # of what floating point makes of amounts
 
 
@@ -161,7 +162,9 @@ class Accounts:
         account = self._accounts.setdefault(name, Account())
         self._accounts.move_to_end(name)
         account.fit(limits, now_s)
-        if len(self._accounts) > self.most:
+        for _ in range(_LOOKS):
+            if len(self._accounts) <= self.most:
+                break
             oldest, idle = next(iter(self._accounts.items()))
             if idle.is_idle(now_s):
                 del self._accounts[oldest]

@@ -12,9 +12,9 @@ INSTEAD = "[redacted]"
 _PATTERNS = (
     # The value of an authorization header, however it is written: a header, a pair of Python, JSON.
     re.compile(
-        r"(?i)((?:proxy-)?authorization[\"']?\s*[:=,]\s*(?:value=)?b?[\"']?)(?:(?:bearer|basic)\s+)?[^\s\"',;)}\]]+"
+        r"""(?i)((?:proxy-)?authorization["']?\s*[:=,]\s*(?:value=)?(?:b?["'])?)(?:(?:bearer|basic)\s+)?[^\s"',;)}\]]+"""
     ),
-    re.compile(r"(?i)(\bbearer\s+)[^\s\"',;)}\]]+"),
+    re.compile(r"""(?i)(\bbearer\s+)[^\s"',;)}\]]{8,}"""),
     re.compile(r"(isthmus_[0-9a-f]{1,16}_)[A-Za-z0-9_-]+"),
     re.compile(r"()\beyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*\.?[A-Za-z0-9_-]*"),  # a JSON Web Token
 )
