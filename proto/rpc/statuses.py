@@ -75,6 +75,7 @@ _TLS_PROBLEMS = {
     "CERTIFICATE_REQUIRED": "it asks for a certificate: name one with --cert and --key",
     "Tls handshake failed": "no encrypted connection could be made",
     "TSI_PROTOCOL_FAILURE": "no encrypted connection could be made",
+    "Socket closed": "it ends the connection: it does not accept the certificate, or only one side talks TLS",
 }
 
 

@@ -32,7 +32,6 @@ class Security:
         *,
         client_certificates: bool = False,
         expects_host: bool = False,
-        check_s: float = CHECK_S,
     ) -> None:
         """Reads the source. `client_certificates`: whether a port for clients asks them for a certificate.
         `expects_host`: servers are known by the host that is dialled, never by their role.
@@ -41,7 +40,7 @@ class Security:
         """
         self.client_certificates = client_certificates
         self.version = 0  # of what is used now; one more at each change
-        self._source, self._check_s, self._expects_host = source, check_s, expects_host
+        self._source, self._expects_host = source, expects_host
         self._lock = threading.Lock()
         self._looked_s = time.monotonic()
         self._stamp: Hashable = _stamp(source)
@@ -76,7 +75,7 @@ class Security:
         """The version and the certificates that are used now; looks for a change first."""
         with self._lock:
             now_s = time.monotonic()
-            if now_s >= self._looked_s + self._check_s:
+            if now_s >= self._looked_s + CHECK_S:
                 self._looked_s = now_s
                 self._look()
             return self.version, self._material
