@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
+
+from .health import HealthServicer
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +43,8 @@ class Server:
 
         The services `but` do not serve in any case.
         """
-        status = health_pb2.HealthCheckResponse
         for name in ("", *self.services):
-            serves = serving and name not in but and (name != "" or not but)
-            await self.health.set(name, status.SERVING if serves else status.NOT_SERVING)
+            self.health.set_serving(name, serving and name not in but and (name != "" or not but))
 
 
 def add_services(server: grpc.aio.Server, services: Services) -> HealthServicer:

@@ -18,6 +18,7 @@ import grpc.aio
 
 from .addresses import grpc_target
 from .interceptor import ErrorInterceptor
+from .limits import MAX_CALLS, SERVER_LIMITS, UNCOMPRESSED, connection_limit
 from .server import Server, Services, add_services
 from .timeouts import clamped
 
@@ -34,10 +35,12 @@ _OPTIONS: dict[str, Any] = {
     "grpc.http2.max_pings_without_data": 0,
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 250,
+    **UNCOMPRESSED,
 }
 _SERVER_OPTIONS: dict[str, Any] = {
     "grpc.so_reuseport": 0,  # a port in use is an error, not a silent share
     "grpc.http2.min_ping_interval_without_data_ms": 1_000,
+    **SERVER_LIMITS,
 }
 
 
@@ -109,7 +112,10 @@ class Transport:
         OSError where the address cannot be bound.
         """
         options = {**_OPTIONS, **_SERVER_OPTIONS, "grpc.max_receive_message_length": max_request_bytes}
-        grpc_server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=list(options.items()))
+        options["grpc.max_allowed_incoming_connections"] = connection_limit()
+        grpc_server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()], options=list(options.items()), maximum_concurrent_rpcs=MAX_CALLS
+        )
         health = add_services(grpc_server, services)
         try:
             port = grpc_server.add_insecure_port(address)
