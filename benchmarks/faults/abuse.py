@@ -10,7 +10,7 @@ import resource
 import ssl
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,7 +175,7 @@ async def never_reading(target: Target, seconds: float) -> None:
             writer.transport.abort()
 
 
-KINDS: dict[str, Callable[[Target, float], Awaitable[None]]] = {
+KINDS: dict[str, Callable[[Target, float], Coroutine[Any, Any, None]]] = {
     "slow loris": slow_loris,
     "idle connections": idle,
     "large metadata": large_metadata,
@@ -228,7 +228,7 @@ async def abuse(
 ) -> dict[str, Any]:
     """One kind of abuse of the server of `process` for some seconds; what it cost, in MB, descriptors and ms."""
     async with transport.dial(address) as channel:
-        stub = GenerationStub(channel)
+        stub: Any = GenerationStub(channel)
         calm = Good([token async for event in stub.Generate(request) for token in event.token_ids])
         for _ in range(CALM):
             await calm.ask(stub, request)
@@ -249,7 +249,9 @@ async def abuse(
             return seen
 
         try:
-            seen, *_ = await asyncio.gather(keep_looking(), *(keep_asking() for _ in range(GOOD_AT_ONCE)))
+            asking = asyncio.gather(*(keep_asking() for _ in range(GOOD_AT_ONCE)))
+            seen = await keep_looking()
+            await asking
         finally:
             harming.kill()
             harming.join()

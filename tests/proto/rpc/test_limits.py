@@ -29,6 +29,10 @@ async def served() -> AsyncIterator[str]:
         await server.stop()
 
 
+def health_of(channel: grpc.aio.Channel) -> Any:
+    return HealthStub(channel)
+
+
 @pytest.fixture
 def descriptors() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -39,16 +43,16 @@ def descriptors() -> Iterator[None]:
 async def test_connections_beyond_the_limit_are_closed_and_others_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "connection_limit", lambda: 20)
     async with served() as address, Transport().dial(address) as channel:
-        await HealthStub(channel).Check(CHECK)
+        await health_of(channel).Check(CHECK)
         opened = [await connect(address) for _ in range(40)]
         await asyncio.sleep(0.5)
         ended = [reader.at_eof() or reader.exception() is not None for reader, _ in opened]
         assert sum(ended) >= 20
-        await HealthStub(channel).Check(CHECK)
+        await health_of(channel).Check(CHECK)
         for _, writer in opened:
             writer.transport.abort()
         async with asyncio.timeout(10), Transport().dial(address) as other:  # there is room again
-            await HealthStub(other).Check(CHECK, wait_for_ready=True)
+            await health_of(other).Check(CHECK, wait_for_ready=True)
 
 
 @pytest.mark.parametrize("begun", [b"", PREFACE, opening()])
@@ -69,26 +73,26 @@ async def test_a_connection_that_does_not_finish_its_handshake_is_closed(
 async def test_a_connection_without_calls_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(transport._SERVER_OPTIONS, "grpc.max_connection_idle_ms", 300)
     async with served() as address, Transport().dial(address) as channel, asyncio.timeout(10):
-        await HealthStub(channel).Check(CHECK)
+        await health_of(channel).Check(CHECK)
         while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:
             await channel.wait_for_state_change(state)
-        await HealthStub(channel).Check(CHECK)  # its client connects again
+        await health_of(channel).Check(CHECK)  # its client connects again
 
 
 async def test_calls_beyond_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "MAX_CALLS", 5)
     async with served() as address, Transport().dial(address) as channel:
-        watching: list[Any] = [HealthStub(channel).Watch(CHECK) for _ in range(5)]
+        watching: list[Any] = [health_of(channel).Watch(CHECK) for _ in range(5)]
         for call in watching:
             await call.read()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await HealthStub(channel).Check(CHECK)
+            await health_of(channel).Check(CHECK)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         watching[0].cancel()
         async with asyncio.timeout(10):
             while True:
                 with suppress(grpc.aio.AioRpcError):
-                    await HealthStub(channel).Check(CHECK)
+                    await health_of(channel).Check(CHECK)
                     break
         for call in watching:
             call.cancel()
@@ -97,16 +101,16 @@ async def test_calls_beyond_the_limit_are_refused(monkeypatch: pytest.MonkeyPatc
 async def test_watchers_of_health_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "MAX_WATCHERS", 2)
     async with served() as address, Transport().dial(address) as channel:
-        watching: list[Any] = [HealthStub(channel).Watch(CHECK) for _ in range(2)]
+        watching: list[Any] = [health_of(channel).Watch(CHECK) for _ in range(2)]
         for call in watching:
             assert (await call.read()).status == HealthCheckResponse.NOT_SERVING
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await HealthStub(channel).Watch(CHECK).read()
+            await health_of(channel).Watch(CHECK).read()
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         watching[0].cancel()
         async with asyncio.timeout(10):
             while True:
-                again: Any = HealthStub(channel).Watch(CHECK)
+                again: Any = health_of(channel).Watch(CHECK)
                 with suppress(grpc.aio.AioRpcError):
                     await again.read()
                     break

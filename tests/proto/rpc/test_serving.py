@@ -295,7 +295,8 @@ async def test_compressed_messages_are_refused_unread() -> None:
         assert answer.status == grpc.StatusCode.UNIMPLEMENTED.value[0]
         writer.close()
         async with grpc.aio.insecure_channel(address, compression=grpc.Compression.Gzip) as channel:
-            code, _ = await refusal(HealthStub(channel).Check(HealthCheckRequest(service="x" * 10_000)))
+            stub: Any = HealthStub(channel)
+            code, _ = await refusal(stub.Check(HealthCheckRequest(service="x" * 10_000)))
             assert code is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -318,7 +319,7 @@ async def test_a_health_watcher_that_reads_nothing_holds_up_nobody() -> None:
     await reader.readexactly(9)
     try:
         async with transport.dial(address) as channel:
-            stub = HealthStub(channel)
+            stub: Any = HealthStub(channel)
             watch: Any = stub.Watch(HealthCheckRequest())
             assert (await watch.read()).status == HealthCheckResponse.NOT_SERVING
             await asyncio.sleep(0.3)
