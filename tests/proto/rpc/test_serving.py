@@ -330,3 +330,18 @@ async def test_a_health_watcher_that_reads_nothing_holds_up_nobody() -> None:
     finally:
         writer.close()
         await server.stop()
+
+
+async def test_grpc_stops_once_however_many_stop_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at the same time crash the process: one of them cancels the calls of a server that is gone already."""
+    server = await Transport().listen("127.0.0.1:0", {})
+    stops, stop = [], server.grpc_server.stop
+
+    async def counted(grace: float | None) -> None:
+        stops.append(grace)
+        await stop(grace)
+
+    monkeypatch.setattr(server.grpc_server, "stop", counted)
+    await asyncio.gather(server.stop(0.1), server.stop(), server.stop())
+    await server.stop()
+    assert stops == [0.1]
