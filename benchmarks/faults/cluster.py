@@ -33,9 +33,10 @@ LOOK_S = 0.1  # between two looks at whether a process lives
 
 
 @cache
-def _processes() -> ForkServerContext:
+def processes() -> ForkServerContext:
     """Where processes come from. Each worker computes in one thread, which has to be said before torch is imported."""
     os.environ.update(thread_settings(1))
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as the commands set it, which is too late in a fork
     os.environ.setdefault("ISTHMUS_BF16", "never")  # answers are compared: none may depend on its batch
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, __name__])
@@ -70,7 +71,7 @@ class Node:
 
     def start(self) -> None:
         """Starts the process (again)."""
-        self.process = _processes().Process(target=_child, args=(self.arguments, self.log, self.faults), daemon=True)
+        self.process = processes().Process(target=_child, args=(self.arguments, self.log, self.faults), daemon=True)
         self.process.start()
         self.starts, self.stopped = self.starts + 1, False
 

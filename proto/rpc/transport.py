@@ -17,14 +17,15 @@ from typing import Any
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 
 from ..security.authority import Authority
 from ..security.credentials import Security
 from ..security.identity import ServerName
 from .addresses import grpc_target
 from .channel import Channel
+from .health import HealthServicer
 from .interceptor import Admit, ErrorInterceptor
+from .limits import MAX_CALLS, SERVER_LIMITS, UNCOMPRESSED, connection_limit
 from .server import Server, Services, add_services
 
 MIB = 1 << 20
@@ -40,10 +41,12 @@ _OPTIONS: dict[str, Any] = {
     "grpc.http2.max_pings_without_data": 0,
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 250,
+    **UNCOMPRESSED,
 }
 _SERVER_OPTIONS: dict[str, Any] = {
     "grpc.so_reuseport": 0,  # a port in use is an error, not a silent share
     "grpc.http2.min_ping_interval_without_data_ms": 1_000,
+    **SERVER_LIMITS,
 }
 # A connection is as old as the certificates that it began with: peers are asked to make another one, and where a peer
 # must have a certificate, the old one ends.
@@ -112,6 +115,7 @@ class Transport:
         OSError where the address cannot be bound.
         """
         options = {**_OPTIONS, **_SERVER_OPTIONS, "grpc.max_receive_message_length": max_request_bytes}
+        options["grpc.max_allowed_incoming_connections"] = connection_limit()
         security = self.security
         admit: Admit | None = None
         if security is not None:
@@ -120,7 +124,9 @@ class Transport:
             if client_certificates:  # else nobody's certificate has to end with the connection, and no answer either
                 options |= _GRACE_OPTIONS
         grpc_server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(admit), *interceptors], options=list(options.items())
+            interceptors=[ErrorInterceptor(admit), *interceptors],
+            options=list(options.items()),
+            maximum_concurrent_rpcs=MAX_CALLS,
         )
         health = add_services(grpc_server, services)
         credentials = None
