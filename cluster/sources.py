@@ -30,6 +30,7 @@ VARIABLES = {
     "ISTHMUS_JOBS_DB": "gateway.jobs_db",
     "ISTHMUS_SERVER": "the gateway that clients ask, where no --server is given",
     "ISTHMUS_ADMIN": "the admin port that status and orders go to, where no --admin is given",
+    "ISTHMUS_RUNTIME": "the folder of the sockets of this user's workers, mode 0700",
     "ISTHMUS_CACHE": "the folder of what can be made again: converted models, calibration, compiled kernels",
     "ISTHMUS_COMPILED": "auto or never: compiled kernels and CUDA graphs",
     "ISTHMUS_BF16": "auto or never: the bf16 units of a CPU",

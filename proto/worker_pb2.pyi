@@ -54,6 +54,8 @@ class _WorkerHealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerHe
     """said by the gateway: other protocol, model or codec parameters"""
     WORKER_HEALTH_CHECKING: _WorkerHealth.ValueType  # 6
     """said by the gateway: its first pages are not verified yet"""
+    WORKER_HEALTH_STARTING: _WorkerHealth.ValueType  # 8
+    """said by the supervisor: it is not there yet"""
     WORKER_HEALTH_UNFIT: _WorkerHealth.ValueType  # 7
     """said by the gateway: what it made of a canary request was wrong, or nothing"""
 
@@ -70,6 +72,8 @@ WORKER_HEALTH_INCOMPATIBLE: WorkerHealth.ValueType  # 4
 """said by the gateway: other protocol, model or codec parameters"""
 WORKER_HEALTH_CHECKING: WorkerHealth.ValueType  # 6
 """said by the gateway: its first pages are not verified yet"""
+WORKER_HEALTH_STARTING: WorkerHealth.ValueType  # 8
+"""said by the supervisor: it is not there yet"""
 WORKER_HEALTH_UNFIT: WorkerHealth.ValueType  # 7
 """said by the gateway: what it made of a canary request was wrong, or nothing"""
 Global___WorkerHealth: _TypeAlias = WorkerHealth  # noqa: Y015
@@ -320,6 +324,9 @@ class ScaleResponse(_message.Message):
 
     STARTED_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
+    ASKED_FOR_FIELD_NUMBER: _builtins.int
+    asked_for: _builtins.bool
+    """those started are not there yet: the status tells when they are"""
     @_builtins.property
     def started(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """ids of workers"""
@@ -331,10 +338,11 @@ class ScaleResponse(_message.Message):
         *,
         started: _abc.Iterable[_builtins.str] | None = ...,
         drained: _abc.Iterable[_builtins.str] | None = ...,
+        asked_for: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_for", b"asked_for", "drained", b"drained", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -710,12 +718,18 @@ class ClusterStatus(_message.Message):
     CLUSTER_ID_FIELD_NUMBER: _builtins.int
     TASK_FAILURES_FIELD_NUMBER: _builtins.int
     FAILING_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
+    SUPERVISOR_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     active_requests: _builtins.int
     uptime_ms: _builtins.int
     cluster_id: _builtins.str
     """in the names of the Ray actors; none where the workers are a given list"""
+    gateways: _builtins.int
+    """of a supervisor: that watch its list"""
+    supervisor: _builtins.str
+    """of a gateway that has one: its address, and why it is away"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerReport]: ...
     @_builtins.property
@@ -740,11 +754,13 @@ class ClusterStatus(_message.Message):
         cluster_id: _builtins.str = ...,
         task_failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         failing: _abc.Iterable[_builtins.str] | None = ...,
+        gateways: _builtins.int = ...,
+        supervisor: _builtins.str = ...,
         memory: _abc.Iterable[Global___MemoryUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "cluster_id", b"cluster_id", "failing", b"failing", "memory", b"memory", "task_failures", b"task_failures", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "cluster_id", b"cluster_id", "failing", b"failing", "gateways", b"gateways", "memory", b"memory", "supervisor", b"supervisor", "task_failures", b"task_failures", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,6 +76,8 @@ class Fleet:
         """Forgets a worker: at once, so that one that is added at the same address meanwhile is another one."""
         if address not in self.table:
             return
+        for give_up in tuple(self._calls[address]):  # what runs there is placed anew
+            give_up()
         stream, channel = self._streams.pop(address), self._channels.pop(address)
         for by_address in (self.away_reasons, self._reports, self._calls):
             by_address.pop(address, None)
