@@ -28,6 +28,7 @@ from .gateway_config import GatewayConfig
 from .jobs.settings import database_url
 from .logs.configure import LogFormat
 from .sources import Origin, Setting, explain, read_sources, warn_of_unknown_variables
+from .supervisor_config import SupervisorConfig
 
 CONFIG_OF: dict[Role, type[PrefillConfig] | type[DecodeConfig]] = {
     "prefill": PrefillConfig,
@@ -56,8 +57,8 @@ class ClusterConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prefill: int = Field(default=1, ge=1, le=1024, description="Number of prefill workers.")
-    decode: int = Field(default=1, ge=1, le=1024, description="Number of decode workers.")
+    prefill: int = Field(default=1, ge=0, le=1024, description="Number of prefill workers.")
+    decode: int = Field(default=1, ge=0, le=1024, description="Number of decode workers.")
     model: str = _same(WorkerConfig, "model")
     codec: str = _same(WorkerConfig, "default_codec")
     codecs: Names = _same(WorkerConfig, "codecs")
@@ -79,6 +80,18 @@ class ClusterConfig(BaseModel):
     address: str | None = Field(
         default=None, description="Ray cluster to join, auto: the one here; default: start a local Ray."
     )
+    worker_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="Port of each worker of `isthmus supervise`, which Ray places one a host; default: a free one.",
+    )
+    prefill_gpus: int | None = Field(
+        default=None, ge=0, description="GPUs that Ray gives a prefill worker; default: 1 where it knows of any."
+    )
+    decode_gpus: int | None = Field(
+        default=None, ge=0, description="GPUs that Ray gives a decode worker; default: 1 where it knows of any."
+    )
     drain_s: float = Field(
         defaults.DRAIN_S, ge=0, description="Time for running requests when it stops; others take those left."
     )
@@ -90,6 +103,9 @@ class ClusterConfig(BaseModel):
     store_dir: str | None = _same(PrefillConfig, "store_dir")
     store_gib: float = _same(PrefillConfig, "store_gib")
     gateway: GatewayConfig = Field(default=GatewayConfig(), description="The gateway: where requests run.")
+    supervisor: SupervisorConfig = Field(
+        default=SupervisorConfig(), description="The supervisor, where it is a process apart from the gateways."
+    )
     prefill_worker: PrefillConfig = Field(
         default=PrefillConfig(), description="Prefill workers; wins over the settings above."
     )
@@ -136,7 +152,7 @@ class ClusterConfig(BaseModel):
         gateway = self.gateway.model_copy(update={"jobs_db": database_url(self.gateway.jobs_db)})
         return self.model_copy(update={"gateway": gateway})
 
-    def worker_settings(self, role: Role, name: str, listen: str, threads: int) -> dict[str, Any]:
+    def worker_settings(self, role: Role, name: str, listen: str, threads: int | None) -> dict[str, Any]:
         """The settings of one of the cluster's workers as plain data, checked. InvalidRequest where one is wrong.
 
         Name and addresses in the file are those of a process that is started by hand: no two of these may share them.

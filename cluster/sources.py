@@ -39,6 +39,7 @@ VARIABLES = {
     "ISTHMUS_TLS__CERT": "tls.cert",
     "ISTHMUS_TLS__KEY": "tls.key",
     "ISTHMUS_TLS__CLIENT_CERTIFICATES": "tls.client_certificates",
+    "ISTHMUS_RUNTIME": "the folder of the sockets of this user's workers, mode 0700",
     "ISTHMUS_CACHE": "the folder of what can be made again: converted models, calibration, compiled kernels",
     "ISTHMUS_COMPILED": "auto or never: compiled kernels and CUDA graphs",
     "ISTHMUS_BF16": "auto or never: the bf16 units of a CPU",

@@ -54,6 +54,8 @@ class _WorkerHealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerHe
     """said by the gateway: other protocol, model or codec parameters"""
     WORKER_HEALTH_CHECKING: _WorkerHealth.ValueType  # 6
     """said by the gateway: its first pages are not verified yet"""
+    WORKER_HEALTH_STARTING: _WorkerHealth.ValueType  # 8
+    """said by the supervisor: it is not there yet"""
     WORKER_HEALTH_UNFIT: _WorkerHealth.ValueType  # 7
     """said by the gateway: what it made of a canary request was wrong, or nothing"""
 
@@ -70,6 +72,8 @@ WORKER_HEALTH_INCOMPATIBLE: WorkerHealth.ValueType  # 4
 """said by the gateway: other protocol, model or codec parameters"""
 WORKER_HEALTH_CHECKING: WorkerHealth.ValueType  # 6
 """said by the gateway: its first pages are not verified yet"""
+WORKER_HEALTH_STARTING: WorkerHealth.ValueType  # 8
+"""said by the supervisor: it is not there yet"""
 WORKER_HEALTH_UNFIT: WorkerHealth.ValueType  # 7
 """said by the gateway: what it made of a canary request was wrong, or nothing"""
 Global___WorkerHealth: _TypeAlias = WorkerHealth  # noqa: Y015
@@ -320,6 +324,9 @@ class ScaleResponse(_message.Message):
 
     STARTED_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
+    ASKED_FOR_FIELD_NUMBER: _builtins.int
+    asked_for: _builtins.bool
+    """those started are not there yet: the status tells when they are"""
     @_builtins.property
     def started(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """ids of workers"""
@@ -331,10 +338,11 @@ class ScaleResponse(_message.Message):
         *,
         started: _abc.Iterable[_builtins.str] | None = ...,
         drained: _abc.Iterable[_builtins.str] | None = ...,
+        asked_for: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_for", b"asked_for", "drained", b"drained", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -720,6 +728,8 @@ class ClusterStatus(_message.Message):
     FAILING_FIELD_NUMBER: _builtins.int
     TLS_FIELD_NUMBER: _builtins.int
     CERTIFICATE_EXPIRES_UNIX_S_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
+    SUPERVISOR_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     ACCESS_FIELD_NUMBER: _builtins.int
     LOG_CONTENT_FIELD_NUMBER: _builtins.int
@@ -732,6 +742,10 @@ class ClusterStatus(_message.Message):
     """whether the gateway talks to workers encrypted only"""
     certificate_expires_unix_s: _builtins.int
     """when its certificate ends; 0: not known yet"""
+    gateways: _builtins.int
+    """of a supervisor: that watch its list"""
+    supervisor: _builtins.str
+    """of a gateway that has one: its address, and why it is away"""
     log_content: _builtins.bool
     """prompts and outputs are logged"""
     @_builtins.property
@@ -764,13 +778,15 @@ class ClusterStatus(_message.Message):
         failing: _abc.Iterable[_builtins.str] | None = ...,
         tls: _builtins.bool = ...,
         certificate_expires_unix_s: _builtins.int = ...,
+        gateways: _builtins.int = ...,
+        supervisor: _builtins.str = ...,
         memory: _abc.Iterable[Global___MemoryUse] | None = ...,
         access: Global___AccessStatus | None = ...,
         log_content: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "active_requests", b"active_requests", "certificate_expires_unix_s", b"certificate_expires_unix_s", "cluster_id", b"cluster_id", "failing", b"failing", "log_content", b"log_content", "memory", b"memory", "task_failures", b"task_failures", "tls", b"tls", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "active_requests", b"active_requests", "certificate_expires_unix_s", b"certificate_expires_unix_s", "cluster_id", b"cluster_id", "failing", b"failing", "gateways", b"gateways", "log_content", b"log_content", "memory", b"memory", "supervisor", b"supervisor", "task_failures", b"task_failures", "tls", b"tls", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,6 +61,11 @@ class WorkerServer:
         return self._name or f"{role}-{socket.gethostname()}-{parse_address(self.address or self._listen).port}"
 
     @property
+    def service(self) -> OrderServicer:
+        """Its reports and orders, for another door of the same process."""
+        return self._reports
+
+    @property
     def orders(self) -> Orders | None:
         """Who follows the orders that this worker is given."""
         return self._reports.orders

@@ -45,11 +45,13 @@ def gateway(
     config: opt.ConfigFile = None,
     log_level: opt.LogLevel = opt.DEFAULT_LOG_LEVEL,
 ) -> None:
-    """Run the gateway for a list of workers until Ctrl-C, without Ray.
+    """Run the gateway for a list of workers, or those of a supervisor, until Ctrl-C, without Ray.
 
     [bold]Examples[/]
 
       isthmus gateway --workers 127.0.0.1:7001,127.0.0.1:7002
+
+      isthmus gateway --supervisor 10.0.0.5:50053    # of isthmus supervise
 
       isthmus gateway --config cluster.yaml    # the file of isthmus up, with gateway: {workers: [...]}
 
@@ -72,8 +74,12 @@ def gateway(
     settings = load_config(config, flags).with_jobs()
     opt.configure_logs(log_level, settings)
     check_listen(settings.gateway.access, settings.listen)
-    if not (workers := settings.gateway.workers):
-        raise typer.BadParameter("no workers: name them with --workers, or as workers: under gateway: in the settings")
+    workers, supervisor = settings.gateway.workers, settings.gateway.supervisor
+    if supervisor is not None:
+        workers = ()
+    elif not workers:
+        why = "no workers: name them with --workers, or as workers: under gateway: in the settings, or a --supervisor"
+        raise typer.BadParameter(why)
     for worker in workers:
         opt.address_to_dial(worker)
     served = load_served_model(settings.model)
@@ -86,7 +92,8 @@ def gateway(
     async def start() -> None:
         await running.start()
         where = f"{running.address} (admin: {running.admin_address})"
-        opt.say(f"gateway for {served.name} on {where}, {len(workers)} workers")
+        whose = f"workers of {supervisor}" if supervisor else f"{len(workers)} workers"
+        opt.say(f"gateway for {served.name} on {where}, {whose}")
 
     async def stop(drain: float) -> None:
         await running.drain(drain)
@@ -96,9 +103,10 @@ def gateway(
 
 
 _WORKERS = Flag("gateway.workers", parse=_addresses)
+_SUPERVISOR = Flag("gateway.supervisor", parse=opt.address_to_dial)
 GatewayCommand = command_with(
     (
-        _WORKERS,
+        *(_WORKERS, _SUPERVISOR),
         Flag("model", ("--model", "-m")),
         Flag("drain_s"),
         opt.JOBS_DB,

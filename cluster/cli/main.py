@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from . import calibrate, config, explain, gateway, generate, operate, status, up, worker
+from . import calibrate, config, explain, gateway, generate, operate, status, supervise, up, worker
 from .access import certs, keys
 from .jobs import batch, jobs
 from .terminal.connection import AdminCommand, ClientCommand
@@ -43,6 +43,7 @@ app.add_typer(jobs.jobs_app, name="jobs")
 app.add_typer(batch.batch_app, name="batch")
 app.add_typer(worker.worker_app, name="worker")
 app.command("gateway", cls=gateway.GatewayCommand)(gateway.gateway)
+app.command("supervise", cls=supervise.SuperviseCommand)(supervise.supervise)
 app.add_typer(config.config_app, name="config")
 app.add_typer(keys.keys_app, name="keys")
 app.add_typer(certs.certs_app, name="certs")

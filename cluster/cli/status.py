@@ -186,6 +186,8 @@ def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text 
     parts = [
         f"isthmus {cluster.version}",
         *([f"cluster {cluster.cluster_id}"] if cluster.cluster_id else []),
+        *([f"supervisor {cluster.supervisor}"] if cluster.supervisor else []),
+        *([f"{cluster.gateways} gateways"] if cluster.gateways else []),
         f"{cluster.active_requests} active requests",
         f"up {cluster.uptime_ms / 1e3:.0f} s",
         _tls_part(cluster),
@@ -200,12 +202,13 @@ def _row(worker: "WorkerReport") -> "list[str | Text]":
         WORKER_HEALTH_CHECKING,
         WORKER_HEALTH_DRAINING,
         WORKER_HEALTH_READY,
+        WORKER_HEALTH_STARTING,
         WorkerHealth,
         WorkerRole,
     )
 
     health = WorkerHealth.Name(worker.health).removeprefix("WORKER_HEALTH_").lower()
-    passing = {WORKER_HEALTH_DRAINING: "yellow", WORKER_HEALTH_CHECKING: "yellow"}
+    passing = {WORKER_HEALTH_DRAINING: "yellow", WORKER_HEALTH_CHECKING: "yellow", WORKER_HEALTH_STARTING: "yellow"}
     colour = {WORKER_HEALTH_READY: "green", **passing}.get(worker.health, "red")
     role = WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower() if worker.role else "?"
     pages = worker.pages

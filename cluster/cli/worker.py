@@ -94,15 +94,18 @@ def _run_worker(role: "Role", file: Path | None, flags: dict[str, Any], log_leve
 
         return show_plan(role, settings)
     from ..launch.foreground import run_service
+    from ..launch.local_orders import LocalOrders
     from ..launch.progress import StartProgress, with_activity
 
     other = config.process_settings(_other(role), default_threads=threads)
     host = RoleHost(role, settings_by_role(role, settings, other), end_process)
+    local = LocalOrders(host)
 
     async def doing() -> str:
         return activity()
 
     async def start() -> None:
+        await local.start()
         with StartProgress() as shown, shown.step(f"model {settings['model']}") as tell:
             await with_activity(host.start(), doing, tell)
         opt.say(f"{role} worker for {settings['model']} on {host.address} (threads: {settings['threads']})")
@@ -110,6 +113,7 @@ def _run_worker(role: "Role", file: Path | None, flags: dict[str, Any], log_leve
     async def stop(timeout_s: float) -> None:
         await host.drain(timeout_s)
         await host.stop()
+        await local.stop()
 
     raise typer.Exit(run_service(start, stop, config.drain_s, host.drained))
 

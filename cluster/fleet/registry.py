@@ -77,6 +77,8 @@ class Fleet:
         """Forgets a worker: at once, so that one that is added at the same address meanwhile is another one."""
         if address not in self.table:
             return
+        for give_up in tuple(self._calls[address]):  # what runs there is placed anew
+            give_up()
         stream, channels = self._streams.pop(address), [self._channels.pop(address)]
         if (decode := self._decode_channels.pop(address, None)) is not None:
             channels.append(decode)

@@ -1,11 +1,13 @@
 """The admin port: status and orders have a port of their own, apart from that of clients."""
 
+from ...proto import worker_pb2
 from ...proto.errors import InvalidRequest
 from ...proto.rpc.addresses import parse_address
 from ...proto.rpc.server import Server, Services
 from ...proto.rpc.transport import MIB, Transport
 from ..logs.admin import AdminAudit
 
+CLUSTER = worker_pb2.DESCRIPTOR.services_by_name["Cluster"]
 MAX_MESSAGE_BYTES = 4 * MIB
 
 

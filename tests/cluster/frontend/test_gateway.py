@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from scripted import Script, Scripted, client_of, hangs, report_of, says, scripted_cluster, served
 from support.raw_grpc import raw_call
 
