@@ -33,7 +33,20 @@ CONFIG_OF: dict[Role, type[PrefillConfig] | type[DecodeConfig]] = {
 SHARED = frozenset(WorkerConfig.model_fields)
 # Settings of all workers, by their names in a worker's own settings.
 OF_WORKERS = {
-    **{name: name for name in ("model", "dtype", "device", "threads", "codecs", "balance", "store_dir", "store_gib")},
+    **{
+        name: name
+        for name in (
+            "model",
+            "model_manifest",
+            "dtype",
+            "device",
+            "threads",
+            "codecs",
+            "balance",
+            "store_dir",
+            "store_gib",
+        )
+    },
     "codec": "default_codec",
 }
 OF_ONE_PROCESS = ("name", "listen", "advertise")  # settings of a worker that is started by hand
@@ -53,6 +66,7 @@ class ClusterConfig(BaseModel):
     prefill: int = Field(default=1, ge=1, le=1024, description="Number of prefill workers.")
     decode: int = Field(default=1, ge=1, le=1024, description="Number of decode workers.")
     model: str = _same(WorkerConfig, "model")
+    model_manifest: str | None = _same(WorkerConfig, "model_manifest")
     codec: str = _same(WorkerConfig, "default_codec")
     codecs: Names = _same(WorkerConfig, "codecs")
     balance: str | None = _same(WorkerConfig, "balance")

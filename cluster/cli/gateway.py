@@ -70,7 +70,7 @@ def gateway(
         raise typer.BadParameter("no workers: name them with --workers, or as workers: under gateway: in the settings")
     for worker in workers:
         opt.address_to_dial(worker)
-    served = load_served_model(settings.model)
+    served = load_served_model(settings.model, settings.model_manifest)
     running = Gateway(settings.listen, served, list(workers), settings.gateway)
 
     async def start() -> None:
@@ -86,5 +86,5 @@ def gateway(
 
 _WORKERS = Flag("gateway.workers", parse=_addresses)
 GatewayCommand = command_with(
-    (_WORKERS, Flag("model", ("--model", "-m")), Flag("drain_s"), opt.JOBS_DB, *GATEWAY_FLAGS)
+    (_WORKERS, Flag("model", ("--model", "-m")), Flag("model_manifest"), Flag("drain_s"), opt.JOBS_DB, *GATEWAY_FLAGS)
 )

@@ -13,6 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from . import calibrate, config, explain, gateway, generate, operate, status, up, worker
+from .files import models
 from .jobs import batch, jobs
 
 INTERRUPTED = 130
@@ -34,7 +35,7 @@ app.command("explain")(explain.explain)
 app.command("drain")(operate.drain)
 app.command("flip")(operate.flip)
 app.command("scale")(operate.scale)
-app.command("models")(status.models)
+app.add_typer(models.models_app, name="models")
 app.command("calibrate", cls=calibrate.CalibrateCommand)(calibrate.calibrate)
 app.command("demo", cls=up.DemoCommand)(up.demo)
 app.add_typer(jobs.jobs_app, name="jobs")

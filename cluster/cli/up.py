@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 _MODEL = Flag("model", ("--model", "-m"))
 _DTYPE = Flag("dtype", choices=True)
 UP_FLAGS = (
-    *(Flag("prefill"), Flag("decode"), _MODEL, Flag("codec"), Flag("host"), Flag("port"), _DTYPE),
+    *(
+        Flag("prefill"),
+        Flag("decode"),
+        _MODEL,
+        Flag("model_manifest"),
+        Flag("codec"),
+        Flag("host"),
+        Flag("port"),
+        _DTYPE,
+    ),
     *(Flag("device"), Flag("threads"), Flag("address"), Flag("store_dir"), Flag("store_gib")),
     *(opt.JOBS_DB, *GATEWAY_FLAGS),
 )

@@ -21,6 +21,7 @@ def _flags(section: str, *own: str) -> tuple[Flag, ...]:
     return (
         Flag(f"{section}.listen", parse=opt.address),
         Flag(f"{section}.model", ("--model", "-m")),
+        Flag(f"{section}.model_manifest"),
         Flag(f"{section}.default_codec", ("--codec",)),
         Flag(f"{section}.dtype", choices=True),
         *(Flag(f"{section}.{name}") for name in ("device", "threads", "name")),

@@ -206,8 +206,8 @@ def _read_by_transformers(folder: Path) -> tuple[Backend, str | None, dict[str, 
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InvalidRequest(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
