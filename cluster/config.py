@@ -45,6 +45,7 @@ OF_WORKERS = {
             "balance",
             "store_dir",
             "store_gib",
+            "store_key_file",
         )
     },
     "codec": "default_codec",
@@ -88,6 +89,7 @@ class ClusterConfig(BaseModel):
     )
     store_dir: str | None = _same(PrefillConfig, "store_dir")
     store_gib: float = _same(PrefillConfig, "store_gib")
+    store_key_file: str | None = _same(PrefillConfig, "store_key_file")
     gateway: GatewayConfig = Field(default=GatewayConfig(), description="The gateway: where requests run.")
     prefill_worker: PrefillConfig = Field(
         default=PrefillConfig(), description="Prefill workers; wins over the settings above."

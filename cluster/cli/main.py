@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from . import calibrate, config, explain, gateway, generate, operate, status, up, worker
-from .files import models
+from .files import models, store
 from .jobs import batch, jobs
 
 INTERRUPTED = 130
@@ -36,6 +36,7 @@ app.command("drain")(operate.drain)
 app.command("flip")(operate.flip)
 app.command("scale")(operate.scale)
 app.add_typer(models.models_app, name="models")
+app.add_typer(store.store_app, name="store")
 app.command("calibrate", cls=calibrate.CalibrateCommand)(calibrate.calibrate)
 app.command("demo", cls=up.DemoCommand)(up.demo)
 app.add_typer(jobs.jobs_app, name="jobs")

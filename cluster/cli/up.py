@@ -27,6 +27,7 @@ UP_FLAGS = (
         _DTYPE,
     ),
     *(Flag("device"), Flag("threads"), Flag("address"), Flag("store_dir"), Flag("store_gib")),
+    Flag("store_key_file"),
     *(opt.JOBS_DB, *GATEWAY_FLAGS),
 )
 

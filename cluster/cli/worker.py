@@ -31,7 +31,7 @@ def _flags(section: str, *own: str) -> tuple[Flag, ...]:
     )
 
 
-@worker_app.command("prefill", cls=command_with(_flags("prefill_worker", "store_dir", "store_gib")))
+@worker_app.command("prefill", cls=command_with(_flags("prefill_worker", "store_dir", "store_gib", "store_key_file")))
 def worker_prefill(
     ctx: typer.Context,
     dry_run: opt.DryRun = False,

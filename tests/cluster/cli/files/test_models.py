@@ -11,7 +11,8 @@ from isthmus.cluster.cli.main import run
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     code = run(list(arguments))
-    return code, *capsys.readouterr()
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
 def test_lists_where_no_command_is_given(capsys: pytest.CaptureFixture[str]) -> None:
