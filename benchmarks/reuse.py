@@ -126,7 +126,7 @@ async def measure(pair: Pair, place: str, codec: str, requests: int) -> dict[int
 async def stored(folder: Path, pages: int) -> None:
     """Waits until the store has so many pages; TimeoutError where that takes too long."""
     async with asyncio.timeout(STORE_S):
-        while sum(path.is_file() for path in folder.glob("??/*")) < pages:
+        while sum(path.is_file() for path in folder.glob("*/??/*")) < pages:
             await asyncio.sleep(0.1)
 
 

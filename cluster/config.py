@@ -39,8 +39,8 @@ CONFIG_OF: dict[Role, type[PrefillConfig] | type[DecodeConfig]] = {
 SHARED = frozenset(WorkerConfig.model_fields)
 # Settings of all workers, by their names in a worker's own settings.
 OF_WORKERS = {
-    **{name: name for name in ("model", "dtype", "device", "threads", "codecs", "balance", "store_dir", "store_gib")},
-    **{name: name for name in ("tls", "cluster_id")},
+    **{name: name for name in ("model", "model_manifest", "dtype", "device", "threads", "codecs", "balance")},
+    **{name: name for name in ("store_dir", "store_gib", "store_key_file", "tls", "cluster_id")},
     "codec": "default_codec",
 }
 OF_ONE_PROCESS = ("name", "listen", "advertise")  # settings of a worker that is started by hand
@@ -60,6 +60,7 @@ class ClusterConfig(BaseModel):
     prefill: int = Field(default=1, ge=0, le=1024, description="Number of prefill workers.")
     decode: int = Field(default=1, ge=0, le=1024, description="Number of decode workers.")
     model: str = _same(WorkerConfig, "model")
+    model_manifest: str | None = _same(WorkerConfig, "model_manifest")
     codec: str = _same(WorkerConfig, "default_codec")
     codecs: Names = _same(WorkerConfig, "codecs")
     balance: str | None = _same(WorkerConfig, "balance")
@@ -102,6 +103,7 @@ class ClusterConfig(BaseModel):
     )
     store_dir: str | None = _same(PrefillConfig, "store_dir")
     store_gib: float = _same(PrefillConfig, "store_gib")
+    store_key_file: str | None = _same(PrefillConfig, "store_key_file")
     gateway: GatewayConfig = Field(default=GatewayConfig(), description="The gateway: where requests run.")
     supervisor: SupervisorConfig = Field(
         default=SupervisorConfig(), description="The supervisor, where it is a process apart from the gateways."

