@@ -89,7 +89,7 @@ runtimeClassName: {{ . }}
 
 {{/* Environment of every container that runs isthmus. */}}
 {{- define "isthmus.env" -}}
-- {name: HOME, value: /var/lib/isthmus}
+- {name: HOME, value: /home/isthmus}
 - {name: ISTHMUS_CONFIG, value: /etc/isthmus/isthmus.yaml}
 - {name: ISTHMUS_CACHE, value: /var/cache/isthmus}
 - {name: HF_HOME, value: {{ .Values.models.enabled | ternary "/models/hub" "/var/cache/isthmus/hub" }}}
@@ -111,7 +111,7 @@ runtimeClassName: {{ . }}
 
 {{- define "isthmus.mounts" -}}
 - {name: tmp, mountPath: /tmp}
-- {name: home, mountPath: /var/lib/isthmus}
+- {name: home, mountPath: /home/isthmus}
 - {name: cache, mountPath: /var/cache/isthmus}
 - {name: config, mountPath: /etc/isthmus, readOnly: true}
 {{- if ne .Values.tls.mode "off" }}

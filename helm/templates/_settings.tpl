@@ -53,6 +53,9 @@ gateway:
   {{- if .Values.auth.enabled }}
   access:
     keys_file: /etc/isthmus-keys/{{ .Values.auth.existingSecretKey }}
+  {{- else }}
+  access:
+    anonymous: true
   {{- end }}
 supervisor:
   listen: 0.0.0.0:50053
