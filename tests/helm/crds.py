@@ -39,6 +39,7 @@ def schemas() -> dict[tuple[str, str], Schema]:
 def problems(each: Object) -> list[str]:
     """What is wrong with a custom resource. KeyError for one whose CRD is not here."""
     schema = schemas()[each["apiVersion"], each["kind"]]
+    each = _with_defaults(each, schema)
     errors = jsonschema.Draft7Validator(schema).iter_errors(each)
     found = [f"{'.'.join(map(str, error.path))}: {error.message}" for error in errors]
     return [*found, *_lists(each, schema, ""), *_cel(each, schema, "")]
@@ -63,6 +64,17 @@ def tightened(schema: Schema) -> Schema:
     if schema.get("nullable") and "type" in schema:
         schema["type"] = [schema["type"], "null"]
     return schema
+
+
+def _with_defaults(value: Any, schema: Schema) -> Any:
+    """A value as an API server stores it."""
+    if isinstance(value, list) and isinstance(schema.get("items"), dict):
+        return [_with_defaults(inner, schema["items"]) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    properties = schema.get("properties", {})
+    defaults = {name: inner["default"] for name, inner in properties.items() if "default" in inner}
+    return {name: _with_defaults(inner, properties.get(name, {})) for name, inner in (defaults | value).items()}
 
 
 def _inside(value: Any, schema: Schema, path: str) -> Iterator[tuple[Any, Schema, str]]:
