@@ -111,6 +111,10 @@ def test_a_release_is_called_as_it_says() -> None:
             "decode.resourceClaims[0].name=gpu,decode.resourceClaims[0].resourceClaimTemplateName=one",
             "resourceClaims and gpu.resource both ask",
         ),
+        (
+            "extraGroups[0].name=more,extraGroups[0].role=decode,extraGroups[0].gpu.count=0",
+            "all workers of a role have",
+        ),
         ("extraGroups[0].name=decode,extraGroups[0].role=decode", "two groups are called"),
     ],
 )
@@ -184,7 +188,8 @@ def test_certificates_say_who_each_pod_is() -> None:
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         dns = names.get_values_for_type(x509.DNSName)
         assert dns[0] == f"{role}.pool-1.isthmus.internal"
-        assert [name for name in dns if name.endswith(".isthmus.internal")] == dns[:1]
+        own = [name.partition(".")[0] for name in dns if name.endswith(".isthmus.internal")]
+        assert own == ([role, "worker"] if role in ("prefill", "decode") else [role])
         if role == "gateway":
             assert {"prod-isthmus.models.svc", "prod-isthmus-headless", "localhost", "llm.example.com"} <= set(dns)
             assert "10.0.0.9" in map(str, names.get_values_for_type(x509.IPAddress))
