@@ -77,7 +77,7 @@ def test_a_release_is_called_as_it_says() -> None:
     [
         ("prefil.replicas=2", "additional properties 'prefil' not allowed"),
         ("gateway.replica=2", "additional properties 'replica' not allowed"),
-        ("prefill.replicas=0", "minimum"),
+        ("prefill.replicas=-1", "minimum"),
         ("decode.replicas=many", "want integer"),
         ("tls.mode=none", "tls"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),

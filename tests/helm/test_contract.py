@@ -112,7 +112,7 @@ def test_variables_are_known(values: Path) -> None:
     assert all(name in hub for name in others - {"HOME"})
     # KubeRay sets the address of a pod's Ray; `isthmus drain --local` reads it there.
     for name in {name.removeprefix("RAY_") for name in found if name.startswith("RAY_")}:
-        in_python = ("_private/ray_constants.py", "_private/usage/usage_constants.py")
+        in_python = ("_private/ray_constants.py", "_common/usage/usage_constants.py")
         assert name.encode() in ray_binary() or any(name in sources_of("ray", file) for file in in_python), name
 
 
