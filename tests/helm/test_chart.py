@@ -24,6 +24,7 @@ from helm.charts import (
     rendered_case,
 )
 from helm.values_table import values, with_table
+from prose import headings
 
 VERSIONS = ("helm", "helm3")
 INSIDE_A_VALUE = {"requests", "limits", "grafana_dashboard"}  # keys that are explained with the value above them
@@ -157,6 +158,15 @@ def test_every_value_has_a_comment_and_a_place_in_the_schema() -> None:
 def test_the_readme_has_the_table_of_values() -> None:
     readme = (CHART / "README.md").read_text()
     assert readme == with_table(readme), "python tests/helm/values_table.py writes it anew"
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    readme = (CHART / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)(?:#([^)]+))?\)", readme)
+    assert links
+    for file, anchor in links:
+        assert (CHART / file).is_file(), file
+        assert not anchor or anchor in headings((CHART / file).read_text()), anchor
 
 
 def test_the_readme_says_how_to_upgrade() -> None:
