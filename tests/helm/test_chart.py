@@ -97,6 +97,7 @@ def test_a_release_is_called_as_it_says() -> None:
         ("decode.gpu.resource=", "neither gpu.resource nor resourceClaims"),
         ("decode.minReplicas=5", "minReplicas 5 is more than maxReplicas 4"),
         ("decode.replicas=7", "replicas 7 is not between minReplicas 1 and maxReplicas 4"),
+        ("gateway.autoscaling.minReplicas=9", "minReplicas 9 is more than maxReplicas 6"),
         ("gcsFaultTolerance.enabled=true", "name the Redis"),
         ("preload.enabled=true", "set models.enabled too"),
         ("preload.enabled=true,models.enabled=true", "is not OWNER/NAME"),
