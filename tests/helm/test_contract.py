@@ -231,6 +231,17 @@ def test_certificates_say_what_peers_expect(role: str) -> None:
     assert identity.identities_of(peer) == [own]
 
 
+@pytest.mark.parametrize("role", ["gateway", "supervisor", "prefill", "decode", "admin"])
+def test_a_pod_may_use_its_own_certificate(role: str, tmp_path: Path) -> None:
+    """As the process reads it at its start: of its cluster, and for its role."""
+    settings = importlib.import_module("isthmus.proto.security.settings")
+    secret = only(rendered(), "Secret", f"-tls-{role}")
+    for name, value in secret["data"].items():
+        (tmp_path / name).write_bytes(base64.b64decode(value))
+    files = settings.TlsFiles(ca=tmp_path / "ca.crt", cert=tmp_path / "tls.crt", key=tmp_path / "tls.key")
+    assert settings.security_of(files, "prod-isthmus", role) is not None
+
+
 def test_issued_certificates_have_the_same_names() -> None:
     identity = importlib.import_module("isthmus.proto.security.identity")
     for role in ("gateway", "supervisor", "prefill", "decode", "admin"):
