@@ -124,6 +124,9 @@ runtimeClassName: {{ . }}
 {{- if .Values.models.enabled }}
 - {name: models, mountPath: /models, readOnly: {{ include "isthmus.modelsReadOnly" . }}}
 {{- end }}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{/* Workers are paired where their codecs are calibrated alike: a cache for all makes them share one calibration. */}}
@@ -151,6 +154,9 @@ runtimeClassName: {{ . }}
 {{- if .root.Values.models.enabled }}
 - name: models
   persistentVolumeClaim: {claimName: {{ include "isthmus.modelsClaim" .root }}, readOnly: {{ eq .root.Values.models.accessMode "ReadOnlyMany" }}}
+{{- end }}
+{{- with .root.Values.extraVolumes }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 

@@ -108,6 +108,7 @@ def test_a_release_is_called_as_it_says() -> None:
         ("tls.mode=existing", "name the Secret"),
         ("settings.cluster_id=other", "settings.cluster_id is set by the chart"),
         ("settings.gateway.supervisor=other:1", "settings.gateway.supervisor is set by the chart"),
+        ("settings.gateway.access.keys_file=/keys", "settings.gateway.access.keys_file is set by the chart"),
         ("settings.tls=auto", "settings.tls is set by the chart"),
         (
             "decode.resourceClaims[0].name=gpu,decode.resourceClaims[0].resourceClaimTemplateName=one",
