@@ -70,7 +70,8 @@ decode_worker:
   health_listen: 0.0.0.0:50062
   threads: {{ $threads.decode }}
 {{- if .Values.pageStore.enabled }}
-store_dir: /var/lib/isthmus-pages
+# Not the volume itself, which is root's: a folder that is the worker's alone.
+store_dir: /var/lib/isthmus-pages/pages
 store_gib: {{ .Values.pageStore.storeGib }}
 {{- end }}
 {{- end }}
