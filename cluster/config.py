@@ -9,7 +9,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ..decode.config import DecodeConfig
 from ..kvtransfer.codecs.registry import codec_names
@@ -17,7 +17,7 @@ from ..model.dtypes import Dtype
 from ..prefill.config import PrefillConfig
 from ..proto.errors import InvalidRequest
 from ..proto.rpc.addresses import HostPort, checked_address
-from ..worker.config import Names, WorkerConfig
+from ..worker.config import Names, Settings, WorkerConfig
 from . import defaults
 from .fleet.report import Role
 from .gateway_config import GatewayConfig
@@ -45,10 +45,8 @@ def _same(model: type[BaseModel], name: str) -> Any:
     return copy(model.model_fields[name])
 
 
-class ClusterConfig(BaseModel):
-    """The settings file. Unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class ClusterConfig(Settings):
+    """The settings file."""
 
     prefill: int = Field(default=1, ge=1, le=1024, description="Number of prefill workers.")
     decode: int = Field(default=1, ge=1, le=1024, description="Number of decode workers.")
@@ -174,7 +172,7 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Loaded:
     try:
         config = ClusterConfig(**given.values)
     except ValidationError as error:
-        raise InvalidRequest(explain(error, ClusterConfig, given.origins)) from None
+        raise InvalidRequest(explain(error, ClusterConfig, given.origins, OPTION_NAMES)) from None
     for role in CONFIG_OF:
         config.process_settings(role, default_threads=1)
     return Loaded(config, given.origins)

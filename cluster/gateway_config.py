@@ -1,10 +1,11 @@
 """Settings of the gateway: where requests may run and what becomes of those that lose their worker."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from ..worker.config import Names
+from ..proto.rpc.addresses import checked_address
+from ..worker.config import Names, Settings
 from .jobs.settings import JobsSettings
 from .router.policies import LocalPrefill, Policy
 from .text.served import InputLimits
@@ -28,15 +29,15 @@ def _weights(value: Any) -> Any:
     return parse_weights(value) if isinstance(value, str) else value
 
 
-class GatewayConfig(BaseModel):
-    """Unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class GatewayConfig(Settings):
+    """The section `gateway`."""
 
     workers: Names = Field(
         default=(), description="host:port of the workers of `isthmus gateway`; `isthmus up` starts its own."
     )
-    policy: Policy = Field(default="cost", description="How workers are chosen; others than cost are for comparison.")
+    policy: Policy = Field(
+        default="cost", description=f"How workers are chosen: cost; for comparison {', '.join(get_args(Policy)[1:])}."
+    )
     local_prefill: LocalPrefill = Field(
         default="when_cheaper", description="Whether decode workers compute prompts: never, when_cheaper or always."
     )
@@ -90,6 +91,11 @@ class GatewayConfig(BaseModel):
             max_chat_messages=self.max_chat_messages,
             parse_special=self.parse_special,
         )
+
+    @field_validator("workers")
+    @classmethod
+    def _can_be_dialled(cls, workers: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(checked_address(worker, to_dial=True) for worker in workers)
 
     @field_validator("tenant_weights")
     @classmethod

@@ -93,13 +93,19 @@ def read_sources(
     return Given(values, origins)
 
 
-def explain(error: ValidationError, model: type[BaseModel], origins: Mapping[Setting, Origin] | None = None) -> str:
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    origins: Mapping[Setting, Origin] | None = None,
+    option_names: Mapping[str, str] | None = None,
+) -> str:
     """All that is wrong with settings, in one line: each setting, its value, what is allowed, and where it was set."""
+    keys = {option: key for key, option in (option_names or {}).items()}
     problems = []
     for item in error.errors():
         setting = tuple(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            problem = _unknown(setting, model)
+            problem = _unknown(setting, model, keys)
         else:
             message = item["msg"].removeprefix("Value error, ")
             value, key = item["input"], ".".join(setting)
@@ -183,14 +189,17 @@ def _settings(values: Mapping[str, Any], model: type[BaseModel], above: Setting 
             yield (*above, str(name)), value
 
 
-def _unknown(setting: Setting, model: type[BaseModel]) -> str:
+def _unknown(setting: Setting, model: type[BaseModel], keys: Mapping[str, str]) -> str:
+    """`keys`: of options that are not named like their setting."""
     *path, key = setting
     if not path and (owners := [name for name, owner in sections(model).items() if key in owner.model_fields]):
         return f"key {key!r} belongs under {' or '.join(f'{owner}:' for owner in owners)}"
     for section in path:
         model = sections(model)[section]
     where = f"{'.'.join(path)}: " if path else ""
-    return f"{where}unknown key {key!r}; allowed: {', '.join(model.model_fields)}"
+    nearest = [keys[key]] if keys.get(key) in model.model_fields else get_close_matches(key, model.model_fields, n=1)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    return f"{where}unknown key {key!r}{hint}; allowed: {', '.join(model.model_fields)}"
 
 
 def _where(setting: Setting, origins: Mapping[Setting, Origin]) -> list[str]:

@@ -14,7 +14,7 @@ def _weights(texts: list[str]) -> dict[str, float]:
     try:
         return parse_weights(",".join(texts))
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--tenant-weights") from None
+        raise typer.BadParameter(str(error)) from None
 
 
 def _addresses(texts: list[str]) -> list[str]:
@@ -63,13 +63,11 @@ def gateway(
 
     flags = given(ctx)
     if listen is not None:
-        host, port = parse_address(opt.address(listen))
+        host, port = parse_address(opt.address(listen, option="--listen"))
         flags |= {"host": host, "port": port}
     settings = load_config(config, flags).with_jobs()
     if not (workers := settings.gateway.workers):
         raise typer.BadParameter("no workers: name them with --workers, or as workers: under gateway: in the settings")
-    for worker in workers:
-        opt.address_to_dial(worker)
     served = load_served_model(settings.model)
     running = Gateway(settings.listen, served, list(workers), settings.gateway)
 
