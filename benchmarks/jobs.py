@@ -1,7 +1,10 @@
 """Generation jobs: nothing lost when the gateway is killed, submissions and watch events per second, TTFT beside batch.
 
-    python benchmarks/jobs.py --json jobs.json               # about 5 minutes; no model: support/fake_worker.py
-    python benchmarks/jobs.py --real --json jobs-real.json   # SmolLM2: crashes, and a file of prompts interrupted twice
+    python benchmarks/jobs.py --json jobs.json
+    python benchmarks/jobs.py --real --json jobs-real.json
+
+The first takes about 5 minutes, without a model (support/fake_worker.py). The second: SmolLM2, crashes, and a file of
+prompts interrupted twice.
 
 Results are JSON with the fields `submitted, succeeded, identical, duplicated_tokens, lost` of the crash part,
 `submits_per_s`, `watch_events_per_s` and `ttft_p99_ms: {alone, beside_batch, ratio}`; with --real those of the crash
@@ -23,6 +26,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from support.help import Paragraphs
 from support.processes import ISTHMUS, free_port, ready, worker
 from support.report import Count, Report, conditions
 
@@ -287,7 +291,7 @@ async def with_model(report: Report, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Paragraphs)
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--submissions", type=int, default=5000)

@@ -1,6 +1,6 @@
 """How fast pages are packed, unpacked and attended to.
 
-    .venv/bin/python benchmarks/kernel_speed.py --json OUT.json [--quick] [--check]
+    python benchmarks/kernel_speed.py --json OUT.json [--quick] [--check]
 
 On a GPU: pack and unpack in GB/s of bf16, and decode attention for the shapes of Llama 3.1 8B (32 query
 heads, 8 KV heads, d 128) against bf16 `scaled_dot_product_attention` and what is installed of
@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from support.help import Paragraphs
 from support.report import Report, say
 
 from isthmus.kernels.attention.paged import PagedKV, paged_attention_reference
@@ -32,7 +33,7 @@ CPU_SHAPES = ((3, 64), (8, 128), (1, 256))  # KV heads, head dimension: SmolLM2-
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Paragraphs)
     parser.add_argument("--json")
     parser.add_argument("--codecs", default="tq-k4v4,tq-k4v2,tq-k3v3,tq-k2v2")
     parser.add_argument("--quick", action="store_true", help="one batch and one context only")

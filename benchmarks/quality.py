@@ -1,7 +1,8 @@
 """What the codecs cost in quality: divergence from bf16 KV, agreement of greedy answers, retrieval of a
 needle.
 
-    .venv/bin/python benchmarks/quality.py --model smollm2-135m --text TEXT --context 1024 --windows 4 \\
+    python benchmarks/quality.py --model smollm2-135m --text TEXT \\
+        --context 1024 --windows 4 \\
         --codecs tq-k4v4,tq-k2v2,turboquant-mse-4 --json OUT.json --plot OUT.png
 
 Protocol `all`: everything but the first 4 tokens packed, one forward a window (`--context` tokens).
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 from quantizers.codec import PUBLISHED, PublishedCodec
+from support.help import Paragraphs
 from support.quality_protocols import Cache, Correlation, Divergence, add_served, logits_all, step
 from support.report import Count, Report
 
@@ -79,7 +81,7 @@ def return_large_memory() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Paragraphs)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True, help="UTF-8, plain or .gz; not the calibration text")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """The router: decisions per second, and its policies compared on recorded traffic.
 
-    python benchmarks/router.py --json router.json --idle 64 --trace conversation_trace.jsonl.gz --trace conv.csv.gz
+    python benchmarks/router.py --json router.json --idle 64 \\
+        --trace conversation_trace.jsonl.gz --trace conv.csv.gz
 
 Decisions are made on one core, for prompts of which two thirds begin with what some or all workers have, while every
 worker reports ten times a second; placements are decisions that are also counted on the table, until the next report.
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 from idle import idle_share
+from support.help import Paragraphs
 from support.queue_model import BLOCK, PREFILL, STEP, Arrival, Simulation, compute_ms
 from support.report import Report, conditions, say
 
@@ -201,7 +203,7 @@ def _weighted(values: list[tuple[float, float]], share: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Paragraphs)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trace", type=Path, action="append", default=[])
     parser.add_argument("--seconds", type=float, default=3.0, help="for each number of workers")

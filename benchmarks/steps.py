@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from support.help import Paragraphs
 from support.report import Report, conditions, each
 
 from isthmus.decode.graphs import PaddedSteps, recorder
@@ -30,7 +31,7 @@ PAGE = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Paragraphs)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, action="append", help="requests of a step; default: 1, 8, 32")

@@ -9,7 +9,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ..decode.config import DecodeConfig
 from ..kvtransfer.codecs.registry import codec_names
@@ -21,7 +21,7 @@ from ..proto.security.credentials import Security
 from ..proto.security.identity import CLUSTER_PATTERN
 from ..proto.security.identity import Role as HolderRole
 from ..proto.security.settings import Tls, security_of
-from ..worker.config import Names, WorkerConfig
+from ..worker.config import Names, Settings, WorkerConfig
 from . import defaults
 from .fleet.report import Role
 from .gateway_config import GatewayConfig
@@ -52,10 +52,8 @@ def _same(model: type[BaseModel], name: str) -> Any:
     return copy(model.model_fields[name])
 
 
-class ClusterConfig(BaseModel):
-    """The settings file. Unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class ClusterConfig(Settings):
+    """The settings file."""
 
     prefill: int = Field(default=1, ge=0, le=1024, description="Number of prefill workers.")
     decode: int = Field(default=1, ge=0, le=1024, description="Number of decode workers.")
@@ -216,7 +214,7 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Loaded:
     try:
         config = ClusterConfig(**given.values)
     except ValidationError as error:
-        raise InvalidRequest(explain(error, ClusterConfig, given.origins)) from None
+        raise InvalidRequest(explain(error, ClusterConfig, given.origins, OPTION_NAMES)) from None
     for role in CONFIG_OF:
         config.process_settings(role, default_threads=1)
     return Loaded(config, given.origins)

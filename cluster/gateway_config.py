@@ -1,11 +1,11 @@
 """Settings of the gateway: where requests may run and what becomes of those that lose their worker."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from ..proto.rpc.addresses import checked_address
-from ..worker.config import Names
+from ..worker.config import Names, Settings
 from . import defaults
 from .access.settings import AccessSettings
 from .jobs.settings import JobsSettings
@@ -31,10 +31,8 @@ def _weights(value: Any) -> Any:
     return parse_weights(value) if isinstance(value, str) else value
 
 
-class GatewayConfig(BaseModel):
-    """Unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class GatewayConfig(Settings):
+    """The section `gateway`."""
 
     workers: Names = Field(
         default=(), description="host:port of the workers of `isthmus gateway`; `isthmus up` starts its own."
@@ -50,7 +48,9 @@ class GatewayConfig(BaseModel):
     health_listen: str | None = Field(
         default=None, description="host:port for health probes in plain text; default: on its port only."
     )
-    policy: Policy = Field(default="cost", description="How workers are chosen; others than cost are for comparison.")
+    policy: Policy = Field(
+        default="cost", description=f"How workers are chosen: cost; for comparison {', '.join(get_args(Policy)[1:])}."
+    )
     local_prefill: LocalPrefill = Field(
         default="when_cheaper", description="Whether decode workers compute prompts: never, when_cheaper or always."
     )
@@ -112,6 +112,11 @@ class GatewayConfig(BaseModel):
             max_chat_messages=self.max_chat_messages,
             parse_special=self.parse_special,
         )
+
+    @field_validator("workers")
+    @classmethod
+    def _can_be_watched(cls, workers: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(checked_address(worker, to_dial=True) for worker in workers)
 
     @field_validator("supervisor")
     @classmethod

@@ -104,13 +104,19 @@ def read_sources(
     return Given(values, origins)
 
 
-def explain(error: ValidationError, model: type[BaseModel], origins: Mapping[Setting, Origin] | None = None) -> str:
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    origins: Mapping[Setting, Origin] | None = None,
+    option_names: Mapping[str, str] | None = None,
+) -> str:
     """All that is wrong with settings, in one line: each setting, its value, what is allowed, and where it was set."""
+    keys = {option: key for key, option in (option_names or {}).items()}
     problems = []
     for item in error.errors():
         setting = tuple(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            problem = _unknown(setting, model)
+            problem = _unknown(setting, model, keys)
         else:
             message = item["msg"].removeprefix("Value error, ")
             value, key = item["input"], ".".join(setting)
@@ -194,12 +200,16 @@ def _settings(values: Mapping[str, Any], model: type[BaseModel], above: Setting 
             yield (*above, str(name)), value
 
 
-def _unknown(setting: Setting, model: type[BaseModel]) -> str:
+def _unknown(setting: Setting, model: type[BaseModel], keys: Mapping[str, str]) -> str:
+    """`keys`: of options that are not named like their setting."""
     *path, key = setting
     if not path and (owners := [name for name, owner in sections(model).items() if key in owner.model_fields]):
         return f"key {key!r} belongs under {' or '.join(f'{owner}:' for owner in owners)}"
     where = f"{'.'.join(path)}: " if path else ""
-    return f"{where}unknown key {key!r}; allowed: {', '.join(_model_at(model, path).model_fields)}"
+    known = _model_at(model, path).model_fields
+    nearest = [keys[key]] if keys.get(key) in known else get_close_matches(key, known, n=1)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    return f"{where}unknown key {key!r}{hint}; allowed: {', '.join(known)}"
 
 
 def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:

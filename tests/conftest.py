@@ -34,9 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    wanted = config.getoption("suite")
+    wanted = config.getoption("suite") or [suite for suite in SUITES if suite != "image"]
     is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    return True if wanted and is_test and suite_of(collection_path) not in wanted else None
+    return True if is_test and suite_of(collection_path) not in wanted else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-SUITES = ("unit", "model", "process", "chaos")
+SUITES = ("unit", "model", "process", "chaos", "image")
 
 TESTS = Path(__file__).parent
 _FOLDERS = (TESTS, TESTS.parent, TESTS.parent / "benchmarks")  # where helpers are imported from
@@ -22,8 +22,9 @@ _MODEL = {"models"}
 
 def suite_of(file: Path) -> str:
     """One of SUITES."""
-    if file.is_relative_to(TESTS / "chaos"):
-        return "chaos"
+    for folder in ("chaos", "image"):
+        if file.is_relative_to(TESTS / folder):
+            return folder
     names = imported(file)
     if names & _PROCESS:
         return "process"

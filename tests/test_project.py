@@ -63,7 +63,8 @@ def test_ci_runs_every_suite() -> None:
 
 def test_tools_are_pinned() -> None:
     pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints-cpu.txt").read_text(), re.MULTILINE))
-    wanted = (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"])
+    extras = [name for names in PROJECT["optional-dependencies"].values() for name in names]
+    wanted = (*PROJECT["dependencies"], *extras)
     names = {re.split(r"[\[<>=~ ]", requirement)[0] for requirement in wanted}
     unpinned = {_normal(name) for name in names} - {_normal(name) for name in pinned}
     assert unpinned == {"isthmus", "triton", "setuptools"}  # the project, what torch decides, what builds it

@@ -1,8 +1,8 @@
 """Settings that workers of both roles have."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from ..kvtransfer.codecs.registry import DEFAULT_CODEC
 from ..model.dtypes import Dtype
@@ -24,11 +24,23 @@ def _split(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
-class WorkerConfig(BaseModel):
-    """Each setting here means the same in both roles. Unknown keys are errors. Sizes in tokens are of KV, over all
-    layers."""
+class Settings(BaseModel):
+    """A section of the settings file. Unknown keys are errors, and so are numbers without end, or yes for a number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number_is_no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name].annotation if info.field_name else None
+        kinds = {kind, *get_args(kind)}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("a number is wanted here")
+        return value
+
+
+class WorkerConfig(Settings):
+    """Each setting here means the same in both roles. Sizes in tokens are of KV, over all layers."""
 
     model: str = Field(
         default="smollm2-135m", description="Model: a name of `isthmus models`, a folder, .gguf file or hub id."
@@ -88,7 +100,7 @@ class WorkerConfig(BaseModel):
     @field_validator("advertise")
     @classmethod
     def _can_be_dialled(cls, value: str | None) -> str | None:
-        return value if value is None else checked_address(value, to_dial=True)
+        return value if value is None else checked_address(value, for_others=True)
 
 
 def chunk_tokens_for(device: "torch.device", page_tokens: int) -> int:

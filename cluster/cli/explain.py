@@ -91,8 +91,8 @@ def _show(explanation: "Explanation") -> None:
     print_lines(lines, console)
     print_lines(
         [
-            f"policy {explanation.policy}, local prefill {explanation.local_prefill} · "
-            f"{explanation.prompt_tokens} prompt tokens · answers of {explanation.output_tokens:.0f} tokens · in ms"
+            f"policy {explanation.policy}, local prefill {explanation.local_prefill} · in ms",
+            f"{explanation.prompt_tokens} prompt tokens · answers of {explanation.output_tokens:.0f} tokens",
         ],
         console,
     )

@@ -15,7 +15,7 @@ def _weights(texts: list[str]) -> dict[str, float]:
     try:
         return parse_weights(",".join(texts))
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--tenant-weights") from None
+        raise typer.BadParameter(str(error)) from None
 
 
 def _addresses(texts: list[str]) -> list[str]:
@@ -69,7 +69,7 @@ def gateway(
 
     flags = given(ctx)
     if listen is not None:
-        host, port = parse_address(opt.address(listen))
+        host, port = parse_address(opt.address(listen, option="--listen"))
         flags |= {"host": host, "port": port}
     settings = load_config(config, flags).with_jobs()
     opt.configure_logs(log_level, settings)
@@ -80,8 +80,6 @@ def gateway(
     elif not workers:
         why = "no workers: name them with --workers, or as workers: under gateway: in the settings, or a --supervisor"
         raise typer.BadParameter(why)
-    for worker in workers:
-        opt.address_to_dial(worker)
     served = load_served_model(settings.model, settings.model_manifest)
     running = Gateway(
         *(settings.listen, served, list(workers), settings.gateway),

@@ -15,7 +15,7 @@ from ...proto.backoff import backoff_s
 from ...proto.errors import Unavailable
 from ...proto.rpc.transport import Transport
 from ...proto.tasks import Tasks
-from ...proto.worker_pb2 import WatchRequest, WorkerHealth, WorkerReport
+from ...proto.worker_pb2 import WORKER_HEALTH_DRAINING, WatchRequest, WorkerHealth, WorkerReport
 from ...proto.worker_pb2_grpc import WorkerStub
 from ..router.costs import Demand
 from ..router.router import Placement
@@ -201,7 +201,11 @@ class Fleet:
 
     def _lost(self, address: str, problem: str) -> None:
         if self.table.mark_lost(address, problem, time.monotonic()):
-            log.warning("lost a worker", extra={"fields": {"worker": address, "problem": problem}})
+            last = self._reports.get(address)
+            if last is not None and last.health == WORKER_HEALTH_DRAINING:  # it was told to leave, or to flip
+                log.info("a worker left", extra={"fields": {"worker": address}})
+            else:
+                log.warning("lost a worker", extra={"fields": {"worker": address, "problem": problem}})
             self._publish()
 
     async def _watch(self, address: str) -> None:

@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from ...worker.config import Settings
 
 
-class JobsSettings(BaseModel):
-    """Limits are for each tenant, but for `max_tenants` and what runs. Unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class JobsSettings(Settings):
+    """Limits are for each tenant, but for `max_tenants` and what runs."""
 
     max_tenants: int = Field(default=10_000, ge=1, description="Tenants that have jobs, ended ones included.")
     max_jobs: int = Field(default=10_000, ge=1, description="Jobs that have not ended.")

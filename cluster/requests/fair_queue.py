@@ -132,14 +132,18 @@ class FairQueue:
 
 def _check_deadline(wait_s: float, left_s: float, estimate: LatencyEstimate) -> None:
     """Expired where a deadline cannot be met; with a hint when to try again, unless that would change nothing."""
-    begin_s, deadline = wait_s + estimate.ttft_s, f"the deadline is in {left_s:.1f} s: not begun"
+    begin_s, deadline = wait_s + estimate.ttft_s, f"the deadline is in {_time(left_s)}: not begun"
     if estimate.idle_ttft_s > left_s:
-        raise Expired(f"the first token takes about {estimate.idle_ttft_s:.1f} s with nothing ahead, and {deadline}")
+        raise Expired(f"the first token takes about {_time(estimate.idle_ttft_s)} with nothing ahead, and {deadline}")
     if estimate.finish_s > TOLERANCE * left_s:
-        raise Expired(f"the answer takes about {estimate.finish_s:.1f} s at least, and {deadline}")
+        raise Expired(f"the answer takes about {_time(estimate.finish_s)} at least, and {deadline}")
     if begin_s > left_s:
-        queue = f"about {wait_s:.1f} s of requests wait ahead"
-        first = f", the first token then takes about {estimate.ttft_s:.1f} s" if estimate.ttft_s else ""
+        queue = f"about {_time(wait_s)} of requests wait ahead"
+        first = f", the first token then takes about {_time(estimate.ttft_s)}" if estimate.ttft_s else ""
         error = Expired(f"{queue}{first}, and {deadline}")
         error.retry_after_s = begin_s - left_s
         raise error
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"

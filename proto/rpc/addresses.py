@@ -66,13 +66,27 @@ def parse_address(text: str, *, to_dial: bool = False, what: str = "") -> HostPo
     return HostPort(host, int(port))
 
 
-def checked_address(text: str, *, to_dial: bool = False) -> str:
-    """The same text, for a setting: ValueError where it is no address."""
+def checked_address(text: str, *, to_dial: bool = False, for_others: bool = False) -> str:
+    """The same text, for a setting: ValueError where it is no address, or with `for_others` one that no other host can
+    dial, whoever it is given to."""
     try:
-        parse_address(text, to_dial=to_dial)
+        parsed = parse_address(text, to_dial=to_dial or for_others)
     except InvalidRequest as error:
         raise ValueError(str(error)) from None
+    if for_others and _is_nobodys(parsed.host):
+        raise ValueError(f"{shown(text)} cannot be dialled: name a host or an address that others reach this one at")
     return text
+
+
+def _is_nobodys(host: str) -> bool:
+    """Whether it is an address that stands for every interface or for many hosts, in any way that C libraries read."""
+    with suppress(OSError, UnicodeError):
+        host = socket.inet_ntoa(socket.inet_aton(host))  # "0", "0x0.0": 0.0.0.0
+    with suppress(ValueError):
+        address = ip_address(host)
+        address = getattr(address, "ipv4_mapped", None) or address
+        return address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255"
+    return False
 
 
 def grpc_target(address: str) -> str:

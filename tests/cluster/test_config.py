@@ -42,11 +42,14 @@ def test_workers_of_up_have_names_and_addresses_of_their_own(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("decodes: 2", "unknown key 'decodes'; allowed: prefill, decode, model"),
+        ("decodes: 2", "unknown key 'decodes' (did you mean 'decode'?); allowed: prefill, decode, model"),
         ("decode: 0", "decode is 0: Input should be greater than or equal to 1"),
         ("decode: many", "decode is 'many': Input should be a valid integer"),
         ("codec: zip", "codec is 'zip': no codec 'zip'; allowed: "),
-        ("decode_worker: {max_batsch: 3}", "decode_worker: unknown key 'max_batsch'; allowed: model, "),
+        (
+            "decode_worker: {max_batsch: 3}",
+            "decode_worker: unknown key 'max_batsch' (did you mean 'max_batch'?)",
+        ),
         ("prefill_worker: {chunk_tokens: 100}", "chunk_tokens must be a multiple of page_tokens"),
         ("- a\n- b", "is not a mapping of settings"),
         ("a: [", "is not YAML"),

@@ -25,6 +25,11 @@ from ..terminal.columns import print_lines, table_lines
 from .prompts import AT_ONCE, ONE_BY_ONE, DemoRequest
 
 Row = tuple[DemoRequest, Figures]
+WIDTH = 80  # of what is printed, answers excepted
+NOTES = (
+    "Handover: from the first token's sampling on the prefill worker to its arrival",
+    "at the client. Sent early: share of the bytes sent before the prompt was done.",
+)
 
 
 def run_demo(settings: ClusterConfig, *, as_json: bool = False) -> int:
@@ -102,11 +107,8 @@ class _Demo:
         settings = self._settings
         self._console.print()
         print_lines(_table(rows), self._console)
-        self._console.print(
-            f"[dim]{settings.model}, codec {settings.codec}. Handover: from the first token's sampling on the prefill "
-            "worker to its arrival at the client. Sent early: share of the bytes sent before the prompt was done.[/]",
-            soft_wrap=not self._console.is_terminal,
-        )
+        for line in (f"{settings.model}, codec {settings.codec}.", *NOTES):
+            self._console.print(Text(line, style="dim"), soft_wrap=not self._console.is_terminal)
 
 
 def _message(request: DemoRequest) -> GenerateRequest:
@@ -117,8 +119,9 @@ def _message(request: DemoRequest) -> GenerateRequest:
 
 
 def _shortened(request: DemoRequest) -> str:
-    text = " ".join(request.text.split())
-    return text if len(text) <= 90 else f"{text[:42]} ... {text[-42:]}"
+    text, room = " ".join(request.text.split()), WIDTH - len(f"{request.title}  ")
+    half = (room - len(" ... ")) // 2
+    return text if len(text) <= room else f"{text[:half]} ... {text[-half:]}"
 
 
 def _table(rows: Sequence[Row]) -> list[Text]:
@@ -137,13 +140,17 @@ def _cells(row: Row) -> list[str]:
         str(figures.prompt_tokens),
         str(figures.output_tokens),
         _number(figures.ttft_ms, 0),
-        f"{_number(figures.itl_p50_ms, 1)}/{_number(figures.itl_p99_ms, 1)}",
+        f"{_short(figures.itl_p50_ms)}/{_short(figures.itl_p99_ms)}",
         _number(figures.handover_ms, 1),
         _number(figures.kv_bytes_bf16 / MIB, 2),
         _number(figures.kv_bytes_wire / MIB, 2),
         _number(figures.ratio, 2, "x"),
         _number(None if early is None else 100 * early, 0, "%"),
     ]
+
+
+def _short(ms: float | None) -> str:
+    return _number(ms, 1 if ms is None or ms < 100 else 0)
 
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:

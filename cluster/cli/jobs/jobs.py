@@ -140,10 +140,15 @@ def jobs_list(
     if as_json:
         _print_json(found)
         return
-    from ..terminal.columns import print_lines
-    from .tables import jobs_table
+    from rich.console import Console
 
-    print_lines(jobs_table(found))
+    from ..terminal.columns import print_lines
+    from .tables import jobs_blocks, jobs_table
+
+    console, lines = Console(), jobs_table(found)
+    if console.is_terminal and max(line.cell_len for line in lines) > console.width:
+        lines = jobs_blocks(found)
+    print_lines(lines, console)
 
 
 @jobs_app.command("show", cls=ClientCommand)

@@ -46,6 +46,19 @@ def jobs_table(jobs: Iterable[Job]) -> list[Text]:
     return table_lines(titles, rows, right=("done", "tokens", "took"))
 
 
+def jobs_blocks(jobs: Iterable[Job]) -> list[Text]:
+    """A heading and a line or more for each job, for a terminal that is narrower than the table."""
+    lines = list[Text]()
+    for job in jobs:
+        done = f"{job.succeeded_count + job.failed_count}/{job.request_count} done, {job.output_tokens} tokens"
+        took = f", took {_took(job)}" if _took(job) else ""
+        lines.append(Text(f"{job.job_id}  ", style="bold").append_text(_coloured(job)))
+        lines.append(Text(f"  {done}, {_priority(job)}, {_local(job.create_time)}{took}"))
+        labels = (_whole(f"{key}={value}") for key, value in sorted(job.labels.items()))
+        lines += [Text("  ").append_text(label) for label in labels]
+    return lines
+
+
 def job_table(job: Job) -> list[Text]:
     """A line for each thing that is known of one job."""
     failed = f", {job.failed_count} failed" if job.failed_count else ""

@@ -34,6 +34,11 @@ class Flag:
         """The setting as a Python name."""
         return self.setting.replace(".", "_")
 
+    @property
+    def option(self) -> str:
+        """Its long name."""
+        return self.names[0] if self.names else f"--{self.setting.rpartition('.')[2].replace('_', '-')}"
+
 
 def command_with(flags: Sequence[Flag]) -> type[TyperCommand]:
     """The class of a command that has these options before its own; `given` has their values."""
@@ -51,17 +56,29 @@ def command_with(flags: Sequence[Flag]) -> type[TyperCommand]:
         def invoke(self, ctx: Any) -> Any:
             values: dict[str, Any] = {}
             for flag in flags:
+                source = ctx.get_parameter_source(flag.key)
                 value = ctx.params.pop(flag.key)
-                if value is not None and value != ():
+                if source is not None and source.name != "DEFAULT" and value is not None and value != ():
                     *sections, name = flag.setting.split(".")
                     place = values
                     for section in sections:
                         place = place.setdefault(section, {})
-                    place[name] = flag.parse(value) if flag.parse else value
+                    place[name] = _parsed(flag, value)
             ctx.meta[_META] = values
             return super().invoke(ctx)
 
     return WithFlags
+
+
+def _parsed(flag: Flag, value: Any) -> Any:
+    """As a setting; typer.BadParameter, which names the option, where it is none."""
+    if (above := _exclusive_minimum(field_of(flag.setting))) is not None and not value > above:
+        raise typer.BadParameter(f"{value} is not in the range x>{above:g}.", param_hint=flag.option)
+    try:
+        return flag.parse(value) if flag.parse else value
+    except typer.BadParameter as error:
+        error.param_hint = flag.option
+        raise
 
 
 def given(ctx: typer.Context) -> dict[str, Any]:
@@ -96,9 +113,9 @@ def _options_of(flags: Sequence[Flag]) -> list[Any]:
     def command(**values: Any) -> None:
         pass
 
+    by_name = inspect.Parameter.KEYWORD_ONLY
     parameters = [
-        inspect.Parameter(flag.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(flag))
-        for flag in flags
+        inspect.Parameter(flag.key, by_name, default=_default(flag), annotation=_annotation(flag)) for flag in flags
     ]
     command.__dict__["__signature__"] = inspect.Signature(parameters)
     app = typer.Typer(add_completion=False)
@@ -106,11 +123,18 @@ def _options_of(flags: Sequence[Flag]) -> list[Any]:
     return list(typer.main.get_command(app).params)
 
 
+def _default(flag: Flag) -> Any:
+    """For the help alone, where a description cannot tell it better: `given` has no defaults."""
+    default = field_of(flag.setting).default
+    if default_text(default) is None:
+        return None
+    return int(default) if isinstance(default, float) and default.is_integer() else default
+
+
 def _annotation(flag: Flag) -> Any:
     field = field_of(flag.setting)
     kind = _kind(field.annotation, choices=flag.choices)
-    name = flag.setting.rpartition(".")[2]
-    option = f"--{name.replace('_', '-')}"
+    option = flag.option
     if kind is bool and field.default:
         option = f"{option}/--no-{option[2:]}"
     return Annotated[
@@ -118,8 +142,8 @@ def _annotation(flag: Flag) -> Any:
         typer.Option(
             *(flag.names or (option,)),
             help=field.description,
-            show_default=default_text(field.default) or False,
-            metavar=_metavar(name, kind),
+            show_default=default_text(field.default) is not None,
+            metavar=_metavar(flag.setting, kind, field),
             rich_help_panel=flag.panel,
             **_limits(field),
         ),
@@ -135,17 +159,24 @@ def _kind(annotation: Any, *, choices: bool) -> Any:
     return list[str] if get_origin(annotation) in (tuple, dict) else annotation
 
 
-def _metavar(name: str, kind: Any) -> str | None:
-    units = {"s": "S", "mib": "MIB", "gib": "GIB"}
-    return units.get(name.rpartition("_")[2], "N") if kind in (int, float) else None
+def _metavar(setting: str, kind: Any, field: "FieldInfo") -> str | None:
+    if kind not in (int, float):
+        return None
+    unit = {"s": "S", "mib": "MIB", "gib": "GIB"}.get(setting.rpartition("_")[2], "N")
+    above = _exclusive_minimum(field)
+    return unit if above is None else f"{unit} [x>{above:g}]"
+
+
+def _exclusive_minimum(field: "FieldInfo") -> float | None:
+    """What a value must be more than. Typer knows bounds that are values themselves only."""
+    return next((bound.gt for bound in field.metadata if getattr(bound, "gt", None) is not None), None)
 
 
 def _limits(field: "FieldInfo") -> dict[str, Any]:
-    """Bounds of a number. What must be more than a bound, and is that bound, is refused by the field itself."""
+    """Bounds of a number that are values themselves."""
     limits: dict[str, Any] = {}
     for bound in field.metadata:
-        for limit, names in {"min": ("ge", "gt"), "max": ("le", "lt")}.items():
-            for name in names:
-                if (value := getattr(bound, name, None)) is not None:
-                    limits[limit] = value
+        for limit, name in {"min": "ge", "max": "le"}.items():
+            if (value := getattr(bound, name, None)) is not None:
+                limits[limit] = value
     return limits

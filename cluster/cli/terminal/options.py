@@ -131,7 +131,7 @@ async def transport_to(server: str, option: str = "--server") -> AsyncIterator["
     from ....proto.rpc.transport import Transport
     from ...client.security import client_security
 
-    address_to_dial(server)
+    address(server, to_dial=True, option=option)
     transport = Transport(client_security(server, certificates()))
     try:
         yield transport
@@ -146,19 +146,24 @@ async def transport_to(server: str, option: str = "--server") -> AsyncIterator["
         await transport.close()
 
 
-def address(text: str, *, to_dial: bool = False) -> str:
-    """The same; a mistake of the user where it is not host:port."""
+def address(text: str, *, to_dial: bool = False, for_others: bool = False, option: str | None = None) -> str:
+    """The same; a mistake of the user, in `option`, where it is not host:port, or nobody can be dialled there."""
     from ....proto.rpc.addresses import checked_address
 
     try:
-        return checked_address(text, to_dial=to_dial)
+        return checked_address(text, to_dial=to_dial, for_others=for_others)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def address_to_dial(text: str) -> str:
     """The same; a mistake of the user where nobody can be dialled there."""
     return address(text, to_dial=True)
+
+
+def address_for_others(text: str) -> str:
+    """The same; a mistake of the user where no other host can dial it."""
+    return address(text, for_others=True)
 
 
 def configure_logs(level: str, settings: "ClusterConfig | None" = None, *, audit: bool = True) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from scripted import in_thread, says, scripted_cluster
@@ -15,9 +17,11 @@ from isthmus.cluster.cli.main import run
 from isthmus.cluster.config import ClusterConfig
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
+from isthmus.cluster.router.policies import Policy
 from isthmus.proto.errors import Unavailable
 
 TENANTS = "error: INVALID_ARGUMENT: gateway.tenant_weights: "
+LISTEN, ADVERTISE = "error: Invalid value for --listen: ", "error: Invalid value for --advertise: "
 COMMANDS = (
     *("up", "generate", "chat", "status", "models", "calibrate", "demo", "worker", "gateway"),
     *("drain", "flip", "scale", "config"),
@@ -134,13 +138,37 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
         (["gateway", "--workers", "h:1", "--policy", "x"], 1, "error: INVALID_ARGUMENT: gateway.policy is 'x': "),
         (["gateway", "--workers", "h:1", "--tenant-weights", "a"], 2, "error: "),
         (["gateway", "--workers", "h:1", "--tenant-weights", "a=-1"], 1, TENANTS),
-        (["up", "--overcommit", "0"], 1, "error: INVALID_ARGUMENT: gateway.overcommit is 0.0: "),
-        (["worker", "prefill", "--listen", "nowhere"], 2, "error: Invalid value: 'nowhere' is not host:port"),
-        (["worker", "decode", "--listen", "::1:7001"], 2, "error: Invalid value: '::1:7001' is not host:port"),
-        (["worker", "prefill", "--advertise", "10.0.0.7"], 2, "error: Invalid value: '10.0.0.7' is not host:port"),
-        (["worker", "prefill", "--advertise", "10.0.0.7:0"], 2, "error: Invalid value: '10.0.0.7:0' is not host:port"),
-        (["gateway", "--workers", "h:0"], 2, "error: Invalid value: 'h:0' is not host:port"),
-        (["status", "--admin", "nowhere"], 2, "error: Invalid value: 'nowhere' is not host:port"),
+        (["up", "--overcommit", "0"], 2, "error: Invalid value for --overcommit: 0.0 is not in the range x>0."),
+        (["up", "--overcommit", "inf"], 1, "error: INVALID_ARGUMENT: gateway.overcommit is inf: "),
+        (
+            ["worker", "prefill", "--listen", "nowhere"],
+            2,
+            f"{LISTEN}'nowhere' is not host:port",
+        ),
+        (
+            ["worker", "decode", "--listen", "::1:7001"],
+            2,
+            f"{LISTEN}'::1:7001' is not host:port",
+        ),
+        (
+            ["worker", "prefill", "--advertise", "10.0.0.7"],
+            2,
+            f"{ADVERTISE}'10.0.0.7' is not host:port",
+        ),
+        (
+            ["worker", "prefill", "--advertise", "10.0.0.7:0"],
+            2,
+            f"{ADVERTISE}'10.0.0.7:0' is not host:port",
+        ),
+        (["gateway", "--workers", "h:0"], 2, "error: Invalid value for --workers: 'h:0' is not host:port"),
+        (["gateway", "--listen", "x"], 2, f"{LISTEN}'x' is not host:port"),
+        (
+            ["worker", "decode", "--advertise", "0.0.0.0:1"],
+            2,
+            f"{ADVERTISE}'0.0.0.0:1' cannot",
+        ),
+        (["status", "--admin", "nowhere"], 2, "error: Invalid value for --admin: 'nowhere' is not host:port"),
+        (["generate", "--server", "nowhere", "x"], 2, "error: Invalid value for --server: 'nowhere' is not host:port"),
         (["up", "--host", "a b"], 1, "error: INVALID_ARGUMENT: host is 'a b': 'a b:0' is not host:port"),
         (["drain", "nobody"], 1, "error: NOT_FOUND: no worker 'nobody'; there are: prefill-0, decode-0"),
         (["flip", "decode-0", "prefill"], 1, "error: FAILED_PRECONDITION: decode-0 is the only worker of its role"),
@@ -190,6 +218,16 @@ def test_every_command_has_help_with_examples(command: str, capsys: pytest.Captu
         assert code == 0
         assert "Examples" in out
         assert f"isthmus {' '.join(name)}" in out
+
+
+def test_help_shows_defaults_bounds_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = outcome(capsys, "up", "--help")
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
+    assert "[default: (" not in out
+    for text in ("N [1<=x<=1024]", "[default: 1]", "[default: 50051]", "GIB [x>0]", "N [x>0]", "S [x>=0]"):
+        assert text in shown
+    for policy in get_args(Policy):
+        assert policy in shown
 
 
 def command(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:

@@ -11,7 +11,7 @@ from scripted import report_of
 from isthmus.cluster.cli import explain, status
 from isthmus.cluster.cli.demo import demo
 from isthmus.cluster.cli.demo.prompts import AT_ONCE, ONE_BY_ONE
-from isthmus.cluster.cli.jobs.tables import job_table, jobs_table
+from isthmus.cluster.cli.jobs.tables import job_table, jobs_blocks, jobs_table
 from isthmus.cluster.cli.main import run
 from isthmus.cluster.cli.terminal.columns import print_lines, table_lines
 from isthmus.cluster.client.measures import Figures
@@ -127,7 +127,8 @@ def test_explain_cuts_no_figure(capsys: pytest.CaptureFixture[str], narrow: str)
             "  cached 1234, held 99, wait 12345.6, queue 12345.6",
             "  compute 12345.6, transfer 12345.6, steps 12345.6, damage 12345.6",
         ]
-        assert all(len(line) <= 80 for line in lines[:6])
+        assert all(len(line) <= 80 for line in lines)
+    assert lines[-2:] == ["policy cost, local prefill when_cheaper · in ms", "0 prompt tokens · answers of 0 tokens"]
 
 
 def test_jobs_are_lines_of_as_many_cells_each(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +146,28 @@ def test_jobs_are_lines_of_as_many_cells_each(capsys: pytest.CaptureFixture[str]
     assert lines[1].endswith(f"-  key={'v' * 100},note=two lines,team=search [red]")
     assert len(lines) == 2
     assert len(lines[0]) <= 85
+
+
+def test_jobs_are_blocks_where_the_table_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    job = Job(job_id="64e2b0-1f9a", state=JOB_STATE_SUCCEEDED, request_count=200, succeeded_count=199, failed_count=1)
+    job.create_time.FromSeconds(1_790_000_000)
+    job.end_time.FromSeconds(1_790_000_150)
+    job.output_tokens = 123_456_789
+    job.labels.update({"team": "search", "note": "two\nlines"})
+    print_lines(jobs_blocks([job, Job(job_id="64e2b0-1f9b", state=JOB_STATE_RUNNING, request_count=1)]))
+    lines = printed(capsys)
+    assert lines[0] == "64e2b0-1f9a  succeeded"
+    assert re.fullmatch(
+        r"  200/200 done, 123456789 tokens, unspecified, 2026-09-2\d \d\d:\d\d:20, took 2.5 min", lines[1]
+    )
+    assert lines[2:5] == ["  note=two lines", "  team=search", "64e2b0-1f9b  running"]
+    assert max(map(len, lines)) <= 80
+
+
+def test_texts_of_the_demo_fit() -> None:
+    shown = [f"{request.title}  {demo._shortened(request)}" for request in (*ONE_BY_ONE, *AT_ONCE)]
+    assert any(" ... " in line for line in shown)
+    assert max(map(len, [*shown, *demo.NOTES])) <= 80
 
 
 def test_a_job_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +192,7 @@ def test_figures_of_the_demo_fit(capsys: pytest.CaptureFixture[str]) -> None:
     )
     print_lines(demo._table([(request, figures) for request in (*ONE_BY_ONE, *AT_ONCE)]))
     lines = printed(capsys)
-    assert max(map(len, lines)) <= 84
+    assert max(map(len, lines)) <= 80
     assert {len(line.split()) for line in lines[2:]} == {10}
 
 

@@ -1,11 +1,15 @@
 """The set of watched workers while it changes."""
 
 import asyncio
+import logging
+
+import pytest
 
 from isthmus.cluster.fleet.compatibility import Requirements
 from isthmus.cluster.fleet.registry import Fleet
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto.rpc.transport import Transport
+from isthmus.proto.worker_pb2 import WORKER_HEALTH_DRAINING, WORKER_HEALTH_READY, WorkerHealth, WorkerReport
 
 NOBODY = "127.0.0.1:9"
 
@@ -39,4 +43,24 @@ async def test_nothing_is_kept_of_a_worker_that_left() -> None:
     await fleet.remove(NOBODY)
     assert fleet.statuses() == []
     assert [outliers._records for outliers in fleet.table._outliers.values()] == [{}, {}]
+    await fleet.close()
+
+
+@pytest.mark.parametrize(
+    ("last", "logged"),
+    [
+        (WORKER_HEALTH_READY, [(logging.WARNING, "lost a worker")]),
+        (WORKER_HEALTH_DRAINING, [(logging.INFO, "a worker left")]),  # drained, or flipped
+    ],
+)
+async def test_only_a_worker_that_was_not_told_to_leave_is_lost(
+    last: WorkerHealth.ValueType, logged: list[tuple[int, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = Fleet(Requirements(protocol_version=PROTOCOL_VERSION, model="m", fingerprint="f"), Transport())
+    fleet.add(NOBODY)
+    fleet._reports[NOBODY] = WorkerReport(health=last)
+    fleet.table._entries[NOBODY].problem = ""  # it was up
+    with caplog.at_level(logging.INFO, "isthmus.cluster.fleet.registry"):
+        fleet._lost(NOBODY, "ended its report stream")
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == logged
     await fleet.close()

@@ -95,6 +95,12 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     queue.enqueue(claim(), 100, 2.5)
 
 
+def test_a_short_deadline_is_told_in_milliseconds() -> None:
+    queue = FairQueue(max_waiting=10, weights={})
+    with pytest.raises(Expired, match=r"about 2\.0 s with nothing ahead, and the deadline is in 10 ms: not begun"):
+        queue.enqueue(claim(), 100, 0.01, LatencyEstimate(ttft_s=2.0, idle_ttft_s=2.0))
+
+
 @pytest.mark.parametrize(
     ("estimate", "message", "retry_s"),
     [

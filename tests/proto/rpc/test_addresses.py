@@ -1,5 +1,6 @@
 """host:port: what is one, and what a server tells others to dial."""
 
+import re
 import socket
 import threading
 import time
@@ -9,7 +10,14 @@ import pytest
 
 from isthmus.proto.errors import InvalidRequest
 from isthmus.proto.rpc import addresses
-from isthmus.proto.rpc.addresses import HostPort, address_for_others, grpc_target, outward_host, parse_address
+from isthmus.proto.rpc.addresses import (
+    HostPort,
+    address_for_others,
+    checked_address,
+    grpc_target,
+    outward_host,
+    parse_address,
+)
 from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import WORKER_ROLE_PREFILL
 from isthmus.worker.server import WorkerServer
@@ -46,6 +54,31 @@ def test_nobody_dials_port_0() -> None:
     assert parse_address("h:1", to_dial=True) == ("h", 1)
     with pytest.raises(InvalidRequest, match="'h:0' is not host:port"):
         parse_address("h:0", to_dial=True)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "0.0.0.0:1",
+        "[::]:1",
+        "0:1",
+        "0x0:1",
+        "0.0:1",
+        "[::ffff:0.0.0.0]:1",
+        "224.0.0.1:1",
+        "[ff02::1]:1",
+        "255.255.255.255:1",
+        "h:0",
+    ],
+)
+def test_what_nobody_can_dial_is_nothing_to_tell_others(address: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(address)):
+        checked_address(address, for_others=True)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.7:1", "127.0.0.1:1", "localhost:1", "[fd00::7]:1", "[::ffff:10.0.0.7]:1"])
+def test_what_somebody_can_dial_may_be_told(address: str) -> None:
+    assert checked_address(address, for_others=True) == address
 
 
 def test_which_hosts_are_any_and_which_loopback() -> None:
