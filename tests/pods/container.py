@@ -7,6 +7,7 @@ up what its security context forbids, and runs its command in its own place. See
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ def main(spec: dict[str, Any]) -> None:
     mount("-t", "tmpfs", "-o", "mode=755", "root", str(root))
     for path in spec["image"]:  # what the image has
         bind(path, root / path.lstrip("/"), read_only=True)
+    shutil.copytree(spec["etc"], root / "etc", symlinks=True)  # volumes may be mounted in it
     home, user = spec["home"]
     os.chown(folder(root / home.lstrip("/")), user, user)
     mount("-t", "proc", "proc", folder(root / "proc"))
@@ -27,7 +29,7 @@ def main(spec: dict[str, Any]) -> None:
     devices(root / "dev")
     folder(root / "tmp")
     (root / "tmp").chmod(0o1777)
-    for source, target, read_only in spec["mounts"]:
+    for source, target, read_only in sorted(spec["mounts"], key=lambda mount: mount[1]):
         bind(source, root / target.lstrip("/"), read_only=read_only)
     if spec["read_only_root"]:
         mount("-o", "remount,ro", str(root))

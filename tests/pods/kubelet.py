@@ -337,13 +337,14 @@ class Container:
         words = [*(self.container.get("command") or ()), *(self.container.get("args") or ())]
         root = self.pod.folder / f"{self.name}.root"
         root.mkdir(exist_ok=True)
-        mounts = [(str(kubelet.etc), "/etc", True), (str(kubelet.network.hosts), "/etc/hosts", True)]
+        mounts = [(str(kubelet.network.hosts), "/etc/hosts", True)]
         for mount in self.container.get("volumeMounts") or ():
             source = self.pod.volumes[mount["name"]] / expanded(mount.get("subPath", ""), values)
             mounts.append((str(source), mount["mountPath"], bool(mount.get("readOnly"))))
         return {
             "root": str(root),
             "image": IMAGE,
+            "etc": str(kubelet.etc),
             "home": [HOME, USER],
             "mounts": mounts,
             "read_only_root": bool(self._context().get("readOnlyRootFilesystem")),

@@ -1,10 +1,10 @@
 """What KubeRay's operator makes of a RayCluster: pods, the head's Service and the token's Secret.
 
 After KubeRay 1.7, ray-operator/controllers/ray/common/pod.go (DefaultHeadPodTemplate, DefaultWorkerPodTemplate,
-BuildPod, generateRayStartCommand, convertParamMap, setContainerEnvVars, SetContainerTokenAuthEnvVars) and service.go
-(BuildServiceForHeadPod). Left out is what needs the API server or is off by default: the autoscaler's container, GCS
-fault tolerance, TLS of Ray, accelerators other than GPUs, the history server. The probes that it adds where a container
-has none ask Ray's dashboard agent, which comes with `ray[default]` only: left out too.
+BuildPod, generateRayStartCommand, convertParamMap, setContainerEnvVars, SetContainerTokenAuthEnvVars,
+initLivenessAndReadinessProbe) and service.go (BuildServiceForHeadPod). Left out is what needs the API server or is off
+by default: the autoscaler's container, GCS fault tolerance, TLS of Ray, accelerators other than GPUs, the history
+server.
 """
 
 import copy
@@ -181,6 +181,7 @@ def _pod(
         init["env"] = [*(init.get("env") or ()), *_head_variables(cluster)]
         if init["name"] == "wait-gcs-ready":
             _put_token(cluster, init)
+    _put_probes(container, int(parameters["dashboard-agent-listen-port"]), node_type)
     container["env"] = _variables(cluster, container.get("env") or [], start, node_type)
     _put_token(cluster, container)
     if cluster["spec"].get("enableInTreeAutoscaling"):
@@ -192,6 +193,14 @@ def _pod(
 def _keeps_its_command(cluster: Object) -> bool:
     annotations = cluster["metadata"].get("annotations") or {}
     return str(annotations.get("ray.io/overwrite-container-cmd")).lower() == "true"
+
+
+def _put_probes(container: Object, agent_port: int, node_type: str) -> None:
+    """Where the container has none of its own: of Ray's health on the node, by the dashboard's agent (Ray >= 2.53)."""
+    asks = {"httpGet": {"path": "/api/healthz", "port": agent_port}, "periodSeconds": 5}
+    timeout_s = 5 if node_type == "head" else 2
+    container.setdefault("livenessProbe", asks | {"initialDelaySeconds": 30, "failureThreshold": 120, "timeoutSeconds": timeout_s})
+    container.setdefault("readinessProbe", asks | {"initialDelaySeconds": 10, "failureThreshold": 10, "timeoutSeconds": timeout_s})
 
 
 def _put_shared_memory(spec: Object, container: Object, parameters: dict[str, str]) -> None:
