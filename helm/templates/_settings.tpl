@@ -1,0 +1,71 @@
+{{/* The settings file: what the chart sets, and `settings` of the values beside it. */}}
+{{- define "isthmus.settings" -}}
+{{- $own := include "isthmus.ownSettings" . | fromYaml -}}
+{{- $given := deepCopy .Values.settings -}}
+{{- range $key, $value := $own -}}
+{{- if hasKey $given $key -}}
+{{- $theirs := index $given $key -}}
+{{- if and (kindIs "map" $value) (kindIs "map" $theirs) (ne $key "tls") -}}
+{{- range $inner, $_ := $value -}}
+{{- if hasKey $theirs $inner -}}
+{{- fail (printf "settings.%s.%s is set by the chart; remove it" $key $inner) -}}
+{{- end -}}
+{{- end -}}
+{{- else -}}
+{{- fail (printf "settings.%s is set by the chart; remove it" $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml (merge $own $given) -}}
+{{- end }}
+
+{{- define "isthmus.ownSettings" -}}
+{{- $threads := 1024 -}}
+{{- $counts := dict "prefill" 0 "decode" 0 -}}
+{{- range (include "isthmus.groups" . | fromJsonArray) -}}
+{{- $threads = min $threads (include "isthmus.groupCores" . | int) -}}
+{{- $_ := set $counts .role (add (index $counts .role) .replicas) -}}
+{{- end -}}
+cluster_id: {{ include "isthmus.clusterId" . }}
+model: {{ .Values.model }}
+# The fewest of all groups: any worker must fit on any pod of its role.
+threads: {{ $threads }}
+# Of the Ray that runs beside the supervisor.
+address: 127.0.0.1:6379
+prefill: {{ $counts.prefill }}
+decode: {{ $counts.decode }}
+worker_port: 50061
+{{- if eq .Values.tls.mode "off" }}
+tls: "off"
+{{- else }}
+tls:
+  ca: /etc/isthmus-tls/ca.crt
+  cert: /etc/isthmus-tls/tls.crt
+  key: /etc/isthmus-tls/tls.key
+{{- end }}
+gateway:
+  supervisor: {{ include "isthmus.fullname" . }}-supervisor:50053
+  admin_listen: 127.0.0.1:50052
+  health_listen: 0.0.0.0:50054
+  {{- if not .Values.jobs.existingSecret }}
+  jobs_db: none
+  {{- end }}
+  {{- if .Values.auth.enabled }}
+  access:
+    keys_file: /etc/isthmus-keys/{{ .Values.auth.existingSecretKey }}
+  {{- else }}
+  access:
+    anonymous: true
+  {{- end }}
+supervisor:
+  listen: 0.0.0.0:50053
+  health_listen: 0.0.0.0:50055
+prefill_worker:
+  health_listen: 0.0.0.0:50062
+decode_worker:
+  health_listen: 0.0.0.0:50062
+{{- if .Values.pageStore.enabled }}
+store_dir: /var/lib/isthmus-pages
+store_gib: {{ .Values.pageStore.storeGib }}
+{{- end }}
+{{- end }}
