@@ -16,6 +16,7 @@ from suites import SUITES, TESTS, suite_of
         ("test_packaging.py", "process"),
         ("integration/test_without_ray.py", "process"),  # by its helper
         ("chaos/test_frames.py", "chaos"),
+        ("pods/test_release.py", "pods"),
     ],
 )
 def test_a_file_is_of_its_suite(file: str, suite: str) -> None:

@@ -1,14 +1,16 @@
 """A rendered chart, brought up: the pods of its RayCluster and Deployments, its Services, its NetworkPolicies."""
 
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from . import kuberay
-from .kubelet import Kubelet, Pod
-from .network import Network
-from .objects import Object, Objects
+from .node.kubelet import Kubelet, Pod
+from .node.network import Network
+from .node.objects import Object, Objects
 
 READY_S = 180
+LOOK_S = 0.2
 
 
 class Cluster:
@@ -71,8 +73,12 @@ class Cluster:
         return [pod for name, pod in self.pods.items() if part in name and not pod.stopping.is_set()]
 
     def wait_ready(self, within_s: float = READY_S) -> None:
-        for pod in self.of(""):
-            pod.wait_ready(within_s)
+        """All pods, side by side: a pod that fails is told at once."""
+        end = time.monotonic() + within_s
+        while waiting := [pod for pod in self.of("") if not pod.look()]:
+            if time.monotonic() > end:
+                waiting[0].wait_ready(0)
+            time.sleep(LOOK_S)
 
     def stop(self) -> None:
         for pod in self.of(""):

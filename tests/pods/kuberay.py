@@ -12,7 +12,7 @@ import json
 import secrets
 from typing import Any
 
-from .objects import NAMESPACE, Object, quantity
+from .node.objects import NAMESPACE, Object, quantity
 
 GCS_PORT, METRICS_PORT, DASHBOARD_AGENT_PORT = 6379, 8080, 52365
 HEAD_PORTS = {"gcs-server": GCS_PORT, "dashboard": 8265, "client": 10001, "metrics": METRICS_PORT, "serve": 8000}
@@ -91,7 +91,7 @@ def head_pod(cluster: Object, name: str) -> Object:
 
 
 def worker_pod(cluster: Object, group: Object, name: str) -> Object:
-    """One pod of a group; `rayStartParams.address`, resources and labels of the group as the operator completes them."""
+    """One pod of a group, which waits for the head's GCS before it starts."""
     parameters = _parameters(group)
     parameters.setdefault("address", head_address(cluster))
     template = copy.deepcopy(group["template"])
@@ -101,7 +101,11 @@ def worker_pod(cluster: Object, group: Object, name: str) -> Object:
             "name": "wait-gcs-ready",
             "command": _SHELL,
             "args": [_WAIT_FOR_GCS.format(address=head_address(cluster))],
-            **{key: copy.deepcopy(container[key]) for key in ("securityContext", "env", "volumeMounts") if key in container},
+            **{
+                key: copy.deepcopy(container[key])
+                for key in ("securityContext", "env", "volumeMounts")
+                if key in container
+            },
         }
     )
     own = template.get("metadata", {}).get("labels") or {}
@@ -199,8 +203,12 @@ def _put_probes(container: Object, agent_port: int, node_type: str) -> None:
     """Where the container has none of its own: of Ray's health on the node, by the dashboard's agent (Ray >= 2.53)."""
     asks = {"httpGet": {"path": "/api/healthz", "port": agent_port}, "periodSeconds": 5}
     timeout_s = 5 if node_type == "head" else 2
-    container.setdefault("livenessProbe", asks | {"initialDelaySeconds": 30, "failureThreshold": 120, "timeoutSeconds": timeout_s})
-    container.setdefault("readinessProbe", asks | {"initialDelaySeconds": 10, "failureThreshold": 10, "timeoutSeconds": timeout_s})
+    container.setdefault(
+        "livenessProbe", asks | {"initialDelaySeconds": 30, "failureThreshold": 120, "timeoutSeconds": timeout_s}
+    )
+    container.setdefault(
+        "readinessProbe", asks | {"initialDelaySeconds": 10, "failureThreshold": 10, "timeoutSeconds": timeout_s}
+    )
 
 
 def _put_shared_memory(spec: Object, container: Object, parameters: dict[str, str]) -> None:
@@ -236,7 +244,9 @@ def _variables(cluster: Object, own: list[Object], start: str, node_type: str) -
         "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE": "1",
     }
     if node_type == "head":
-        variables.append({"name": "RAY_USAGE_STATS_EXTRA_TAGS", "value": "kuberay_version=v1.7.0;kuberay_crd=RayCluster"})
+        variables.append(
+            {"name": "RAY_USAGE_STATS_EXTRA_TAGS", "value": "kuberay_version=v1.7.0;kuberay_crd=RayCluster"}
+        )
     present = {entry["name"] for entry in variables}
     return variables + [{"name": key, "value": value} for key, value in defaults.items() if key not in present]
 

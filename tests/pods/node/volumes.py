@@ -5,12 +5,11 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from .objects import Object, Objects, field, quantity
+from .objects import Object, Objects, quantity
 
 
-def make_volumes(pod: Object, folder: Path, objects: Objects, claims: Mapping[str, Path], address: str) -> dict[str, Path]:
+def make_volumes(pod: Object, folder: Path, objects: Objects, claims: Mapping[str, Path]) -> dict[str, Path]:
     """By their names. `claims` has the folder of each PersistentVolumeClaim that a pod may mount.
 
     Ownership is what kubelet gives: files belong to root and the pod's fsGroup, which may read them; an emptyDir is
@@ -31,7 +30,7 @@ def make_volumes(pod: Object, folder: Path, objects: Objects, claims: Mapping[st
             made[volume["name"]] = claims[volume["persistentVolumeClaim"]["claimName"]]
         else:
             path.mkdir(parents=True)
-            for name, (content, mode) in _files(volume, pod, objects, address).items():
+            for name, (content, mode) in _files(volume, objects).items():
                 _write(path / name, content, mode, group)
             path.chmod(0o755)
     return made
@@ -44,36 +43,18 @@ def remove_volumes(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _files(volume: Object, pod: Object, objects: Objects, address: str) -> dict[str, tuple[bytes, int]]:
+def _files(volume: Object, objects: Objects) -> dict[str, tuple[bytes, int]]:
     """Content and mode by path within the volume."""
     match volume:
         case {"configMap": source}:
-            return _chosen(objects, "ConfigMap", source["name"], source)
+            data = objects.data("ConfigMap", source["name"])
         case {"secret": source}:
-            return _chosen(objects, "Secret", source["secretName"], source)
-        case {"projected": {"sources": sources, **rest}}:
-            files: dict[str, tuple[bytes, int]] = {}
-            for source in sources:
-                ((kind, part),) = source.items()
-                files |= _files({kind: {"defaultMode": rest.get("defaultMode", 0o644), "secretName": part.get("name")} | part}, pod, objects, address)
-            return files
-        case {"downwardAPI": source}:
-            mode = source.get("defaultMode", 0o644)
-            return {item["path"]: (field(pod, item["fieldRef"]["fieldPath"], address).encode(), mode) for item in source["items"]}
+            data = objects.data("Secret", source["secretName"])
         case _:
             raise AssertionError(f"no volume of a kind that is known here: {volume}")
-
-
-def _chosen(objects: Objects, kind: str, name: str, source: Mapping[str, Any]) -> dict[str, tuple[bytes, int]]:
-    try:
-        data = objects.data(kind, name)
-    except KeyError:
-        if source.get("optional"):
-            return {}
-        raise
-    mode = source.get("defaultMode", 0o644)
-    items = source.get("items") or [{"key": key, "path": key} for key in data]
-    return {item["path"]: (data[item["key"]], item.get("mode", mode)) for item in items if item["key"] in data or not source.get("optional")}
+    mode: int = source.get("defaultMode", 0o644)
+    items: list[Object] = source.get("items") or [{"key": key, "path": key} for key in data]
+    return {item["path"]: (data[item["key"]], item.get("mode", mode)) for item in items}
 
 
 def _write(path: Path, content: bytes, mode: int, group: int | None) -> None:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 import urllib.request
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
@@ -16,8 +16,9 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from .objects import Object, port_number
 
 if TYPE_CHECKING:
-    from .kubelet import Container
+    from .container import Container
 
+PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 LONGEST_S = 1.0  # between two looks, whatever the probe says: a test does not wait for the others
 
 
@@ -25,33 +26,38 @@ class Probing:
     """Asks the probes of one start of a container, in a thread of its own."""
 
     def __init__(self, container: "Container") -> None:
-        self._container, self._main = container, container.main
-        self._started = "startupProbe" not in container.container
-        self._ready = "readinessProbe" not in container.container
+        self._container = container
+        self._probes: dict[str, Object] = {
+            name: container.container[name] for name in PROBES if name in container.container
+        }
+        self._ready = "readinessProbe" not in self._probes
+        if "startupProbe" not in self._probes:
+            container.started.set()
         self._failures: dict[str, int] = {}
         self._stopped = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
 
     @property
     def ready(self) -> bool:
-        return self._started and self._ready
+        return self._container.started.is_set() and self._ready
 
     def stop(self) -> None:
         self._stopped.set()
 
     def _run(self) -> None:
-        probes = {name: self._container.container.get(name) for name in ("startupProbe", "readinessProbe", "livenessProbe")}
-        first = min((probe.get("initialDelaySeconds", 0) for probe in probes.values() if probe), default=0)
-        wait = min([LONGEST_S, *(probe.get("periodSeconds", 10) for probe in probes.values() if probe)])
-        if not any(probes.values()) or self._stopped.wait(first):
+        probes, started = self._probes, self._container.started
+        first = min((probe.get("initialDelaySeconds", 0) for probe in probes.values()), default=0)
+        wait = min([LONGEST_S, *(probe.get("periodSeconds", 10) for probe in probes.values())])
+        if not probes or self._stopped.wait(first):
             return
         while not self._stopped.wait(wait):
-            if not self._started:
-                self._started = self._holds("startupProbe", probes["startupProbe"])
+            if not started.is_set():
+                if self._holds("startupProbe", probes["startupProbe"]):
+                    started.set()
                 continue
-            if probes["readinessProbe"]:
+            if "readinessProbe" in probes:
                 self._ready = self._holds("readinessProbe", probes["readinessProbe"])
-            if probes["livenessProbe"]:
+            if "livenessProbe" in probes:
                 self._holds("livenessProbe", probes["livenessProbe"])
 
     def _holds(self, name: str, probe: Object) -> bool:
@@ -76,7 +82,8 @@ class Probing:
                 case {"grpc": {"port": port, **rest}}:
                     with grpc.insecure_channel(f"{address}:{port}") as channel:
                         request = HealthCheckRequest(service=rest.get("service", ""))
-                        answer = HealthStub(channel).Check(request, timeout=timeout_s)
+                        stub: Any = HealthStub(channel)  # which the package has no types of
+                        answer = stub.Check(request, timeout=timeout_s)
                     return answer.status == HealthCheckResponse.SERVING
                 case {"tcpSocket": {"port": port}}:
                     socket.create_connection((address, port_number(port, pod.pod)), timeout_s).close()

@@ -134,6 +134,7 @@ def field(pod: Object, path: str, address: str) -> str:
 
 def expanded(text: str, values: Mapping[str, str]) -> str:
     """With each `$(NAME)` that is known; `$$` is one dollar sign."""
+
     def put(found: re.Match[str]) -> str:
         return "$" if found[0] == "$$" else values.get(found[1], found[0])
 

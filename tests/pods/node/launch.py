@@ -1,7 +1,7 @@
-"""Becomes a container's main process: `python container.py SPEC.json`, in namespaces of its own.
+"""Becomes a container's main process: `python launch.py SPEC.json`, in namespaces of its own.
 
 Lays out the container's root (what an image has, read-only; the pod's volumes), enters it and its control group, gives
-up what its security context forbids, and runs its command in its own place. See `Launch` in `kubelet.py` for SPEC.
+up what its security context forbids, and runs its command in its own place. `Container` in `container.py` writes SPEC.
 """
 
 import json

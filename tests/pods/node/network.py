@@ -116,7 +116,9 @@ class Network:
         lines = []
         for service in self.services:
             name, own = service["metadata"]["name"], self.address(service)
-            names = " ".join(f"{name}{end}" for end in (f".{NAMESPACE}.svc.cluster.local", f".{NAMESPACE}.svc", f".{NAMESPACE}", ""))
+            names = " ".join(
+                f"{name}{end}" for end in (f".{NAMESPACE}.svc.cluster.local", f".{NAMESPACE}.svc", f".{NAMESPACE}", "")
+            )
             addresses = [own] if own else [endpoint.address for endpoint in self.behind(service)]
             lines += [f"{address} {names}" for address in addresses]
         return lines + [f"{endpoint.address} {name}" for name, endpoint in self.endpoints.items()]
