@@ -9,6 +9,7 @@ server.
 
 import copy
 import json
+import math
 import secrets
 from typing import Any
 
@@ -117,7 +118,7 @@ def ray_start(parameters: dict[str, str], resources: Object, node_type: str) -> 
     """The command line of `ray start`: one flag for each parameter, in the order of their names."""
     limits, requests = resources.get("limits") or {}, resources.get("requests") or {}
     if "num-cpus" not in parameters and (cpu := limits.get("cpu") or requests.get("cpu")):
-        parameters["num-cpus"] = str(-int(-quantity(cpu) // 1))  # rounded up
+        parameters["num-cpus"] = str(math.ceil(quantity(cpu)))
     if "memory" not in parameters and "memory" in limits:
         parameters["memory"] = str(int(quantity(limits["memory"])))
     gpus = [amount for key, amount in sorted(limits.items()) if key.endswith("gpu") or "nvidia.com/mig-" in key]

@@ -4,6 +4,7 @@ An object is the plain dictionary of its YAML. Everything is of one Kubernetes n
 """
 
 import base64
+import math
 import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
@@ -111,7 +112,7 @@ def _value_from(source: Object, container: Object, pod: Object, objects: Objects
         case {"resourceFieldRef": {"resource": resource, **rest}}:
             kind, _, name = resource.partition(".")
             amount = quantity(container["resources"][kind][name]) / quantity(rest.get("divisor") or 1)
-            return str(-int(-amount // 1))  # rounded up
+            return str(math.ceil(amount))
         case _:
             raise AssertionError(f"no source of a variable: {source}")
 
