@@ -19,6 +19,9 @@
 {{- if and (gt (int .gpu.count) 0) (not .gpu.resource) (not .resourceClaims) -}}
 {{- fail (printf "group %s: gpu.count is %d, but neither gpu.resource nor resourceClaims says where it comes from" .name (int .gpu.count)) -}}
 {{- end -}}
+{{- if ne (int .gpu.count) (int (index $values .role).gpu.count) -}}
+{{- fail (printf "group %s: gpu.count is %d, that of %s %d; all workers of a role have as many" .name (int .gpu.count) .role (int (index $values .role).gpu.count)) -}}
+{{- end -}}
 {{- if gt (int .minReplicas) (int .maxReplicas) -}}
 {{- fail (printf "group %s: minReplicas %d is more than maxReplicas %d" .name (int .minReplicas) (int .maxReplicas)) -}}
 {{- end -}}

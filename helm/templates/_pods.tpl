@@ -112,7 +112,11 @@ runtimeClassName: {{ . }}
 {{- define "isthmus.mounts" -}}
 - {name: tmp, mountPath: /tmp}
 - {name: home, mountPath: /home/isthmus}
+{{- if eq (include "isthmus.sharedCache" .) "true" }}
+- {name: models, mountPath: /var/cache/isthmus, subPath: cache}
+{{- else }}
 - {name: cache, mountPath: /var/cache/isthmus}
+{{- end }}
 - {name: config, mountPath: /etc/isthmus, readOnly: true}
 {{- if ne .Values.tls.mode "off" }}
 - {name: tls, mountPath: /etc/isthmus-tls, readOnly: true}
@@ -120,6 +124,11 @@ runtimeClassName: {{ . }}
 {{- if .Values.models.enabled }}
 - {name: models, mountPath: /models, readOnly: {{ include "isthmus.modelsReadOnly" . }}}
 {{- end }}
+{{- end }}
+
+{{/* Workers are paired where their codecs are calibrated alike: a cache for all makes them share one calibration. */}}
+{{- define "isthmus.sharedCache" -}}
+{{- and .Values.models.enabled (eq .Values.models.accessMode "ReadWriteMany") -}}
 {{- end }}
 
 {{- define "isthmus.modelsReadOnly" -}}
@@ -130,7 +139,9 @@ runtimeClassName: {{ . }}
 {{- define "isthmus.volumes" -}}
 - {name: tmp, emptyDir: {}}
 - {name: home, emptyDir: {}}
+{{- if ne (include "isthmus.sharedCache" .root) "true" }}
 - {name: cache, emptyDir: {}}
+{{- end }}
 - name: config
   configMap: {name: {{ include "isthmus.fullname" .root }}}
 {{- if ne .root.Values.tls.mode "off" }}
@@ -139,7 +150,7 @@ runtimeClassName: {{ . }}
 {{- end }}
 {{- if .root.Values.models.enabled }}
 - name: models
-  persistentVolumeClaim: {claimName: {{ include "isthmus.modelsClaim" .root }}, readOnly: {{ include "isthmus.modelsReadOnly" .root }}}
+  persistentVolumeClaim: {claimName: {{ include "isthmus.modelsClaim" .root }}, readOnly: {{ eq .root.Values.models.accessMode "ReadOnlyMany" }}}
 {{- end }}
 {{- end }}
 

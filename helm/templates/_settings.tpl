@@ -20,20 +20,22 @@
 {{- end }}
 
 {{- define "isthmus.ownSettings" -}}
-{{- $threads := 1024 -}}
+{{- $threads := dict "prefill" 1024 "decode" 1024 -}}
 {{- $counts := dict "prefill" 0 "decode" 0 -}}
+{{- $gpus := dict -}}
 {{- range (include "isthmus.groups" . | fromJsonArray) -}}
-{{- $threads = min $threads (include "isthmus.groupCores" . | int) -}}
+{{- $_ := set $threads .role (min (index $threads .role) (include "isthmus.groupCores" . | int)) -}}
 {{- $_ := set $counts .role (add (index $counts .role) .replicas) -}}
+{{- $_ := set $gpus .role (int .gpu.count) -}}
 {{- end -}}
 cluster_id: {{ include "isthmus.clusterId" . }}
 model: {{ .Values.model }}
-# The fewest of all groups: any worker must fit on any pod of its role.
-threads: {{ $threads }}
 # Of the Ray that runs beside the supervisor.
 address: 127.0.0.1:6379
 prefill: {{ $counts.prefill }}
 decode: {{ $counts.decode }}
+prefill_gpus: {{ $gpus.prefill }}
+decode_gpus: {{ $gpus.decode }}
 worker_port: 50061
 {{- if eq .Values.tls.mode "off" }}
 tls: "off"
@@ -62,8 +64,10 @@ supervisor:
   health_listen: 0.0.0.0:50055
 prefill_worker:
   health_listen: 0.0.0.0:50062
+  threads: {{ $threads.prefill }}
 decode_worker:
   health_listen: 0.0.0.0:50062
+  threads: {{ $threads.decode }}
 {{- if .Values.pageStore.enabled }}
 store_dir: /var/lib/isthmus-pages
 store_gib: {{ .Values.pageStore.storeGib }}

@@ -1,6 +1,9 @@
 {{/* Names by which a role is called, beside the one of its identity; gateways and supervisor have Services. */}}
 {{- define "isthmus.tlsHosts" -}}
 {{- $names := list (printf "%s.%s.isthmus.internal" .role (include "isthmus.clusterId" .root)) -}}
+{{- if has .role (list "prefill" "decode") -}}
+{{- $names = append $names (printf "worker.%s.isthmus.internal" (include "isthmus.clusterId" .root)) -}}
+{{- end -}}
 {{- $addresses := list -}}
 {{- $services := list -}}
 {{- if eq .role "gateway" -}}
