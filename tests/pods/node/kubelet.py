@@ -22,6 +22,7 @@ from .objects import Object, Objects
 from .volumes import make_volumes, remove_volumes
 
 LOOK_S = 0.2
+RESTARTS = 5  # of a container that nothing more is expected of
 
 
 class PodFailed(Exception):
@@ -133,7 +134,8 @@ class Pod:
             raise self.error
         running = [*self.sidecars, *self.containers]
         for container in running:
-            if container.ended.is_set() and not self.stopping.is_set():
+            lost = container.ended.is_set() or container.restarts >= RESTARTS
+            if lost and not self.stopping.is_set():
                 raise PodFailed(
                     f"{self.name}: {container.name} ended with {container.exit_code}\n{container.log_end()}"
                 )
