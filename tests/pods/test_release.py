@@ -28,7 +28,7 @@ NO_ROUTE = "No route to host"  # what the policies' rules say, unlike a port at 
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     assert KUBERAY.is_dir() and HELM.is_file(), "ray[default] and Helm are not in .venv; run make test-pods"
     folder, models = tmp_path_factory.mktemp("release"), tmp_path_factory.mktemp("models")
-    shutil.copytree(model_path("tiny-llama"), models / "tiny-llama")
+    shutil.copytree(model_path("tiny-llama"), models / "tiny-llama", copy_function=shutil.copyfile)
     running = new_cluster(folder, models)
     try:
         running.start()
