@@ -17,14 +17,14 @@ RELEASE, NAME = "pods", "pods-isthmus"
 CLIENT = Path(__file__).with_name("client.py")
 # What `pip install --prefix` puts beside .venv for the pods alone: Ray's dashboard and its agents, as in the image.
 KUBERAY = Path(sys.prefix, "kuberay", "lib", f"python3.{sys.version_info.minor}", "site-packages")
-DRAIN_S = 60
+DRAIN_S = 1  # of a decode worker: less than the requests need that the tests send it
 _SMALL = {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "2Gi"}}
 _WORKERS = {"minReplicas": 1, "maxReplicas": 3, "gpu": {"resource": "", "count": 0}, "resources": _SMALL}
 VALUES = {
     "model": "/models/tiny-llama",
     "models": {"enabled": True, "existingClaim": "models", "accessMode": "ReadOnlyMany"},
     "gateway": {"replicas": 1, "propagationSeconds": 1, "resources": _SMALL},
-    "prefill": {"replicas": 1, "drainSeconds": DRAIN_S, **_WORKERS},
+    "prefill": {"replicas": 1, "drainSeconds": 60, **_WORKERS},
     "decode": {"replicas": 2, "drainSeconds": DRAIN_S, **_WORKERS},
     "settings": {"dtype": "fp32", "codec": "raw"},
 }
