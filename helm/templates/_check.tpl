@@ -29,6 +29,11 @@
 {{- fail (printf "group %s: replicas %d is not between minReplicas %d and maxReplicas %d" .name (int .replicas) (int .minReplicas) (int .maxReplicas)) -}}
 {{- end -}}
 {{- end -}}
+{{- with $values.gateway.autoscaling -}}
+{{- if gt (int .minReplicas) (int .maxReplicas) -}}
+{{- fail (printf "gateway.autoscaling: minReplicas %d is more than maxReplicas %d" (int .minReplicas) (int .maxReplicas)) -}}
+{{- end -}}
+{{- end -}}
 {{- if and $values.gcsFaultTolerance.enabled (not $values.gcsFaultTolerance.redisAddress) -}}
 {{- fail "gcsFaultTolerance.enabled: name the Redis in gcsFaultTolerance.redisAddress (redis://HOST:6379)" -}}
 {{- end -}}

@@ -91,7 +91,7 @@ runtimeClassName: {{ . }}
 {{- define "isthmus.env" -}}
 - {name: HOME, value: /home/isthmus}
 - {name: ISTHMUS_CONFIG, value: /etc/isthmus/isthmus.yaml}
-- {name: ISTHMUS_CACHE, value: /var/cache/isthmus}
+- {name: ISTHMUS_CACHE, value: {{ eq (include "isthmus.sharedCache" .) "true" | ternary "/models/cache" "/var/cache/isthmus" }}}
 - {name: HF_HOME, value: {{ .Values.models.enabled | ternary "/models/hub" "/var/cache/isthmus/hub" }}}
 {{- if or .Values.hub.offline .Values.preload.enabled }}
 - {name: HF_HUB_OFFLINE, value: "1"}
@@ -112,9 +112,7 @@ runtimeClassName: {{ . }}
 {{- define "isthmus.mounts" -}}
 - {name: tmp, mountPath: /tmp}
 - {name: home, mountPath: /home/isthmus}
-{{- if eq (include "isthmus.sharedCache" .) "true" }}
-- {name: models, mountPath: /var/cache/isthmus, subPath: cache}
-{{- else }}
+{{- if ne (include "isthmus.sharedCache" .) "true" }}
 - {name: cache, mountPath: /var/cache/isthmus}
 {{- end }}
 - {name: config, mountPath: /etc/isthmus, readOnly: true}
@@ -122,17 +120,16 @@ runtimeClassName: {{ . }}
 - {name: tls, mountPath: /etc/isthmus-tls, readOnly: true}
 {{- end }}
 {{- if .Values.models.enabled }}
-- {name: models, mountPath: /models, readOnly: {{ include "isthmus.modelsReadOnly" . }}}
+- {name: models, mountPath: /models, readOnly: {{ eq .Values.models.accessMode "ReadOnlyMany" }}}
+{{- end }}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 
 {{/* Workers are paired where their codecs are calibrated alike: a cache for all makes them share one calibration. */}}
 {{- define "isthmus.sharedCache" -}}
 {{- and .Values.models.enabled (eq .Values.models.accessMode "ReadWriteMany") -}}
-{{- end }}
-
-{{- define "isthmus.modelsReadOnly" -}}
-{{- or .Values.preload.enabled (eq .Values.models.accessMode "ReadOnlyMany") -}}
 {{- end }}
 
 {{/* Volumes of a pod: `role` names the certificate. */}}
@@ -151,6 +148,9 @@ runtimeClassName: {{ . }}
 {{- if .root.Values.models.enabled }}
 - name: models
   persistentVolumeClaim: {claimName: {{ include "isthmus.modelsClaim" .root }}, readOnly: {{ eq .root.Values.models.accessMode "ReadOnlyMany" }}}
+{{- end }}
+{{- with .root.Values.extraVolumes }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 

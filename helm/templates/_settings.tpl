@@ -1,22 +1,23 @@
 {{/* The settings file: what the chart sets, and `settings` of the values beside it. */}}
 {{- define "isthmus.settings" -}}
 {{- $own := include "isthmus.ownSettings" . | fromYaml -}}
-{{- $given := deepCopy .Values.settings -}}
-{{- range $key, $value := $own -}}
-{{- if hasKey $given $key -}}
-{{- $theirs := index $given $key -}}
-{{- if and (kindIs "map" $value) (kindIs "map" $theirs) (ne $key "tls") -}}
-{{- range $inner, $_ := $value -}}
-{{- if hasKey $theirs $inner -}}
-{{- fail (printf "settings.%s.%s is set by the chart; remove it" $key $inner) -}}
-{{- end -}}
-{{- end -}}
+{{- include "isthmus.refuseBoth" (dict "own" $own "given" .Values.settings "path" "settings") -}}
+{{- toYaml (merge $own (deepCopy .Values.settings)) -}}
+{{- end }}
+
+{{/* Fails where a setting of the chart is given too. */}}
+{{- define "isthmus.refuseBoth" -}}
+{{- range $key, $value := .own -}}
+{{- if hasKey $.given $key -}}
+{{- $path := printf "%s.%s" $.path $key -}}
+{{- $theirs := index $.given $key -}}
+{{- if and (kindIs "map" $value) (kindIs "map" $theirs) -}}
+{{- include "isthmus.refuseBoth" (dict "own" $value "given" $theirs "path" $path) -}}
 {{- else -}}
-{{- fail (printf "settings.%s is set by the chart; remove it" $key) -}}
+{{- fail (printf "%s is set by the chart; remove it" $path) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- toYaml (merge $own $given) -}}
 {{- end }}
 
 {{- define "isthmus.ownSettings" -}}
@@ -69,7 +70,8 @@ decode_worker:
   health_listen: 0.0.0.0:50062
   threads: {{ $threads.decode }}
 {{- if .Values.pageStore.enabled }}
-store_dir: /var/lib/isthmus-pages
+# Not the volume itself, which is root's: a folder that is the worker's alone.
+store_dir: /var/lib/isthmus-pages/pages
 store_gib: {{ .Values.pageStore.storeGib }}
 {{- end }}
 {{- end }}

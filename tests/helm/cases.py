@@ -20,6 +20,7 @@ EXTERNAL: dict[str, tuple[tuple[str, str], ...]] = {
     "existing-secrets": (
         *(("Secret", f"tls-{role}") for role in ("gateway", "supervisor", "prefill", "decode", "admin")),
         *(("Secret", name) for name in ("api-keys", "ray-token")),
+        *(("ConfigMap", name) for name in ("identity-provider", "balance")),
     ),
 }
 # Of kube-state-metrics and the kubelet.

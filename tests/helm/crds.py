@@ -48,14 +48,15 @@ def problems(each: Object) -> list[str]:
 def tightened(schema: Schema) -> Schema:
     """As an API server reads it, in words of JSON schema, and closed against unknown fields."""
     schema = copy.copy(schema)
-    properties = schema.get("properties")
+    properties: dict[str, Any] | None = schema.get("properties")
     if properties is not None:
         schema["properties"] = {name: tightened(value) for name, value in properties.items()}
         if not schema.get("x-kubernetes-preserve-unknown-fields") and "additionalProperties" not in schema:
             schema["additionalProperties"] = False
         schema["required"] = [name for name in schema.get("required", ()) if "default" not in properties.get(name, {})]
-    if isinstance(schema.get("additionalProperties"), dict):
-        schema["additionalProperties"] = tightened(schema["additionalProperties"])
+    others = schema.get("additionalProperties")
+    if isinstance(others, dict):
+        schema["additionalProperties"] = tightened(others)
     if isinstance(schema.get("items"), dict):
         schema["items"] = tightened(schema["items"])
     if schema.get("x-kubernetes-int-or-string"):

@@ -433,3 +433,8 @@ def a_policy_lets_in_who_is_not_there(objects: list[Object]) -> None:
 @finds("no policy holds for it")
 def no_policy_holds_for_gateways(objects: list[Object]) -> None:
     objects.remove(only(objects, "NetworkPolicy", "gateway"))
+
+
+@finds("no policy lets it reach the gateways")
+def the_test_is_kept_out(objects: list[Object]) -> None:
+    policy(objects, "gateway")["ingress"][0]["from"].pop()

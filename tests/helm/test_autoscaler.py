@@ -1,5 +1,7 @@
 """What Ray's own autoscaler makes of the rendered RayCluster."""
 
+from collections.abc import Mapping
+
 import pytest
 from helm.charts import NAMESPACE, Object, only, rendered, rendered_case
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derived
@@ -15,14 +17,16 @@ def config(objects: list[Object]) -> AutoscalingConfig:
     return AutoscalingConfig(derived(ray), skip_content_hash=True)
 
 
-def launched(objects: list[Object], *pending: dict[str, float]) -> dict[str, int]:
+def launched(objects: list[Object], *pending: Mapping[str, float]) -> dict[str, int]:
     """How many pods of each group it starts for these requests, where none is there beside the head."""
     found = config(objects)
     request = SchedulingRequest(
         disable_launch_config_check=True,
         node_type_configs=found.get_node_type_configs(),
         max_num_nodes=found.get_max_num_nodes(),
-        resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(each) for each in pending]),
+        resource_requests=ResourceRequestUtil.group_by_count(
+            [ResourceRequestUtil.make(dict(each)) for each in pending]
+        ),
     )
     reply = ResourceDemandScheduler().schedule(request)
     return {each.instance_type: each.count for each in reply.to_launch}

@@ -24,6 +24,7 @@ from helm.charts import (
     rendered_case,
 )
 from helm.values_table import values, with_table
+from prose import headings
 
 VERSIONS = ("helm", "helm3")
 INSIDE_A_VALUE = {"requests", "limits", "grafana_dashboard"}  # keys that are explained with the value above them
@@ -96,6 +97,7 @@ def test_a_release_is_called_as_it_says() -> None:
         ("decode.gpu.resource=", "neither gpu.resource nor resourceClaims"),
         ("decode.minReplicas=5", "minReplicas 5 is more than maxReplicas 4"),
         ("decode.replicas=7", "replicas 7 is not between minReplicas 1 and maxReplicas 4"),
+        ("gateway.autoscaling.minReplicas=9", "minReplicas 9 is more than maxReplicas 6"),
         ("gcsFaultTolerance.enabled=true", "name the Redis"),
         ("preload.enabled=true", "set models.enabled too"),
         ("preload.enabled=true,models.enabled=true", "is not OWNER/NAME"),
@@ -106,6 +108,7 @@ def test_a_release_is_called_as_it_says() -> None:
         ("tls.mode=existing", "name the Secret"),
         ("settings.cluster_id=other", "settings.cluster_id is set by the chart"),
         ("settings.gateway.supervisor=other:1", "settings.gateway.supervisor is set by the chart"),
+        ("settings.gateway.access.keys_file=/keys", "settings.gateway.access.keys_file is set by the chart"),
         ("settings.tls=auto", "settings.tls is set by the chart"),
         (
             "decode.resourceClaims[0].name=gpu,decode.resourceClaims[0].resourceClaimTemplateName=one",
@@ -157,6 +160,15 @@ def test_every_value_has_a_comment_and_a_place_in_the_schema() -> None:
 def test_the_readme_has_the_table_of_values() -> None:
     readme = (CHART / "README.md").read_text()
     assert readme == with_table(readme), "python tests/helm/values_table.py writes it anew"
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    readme = (CHART / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)(?:#([^)]+))?\)", readme)
+    assert links
+    for file, anchor in links:
+        assert (CHART / file).is_file(), file
+        assert not anchor or anchor in headings((CHART / file).read_text()), anchor
 
 
 def test_the_readme_says_how_to_upgrade() -> None:

@@ -96,6 +96,20 @@ def test_commands_of_the_notes_exist() -> None:
         checked([word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)])
 
 
+def test_commands_of_the_readme_exist() -> None:
+    readme = (CHART / "README.md").read_text()
+    shown = re.findall(r"`isthmus ([^`]+)`", readme)
+    assert len(shown) >= 3
+    command: Any = typer.main.get_command(app)
+    for words in (line.split() for line in shown):
+        found = command
+        while (inner := getattr(found, "commands", None)) and words:
+            assert words[0] in inner, words
+            found, words = inner[words[0]], words[1:]
+        options = {name for parameter in found.get_params(found.context_class(found)) for name in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options
+
+
 def variables(pod: Pod) -> set[str]:
     return {entry["name"] for container in pod.containers for entry in container.get("env", ())}
 
@@ -186,7 +200,7 @@ def test_files_that_settings_name_are_mounted(values: Path, tmp_path: Path) -> N
 
 
 def test_the_key_is_one_that_gateways_accept() -> None:
-    """Made of SHA-256 in a template: `cluster/access` must find it right, and no other."""
+    """Made of SHA-256 in a template: gateways must find it right, and no other."""
     key_file = importlib.import_module("isthmus.cluster.access.key_file")
     refused = importlib.import_module("isthmus.cluster.access.caller").Refused
     for _ in range(3):
@@ -217,6 +231,17 @@ def test_certificates_say_what_peers_expect(role: str) -> None:
     assert identity.identities_of(peer) == [own]
 
 
+@pytest.mark.parametrize("role", ["gateway", "supervisor", "prefill", "decode", "admin"])
+def test_a_pod_may_use_its_own_certificate(role: str, tmp_path: Path) -> None:
+    """As the process reads it at its start: of its cluster, and for its role."""
+    settings = importlib.import_module("isthmus.proto.security.settings")
+    secret = only(rendered(), "Secret", f"-tls-{role}")
+    for name, value in secret["data"].items():
+        (tmp_path / name).write_bytes(base64.b64decode(value))
+    files = settings.TlsFiles(ca=tmp_path / "ca.crt", cert=tmp_path / "tls.crt", key=tmp_path / "tls.key")
+    assert settings.security_of(files, "prod-isthmus", role) is not None
+
+
 def test_issued_certificates_have_the_same_names() -> None:
     identity = importlib.import_module("isthmus.proto.security.identity")
     for role in ("gateway", "supervisor", "prefill", "decode", "admin"):
@@ -239,7 +264,7 @@ def test_the_hub_s_command_has_the_options_of_the_preload_job() -> None:
 
 
 def test_the_answer_has_what_the_test_reads() -> None:
-    """`files/generation_test.py` reads `timings.transfer.kv_bytes_wire` of `isthmus generate --json`."""
+    """The bytes of KV that moved, of `isthmus generate --json`."""
     from isthmus.proto.generation_pb2 import Timings
 
     transfer = Timings.DESCRIPTOR.fields_by_name["transfer"].message_type

@@ -1,8 +1,12 @@
 """Real processes, the real model, the command line: the same system with no Ray."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -256,3 +260,12 @@ def wait_free(channel: grpc.Channel, within_s: float = 5.0) -> None:
             return
         assert time.monotonic() < end, f"pages in use: {left}"
         time.sleep(0.05)
+
+
+def test_what_helm_test_runs_passes_here(server: str) -> None:
+    """The pod of the chart runs this script; here it is a process beside the same gateway."""
+    script = Path(__file__).parents[2] / "helm" / "files" / "generation_test.py"
+    environment = os.environ | {"ISTHMUS_SERVER": server, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "KV on the wire: " in done.stdout

@@ -21,6 +21,9 @@ def problems(cluster: Cluster) -> Iterator[str]:
             served = pod.owner["kind"] in ("RayCluster", "Deployment")
             if served and not any(_finds(each["spec"]["podSelector"], pod) for each in policies):
                 yield f"{pod.where}: no policy holds for it: every port is open"
+    for pod in cluster.pods:
+        if pod.role == "test" and not _reaches_gateways(cluster, pod):
+            yield f"{pod.where}: no policy lets it reach the gateways that it tests"
     for each in cluster.of("PodDisruptionBudget"):
         for found in _budget(cluster, each):
             yield f"{where(each)}: {found}"
@@ -66,6 +69,19 @@ def _peer(cluster: Cluster, peer: Object) -> Iterator[str]:
             yield "a peer is every pod of the namespace"
         elif not any(_finds(selector, pod) for pod in cluster.pods):
             yield f"a peer is no pod: {selector['matchLabels']}"
+
+
+def _reaches_gateways(cluster: Cluster, pod: Pod) -> bool:
+    gateways = [each for each in cluster.pods if each.role == "gateway"]
+    policies = [
+        each["spec"]
+        for each in cluster.of("NetworkPolicy")
+        if any(_finds(each["spec"]["podSelector"], gateway) for gateway in gateways)
+    ]
+    rules = [rule for spec in policies for rule in spec.get("ingress", ())]
+    selectors = [peer.get("podSelector") for rule in rules for peer in rule.get("from", ())]
+    everybody = not policies or any("from" not in rule for rule in rules)
+    return everybody or any(selector is not None and _finds(selector, pod) for selector in selectors)
 
 
 def _finds(selector: Object, pod: Pod) -> bool:

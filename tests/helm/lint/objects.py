@@ -13,7 +13,7 @@ _SUFFIXES = {"": Decimal(1), "m": Decimal("0.001")} | {
     for base, names in ((1000, ("k", "M", "G", "T")), (1024, ("Ki", "Mi", "Gi", "Ti")))
     for power, name in enumerate(names, start=1)
 }
-# What Ray's own processes listen at in every pod (`isthmus.rayPorts` of the chart), beside those of containers.
+# What Ray's own processes listen at in every pod (the chart fixes them), beside those of containers.
 RAY_PORTS = frozenset({6379, 8265, 8080, 52365, *range(6700, 6704), *range(10010, 10110)})
 
 
