@@ -4,8 +4,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-integration test-chaos test-fuzz test-postgres test-lanes test-lane-avx2 \
-  test-lane-plain lint format stubs clean gpu-check image image-check
+.PHONY: help setup demo test test-unit test-integration test-chaos test-fuzz test-postgres test-pods test-lanes \
+  test-lane-avx2 test-lane-plain lint format stubs clean gpu-check image image-check
 .NOTPARALLEL:
 
 PYTHON ?= python3
@@ -53,6 +53,9 @@ test-fuzz: .venv/.installed  ## 20,000 requests that nobody meant, to every RPC 
 test-postgres: .venv/.installed  ## The tests of jobs on PostgreSQL, from Debian's packages
 	@tests/with-postgres $(BIN)/pytest $(foreach name,service/test_service store/test_store \
     runner/test_runner test_crash database/test_database,tests/cluster/jobs/$(name).py)
+
+test-pods: .venv/.installed .venv/.kuberay .venv/.helm  ## The rendered chart as pods in network namespaces (root only)
+	@tests/with-pods $(BIN)/pytest --suite=pods
 
 # What differs with the instructions of a CPU: the model, its kernels, the codecs, exactness. Of no use a second time:
 # Triton's interpreter and PTX, where compiled code is kept, files, sources and texts, which ask no CPU. Of the real
@@ -110,6 +113,12 @@ clean:  ## Remove .venv and all caches of the build and the tests (converted mod
 .venv/.helm: tests/helm/tools.py | .venv/.installed
 	@echo "Fetching Helm and kubectl for the tests of helm/"
 	@if $(BIN)/python tests/helm/tools.py; then touch $@; fi
+
+# Beside the environment, not in it: with the dashboard there, each start of Ray in the tests would start one.
+.venv/.kuberay: constraints-cpu.txt | .venv/.installed
+	@echo "Installing Ray's dashboard, as the image has it, for the tests of pods"
+	@$(BIN)/pip install $(CONSTRAINTS) --prefix .venv/kuberay "ray[default]"
+	@touch $@
 
 gpu-check: .venv/.installed  ## Check kernels, CUDA graphs and chunks on this machine's GPU against references; time them
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "this PyTorch finds no GPU")'

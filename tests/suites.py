@@ -4,6 +4,7 @@
     model    loads a model in this process, and runs workers around it: side by side too
     process  starts processes, which have deadlines and want the cores: one after the other
     chaos    is in tests/chaos: a target of its own
+    pods     is in tests/pods: root and namespaces of its own, by tests/with-pods
 
 Read from the source, so that pytest imports nothing of the suites that are left out: what loads models takes seconds.
 """
@@ -12,7 +13,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-SUITES = ("unit", "model", "process", "chaos", "image")
+SUITES = ("unit", "model", "process", "chaos", "image", "pods")
 
 TESTS = Path(__file__).parent
 _FOLDERS = (TESTS, TESTS.parent, TESTS.parent / "benchmarks")  # where helpers are imported from
@@ -22,7 +23,7 @@ _MODEL = {"models"}
 
 def suite_of(file: Path) -> str:
     """One of SUITES."""
-    for folder in ("chaos", "image"):
+    for folder in ("chaos", "image", "pods"):
         if file.is_relative_to(TESTS / folder):
             return folder
     names = imported(file)

@@ -17,6 +17,7 @@ from suites import SUITES, TESTS, suite_of
         ("integration/test_without_ray.py", "process"),  # by its helper
         ("chaos/test_frames.py", "chaos"),
         ("image/test_image.py", "image"),
+        ("pods/test_release.py", "pods"),
     ],
 )
 def test_a_file_is_of_its_suite(file: str, suite: str) -> None:
