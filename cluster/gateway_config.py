@@ -1,6 +1,6 @@
 """Settings of the gateway: where requests may run and what becomes of those that lose their worker."""
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -70,6 +70,9 @@ class GatewayConfig(Settings):
     max_waiting: int = Field(default=256, ge=1, description="Requests of one priority that wait; more are refused.")
     overcommit: float = Field(
         default=2.0, gt=0, description="Tokens that run at once, as a multiple of what the decode workers can hold."
+    )
+    prefix_sharing: Literal["tenant", "none"] = Field(
+        default="tenant", description="Whose requests may find a prompt's kept pages: its tenant's, or none but itself."
     )
     tenant_weights: Annotated[dict[str, float], BeforeValidator(_weights)] = Field(
         default={}, description="Shares of tenants while others wait, as NAME=WEIGHT with commas; 1 where not named."

@@ -228,7 +228,8 @@ class Transfer:
 
     def _binding(self, attempt: int) -> Binding:
         fingerprint = self.request.model_fingerprint
-        salt = page_salt(fingerprint, self.codec.name, self.codec.params_hash, self.request.tenant)
+        own = (self.request.tenant, self.request.prefix_scope)
+        salt = page_salt(fingerprint, self.codec.name, self.codec.params_hash, *own)
         return Binding(
             request_id=self.request.request_id,
             attempt=attempt,
@@ -253,6 +254,7 @@ class Transfer:
             sampling=self.request.sampling,
             priority=self.request.priority,
             tenant=self.request.tenant,
+            prefix_scope=self.request.prefix_scope,
             resumes=bool(self.request.emitted_token_ids),
             alone=self.request.alone,
         )

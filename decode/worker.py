@@ -19,7 +19,7 @@ import grpc.aio
 
 from ..kvtransfer.codecs.registry import PageCodec
 from ..kvtransfer.frame import PROTOCOL_VERSION
-from ..kvtransfer.hashing import PageAddresses, page_salt
+from ..kvtransfer.hashing import PageAddresses, checked_scope, page_salt
 from ..kvtransfer.pairing import CodecSet, require_same
 from ..model.memory import require_memory, size_of
 from ..model.model import Model
@@ -247,7 +247,9 @@ class DecodeWorker(DecodeServicer):
             raise InvalidRequest(f"a token id is out of the vocabulary of {model.vocab_size}")
         return self._codecs.get(request.codec)
 
-    def _addresses(self, request: DecodeRequest, codec: PageCodec) -> PageAddresses:
+    def _addresses(self, request: DecodeRequest, codec: PageCodec) -> PageAddresses | None:
+        if checked_scope(request.prefix_scope):
+            return None
         salt = page_salt(self._model.fingerprint, codec.name, codec.params_hash, request.tenant)
         return PageAddresses(salt, self.config.page_tokens)
 

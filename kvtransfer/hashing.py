@@ -10,13 +10,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..proto.errors import InvalidRequest
+
 HASH_BYTES = 16
+SCOPE_BYTES = 16
 
 
-def page_salt(model_fingerprint: str, codec: str, codec_hash: str, tenant: str = "") -> bytes:
-    """The start of the chain: everything that pages depend on besides the tokens."""
-    parts = (model_fingerprint, codec, codec_hash, tenant)
+def page_salt(model_fingerprint: str, codec: str, codec_hash: str, tenant: str = "", scope: bytes = b"") -> bytes:
+    """The start of the chain: everything that pages depend on besides the tokens.
+
+    `scope`: SCOPE_BYTES that are one request's own, whose pages no other one is to find; empty: the tenant's share.
+    """
+    parts = (model_fingerprint, codec, codec_hash, tenant, *([scope.hex()] if scope else []))
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=HASH_BYTES).digest()
+
+
+def checked_scope(scope: bytes) -> bytes:
+    """The same; InvalidRequest where it is neither empty nor of SCOPE_BYTES."""
+    if len(scope) not in (0, SCOPE_BYTES):
+        raise InvalidRequest(f"prefix_scope has {len(scope)} bytes; allowed: none, or {SCOPE_BYTES}")
+    return scope
 
 
 def page_hashes(token_ids: Sequence[int], page_tokens: int, salt: bytes) -> bytes:

@@ -29,6 +29,7 @@ class Prompt:
     form: PageFormat
     page_hashes: bytes  # of all full pages
     tenant: str = ""
+    is_shared: bool = True  # other requests may find its pages; else only this one, where it is replayed, and in memory
     receiver_pages: int = 0  # from the start, that the receiver holds already
 
     @property

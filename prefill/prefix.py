@@ -39,7 +39,7 @@ class PrefixCache:
 
     async def fetch(self, job: PrefillJob) -> None:
         """Brings the pages of a prompt from the store to the host cache, before the job is given to the engine."""
-        if self._store is None:
+        if self._store is None or not job.prompt.is_shared:
             return
         reading = self._readers.submit(_read_prefix, job.prompt, self._host, self._store)
         try:
@@ -179,7 +179,7 @@ class PrefixCache:
         return kept
 
     def _write_to_store(self, job: PrefillJob, pages: Iterable[EncodedPage]) -> None:
-        if self._store:
+        if self._store and job.prompt.is_shared:
             for page in pages:
                 self._store.enqueue(job.prompt.form, page, job.prompt.tenant)
 

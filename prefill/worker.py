@@ -22,7 +22,7 @@ import grpc.aio
 from ..kvtransfer.codecs.registry import PageCodec
 from ..kvtransfer.encoded import PageFormat
 from ..kvtransfer.frame import PROTOCOL_VERSION, Binding
-from ..kvtransfer.hashing import page_hashes, page_salt, prompt_hash
+from ..kvtransfer.hashing import checked_scope, page_hashes, page_salt, prompt_hash
 from ..kvtransfer.pairing import CodecSet, require_same
 from ..kvtransfer.pool.cache import PageCache
 from ..kvtransfer.pool.dense import DensePool
@@ -174,7 +174,8 @@ class PrefillWorker(PrefillServicer):
     def _job(self, request: PrefillRequest, time_left_s: float | None) -> PrefillJob:
         codec = self._check(request)
         token_ids = list(request.prompt_token_ids)
-        salt = page_salt(request.model_fingerprint, codec.name, codec.params_hash, request.tenant)
+        scope = checked_scope(request.prefix_scope)
+        salt = page_salt(request.model_fingerprint, codec.name, codec.params_hash, request.tenant, scope)
         binding = Binding(
             request_id=request.request_id,
             attempt=request.attempt,
@@ -197,6 +198,7 @@ class PrefillWorker(PrefillServicer):
             form=form,
             page_hashes=hashes,
             tenant=request.tenant,
+            is_shared=not scope,
             receiver_pages=request.held_pages,
         )
         self._buffer.check(self._host_bytes(prompt))

@@ -36,6 +36,7 @@ class DecodeRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     ALONE_FIELD_NUMBER: _builtins.int
+    PREFIX_SCOPE_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     request_id: _builtins.str
     model_fingerprint: _builtins.str
@@ -49,6 +50,8 @@ class DecodeRequest(_message.Message):
     """prompts of different tenants share no pages"""
     alone: _builtins.bool
     """An engine died that computed it: it is computed in steps of its own, here and at prefill, until it has gone on."""
+    prefix_scope: _builtins.bytes
+    """16 random bytes of this request, which keep its pages from all others; empty: its tenant shares them."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -79,10 +82,11 @@ class DecodeRequest(_message.Message):
         priority: _common_pb2.Priority.ValueType = ...,
         tenant: _builtins.str = ...,
         alone: _builtins.bool = ...,
+        prefix_scope: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_local_prefill", b"allow_local_prefill", "alone", b"alone", "codec", b"codec", "emitted_token_ids", b"emitted_token_ids", "model_fingerprint", b"model_fingerprint", "page_hashes", b"page_hashes", "prefill_addresses", b"prefill_addresses", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "protocol_version", b"protocol_version", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_local_prefill", b"allow_local_prefill", "alone", b"alone", "codec", b"codec", "emitted_token_ids", b"emitted_token_ids", "model_fingerprint", b"model_fingerprint", "page_hashes", b"page_hashes", "prefill_addresses", b"prefill_addresses", "prefix_scope", b"prefix_scope", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "protocol_version", b"protocol_version", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

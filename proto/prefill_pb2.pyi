@@ -37,6 +37,7 @@ class PrefillRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     ALONE_FIELD_NUMBER: _builtins.int
+    PREFIX_SCOPE_FIELD_NUMBER: _builtins.int
     RESUMES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     request_id: _builtins.str
@@ -54,6 +55,8 @@ class PrefillRequest(_message.Message):
     """part of the salt of page and prompt hashes"""
     alone: _builtins.bool
     """an engine died that computed it: in steps of its own"""
+    prefix_scope: _builtins.bytes
+    """as in DecodeRequest; part of the salt too"""
     resumes: _builtins.bool
     """its client is in the middle of the answer: before all others, but for batch work"""
     @_builtins.property
@@ -77,11 +80,12 @@ class PrefillRequest(_message.Message):
         priority: _common_pb2.Priority.ValueType = ...,
         tenant: _builtins.str = ...,
         alone: _builtins.bool = ...,
+        prefix_scope: _builtins.bytes = ...,
         resumes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "attempt", b"attempt", "codec", b"codec", "codec_hash", b"codec_hash", "held_pages", b"held_pages", "model_fingerprint", b"model_fingerprint", "page_hashes", b"page_hashes", "page_tokens", b"page_tokens", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "protocol_version", b"protocol_version", "request_id", b"request_id", "resumes", b"resumes", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "attempt", b"attempt", "codec", b"codec", "codec_hash", b"codec_hash", "held_pages", b"held_pages", "model_fingerprint", b"model_fingerprint", "page_hashes", b"page_hashes", "page_tokens", b"page_tokens", "prefix_scope", b"prefix_scope", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "protocol_version", b"protocol_version", "request_id", b"request_id", "resumes", b"resumes", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ class Cluster:
     """One prefill worker, two decode workers that can be killed, and a client of the gateway."""
 
     settings: dict[str, Any]
+    prefill: PrefillWorker
     decodes: dict[str, DecodeWorker]
     client: Client
     killed: int = 0
@@ -41,7 +43,9 @@ class Cluster:
         worker = self.decodes[address] = DecodeWorker(DecodeConfig(**self.settings, listen=address))
         await worker.start()
 
-    async def answer(self, sampling: dict[str, Any], codec: str, *, kill_at: tuple[int, ...] = ()) -> Answer:
+    async def answer(
+        self, sampling: dict[str, Any], codec: str, *, kill_at: tuple[int, ...] = (), tenant: str = ""
+    ) -> Answer:
         """An answer; at so many tokens the worker that makes it is killed."""
         tokens, kills, left = 0, list[asyncio.Task[None]](), list(kill_at)
 
@@ -56,7 +60,7 @@ class Cluster:
 
         request = build_request(token_ids=PROMPT, sampling=sampling, codec=codec)
         # No page of an answer before: what is computed on packed pages differs from what was computed at once.
-        self.asked, request.tenant = self.asked + 1, f"tenant-{self.asked}"
+        self.asked, request.tenant = self.asked + 1, tenant or f"tenant-{self.asked}"
         answer = await self.client.answer(request, on_event=count, timeout_s=60)
         await asyncio.gather(*kills)
         assert not left
@@ -64,14 +68,16 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster() -> AsyncIterator[Cluster]:
+async def cluster(*, store: Path | None = None, **gateway_settings: Any) -> AsyncIterator[Cluster]:
     shared = {"model": model_path("tiny-llama"), "dtype": "fp32", "tls": "off"}
-    prefill = PrefillWorker(PrefillConfig(**shared))
+    prefill = PrefillWorker(PrefillConfig(**shared, store_dir=None if store is None else str(store)))
     decodes = [DecodeWorker(DecodeConfig(**shared)) for _ in range(2)]
     for worker in (prefill, *decodes):
         await worker.start()
     addresses = [worker.address for worker in (prefill, *decodes)]
-    gateway = Gateway("127.0.0.1:0", load_served_model(shared["model"]), addresses, GatewayConfig(preflight=False))
+    gateway = Gateway(
+        "127.0.0.1:0", load_served_model(shared["model"]), addresses, GatewayConfig(preflight=False, **gateway_settings)
+    )
     await gateway.start()
     by_address = {worker.address: worker for worker in decodes}
     try:
@@ -79,7 +85,7 @@ async def cluster() -> AsyncIterator[Cluster]:
             while len(gateway.fleet.table.routing.decode) < 2 or not gateway.fleet.table.routing.prefill:
                 await gateway.fleet.change.wait()
         async with Client(gateway.address) as client:
-            yield Cluster(shared, by_address, client)
+            yield Cluster(shared, prefill, by_address, client)
     finally:
         await gateway.stop()
         for worker in (prefill, *by_address.values()):
@@ -100,3 +106,35 @@ async def test_a_killed_decode_worker_changes_no_token(codec: str) -> None:
             async with asyncio.timeout(5):
                 while (report := worker.server.report()).pages.in_use or report.running_requests:
                     await asyncio.sleep(0.02)
+
+
+def reused(answer: Answer) -> list[int]:
+    """Tokens of the prompt that were held by the decode worker, cached by the prefill worker, and in the store."""
+    transfer = answer.timings.transfer
+    return [transfer.held_tokens, transfer.cached_tokens, transfer.stored_tokens]
+
+
+@pytest.mark.parametrize("codec", ["raw", "tq-k4v4"])
+async def test_requests_that_share_nothing_find_no_page_of_another_and_their_own_when_replayed(
+    codec: str, tmp_path: Path
+) -> None:
+    async with cluster(store=tmp_path, prefix_sharing="none", policy="round-robin", local_prefill="never") as running:
+        first = await running.answer(GREEDY, codec, tenant="a")
+        for _ in range(4):  # on both decode workers
+            again = await running.answer(GREEDY, codec, tenant="a")
+            assert reused(again) == reused(first) == [0, 0, 0]
+            assert again.token_ids == first.token_ids
+        counters = running.prefill.server.report().counters
+        assert (counters["cached_tokens"], counters["stored_tokens"], counters["store_writes"]) == (0, 0, 0)
+        assert counters["prompt_tokens"] == 5 * len(PROMPT)
+        assert not list(tmp_path.rglob("*.*"))
+
+        killed = await running.answer(GREEDY, codec, kill_at=(1, 70), tenant="a")
+        assert killed.token_ids == first.token_ids
+        assert killed.timings.replays >= 1
+        counters = running.prefill.server.report().counters
+        assert counters["cached_tokens"] >= 128, "a replay finds what was computed for itself"
+        assert counters["prompt_tokens"] < 7 * len(PROMPT)
+    async with cluster(store=tmp_path, local_prefill="never") as running:  # as it is by default
+        await running.answer(GREEDY, codec, tenant="a")
+        assert sum(reused(await running.answer(GREEDY, codec, tenant="a"))) >= 128

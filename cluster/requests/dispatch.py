@@ -207,4 +207,5 @@ class Dispatcher:
             allow_local_prefill=self._config.local_prefill != "never",
             priority=request.priority,
             tenant=request.tenant,
+            prefix_scope=request.prefix_scope,
         )

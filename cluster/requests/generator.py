@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import functools
+import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
+from ...kvtransfer.hashing import SCOPE_BYTES
 from ...proto.errors import Unavailable
 from ...proto.generation_pb2 import GenerateRequest
 from ...proto.rpc.trace import TraceContext
@@ -56,7 +59,10 @@ class Generator:
         """Validates and completes a request; raises what is wrong with it, Unavailable where nothing can serve it."""
         table = await self._usable_workers()
         default_codec = self._fleet.table.default_codec()
-        return await resolve(request, self._model, table, default_codec, self._config.local_prefill)
+        resolved = await resolve(request, self._model, table, default_codec, self._config.local_prefill)
+        if self._config.prefix_sharing == "none":
+            return replace(resolved, prefix_scope=secrets.token_bytes(SCOPE_BYTES))
+        return resolved
 
     async def explain(self, request: GenerateRequest) -> Explanation:
         """What a request would cost on which workers; raises as `resolve`, and where nothing fits."""

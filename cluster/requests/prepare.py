@@ -58,5 +58,5 @@ class Preparation:
     def hash_pages(self, request: ResolvedRequest, layout: Layout) -> HashedPages:
         """The hashes of a request's full pages in one layout."""
         page_tokens, codec_hash = layout
-        salt = page_salt(self._fingerprint, request.codec, codec_hash, request.tenant)
+        salt = page_salt(self._fingerprint, request.codec, codec_hash, request.tenant, request.prefix_scope)
         return HashedPages(layout=layout, hashes=page_hashes(request.prompt_token_ids, page_tokens, salt))

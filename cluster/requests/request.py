@@ -33,6 +33,7 @@ class ResolvedRequest:
     codec: str
     priority: Priority.ValueType = PRIORITY_STANDARD
     tenant: str = ""
+    prefix_scope: bytes = b""  # keeps its pages from all other requests; empty: its tenant shares them
     explain: bool = False
     limits: Limits = NO_LIMITS  # its caller's own, beside those of the gateway
 

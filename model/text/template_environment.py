@@ -148,7 +148,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return functions.binary(operator, left, right)
 
     def wrap_str_format(self, value: Any) -> Any:
-        """Counts `format` of a text, wherever it is called from; `format_map` is no method for templates."""
+        """Counts the method `format` of a text, wherever it is called from."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None

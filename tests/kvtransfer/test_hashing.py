@@ -1,4 +1,14 @@
-from isthmus.kvtransfer.hashing import HASH_BYTES, PageAddresses, page_hashes, page_salt, prompt_hash
+import pytest
+
+from isthmus.kvtransfer.hashing import (
+    HASH_BYTES,
+    PageAddresses,
+    checked_scope,
+    page_hashes,
+    page_salt,
+    prompt_hash,
+)
+from isthmus.proto.errors import InvalidRequest
 
 SALT = page_salt("model", "tq-k4v4", "abc")
 
@@ -44,3 +54,13 @@ def test_addresses_grow_with_the_sequence():
     assert len(addresses.first(2, tokens[:20])) == 2
     assert b"".join(addresses.first(5, tokens)) == page_hashes(tokens, 8, b"salt")
     assert addresses.first(1, tokens) == addresses.first(5, tokens)[:1]
+
+
+def test_the_pages_of_a_scope_are_its_own():
+    scopes = [b"", b"\0" * 16, b"\1" * 16]
+    assert len({page_salt("m", "raw", "h", "t", scope) for scope in scopes}) == 3
+    assert page_salt("m", "raw", "h", "t", b"") == page_salt("m", "raw", "h", "t")
+    assert [checked_scope(scope) for scope in scopes] == scopes
+    for scope in (b"x", b"x" * 15, b"x" * 17):
+        with pytest.raises(InvalidRequest, match="allowed: none, or 16"):
+            checked_scope(scope)

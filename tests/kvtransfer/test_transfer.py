@@ -130,7 +130,7 @@ def test_frames_have_a_good_size():
         ({"codec": "tq-k4v2"}, "codec 'tq-k4v2'"),
         ({"codec_hash": "x"}, "codec parameters 'x'"),
         ({"prompt_hash": b"another prompt's"}, 'prompt b"another'),
-        ({"protocol_version": 2}, "protocol version 2"),
+        ({"protocol_version": 99}, "protocol version 99"),
     ],
 )
 def test_frames_for_anything_else_are_refused(change, words):
