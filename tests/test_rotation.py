@@ -9,8 +9,9 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-from certified import CLUSTER, Folder, believing, certificate
+from certified import believing
 from models import model_path
+from support.certificates import CLUSTER, CertificateFiles, certificate
 
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.frontend.gateway import Gateway
@@ -42,7 +43,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def cluster(folder: Folder) -> AsyncIterator[tuple[Gateway, list[PrefillWorker | DecodeWorker]]]:
+async def cluster(folder: CertificateFiles) -> AsyncIterator[tuple[Gateway, list[PrefillWorker | DecodeWorker]]]:
     """A prefill worker, a decode worker that computes no prompt, and a gateway, each with files of its own."""
     path = model_path(MODEL)
     shared = {"model": path, "dtype": "fp32", "pool_tokens": 4096}
@@ -68,7 +69,7 @@ async def cluster(folder: Folder) -> AsyncIterator[tuple[Gateway, list[PrefillWo
             await worker.stop()
 
 
-async def rotate(folder: Folder) -> None:
+async def rotate(folder: CertificateFiles) -> None:
     """A new CA follows the old one: first both are trusted, then all have certificates of the new one, then only that
     is trusted."""
     old, new = folder.ca, make_ca(CLUSTER)
@@ -78,7 +79,7 @@ async def rotate(folder: Folder) -> None:
 
 
 async def test_no_request_fails_while_certificates_and_cas_are_replaced(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = CertificateFiles(tmp_path)
     ca_of_clients = folder.files("client")["ca"]
     first_ca = folder.ca
     async with cluster(folder) as (gateway, workers):
@@ -133,7 +134,7 @@ async def connections_are_given_up(transport: Transport) -> None:
 
 
 async def test_files_that_do_not_go_together_change_nothing(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = CertificateFiles(tmp_path)
     files = folder.files("prefill")
     security = Security(Files(Path(files["ca"]), Path(files["cert"]), Path(files["key"])))
     before = security.current()
@@ -159,7 +160,7 @@ async def test_files_that_do_not_go_together_change_nothing(tmp_path: Path) -> N
 
 
 def test_a_certificate_is_for_its_role_and_cluster(tmp_path: Path) -> None:
-    tls = TlsFiles(**Folder(tmp_path).files("prefill"))
+    tls = TlsFiles(**CertificateFiles(tmp_path).files("prefill"))
     with pytest.raises(InvalidRequest, match="for prefill, not for decode"):
         security_of(tls, None, "decode")
     with pytest.raises(InvalidRequest, match="of cluster tested, the settings say cluster_id another"):

@@ -8,9 +8,10 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from certified import CLUSTER, security, transport
+from certified import security, transport
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
+from support.certificates import CLUSTER
 
 from isthmus.proto import decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, worker_pb2
 from isthmus.proto.rpc.channel import Channel
