@@ -42,7 +42,7 @@ class _Sender(PrefillServicer):
             prompt_hash=b"p" * 16,
         )
         writer = FrameWriter(binding, min_bytes=self._frame_bytes)
-        await write_in_time(context, PrefillEvent(accepted=PrefillAccepted(worker_id="link")))
+        await write_in_time(context, PrefillEvent(accepted=PrefillAccepted(worker_id=_security(context))))
         for number in range((request.held_pages << 20) // SECTION_BYTES):
             header = SectionHeader(number % 32, 0, 1, 64 * (number // 32), 64, "bf16", SECTION_BYTES)
             for frame in writer.add(header, (self._section,)):
@@ -50,6 +50,12 @@ class _Sender(PrefillServicer):
         for frame in writer.flush():
             await write_in_time(context, PrefillEvent(frame=frame))
         await write_in_time(context, PrefillEvent(commit=writer.commit()))
+
+
+def _security(context: grpc.aio.ServicerContext) -> str:
+    """What the connection of a call is protected by."""
+    found: Any = context
+    return next(iter(found.auth_context().get("transport_security_type", ())), b"plain text").decode()
 
 
 def _serve(tls: str, frame_bytes: int, to: Connection) -> None:
@@ -89,7 +95,8 @@ async def receive(tls: str, port: int, mib: int) -> float:
     try:
         stub: Any = PrefillStub(transport.dial(f"127.0.0.1:{port}", "prefill"))
         call, digest = stub.Prefill(PrefillRequest(request_id="link", held_pages=mib)), Digest()
-        assert (await call.read()).HasField("accepted")
+        accepted: PrefillEvent = await call.read()
+        assert accepted.accepted.worker_id == ("ssl" if tls == "auto" else "insecure"), "what was measured"
         begun_s = time.perf_counter()
         while isinstance(event := await call.read(), PrefillEvent):
             if event.HasField("commit"):
