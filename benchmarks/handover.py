@@ -5,21 +5,26 @@ over the public API. Handover is the time from the prefill worker's sampling of 
 client, by the clock of this host. The first and second tokens' gap holds the tail of the pages, their decoding and
 one step of the decode worker. Of prompts of 1,024 tokens and more, what share of the bytes left before the prefill
 ended is told apart: short prompts have one chunk, and most of their pages leave with its end.
+
+With `--tls auto,off` there are two clusters, one encrypted and one in plain text, which are asked in turns.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import grpc.aio
 import typer
-from support.dialling import to_worker
 from support.processes import free_port, isthmus
 from support.report import Report, conditions, each, percentiles, say
 
 from isthmus.cluster.client.client import Answer, Client, build_request
+from isthmus.proto.rpc.transport import Transport
+from isthmus.proto.security.identity import Role
+from isthmus.proto.security.settings import security_of
 from isthmus.proto.worker_pb2 import GetReportRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import WorkerStub
 
@@ -42,11 +47,16 @@ async def first_answer(client: Client, within_s: float) -> None:
     raise TimeoutError(f"the cluster did not answer within {within_s:.0f} s")
 
 
-async def start_phases(workers: Iterable[WorkerReport]) -> dict[str, dict[str, int]]:
+def transport(tls: str, role: Role) -> Transport:
+    """What to reach a cluster of that setting with, as somebody of that role."""
+    return Transport(security_of("off" if tls == "off" else "auto", None, role))
+
+
+async def start_phases(workers: Iterable[WorkerReport], tls: str) -> dict[str, dict[str, int]]:
     """Milliseconds of each part of each worker's start, and (`_cpu`) those of a core that it took."""
     found: dict[str, dict[str, int]] = {}
     for worker in workers:
-        async with to_worker(worker.address) as channel:
+        async with transport(tls, "gateway").dial(worker.address, "worker") as channel:
             report = await WorkerStub(channel).GetReport(GetReportRequest(), timeout=10)
         of = {name: count for name, count in report.counters.items() if name.startswith(START)}
         found[report.worker_id] = {
@@ -101,28 +111,43 @@ def summarize(answers: list[Answer], start_to_first_token_s: float) -> dict[str,
     }
 
 
-async def run(report: Report, model: str, requests: int, codec: str, dtype: str) -> None:
-    """Brings the cluster up, measures, takes it down."""
-    port, admin = free_port(), f"127.0.0.1:{free_port()}"
-    begun = time.monotonic()
-    answers: list[Answer] = []
-    say("starting a cluster")
-    with isthmus("up", "--model", model, "--port", str(port), "--admin-listen", admin, "--dtype", dtype):
-        async with Client(f"127.0.0.1:{port}", admin=admin) as client:
+@asynccontextmanager
+async def cluster(report: Report, model: str, dtype: str, tls: str) -> AsyncIterator[tuple[Client, float]]:
+    """A cluster that is warm, and the seconds to its first token."""
+    port, admin, begun = free_port(), f"127.0.0.1:{free_port()}", time.monotonic()
+    say(f"starting a cluster, tls: {tls}")
+    settings = ("--model", model, "--port", str(port), "--admin-listen", admin, "--dtype", dtype)
+    with isthmus("up", *settings, ISTHMUS_TLS=tls):
+        async with Client(f"127.0.0.1:{port}", transport(tls, "client"), admin=admin) as client:
             await first_answer(client, 180)
             took = time.monotonic() - begun
-            phases = await start_phases((await client.status()).workers)
+            phases = await start_phases((await client.status()).workers, tls)
             report.put(start_to_first_token_s=round(took, 2), start_phases_ms=phases)
             for name, of in phases.items():
                 say(f"{name}: " + ", ".join(f"{phase} {ms}" for phase, ms in of.items()))
             say(f"first token after {took:.1f} s; warming up")
-            lengths = len(PROMPT_TOKENS)
+            yield client, took
+
+
+async def run(report: Report, model: str, requests: int, codec: str, dtype: str, sides: Sequence[str]) -> None:
+    """Brings a cluster up for each side, measures them in turns, takes them down."""
+    lengths = len(PROMPT_TOKENS)
+    answers: dict[str, list[Answer]] = {side: [] for side in sides}
+    async with AsyncExitStack() as stack:
+        clusters = {side: await stack.enter_async_context(cluster(report, model, dtype, side)) for side in sides}
+        for client, _ in clusters.values():
             await measure(client, range(lengths), codec, [])
-            try:
-                await measure(client, range(lengths, lengths + requests), codec, answers)
-            finally:
-                if len(answers) >= lengths:
-                    report.put(**summarize(answers, took))
+        try:
+            for start in range(lengths, lengths + requests, lengths):
+                numbers = range(start, min(start + lengths, lengths + requests))
+                for side in sides if (start // lengths) % 2 else sides[::-1]:
+                    await measure(clusters[side][0], numbers, codec, answers[side])
+        finally:
+            found = {side: summarize(some, clusters[side][1]) for side, some in answers.items() if len(some) >= lengths}
+            report.put(**next(iter(found.values()), {}))
+            if len(found) > 1:
+                p50 = {side: figures["handover_ms"]["p50"] for side, figures in found.items()}
+                report.put(tls=found, handover_p50_ms=p50, tls_adds_ms=round(p50["auto"] - p50["off"], 2))
 
 
 def main(
@@ -130,12 +155,13 @@ def main(
     requests: Annotated[int, typer.Option(min=len(PROMPT_TOKENS), help="How many to send.")] = 60,
     codec: Annotated[str, typer.Option(help="Of the KV transfer.")] = "tq-k4v4",
     dtype: Annotated[str, typer.Option(help="Of weights and KV.")] = "auto",
+    tls: Annotated[str, typer.Option(help="auto, off, or both to compare them in turns: auto,off.")] = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
     """Measures handover, the gap between tokens 1 and 2, overlap and start-up of a local cluster."""
     with Report(json) as report:
-        report.put(conditions=conditions(model=model, codec=codec, dtype=dtype, prompt_tokens=PROMPT_TOKENS))
-        asyncio.run(run(report, model, requests, codec, dtype))
+        report.put(conditions=conditions(model=model, codec=codec, dtype=dtype, prompt_tokens=PROMPT_TOKENS, tls=tls))
+        asyncio.run(run(report, model, requests, codec, dtype, tls.split(",")))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from ..proto.errors import (
     InvalidRequest,
     Lost,
     NotFound,
+    PermissionDenied,
     Unavailable,
 )
 from ..proto.prefill_pb2 import FirstToken, KvFrame, PrefillEvent, PrefillRequest
@@ -128,7 +129,7 @@ class Transfer:
                 break  # only a corrupt transfer is worth a second try with the same worker
             try:
                 return await self._attempt(attempt, address, first, time_left())
-            except (Corrupt, Unavailable, Exhausted, Incompatible, NotFound) as failed:
+            except (Corrupt, Unavailable, Exhausted, Incompatible, NotFound, PermissionDenied) as failed:
                 self.counters["transfers_failed"] += 1
                 lost += isinstance(failed, Lost)
                 if isinstance(failed, EngineFailed) or lost >= LOSSES:

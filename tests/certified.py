@@ -1,24 +1,21 @@
 """Certificates for tests: CAs, and `Security` of somebody, from memory or from files that are replaced."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import grpc
+import grpc.aio
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
+from support.certificates import CLUSTER, certificate
 
+from isthmus.proto import decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, worker_pb2
+from isthmus.proto.rpc.channel import Channel
 from isthmus.proto.rpc.transport import Transport
-from isthmus.proto.security.certificates import KeyPair, issue, make_ca
+from isthmus.proto.security.certificates import KeyPair
 from isthmus.proto.security.credentials import Security
 from isthmus.proto.security.identity import Identity, Role
 from isthmus.proto.security.sources import Known, Material, Memory
 
-CLUSTER = "tested"
-HOSTS = ("127.0.0.1", "localhost")
-
-
-def certificate(
-    ca: KeyPair, *roles: Role, cluster: str = CLUSTER, hosts: Sequence[str] = HOSTS, days: float = 1
-) -> KeyPair:
-    """A certificate for a process of these roles."""
-    return issue(ca, [Identity(cluster, role, f"some-{role}") for role in roles], hosts, days)
+FILES = (decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, worker_pb2)
+SERVICES: list[ServiceDescriptor] = [service for file in FILES for service in file.DESCRIPTOR.services_by_name.values()]
 
 
 def security(ca: KeyPair, *roles: Role, cluster: str = CLUSTER, trusts: bytes | None = None) -> Security:
@@ -37,38 +34,30 @@ def believing(ca: bytes, pair: KeyPair | None, *roles: Role, cluster: str = CLUS
     return Security(Memory(Material(ca, pair), Known(identities)))
 
 
-@dataclass
-class Folder:
-    """The files of the processes of a cluster, replaced as a person or Kubernetes would."""
+def methods() -> list[tuple[str, bool, bytes]]:
+    """Every method that a server of ours has, whether it streams its answer, and a request."""
+    found = [
+        (f"/{service.full_name}/{method.name}", method.server_streaming, _empty(method))
+        for service in SERVICES
+        for method in service.methods
+    ]
+    health = [("/grpc.health.v1.Health/Check", False, b""), ("/grpc.health.v1.Health/Watch", True, b"")]
+    return [*found, *health]
 
-    path: Path
-    ca: KeyPair = field(default_factory=lambda: make_ca(CLUSTER))
 
-    def files(self, *roles: Role) -> dict[str, str]:
-        """The setting `tls` of a process; its files are made."""
-        folder = self.path / "-".join(roles)
-        folder.mkdir(parents=True)
-        self._write(folder, "ca", self.ca.certificate)
-        self._issue(folder, roles)
-        return {name: str(folder / name) for name in ("ca", "cert", "key")}
+def _empty(method: MethodDescriptor) -> bytes:
+    return GetMessageClass(method.input_type)().SerializeToString()
 
-    def trust(self, *authorities: KeyPair) -> None:
-        """Has all processes trust these CAs and no other."""
-        for folder in self.path.iterdir():
-            self._write(folder, "ca", b"".join(each.certificate for each in authorities))
 
-    def issue_all(self, ca: KeyPair) -> None:
-        """Gives all processes new certificates, of this CA."""
-        self.ca = ca
-        for folder in self.path.iterdir():
-            self._issue(folder, tuple(folder.name.split("-")))  # pyright: ignore[reportArgumentType]
-
-    def _issue(self, folder: Path, roles: tuple[Role, ...]) -> None:
-        pair = certificate(self.ca, *roles)
-        self._write(folder, "cert", pair.certificate)
-        self._write(folder, "key", pair.key)
-
-    def _write(self, folder: Path, name: str, content: bytes) -> None:
-        beside = folder / f".{name}"
-        beside.write_bytes(content)
-        beside.rename(folder / name)
+async def outcome(channel: Channel, method: str, streams: bool, request: bytes) -> grpc.StatusCode:
+    """The status of a call; OK for a stream that has begun."""
+    try:
+        if streams:
+            call = channel.unary_stream(method)(request, timeout=10)
+            read = await call.read()
+            call.cancel()
+            return grpc.StatusCode.OK if read is not grpc.aio.EOF else await call.code()
+        await channel.unary_unary(method)(request, timeout=10)
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
-from support.dialling import blocking_channel
+from support.dialling import local_security
 from support.processes import ISTHMUS, free_port, isthmus
 
 from isthmus.proto.worker_pb2 import GetStatusRequest, WorkerHealth, WorkerRole
@@ -18,6 +18,16 @@ START_S = 180
 def run(*arguments: str, stdin: bytes = b"", timeout_s: float = 120) -> subprocess.CompletedProcess[bytes]:
     """One `isthmus` command, to its end."""
     return subprocess.run([ISTHMUS, *arguments], input=stdin, capture_output=True, timeout=timeout_s)
+
+
+def blocking_channel(address: str) -> grpc.Channel:
+    """To a gateway, for tests that are not asynchronous."""
+    security = local_security("client")
+    if security is None:
+        return grpc.insecure_channel(address)
+    _, credentials = security.channel_credentials()
+    name = security.expected_name("gateway")
+    return grpc.secure_channel(address, credentials, options=[("grpc.ssl_target_name_override", name)])
 
 
 def wait_ready(admin: str, workers: int, within_s: float = START_S) -> None:

@@ -3,23 +3,15 @@ believed any more afterwards."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc.aio
 import pytest
-from certified import CLUSTER, Folder, believing, certificate
-from models import model_path
+from certified import believing
+from secured import secured_cluster
+from support.certificates import CLUSTER, CertificateFiles, certificate
 
 from isthmus.cluster.client.client import Client, build_request
-from isthmus.cluster.frontend.gateway import Gateway
-from isthmus.cluster.gateway_config import GatewayConfig
-from isthmus.cluster.text.served import load_served_model
-from isthmus.decode.config import DecodeConfig
-from isthmus.decode.worker import DecodeWorker
-from isthmus.prefill.config import PrefillConfig
-from isthmus.prefill.worker import PrefillWorker
 from isthmus.proto.errors import InvalidRequest
 from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.security import credentials
@@ -41,34 +33,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "WATCH_S", 2.0)
 
 
-@asynccontextmanager
-async def cluster(folder: Folder) -> AsyncIterator[tuple[Gateway, list[PrefillWorker | DecodeWorker]]]:
-    """A prefill worker, a decode worker that computes no prompt, and a gateway, each with files of its own."""
-    path = model_path(MODEL)
-    shared = {"model": path, "dtype": "fp32", "pool_tokens": 4096}
-    workers: list[PrefillWorker | DecodeWorker] = [
-        PrefillWorker(PrefillConfig(**shared, tls=TlsFiles(**folder.files("prefill")), name="prefill")),
-        DecodeWorker(DecodeConfig(**shared, tls=TlsFiles(**folder.files("decode")), name="decode")),
-    ]
-    for worker in workers:
-        await worker.start()
-    gateway = Gateway(
-        *("127.0.0.1:0", load_served_model(path), [worker.address for worker in workers]),
-        GatewayConfig(local_prefill="never"),
-        security=security_of(TlsFiles(**folder.files("gateway")), CLUSTER, "gateway"),
-    )
-    await gateway.start()
-    try:
-        async with asyncio.timeout(60):
-            await gateway.ready.wait()
-        yield gateway, workers
-    finally:
-        await gateway.stop()
-        for worker in workers:
-            await worker.stop()
-
-
-async def rotate(folder: Folder) -> None:
+async def rotate(folder: CertificateFiles) -> None:
     """A new CA follows the old one: first both are trusted, then all have certificates of the new one, then only that
     is trusted."""
     old, new = folder.ca, make_ca(CLUSTER)
@@ -78,10 +43,10 @@ async def rotate(folder: Folder) -> None:
 
 
 async def test_no_request_fails_while_certificates_and_cas_are_replaced(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = CertificateFiles(tmp_path)
     ca_of_clients = folder.files("client")["ca"]
     first_ca = folder.ca
-    async with cluster(folder) as (gateway, workers):
+    async with secured_cluster(folder) as (gateway, workers):
         security = Security(Files(Path(ca_of_clients)), expects_host=True)
         end_s, answers, rotations = time.monotonic() + RUN_S, list[list[int]](), 0
         request = build_request(
@@ -133,7 +98,7 @@ async def connections_are_given_up(transport: Transport) -> None:
 
 
 async def test_files_that_do_not_go_together_change_nothing(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = CertificateFiles(tmp_path)
     files = folder.files("prefill")
     security = Security(Files(Path(files["ca"]), Path(files["cert"]), Path(files["key"])))
     before = security.current()
@@ -159,7 +124,7 @@ async def test_files_that_do_not_go_together_change_nothing(tmp_path: Path) -> N
 
 
 def test_a_certificate_is_for_its_role_and_cluster(tmp_path: Path) -> None:
-    tls = TlsFiles(**Folder(tmp_path).files("prefill"))
+    tls = TlsFiles(**CertificateFiles(tmp_path).files("prefill"))
     with pytest.raises(InvalidRequest, match="for prefill, not for decode"):
         security_of(tls, None, "decode")
     with pytest.raises(InvalidRequest, match="of cluster tested, the settings say cluster_id another"):

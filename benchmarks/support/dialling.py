@@ -1,8 +1,6 @@
 """How benchmarks and tests reach processes that they started: encrypted, with the certificates of this user's local
 cluster, as `isthmus` itself; in plain text where ISTHMUS_TLS=off, which those processes inherit."""
 
-import grpc
-
 from isthmus.cluster.client.security import is_off
 from isthmus.proto.rpc.channel import Channel
 from isthmus.proto.rpc.transport import Transport
@@ -29,13 +27,3 @@ def to_gateway(address: str) -> Channel:
 def to_worker(address: str, role: ServerName = "worker") -> Channel:
     """A channel to a worker, as the gateway; `role`: what it must be."""
     return transport_as("gateway").dial(address, role)
-
-
-def blocking_channel(address: str) -> grpc.Channel:
-    """As `to_gateway`, for code that is not asynchronous."""
-    security = local_security("client")
-    if security is None:
-        return grpc.insecure_channel(address)
-    _, credentials = security.channel_credentials()
-    name = security.expected_name("gateway")
-    return grpc.secure_channel(address, credentials, options=[("grpc.ssl_target_name_override", name)])

@@ -7,6 +7,7 @@ is measured first with one that it computes alone.
 """
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -105,17 +106,46 @@ async def _side(
         yield stubs, prefill, reports[-1]
 
 
+async def mixed_with_and_without_tls(
+    model: str, dtype: str, load: Load, sides: Sequence[str], rounds: int
+) -> dict[str, Any]:
+    """The disaggregated side with each setting of `tls` in turns: its figures of each turn, and the mean throughput."""
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    plan: list[_Arrival] = []
+    before = os.environ.get("ISTHMUS_TLS")
+    try:
+        for number in range(rounds):
+            for side in sides if number % 2 == 0 else reversed(sides):
+                os.environ["ISTHMUS_TLS"] = side
+                async with _side(("prefill", "decode"), model, dtype, 1) as (stubs, prefill, report):
+                    if not plan:
+                        long_s = await _long_s(stubs[0], prefill, report, load)
+                        plan = arrivals(load, long_s / load.long_busy, report.model.vocab_size)
+                    found[side].append(await _send(stubs, prefill, report, plan, f"tls: {side}"))
+    finally:
+        os.environ.pop("ISTHMUS_TLS", None)
+        if before is not None:
+            os.environ["ISTHMUS_TLS"] = before
+    means = {side: sum(turn["tokens_per_s"] for turn in turns) / len(turns) for side, turns in found.items()}
+    ratio = {"ratio": round(means["auto"] / means["off"], 3)} if {"auto", "off"} <= set(sides) else {}
+    return {"throughput_tokens_per_s": {side: round(mean, 1) for side, mean in means.items()}, **ratio, "turns": found}
+
+
+async def _long_s(stub: DecodeStub, prefill: Sequence[str], report: WorkerReport, load: Load) -> float:
+    """Seconds that one long prompt takes alone."""
+    rng = random.Random(2)
+    alone = [rng.randrange(report.model.vocab_size) for _ in range(load.long_prompt)]
+    request = decode_request(report, alone, Sampling(max_tokens=2, ignore_eos=True), prefill)
+    say(f"mixed load: one prompt of {load.long_prompt} tokens alone")
+    return (await ask(stub, request)).ttft_ms / 1e3
+
+
 async def mixed_load(model: str, dtype: str, threads: int, load: Load) -> dict[str, Any]:
     """Both sides, one after the other: `mixed` of serving.json."""
     sides: dict[str, dict[str, Any]] = {}
     async with _side(("prefill", "decode"), model, dtype, threads) as (stubs, prefill, report):
-        vocab = report.model.vocab_size
-        rng = random.Random(2)
-        alone = [rng.randrange(vocab) for _ in range(load.long_prompt)]
-        request = decode_request(report, alone, Sampling(max_tokens=2, ignore_eos=True), prefill)
-        say(f"mixed load: one prompt of {load.long_prompt} tokens alone")
-        long_s = (await ask(stubs[0], request)).ttft_ms / 1e3
-        plan = arrivals(load, long_s / load.long_busy, vocab)
+        long_s = await _long_s(stubs[0], prefill, report, load)
+        plan = arrivals(load, long_s / load.long_busy, report.model.vocab_size)
         sides["disaggregated"] = await _send(stubs, prefill, report, plan, "disaggregated")
     async with _side(("decode", "decode"), model, dtype, threads) as (stubs, prefill, report):
         sides["colocated"] = await _send(stubs, prefill, report, plan, "colocated")

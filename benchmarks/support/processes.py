@@ -31,9 +31,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def isthmus(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs `isthmus ARGUMENTS` beside the benchmark; SIGTERM at the end, SIGKILL if that does not help in 30 s."""
-    environment = {"ISTHMUS_JOBS_DB": "none", **os.environ}  # never the jobs of the person who measures
+def isthmus(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs `isthmus ARGUMENTS` beside the benchmark; SIGTERM at the end, SIGKILL if that does not help in 30 s.
+
+    `variables`: of its environment, besides those of the benchmark.
+    """
+    environment = {"ISTHMUS_JOBS_DB": "none", **os.environ, **variables}  # never the jobs of the person who measures
     process = subprocess.Popen([ISTHMUS, *arguments], stdout=subprocess.DEVNULL, env=environment)
     try:
         yield process

@@ -1,8 +1,8 @@
 """Who a process is: names in certificates, `isthmus://CLUSTER/ROLE/NAME`, and how they are read of a peer.
 
 A certificate has one or several of them as URI names, and for each a DNS name `ROLE.CLUSTER.isthmus.internal`: whoever
-dials inside the cluster expects that one, wherever the server runs. Workers of both roles have
-`worker.CLUSTER.isthmus.internal` besides, for those who give orders to a worker whatever its role is.
+dials inside the cluster expects that one, wherever the server runs. Workers have the same with `worker` for the role
+besides, for those who give orders to a worker whatever its role is.
 """
 
 import re

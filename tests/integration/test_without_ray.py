@@ -11,11 +11,10 @@ from typing import Any
 
 import grpc
 import pytest
-from clusters import cluster_without_ray, run, wait_ready
+from clusters import blocking_channel, cluster_without_ray, run, wait_ready
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from support.dialling import blocking_channel
 
 from isthmus.proto.common_pb2 import FinishReason, SamplingParams
 from isthmus.proto.generation_pb2 import (

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from clusters import wait_ready
+from clusters import blocking_channel, wait_ready
 from models import model_path
-from support.dialling import blocking_channel
 from support.processes import free_port, isthmus
 
 from isthmus.cluster.launch.worker_thread import usable_cores

@@ -8,18 +8,15 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from certified import CLUSTER, security, transport
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message_factory import GetMessageClass
+from certified import SERVICES, believing, methods, outcome, security, transport
+from google.protobuf.descriptor import ServiceDescriptor
+from support.certificates import CLUSTER
 
-from isthmus.proto import decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, worker_pb2
 from isthmus.proto.rpc.channel import Channel
 from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.security.authority import CALLERS
 from isthmus.proto.security.certificates import make_ca
 
-FILES = (decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, worker_pb2)
-SERVICES: list[ServiceDescriptor] = [service for file in FILES for service in file.DESCRIPTOR.services_by_name.values()]
 NOBODY, CLIENT, GATEWAY, SUPERVISOR = "no certificate", "client", "gateway", "supervisor"
 PREFILL, DECODE, ADMIN = "prefill", "decode", "admin"
 OTHER_CA, OTHER_CLUSTER = "every role, by another CA", "every role of another cluster, by the same CA"
@@ -65,21 +62,6 @@ def answering(service: ServiceDescriptor) -> Callable[[grpc.aio.Server], None]:
     return lambda server: server.add_generic_rpc_handlers((handler,))
 
 
-def methods() -> list[tuple[str, bool, bytes]]:
-    """Every method that a server of ours has, whether it streams its answer, and a request."""
-    found = [
-        (f"/{service.full_name}/{method.name}", method.server_streaming, _empty(method))
-        for service in SERVICES
-        for method in service.methods
-    ]
-    health = [("/grpc.health.v1.Health/Check", False, b""), ("/grpc.health.v1.Health/Watch", True, b"")]
-    return [*found, *health]
-
-
-def _empty(method: MethodDescriptor) -> bytes:
-    return GetMessageClass(method.input_type)().SerializeToString()
-
-
 @asynccontextmanager
 async def port(*, client_certificates: bool) -> AsyncIterator[tuple[str, dict[str, Channel]]]:
     """A server of all services, and a channel of each caller."""
@@ -95,33 +77,12 @@ async def port(*, client_certificates: bool) -> AsyncIterator[tuple[str, dict[st
         callers = {role: transport(ca, role) for role in ALL_ROLES}
         callers[OTHER_CA] = transport(other, *ALL_ROLES, trusts=both)
         callers[OTHER_CLUSTER] = transport(ca, *ALL_ROLES, cluster="another")
-        callers[NOBODY] = Transport(security_without_certificate(ca.certificate))
+        callers[NOBODY] = Transport(believing(ca.certificate, None))
         address, channels = f"127.0.0.1:{server.port}", dict[str, Channel]()
         for name, each in callers.items():
             channels[name] = each.dial(address)  # known by its host: other clusters know it by no other name
             stack.push_async_callback(each.close)
         yield address, channels
-
-
-def security_without_certificate(ca: bytes) -> Any:
-    from isthmus.proto.security.credentials import Security
-    from isthmus.proto.security.sources import Material, Memory
-
-    return Security(Memory(Material(ca)))
-
-
-async def outcome(channel: Channel, method: str, streams: bool, request: bytes) -> grpc.StatusCode:
-    """The status of a call; OK for a stream that has begun."""
-    try:
-        if streams:
-            call = channel.unary_stream(method)(request, timeout=10)
-            read = await call.read()
-            call.cancel()
-            return grpc.StatusCode.OK if read is not grpc.aio.EOF else await call.code()
-        await channel.unary_unary(method)(request, timeout=10)
-    except grpc.aio.AioRpcError as error:
-        return error.code()
-    return grpc.StatusCode.OK
 
 
 def test_every_method_has_its_row_and_every_row_a_method() -> None:

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 import grpc
 import grpc.aio
 import pytest
-from certified import CLUSTER, believing, certificate, security, transport
+from certified import believing, security, transport
+from support.certificates import CLUSTER, certificate
 
 from isthmus.proto import worker_pb2
 from isthmus.proto.rpc.statuses import is_unreached, tls_problem
