@@ -61,6 +61,10 @@ class FaultyPrefill(PrefillServicer):
             _set(events, at, theirs[min(frames.index(at), len(theirs) - 1)].frame)
         self.corrupted += bool(self.corruption)
         self._earlier = intact
+        await self.answer(events, context)
+
+    async def answer(self, events: Events, context: grpc.aio.ServicerContext) -> None:
+        """Sends an answer."""
         for event in events:
             await context.write(event)
 

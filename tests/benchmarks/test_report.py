@@ -85,7 +85,19 @@ def test_counted_work_says_where_it_is(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_every_benchmark_reports_in_this_way() -> None:
-    programs = {"chaos", "handover", "jobs", "kernel_speed", "quality", "reuse", "router", "serving", "soak", "steps"}
+    programs = {
+        "chaos",
+        "fuzz",
+        "handover",
+        "jobs",
+        "kernel_speed",
+        "quality",
+        "reuse",
+        "router",
+        "serving",
+        "soak",
+        "steps",
+    }
     for path in BENCHMARKS.rglob("*.py"):
         text = path.read_text()
         assert "rich" not in text, f"{path.name} shows progress where there is a terminal only"
