@@ -11,6 +11,7 @@ their tokens in time; and in the end no page, request or connection is held. Wha
 import argparse
 import asyncio
 import json
+import os
 import sys
 import tempfile
 import time
@@ -47,9 +48,9 @@ def arguments() -> argparse.Namespace:
 
 
 @asynccontextmanager
-async def lying(real: str, seed: int) -> AsyncIterator[LyingPrefill]:
-    """A prefill worker that lies, in front of a real one."""
-    liar = LyingPrefill(real, seed)
+async def lying(fleet: Fleet, seed: int) -> AsyncIterator[LyingPrefill]:
+    """A prefill worker that lies, in front of a real one, with a certificate that is right."""
+    liar = LyingPrefill(fleet.main.of("prefill")[0].address, seed, fleet.doors.transport())
     await liar.start()
     try:
         yield liar
@@ -65,7 +66,7 @@ async def fuzz(options: argparse.Namespace, report: Report, folder: Path) -> Out
     (folder / "logs").mkdir()
     async with running_fleet(options.model or str(tiny), folder / "logs") as fleet:
         parsers = Parsers(tiny, folder, outcome)
-        async with lying(fleet.main.of("prefill")[0].address, options.seed) as liar:
+        async with lying(fleet, options.seed) as liar:
             fuzzer = Fuzzer(fleet, outcome, parsers, liar)
             await fuzzer.learn()
             await asyncio.gather(*(probe(fleet, node, outcome) for node in fleet.nodes))  # a connection to each
@@ -163,6 +164,8 @@ def main() -> None:
     own = {name: str(value) for name, value in vars(options).items() if name in ("minutes", "seed", "model", "kinds")}
     with Report(options.json) as report, tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         report.put(conditions=conditions(**own))
+        os.environ["XDG_STATE_HOME"] = folder  # a CA of its own
+        os.environ.pop("ISTHMUS_TLS", None)
         outcome = asyncio.run(fuzz(options, report, Path(folder)))
     if outcome.crashes or outcome.hangs or outcome.wrong_tokens or outcome.failures:
         print(json.dumps(report.figures["told"], indent=2), file=sys.stderr)

@@ -17,6 +17,10 @@ from ..model.dtypes import Dtype
 from ..prefill.config import PrefillConfig
 from ..proto.errors import InvalidRequest
 from ..proto.rpc.addresses import HostPort, checked_address
+from ..proto.security.credentials import Security
+from ..proto.security.identity import CLUSTER_PATTERN
+from ..proto.security.identity import Role as HolderRole
+from ..proto.security.settings import Tls, security_of
 from ..worker.config import Names, WorkerConfig
 from . import defaults
 from .fleet.report import Role
@@ -34,6 +38,7 @@ SHARED = frozenset(WorkerConfig.model_fields)
 # Settings of all workers, by their names in a worker's own settings.
 OF_WORKERS = {
     **{name: name for name in ("model", "dtype", "device", "threads", "codecs", "balance", "store_dir", "store_gib")},
+    **{name: name for name in ("tls", "cluster_id")},
     "codec": "default_codec",
 }
 OF_ONE_PROCESS = ("name", "listen", "advertise")  # settings of a worker that is started by hand
@@ -63,8 +68,12 @@ class ClusterConfig(BaseModel):
     threads: int | None = _same(WorkerConfig, "threads")
     cluster_id: str = Field(
         default_factory=lambda: secrets.token_hex(4),
-        pattern=r"^[a-z0-9][a-z0-9-]{0,31}$",
-        description="Part of the names of Ray actors, for clusters that share a Ray; default: drawn at each start.",
+        pattern=CLUSTER_PATTERN,
+        description="In certificates and names of Ray actors, for clusters on one Ray; default: drawn at each start.",
+    )
+    tls: Tls = Field(
+        default="auto",
+        description="auto: certificates of this user on this machine; {ca, cert, key}: files; off: plain text.",
     )
     address: str | None = Field(
         default=None, description="Ray cluster to join, auto: the one here; default: start a local Ray."
@@ -106,6 +115,15 @@ class ClusterConfig(BaseModel):
     def workers(self) -> int:
         """Number of workers of both roles."""
         return self.prefill + self.decode
+
+    @property
+    def named_cluster(self) -> str | None:
+        """The `cluster_id` that was set; None where it was drawn, which no certificate names."""
+        return self.cluster_id if "cluster_id" in self.model_fields_set else None
+
+    def security(self, *roles: HolderRole) -> Security | None:
+        """The certificates of a process of these roles; None: plain text. InvalidRequest where there are none."""
+        return security_of(self.tls, self.named_cluster, *roles)
 
     def with_jobs(self) -> Self:
         """With the URL of the database of jobs in place of its name (`database_url`)."""

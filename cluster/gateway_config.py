@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from ..proto.rpc.addresses import checked_address
 from ..worker.config import Names
 from .jobs.settings import JobsSettings
 from .router.policies import LocalPrefill, Policy
@@ -35,6 +36,9 @@ class GatewayConfig(BaseModel):
 
     workers: Names = Field(
         default=(), description="host:port of the workers of `isthmus gateway`; `isthmus up` starts its own."
+    )
+    health_listen: str | None = Field(
+        default=None, description="host:port for health probes in plain text; default: on its port only."
     )
     policy: Policy = Field(default="cost", description="How workers are chosen; others than cost are for comparison.")
     local_prefill: LocalPrefill = Field(
@@ -90,6 +94,11 @@ class GatewayConfig(BaseModel):
             max_chat_messages=self.max_chat_messages,
             parse_special=self.parse_special,
         )
+
+    @field_validator("health_listen")
+    @classmethod
+    def _can_be_probed(cls, value: str | None) -> str | None:
+        return value if value is None else checked_address(value)
 
     @field_validator("tenant_weights")
     @classmethod

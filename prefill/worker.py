@@ -39,6 +39,7 @@ from ..proto.priority import rank_of
 from ..proto.rpc.streams import write_in_time
 from ..proto.rpc.transport import Transport
 from ..proto.sampling import Sampling
+from ..proto.security.settings import security_of
 from ..proto.worker_pb2 import PageCounts, WorkerReport, WorkerRole
 from ..worker.config import chunk_tokens_for
 from ..worker.model_setup import load_balance, load_configured, report_model
@@ -64,8 +65,11 @@ class PrefillWorker(PrefillServicer):
     def __init__(self, config: PrefillConfig) -> None:
         self.config = config
         role = WorkerRole.WORKER_ROLE_PREFILL
-        self.transport = Transport()
-        self.server = WorkerServer(role, config.listen, config.advertise, config.name, self.transport)
+        self.transport = Transport(security_of(config.tls, config.cluster_id, "prefill"))
+        self.server = WorkerServer(
+            *(role, config.listen, config.advertise, config.name, self.transport),
+            health_listen=config.health_listen,
+        )
         self._ids = itertools.count()
         self._open: set[PrefillJob] = set()
         self._model: Model

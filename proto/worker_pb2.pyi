@@ -495,6 +495,8 @@ class WorkerReport(_message.Message):
     ADVERTISE_FIELD_NUMBER: _builtins.int
     FLIP_FAILURE_FIELD_NUMBER: _builtins.int
     LINK_BYTES_PER_MS_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_EXPIRES_UNIX_S_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___WorkerRole.ValueType
@@ -525,6 +527,10 @@ class WorkerReport(_message.Message):
     """configured address for others; without one, `address` is found out"""
     flip_failure: _builtins.str
     """why it could not take the other role, and goes on in this one"""
+    tls: _builtins.bool
+    """whether it talks to others encrypted only"""
+    certificate_expires_unix_s: _builtins.int
+    """when its certificate ends; 0: not known yet"""
     @_builtins.property
     def model(self) -> Global___ModelReport: ...
     @_builtins.property
@@ -584,11 +590,13 @@ class WorkerReport(_message.Message):
         advertise: _builtins.str = ...,
         flip_failure: _builtins.str = ...,
         link_bytes_per_ms: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        tls: _builtins.bool = ...,
+        certificate_expires_unix_s: _builtins.int = ...,
         memory: _abc.Iterable[Global___MemoryUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pages", b"pages", "prefill_rate", b"prefill_rate", "step_rate", b"step_rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "advertise", b"advertise", "codecs", b"codecs", "counters", b"counters", "default_codec", b"default_codec", "device", b"device", "dtype", b"dtype", "flip_failure", b"flip_failure", "health", b"health", "host_buffer_bytes", b"host_buffer_bytes", "instance", b"instance", "link_bytes_per_ms", b"link_bytes_per_ms", "memory", b"memory", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "prefill_rate", b"prefill_rate", "protocol_version", b"protocol_version", "reason", b"reason", "role", b"role", "running_requests", b"running_requests", "step_ms", b"step_ms", "step_rate", b"step_rate", "threads", b"threads", "uptime_ms", b"uptime_ms", "version", b"version", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "advertise", b"advertise", "certificate_expires_unix_s", b"certificate_expires_unix_s", "codecs", b"codecs", "counters", b"counters", "default_codec", b"default_codec", "device", b"device", "dtype", b"dtype", "flip_failure", b"flip_failure", "health", b"health", "host_buffer_bytes", b"host_buffer_bytes", "instance", b"instance", "link_bytes_per_ms", b"link_bytes_per_ms", "memory", b"memory", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "prefill_rate", b"prefill_rate", "protocol_version", b"protocol_version", "reason", b"reason", "role", b"role", "running_requests", b"running_requests", "step_ms", b"step_ms", "step_rate", b"step_rate", "threads", b"threads", "tls", b"tls", "uptime_ms", b"uptime_ms", "version", b"version", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -710,12 +718,18 @@ class ClusterStatus(_message.Message):
     CLUSTER_ID_FIELD_NUMBER: _builtins.int
     TASK_FAILURES_FIELD_NUMBER: _builtins.int
     FAILING_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_EXPIRES_UNIX_S_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     active_requests: _builtins.int
     uptime_ms: _builtins.int
     cluster_id: _builtins.str
     """in the names of the Ray actors; none where the workers are a given list"""
+    tls: _builtins.bool
+    """whether the gateway talks to workers encrypted only"""
+    certificate_expires_unix_s: _builtins.int
+    """when its certificate ends; 0: not known yet"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerReport]: ...
     @_builtins.property
@@ -740,11 +754,13 @@ class ClusterStatus(_message.Message):
         cluster_id: _builtins.str = ...,
         task_failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         failing: _abc.Iterable[_builtins.str] | None = ...,
+        tls: _builtins.bool = ...,
+        certificate_expires_unix_s: _builtins.int = ...,
         memory: _abc.Iterable[Global___MemoryUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "cluster_id", b"cluster_id", "failing", b"failing", "memory", b"memory", "task_failures", b"task_failures", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "certificate_expires_unix_s", b"certificate_expires_unix_s", "cluster_id", b"cluster_id", "failing", b"failing", "memory", b"memory", "task_failures", b"task_failures", "tls", b"tls", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

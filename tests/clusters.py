@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
+from support.dialling import local_security
 from support.processes import ISTHMUS, free_port, isthmus
 
 from isthmus.proto.worker_pb2 import GetStatusRequest, WorkerHealth, WorkerRole
@@ -19,11 +20,21 @@ def run(*arguments: str, stdin: bytes = b"", timeout_s: float = 120) -> subproce
     return subprocess.run([ISTHMUS, *arguments], input=stdin, capture_output=True, timeout=timeout_s)
 
 
+def blocking_channel(address: str) -> grpc.Channel:
+    """To a gateway, for tests that are not asynchronous."""
+    security = local_security("client")
+    if security is None:
+        return grpc.insecure_channel(address)
+    _, credentials = security.channel_credentials()
+    name = security.expected_name("gateway")
+    return grpc.secure_channel(address, credentials, options=[("grpc.ssl_target_name_override", name)])
+
+
 def wait_ready(server: str, workers: int, within_s: float = START_S) -> None:
     """Returns once the gateway sees that many ready workers, of both roles; TimeoutError after `within_s`."""
     end = time.monotonic() + within_s
     roles: set[WorkerRole.ValueType] = set()
-    with grpc.insecure_channel(server) as channel:
+    with blocking_channel(server) as channel:
         while time.monotonic() < end:
             try:
                 status = ClusterStub(channel).GetStatus(GetStatusRequest(), timeout=2)

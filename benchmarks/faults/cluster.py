@@ -18,10 +18,10 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import grpc.aio
+from support.dialling import to_gateway, to_worker
 
 from isthmus.cluster.cli.main import run
 from isthmus.cluster.launch.worker_thread import thread_settings
-from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, GetReportRequest, GetStatusRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import ClusterStub, WorkerStub
 
@@ -126,7 +126,7 @@ class ChaosCluster:
 
     async def ready(self) -> set[str]:
         """Names of the workers that the gateway would use now."""
-        async with Transport().dial(self.gateway.address) as channel:
+        async with to_gateway(self.gateway.address) as channel:
             try:
                 status = await ClusterStub(channel).GetStatus(GetStatusRequest(), timeout=2)
             except grpc.aio.AioRpcError:
@@ -162,7 +162,7 @@ class ChaosCluster:
 
 
 async def _report(address: str) -> WorkerReport:
-    async with Transport().dial(address) as channel:
+    async with to_worker(address) as channel:
         return await WorkerStub(channel).GetReport(GetReportRequest(), timeout=10)
 
 

@@ -8,6 +8,7 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def _json(data: bytes, rng: random.Random) -> bytes:
         while isinstance(at, dict | list) and at:
             key = rng.choice(list(at)) if isinstance(at, dict) else rng.randrange(len(at))
             if rng.random() < 0.4 or not isinstance(at[key], dict | list) or not at[key]:
-                at[key] = rng.choice(ODD_JSON)
+                at[key] = deepcopy(rng.choice(ODD_JSON))
                 break
             at = at[key]
     return json.dumps(document).encode()

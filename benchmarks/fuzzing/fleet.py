@@ -20,6 +20,7 @@ from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, GetStatusRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import ClusterStub
 
+from .doors import Doors
 from .methods import Method, known_values, methods_of, valid_requests
 
 # Small, so that what is kept on purpose is full soon and what grows on is a leak.
@@ -33,7 +34,8 @@ class Fleet:
 
     main: ChaosCluster
     spare: ChaosCluster
-    transport: Transport
+    doors: Doors
+    transport: Transport  # of somebody who has every role
     reports: dict[str, WorkerReport]  # of the main cluster's workers, at first
     methods: list[Method] = field(default_factory=list)
     valid: Mapping[str, Sequence[Message]] = field(default_factory=dict)  # requests, by their type
@@ -47,12 +49,20 @@ class Fleet:
 
     def node_at(self, address: str) -> Node:
         """The process that listens there."""
+        for cluster in (self.main, self.spare):
+            if address == admin_of(cluster):
+                return cluster.gateway
         return next(node for node in self.nodes if node.address == address)
 
+    def is_public(self, address: str) -> bool:
+        """Whether a port asks for no certificate."""
+        return address in (self.main.gateway.address, self.spare.gateway.address)
+
     def channel(self, address: str) -> grpc.aio.Channel:
-        """One for each address."""
+        """One for each address, of somebody who may call everything."""
         if address not in self._channels:
-            self._channels[address] = self.transport.dial(address)
+            role = "gateway" if self.node_at(address).role == "gateway" else "worker"
+            self._channels[address] = self.transport.dial(address, role)
         return self._channels[address]
 
     def processes(self) -> Iterator[tuple[str, psutil.Process]]:
@@ -91,7 +101,7 @@ class Fleet:
                         raise
 
     async def _held(self) -> list[str]:
-        stub: Any = ClusterStub(self.channel(self.main.gateway.address))
+        stub: Any = ClusterStub(self.channel(admin_of(self.main)))
         active = (await stub.GetStatus(GetStatusRequest(), timeout=30)).active_requests
         held = [f"the gateway counts {active} requests"] if active else []
         for name, report in (await self.main.reports()).items():
@@ -100,6 +110,11 @@ class Fleet:
             if any(counts) or pages.free + pages.cached != pages.total or report.health != WORKER_HEALTH_READY:
                 held.append(f"{name}: (pages, waiting, running, buffered) {counts}, {pages}, {report.reason}")
         return held
+
+
+def admin_of(cluster: ChaosCluster) -> str:
+    """Where its gateway takes orders: at a port of its own, where it has one."""
+    return getattr(cluster, "admin", cluster.gateway.address)
 
 
 @asynccontextmanager
@@ -119,18 +134,20 @@ async def running_fleet(model: str, folder: Path) -> AsyncIterator[Fleet]:
             model, folder / name, prefill=1, decode=1, worker_options=config, gateway_options=gateway_options
         )
 
-    transport = Transport()
+    doors = Doors()
+    transport = doors.transport()
     async with start("main", f"sqlite:///{folder / 'jobs.db'}") as main, start("spare", "none") as spare:
         for node in spare.nodes:
             node.name = f"spare-{node.name}"
         try:
-            fleet = Fleet(main, spare, transport, await main.reports())
+            fleet = Fleet(main, spare, doors, transport, await main.reports())
             prefill, decode = (main.of(role)[0].address for role in ("prefill", "decode"))
             fleet.methods = methods_of(
                 gateway=main.gateway.address,
+                admin=admin_of(main),
                 prefill=prefill,
                 decode=decode,
-                orders=spare.gateway.address,
+                orders=admin_of(spare),
                 spares=[node.address for node in spare.workers],
             )
             report = fleet.reports[main.of("prefill")[0].name]

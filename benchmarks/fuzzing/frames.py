@@ -12,6 +12,7 @@ from faults.faulty_prefill import KINDS, Events, FaultyPrefill
 
 from isthmus.kvtransfer.frame import frame_checksum
 from isthmus.proto.prefill_pb2 import KvFrame, PrefillEvent
+from isthmus.proto.rpc.transport import Transport
 
 from .values import Values
 
@@ -25,8 +26,8 @@ SECTION_FIELDS = 7
 class LyingPrefill(FaultyPrefill):
     """Lies as `lie` says, or in one of the KINDS that must be refused."""
 
-    def __init__(self, real: str, seed: int = 0) -> None:
-        super().__init__(real, seed)
+    def __init__(self, real: str, seed: int, transport: Transport) -> None:
+        super().__init__(real, seed, transport)
         self.lie = ""  # one of LIES
         self.rng = random.Random(seed)
 

@@ -18,6 +18,7 @@ from isthmus.proto.generation_pb2_grpc import GenerationStub
 from isthmus.proto.sampling import Sampling
 
 from .calls import call
+from .certificates import call_as
 from .files import Parsers
 from .fleet import Fleet
 from .frames import ALL, REFUSING, UNDETECTABLE, LyingPrefill
@@ -27,7 +28,7 @@ from .sockets import send
 AT_ONCE = 8
 GOOD_PROMPTS, GOOD_TOKENS = 6, 8
 GOOD_LIMIT_S = 60.0
-SHARES = {"rpc": 45, "http2": 25, "raw": 6, "frames": 12, "file": 12}
+SHARES = {"rpc": 42, "http2": 24, "raw": 6, "frames": 12, "file": 10, "certificate": 6}
 VOCAB = 500  # of tokens that prompts are drawn from
 
 
@@ -73,6 +74,8 @@ class Fuzzer:
                 await self._lie(number, rng)
         elif kind == "rpc":
             await call(self._fleet, self._outcome, number, rng)
+        elif kind == "certificate":
+            await call_as(self._fleet.doors, self._fleet, self._outcome, number, rng)
         else:
             await send(self._fleet, self._outcome, number, rng, kind)
 

@@ -45,10 +45,13 @@ def our_services() -> list[ServiceDescriptor]:
     return [service for file in files for service in file.services_by_name.values()]
 
 
-def methods_of(*, gateway: str, prefill: str, decode: str, orders: str, spares: Sequence[str]) -> list[Method]:
+def methods_of(
+    *, gateway: str, admin: str, prefill: str, decode: str, orders: str, spares: Sequence[str]
+) -> list[Method]:
     """All methods, at the addresses of their servers."""
     served = {
-        **dict.fromkeys(("Generation", "Cluster", "Jobs"), (gateway,)),
+        **dict.fromkeys(("Generation", "Jobs"), (gateway,)),
+        "Cluster": (admin,),
         "Prefill": (prefill,),
         "Decode": (decode,),
         "Worker": (prefill, decode),

@@ -26,4 +26,4 @@ async def replay(path: Path, fleet: Fleet, outcome: Outcome, parsers: Parsers) -
             outcome.statuses[status] += 1
             outcome.statuses[f"{made.what}: {status}: {details[:100]}"] += 1
         elif made.kind in ("http2", "raw"):
-            await deliver(address, made.data, rng)
+            await deliver(fleet, address, made.data, rng, inside=made.kind == "http2")

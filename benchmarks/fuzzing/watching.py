@@ -12,7 +12,7 @@ from faults.cluster import ChaosCluster, Node
 from isthmus.proto.worker_pb2 import GetReportRequest, GetStatusRequest
 from isthmus.proto.worker_pb2_grpc import ClusterStub, WorkerStub
 
-from .fleet import Fleet
+from .fleet import Fleet, admin_of
 from .inputs import Outcome
 
 SILENCE_S = 30.0  # after which a process counts as hung
@@ -45,7 +45,9 @@ def notice_deaths(cluster: ChaosCluster, drained: bool, seen: dict[int, int], ou
 
 async def probe(fleet: Fleet, node: Node, outcome: Outcome) -> None:
     """A process that does not answer in SILENCE_S hangs; it is killed then, and started again."""
-    channel, starts = fleet.channel(node.address), node.starts
+    starts = node.starts
+    cluster = fleet.main if node in fleet.main.nodes else fleet.spare
+    channel = fleet.channel(admin_of(cluster) if node.role == "gateway" else node.address)
     stub: Any = ClusterStub(channel) if node.role == "gateway" else WorkerStub(channel)
     try:
         if node.role == "gateway":

@@ -121,7 +121,11 @@ def _worker_rows(loaded: "Loaded", role: "Role", threads: int | None, prefix: st
 
 
 def _row(loaded: "Loaded", name: str, setting: "Setting", value: Any) -> Row:
-    if isinstance(value, str):
+    from pydantic import BaseModel
+
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    elif isinstance(value, str):
         value = _PASSWORD.sub(r"\1***@", value)
     origin = loaded.origins.get(setting)
     return Row(name, value, origin.kind, origin.name) if origin else Row(name, value)
@@ -129,7 +133,7 @@ def _row(loaded: "Loaded", name: str, setting: "Setting", value: Any) -> Row:
 
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={part:g}" for key, part in value.items())
+        return ",".join(f"{key}={default_text(part)}" for key, part in value.items())
     if isinstance(value, tuple):
         return ",".join(value)
     return default_text(value) or ""

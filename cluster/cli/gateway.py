@@ -1,6 +1,7 @@
 """`isthmus gateway`, and the flags that it shares with `isthmus up`."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -22,11 +23,21 @@ def _addresses(texts: list[str]) -> list[str]:
     return [opt.address_to_dial(address) for address in addresses]
 
 
+_PARSERS: dict[str, Callable[[Any], Any]] = {"tenant_weights": _weights, "health_listen": opt.address}
 # Those of a gateway that are flags, in the order of the help.
 GATEWAY_FLAGS = tuple(
-    Flag(f"gateway.{name}", panel="Gateway", parse=_weights if name == "tenant_weights" else None)
+    Flag(f"gateway.{name}", panel="Gateway", parse=_PARSERS.get(name))
     for name in (
-        *("policy", "local_prefill", "replays", "restart_wait_s", "max_waiting", "overcommit", "tenant_weights"),
+        *(
+            "health_listen",
+            "policy",
+            "local_prefill",
+            "replays",
+            "restart_wait_s",
+            "max_waiting",
+            "overcommit",
+            "tenant_weights",
+        ),
         *("max_request_tokens", "max_request_kv_mib", "max_request_s", "sign_of_life_s"),
         *("max_prompt_bytes", "max_chat_messages", "parse_special", "preflight"),
     )
@@ -71,7 +82,8 @@ def gateway(
     for worker in workers:
         opt.address_to_dial(worker)
     served = load_served_model(settings.model)
-    running = Gateway(settings.listen, served, list(workers), settings.gateway)
+    security = settings.security("gateway")
+    running = Gateway(settings.listen, served, list(workers), settings.gateway, security=security)
 
     async def start() -> None:
         await running.start()

@@ -13,7 +13,9 @@ import typer
 from typer.exceptions import TyperException
 
 from . import calibrate, config, explain, gateway, generate, operate, status, up, worker
+from .access import certs
 from .jobs import batch, jobs
+from .terminal.connection import ClientCommand
 
 INTERRUPTED = 130
 
@@ -27,13 +29,13 @@ app = typer.Typer(
     epilog="Start with [bold]isthmus demo[/], or [bold]isthmus up[/] and then [bold]isthmus generate[/].",
 )
 app.command("up", cls=up.UpCommand)(up.up)
-app.command("generate")(generate.generate)
-app.command("chat")(generate.chat)
-app.command("status")(status.status)
-app.command("explain")(explain.explain)
-app.command("drain")(operate.drain)
-app.command("flip")(operate.flip)
-app.command("scale")(operate.scale)
+app.command("generate", cls=ClientCommand)(generate.generate)
+app.command("chat", cls=ClientCommand)(generate.chat)
+app.command("status", cls=ClientCommand)(status.status)
+app.command("explain", cls=ClientCommand)(explain.explain)
+app.command("drain", cls=ClientCommand)(operate.drain)
+app.command("flip", cls=ClientCommand)(operate.flip)
+app.command("scale", cls=ClientCommand)(operate.scale)
 app.command("models")(status.models)
 app.command("calibrate", cls=calibrate.CalibrateCommand)(calibrate.calibrate)
 app.command("demo", cls=up.DemoCommand)(up.demo)
@@ -42,6 +44,7 @@ app.add_typer(batch.batch_app, name="batch")
 app.add_typer(worker.worker_app, name="worker")
 app.command("gateway", cls=gateway.GatewayCommand)(gateway.gateway)
 app.add_typer(config.config_app, name="config")
+app.add_typer(certs.certs_app, name="certs")
 
 
 def _show_version(asked: bool) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,6 +104,34 @@ def _task_lines(cluster: "ClusterStatus") -> "Iterator[Text]":
         yield Text("exceptions of background tasks: ", style="yellow").append(counts, style="default")
 
 
+def _tls_lines(cluster: "ClusterStatus") -> "Iterator[Text]":
+    """Plain text, and certificates that end soon, or have ended."""
+    from rich.text import Text
+
+    from ...proto.security.certificates import WARN_DAYS
+
+    plain = [worker.worker_id for worker in cluster.workers if worker.version and not worker.tls]
+    if cluster.tls and plain:
+        yield Text("plain text: ", style="yellow").append(f"{', '.join(plain)} (tls: off)", style="default")
+    holders = [("the gateway", cluster), *((worker.worker_id, worker) for worker in cluster.workers)]
+    for name, holder in holders:
+        days = (holder.certificate_expires_unix_s - time.time()) / 86_400
+        if holder.certificate_expires_unix_s and days < WARN_DAYS:
+            when = "has ended" if days < 0 else f"ends in {days:.1f} days"
+            yield Text("certificate: ", style="red" if days < 0 else "yellow").append(
+                f"that of {name} {when}", style="default"
+            )
+
+
+def _tls_part(cluster: "ClusterStatus") -> str:
+    """Whether it is encrypted, and until when its first certificate lasts."""
+    if not cluster.tls:
+        return "plain text"
+    ends = [each.certificate_expires_unix_s for each in (cluster, *cluster.workers) if each.certificate_expires_unix_s]
+    until = f", certificates until {time.strftime('%Y-%m-%d', time.gmtime(min(ends)))}" if ends else ""
+    return f"TLS{until}"
+
+
 def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text | str]":
     """A line for each worker, what matters first; with `verbose` more lines below each."""
     from rich.text import Text
@@ -126,11 +155,13 @@ def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text 
         if worker.reason:
             yield Text(f"{worker.worker_id}: ", style="red").append(worker.reason, style="default")
     yield from _task_lines(cluster)
+    yield from _tls_lines(cluster)
     parts = [
         f"isthmus {cluster.version}",
         *([f"cluster {cluster.cluster_id}"] if cluster.cluster_id else []),
         f"{cluster.active_requests} active requests",
         f"up {cluster.uptime_ms / 1e3:.0f} s",
+        _tls_part(cluster),
     ]
     yield " · ".join(parts)
 
@@ -162,6 +193,12 @@ def _row(worker: "WorkerReport") -> "list[str | Text]":
     ]
 
 
+def _certificate(worker: "WorkerReport") -> str:
+    if not worker.tls or not worker.certificate_expires_unix_s:
+        return ""
+    return f"until {time.strftime('%Y-%m-%d', time.gmtime(worker.certificate_expires_unix_s))}"
+
+
 def _details(worker: "WorkerReport") -> dict[str, str]:
     """What `-v` shows of a worker, by name; nothing for what is not known of it."""
     if not worker.version:
@@ -174,5 +211,6 @@ def _details(worker: "WorkerReport") -> dict[str, str]:
         "waiting": f"{worker.waiting_tokens} tokens" if worker.waiting_tokens else "",
         "advertised": worker.advertise if worker.advertise != worker.address else "",
         "could not flip": worker.flip_failure,
+        "certificate": _certificate(worker),
         "version": f"{worker.version}, protocol {worker.protocol_version}, up {worker.uptime_ms / 1e3:.0f} s",
     }

@@ -25,6 +25,7 @@ def _flags(section: str, *own: str) -> tuple[Flag, ...]:
         Flag(f"{section}.dtype", choices=True),
         *(Flag(f"{section}.{name}") for name in ("device", "threads", "name")),
         Flag(f"{section}.advertise", parse=opt.address_to_dial),
+        Flag(f"{section}.health_listen", parse=opt.address),
         *(Flag(f"{section}.{name}") for name in own),
         Flag("drain_s"),
     )

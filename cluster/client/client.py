@@ -28,6 +28,7 @@ from ...proto.generation_pb2_grpc import GenerationStub
 from ...proto.rpc.transport import Transport
 from ...proto.worker_pb2 import ClusterStatus, Explanation, GetStatusRequest
 from ...proto.worker_pb2_grpc import ClusterStub
+from .security import client_security, server_role
 
 
 def build_request(
@@ -122,9 +123,9 @@ class Client:
     """Calls one gateway, as an async context manager; raises grpc.aio.AioRpcError as the server sends it."""
 
     def __init__(self, address: str, transport: Transport | None = None) -> None:
-        """Dials through `transport`; by default one of its own, in plain text."""
+        """Dials through `transport`; by default one of its own, with the certificates that `client_security` finds."""
         self.address = address
-        self._channel = (transport or Transport()).dial(address)
+        self._channel = (transport or Transport(client_security(address))).dial(address, server_role(address))
         self._generation = GenerationStub(self._channel)
         self.cluster = ClusterStub(self._channel)  # status and operations
 

@@ -34,6 +34,7 @@ from ...proto.jobs_pb2_grpc import JobsStub
 from ...proto.rpc.statuses import error_of
 from ...proto.rpc.transport import Transport
 from ..jobs.states import JobState
+from .security import client_security, server_role
 
 CALL_S = 30.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.2, 2.0
@@ -47,9 +48,9 @@ class JobsClient:
     """
 
     def __init__(self, address: str, transport: Transport | None = None, *, patience_s: float = 0.0) -> None:
-        """Dials through `transport`; by default one of its own, in plain text."""
+        """Dials through `transport`; by default one of its own, with the certificates that `client_security` finds."""
         self.patience_s = patience_s
-        self._channel = (transport or Transport()).dial(address)
+        self._channel = (transport or Transport(client_security(address))).dial(address, server_role(address))
         self._stub: Any = JobsStub(self._channel)
 
     async def __aenter__(self) -> Self:

@@ -18,6 +18,8 @@ from ...proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2
 from ...proto.rpc.addresses import parse_address
 from ...proto.rpc.server import Server
 from ...proto.rpc.transport import MIB, Transport
+from ...proto.security.credentials import Security
+from ...proto.security.state import forget_port, note_port
 from ...proto.tasks import Tasks
 from ..fleet.compatibility import Requirements
 from ..fleet.preflight import Preflight
@@ -54,10 +56,12 @@ class Gateway:
         owner: Tasks | None = None,
         *,
         cluster_id: str = "",
+        security: Security | None = None,
     ) -> None:
         """`owner`: background tasks of the gateway's owner, whose failures count as the gateway's own.
 
-        `cluster_id`: what `isthmus status` shows; "" where the workers are a given list.
+        `cluster_id`: what `isthmus status` shows; "" where the workers are a given list. `security`: the certificates
+        that it has; None: plain text.
         """
         self._cluster_id = cluster_id
         self._listen = listen
@@ -66,7 +70,8 @@ class Gateway:
         self._config = config
         self._server: Server | None = None
         self._jobs: Jobs | None = None
-        self.transport = Transport()
+        self.transport = Transport(security)
+        self._health_server: Server | None = None
         self._owner = owner or Tasks()
         self.failures = self._owner.failures
         self._tasks = Tasks(self.failures)
@@ -95,7 +100,16 @@ class Gateway:
         if self._config.jobs_db is not None:
             self._jobs = await self._open_jobs(self._config.jobs_db)
             services[JOBS_SERVICE] = self._jobs.add_to
-        self._server = await self.transport.listen(self._listen, services, max_request_bytes=MAX_MESSAGE_BYTES)
+        security = self.transport.security
+        self._server = await self.transport.listen(
+            *(self._listen, services),
+            max_request_bytes=MAX_MESSAGE_BYTES,
+            client_certificates=security is not None and security.client_certificates,
+            open_to_all=(SERVICES[1].full_name,),  # it has no port of its own yet
+        )
+        note_port(self._server.port, security.cluster if security is not None else "", "gateway")
+        if self._config.health_listen is not None:
+            self._health_server = await self.transport.listen_health(self._config.health_listen, self._server.health)
         for address in self._workers:
             self.fleet.add(address)
         if self._config.preflight:
@@ -142,7 +156,10 @@ class Gateway:
         """Cancels what still runs and closes everything."""
         await self._tasks.stop()
         if self._server is not None:
+            forget_port(self._server.port)
             await self._server.stop(0.2)
+        if self._health_server is not None:
+            await self._health_server.stop()
         if self._jobs is not None:
             await self._jobs.stop()
         if self._server is not None:
@@ -177,5 +194,7 @@ class Gateway:
     def _fill_status(self, status: worker_pb2.ClusterStatus) -> None:
         status.active_requests, status.cluster_id = self.load.active, self._cluster_id
         status.failing.extend([*self._failing(), *self._jobs_failing()])
+        if security := self.transport.security:
+            status.tls, status.certificate_expires_unix_s = True, round(security.expires_unix_s() or 0)
         for name, count in self.failures.items():
             status.task_failures[name] = count

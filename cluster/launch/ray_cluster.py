@@ -12,6 +12,8 @@ from typing import Any
 
 from ...proto.errors import AlreadyExists, IsthmusError, Unavailable
 from ...proto.rpc.addresses import HostPort, parse_address
+from ...proto.security.settings import material_of
+from ...proto.security.state import LOCAL, hand_over
 from ...worker.service import Drained
 from ..config import ClusterConfig
 from ..fleet.report import Role
@@ -177,6 +179,9 @@ class RayCluster:
         host = "0.0.0.0" if joins else "127.0.0.1"
         roles: tuple[Role, Role] = ("prefill", "decode") if role == "prefill" else ("decode", "prefill")
         settings = [self._config.worker_settings(each, name, f"{host}:0", self.threads) for each in roles]
+        if any(each["tls"] == "auto" for each in settings):
+            handed_over = material_of(*hand_over(self._config.named_cluster or LOCAL, name))
+            settings = [{**each, "tls": handed_over} if each["tls"] == "auto" else each for each in settings]
         options: dict[str, Any] = {
             "name": f"{name}.{self._config.cluster_id}",
             # On the local Ray, which is ours alone, a cluster may be scaled past what was counted at its start.

@@ -160,7 +160,7 @@ class RoleHost:
 
     async def _prepare(self, role: Role) -> None:
         assert self._worker is not None, "not started"
-        model, listen = self._worker.model, {"listen": self._worker.server.bound}
+        model, listen = self._worker.model, _addresses(self._worker.server)
         try:
             prepared = await gently(make_worker, role, {**self._settings[role], **listen})
             await prepared.prepare(model)
@@ -175,7 +175,7 @@ class RoleHost:
         in the role that it had, and Incompatible says why."""
         ended, prepared = self._worker, self._prepared
         assert ended is not None and prepared is not None
-        model, listen = ended.model, {"listen": ended.server.bound}
+        model, listen = ended.model, _addresses(ended.server)
         await ended.stop()
         self._worker = ended = self._prepared = None
         await asyncio.to_thread(gc.collect)  # its pool goes before there is another one
@@ -208,6 +208,12 @@ class RoleHost:
         worker.server.instance = f"{self._process}.{next(self._roles)}"
         self._worker = worker
         await worker.start(model)
+
+
+def _addresses(server: WorkerServer) -> dict[str, str]:
+    """Settings of a worker that shall listen where this one does."""
+    health = server.bound_health
+    return {"listen": server.bound} | ({"health_listen": health} if health is not None else {})
 
 
 def _reason(error: Exception) -> str:

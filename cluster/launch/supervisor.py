@@ -76,7 +76,11 @@ class Supervisor:
             model: ServedModel = await asyncio.to_thread(load_served_model, self._config.model)
             config = self._config
             self.gateway = Gateway(
-                config.listen, model, config=config.gateway, owner=self._tasks, cluster_id=config.cluster_id
+                *(config.listen, model),
+                config=config.gateway,
+                owner=self._tasks,
+                cluster_id=config.cluster_id,
+                security=await asyncio.to_thread(config.security, "gateway", "supervisor"),
             )
             await self.gateway.start()
             return self.gateway

@@ -1,4 +1,5 @@
-"""The guard around every handler of every server: errors become statuses, bytes that are no request are refused."""
+"""The guard around every handler of every server: errors become statuses, bytes that are no request are refused, and so
+is who may not call."""
 
 import asyncio
 import inspect
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[Any, grpc.aio.ServicerContext], Any]  # (request or iterator of requests, context)
 Take = Callable[[grpc.aio.ServicerContext], Awaitable[Any]]  # what a handler is given of the calls' messages
+Admit = Callable[[str, grpc.aio.ServicerContext], None]  # of a method, by its full name
 
 # Where a handler is found, by whether requests and responses are streams.
 _KINDS = {
@@ -35,10 +37,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     An IsthmusError becomes its status, bytes that are no request become INVALID_ARGUMENT, and any other exception is a
     bug: logged with its trace, UNKNOWN for the caller. Handlers of request streams take requests from their iterator.
+    No handler runs before `admit` lets the caller in.
 
     To gRPC all of them take streams, which is the same on the wire: it would wait for ever for a single request that is
     begun and not finished. Here each message must arrive within REQUEST_S, or the call is DEADLINE_EXCEEDED.
     """
+
+    def __init__(self, admit: Admit | None = None) -> None:
+        """`admit` raises what is wrong with a call's peer; None: anybody may call everything."""
+        self._admit = admit or _everybody
 
     async def intercept_service(
         self,
@@ -55,7 +62,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         responses = grpc.stream_stream_rpc_method_handler
         make = responses if handler.response_streaming else grpc.stream_unary_rpc_method_handler
         decode = _decoder(handler.request_deserializer or bytes, method)
-        return make(guard(behaviour, take, method), decode, handler.response_serializer)
+        return make(guard(behaviour, take, method, self._admit), decode, handler.response_serializer)
+
+
+def _everybody(method: str, context: grpc.aio.ServicerContext) -> None:
+    pass
 
 
 def _decoder(decode: Callable[[bytes], Any], method: str) -> Callable[[bytes], Any]:
@@ -96,7 +107,7 @@ async def _stream(context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
     return requests()
 
 
-def _guard_coroutine(behaviour: Handler, take: Take, method: str) -> Handler:
+def _guard_coroutine(behaviour: Handler, take: Take, method: str, admit: Admit) -> Handler:
     """Wraps a handler that is a coroutine.
 
     Our streaming handlers are coroutines too and call `context.write`: a cancellation is then raised inside the
@@ -105,6 +116,7 @@ def _guard_coroutine(behaviour: Handler, take: Take, method: str) -> Handler:
 
     async def guarded(_: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
+            admit(method, context)
             return await behaviour(await take(context), context)
         except Exception as error:
             await _end(error, method, context)
@@ -112,11 +124,12 @@ def _guard_coroutine(behaviour: Handler, take: Take, method: str) -> Handler:
     return guarded
 
 
-def _guard_generator(behaviour: Handler, take: Take, method: str) -> Handler:
+def _guard_generator(behaviour: Handler, take: Take, method: str, admit: Admit) -> Handler:
     """Wraps a handler that is an async generator, as gRPC's own reflection is."""
 
     async def guarded(_: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         try:
+            admit(method, context)
             async with aclosing(behaviour(await take(context), context)) as responses:
                 async for response in responses:
                     yield response

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from clusters import cluster_without_ray, run, wait_ready
+from clusters import blocking_channel, cluster_without_ray, run, wait_ready
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -36,7 +36,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def channel(server: str) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(server) as opened:
+    with blocking_channel(server) as opened:
         yield opened
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..terminal import options as opt
+from ..terminal.connection import ClientCommand
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,7 +28,7 @@ def _batch() -> None:
     pass
 
 
-@batch_app.command("run")
+@batch_app.command("run", cls=ClientCommand)
 def batch_run(
     source: Annotated[Path, typer.Argument(metavar="INPUT", exists=True, dir_okay=False, help="Requests, JSON lines.")],
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Answers, JSON lines.")],

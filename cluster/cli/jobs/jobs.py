@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from ..terminal import options as opt
+from ..terminal.connection import ClientCommand
 from ..terminal.prompt import read_prompt
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ Tenant = Annotated[str, typer.Option(help="Whose job it is.")]
 T = TypeVar("T")
 
 
-@jobs_app.command("submit")
+@jobs_app.command("submit", cls=ClientCommand)
 def jobs_submit(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - or a pipe: read it from stdin.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a UTF-8 file.")] = None,
@@ -100,7 +101,7 @@ def jobs_submit(
         _watch(server, job.job_id, 0, as_json)
 
 
-@jobs_app.command("list")
+@jobs_app.command("list", cls=ClientCommand)
 def jobs_list(
     state: Annotated[list[str] | None, typer.Option(help="queued, running, succeeded, ...; may be repeated.")] = None,
     labels: Labels = None,
@@ -145,7 +146,7 @@ def jobs_list(
     print_lines(jobs_table(found))
 
 
-@jobs_app.command("show")
+@jobs_app.command("show", cls=ClientCommand)
 def jobs_show(job_id: JobId, as_json: opt.Json = False, server: opt.Server = opt.DEFAULT_SERVER) -> None:
     """Show how a job stands.
 
@@ -165,7 +166,7 @@ def jobs_show(job_id: JobId, as_json: opt.Json = False, server: opt.Server = opt
     print_lines(job_table(job))
 
 
-@jobs_app.command("watch")
+@jobs_app.command("watch", cls=ClientCommand)
 def jobs_watch(
     job_id: JobId,
     from_event: Annotated[int, typer.Option("--from", min=0, help="With --json: begin with this event.")] = 0,
@@ -183,7 +184,7 @@ def jobs_watch(
     _watch(server, job_id, from_event if as_json else 0, as_json)
 
 
-@jobs_app.command("result")
+@jobs_app.command("result", cls=ClientCommand)
 def jobs_result(
     job_id: JobId,
     partial: Annotated[bool, typer.Option("--partial", help="Of a job that still runs: what there is.")] = False,
@@ -211,7 +212,7 @@ def jobs_result(
     _ask(server, show)
 
 
-@jobs_app.command("cancel")
+@jobs_app.command("cancel", cls=ClientCommand)
 def jobs_cancel(jobs: JobIds, as_json: opt.Json = False, server: opt.Server = opt.DEFAULT_SERVER) -> None:
     """End jobs; what they have made so far is kept.
 
@@ -228,7 +229,7 @@ def jobs_cancel(jobs: JobIds, as_json: opt.Json = False, server: opt.Server = op
         _print_json(cancelled)
 
 
-@jobs_app.command("delete")
+@jobs_app.command("delete", cls=ClientCommand)
 def jobs_delete(jobs: JobIds, server: opt.Server = opt.DEFAULT_SERVER) -> None:
     """Forget jobs that have ended, with their results.
 

@@ -97,20 +97,25 @@ async def gateway_client(server: str) -> AsyncIterator["Client"]:
 
 @asynccontextmanager
 async def transport_to(server: str) -> AsyncIterator["Transport"]:
-    """What to dial `server` with; Unavailable, with what to do, where nobody answers there."""
+    """What to dial `server` with, by the options of `connection.py`; Unavailable, with what to do, where nobody answers
+    there."""
     import grpc.aio
 
     from ....proto.errors import Unavailable
-    from ....proto.rpc.statuses import is_unreached
+    from ....proto.rpc.statuses import is_unreached, tls_problem
     from ....proto.rpc.transport import Transport
+    from ...client.security import client_security
+    from .connection import certificates
 
     address_to_dial(server)
-    transport = Transport()
+    transport = Transport(client_security(server, certificates()))
     try:
         yield transport
     except grpc.aio.AioRpcError as error:
         if is_unreached(error):
             hint = "start one with `isthmus up`, or name another with --server"
+            if (problem := tls_problem(error)) is not None:
+                raise Unavailable(f"{server} answers, but {problem}") from None
             raise Unavailable(f"no gateway answers at {server}; {hint}") from None
         raise
     finally:

@@ -201,7 +201,7 @@ def test_flags_of_the_gateway_reach_it(monkeypatch: pytest.MonkeyPatch, tmp_path
         given.append(settings.gateway)
         return 0
 
-    def gateway(listen: str, model: object, workers: list[str], config: GatewayConfig) -> None:
+    def gateway(listen: str, model: object, workers: list[str], config: GatewayConfig, *, security: None) -> None:
         given.append(config)
         raise Unavailable("not started")
 

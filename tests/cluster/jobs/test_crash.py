@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc.aio
+import pytest
 from scripted import Scripted, report_of
 from support.processes import ISTHMUS, free_port
 
@@ -22,6 +23,12 @@ from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, Mo
 
 MODEL = "smollm2-135m"
 TOKENS, STEP_S = 40, 0.02
+
+
+@pytest.fixture(autouse=True)
+def _plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the gateway too: the workers are scripts in this process, which have no certificates."""
+    monkeypatch.setenv("ISTHMUS_TLS", "off")
 
 
 def tokens_for(request: DecodeRequest) -> list[int]:
