@@ -7,7 +7,6 @@ right, and what the gateway holds of memory and descriptors must be bounded and 
 import asyncio
 import contextlib
 import resource
-import ssl
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -17,12 +16,12 @@ from typing import Any
 import grpc.aio
 import psutil
 from support import raw_grpc as h2
+from support.dialling import socket_context, to_gateway
 from support.report import percentiles
 
 from isthmus.cluster.client.client import build_request
 from isthmus.proto.generation_pb2 import GenerateRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
-from isthmus.proto.rpc.transport import Transport
 
 from .cluster import processes
 
@@ -40,17 +39,17 @@ class Target:
 
     address: str
     request: bytes
-    tls: ssl.SSLContext | None = None
 
     @contextlib.asynccontextmanager
     async def connections(self, count: int) -> AsyncIterator[list[asyncio.StreamWriter]]:
         """So many connections, of which what arrives is thrown away; those that are refused are left out."""
+        tls = socket_context("client")
         writers: list[asyncio.StreamWriter] = []
         readers: list[asyncio.Task[None]] = []
         try:
             for _ in range(count):
                 with contextlib.suppress(OSError):
-                    reader, writer = await h2.connect(self.address, self.tls)
+                    reader, writer = await h2.connect(self.address, tls)
                     writers.append(writer)
                     readers.append(asyncio.create_task(_discard(reader)))
             yield writers
@@ -152,10 +151,10 @@ async def many_streams(target: Target, seconds: float) -> None:
 
 async def never_reading(target: Target, seconds: float) -> None:
     """Connections that ask for answers and pings and read nothing of what comes back."""
-    opened: list[asyncio.StreamWriter] = []
+    opened, tls = list[asyncio.StreamWriter](), socket_context("client")
     try:
         for _ in range(SILENT):
-            reader, writer = await h2.connect(target.address, target.tls)
+            reader, writer = await h2.connect(target.address, tls)
             opened.append(writer)
             pause = getattr(reader, "_transport", None)
             if pause is not None:
@@ -224,10 +223,10 @@ def _harm(kind: str, target: Target, seconds: float) -> None:
 
 
 async def abuse(
-    kind: str, address: str, request: GenerateRequest, process: psutil.Process, seconds: float, transport: Transport
+    kind: str, address: str, request: GenerateRequest, process: psutil.Process, seconds: float
 ) -> dict[str, Any]:
     """One kind of abuse of the server of `process` for some seconds; what it cost, in MB, descriptors and ms."""
-    async with transport.dial(address) as channel:
+    async with to_gateway(address) as channel:
         stub: Any = GenerationStub(channel)
         calm = Good([token async for event in stub.Generate(request) for token in event.token_ids])
         for _ in range(CALM):

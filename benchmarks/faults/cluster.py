@@ -101,6 +101,7 @@ class ChaosCluster:
     admin: str  # of the gateway
     links: dict[str, BadLink] = field(default_factory=dict)  # by node; what others use to reach it
     restarts: bool = True  # of those that die
+    exits: list[tuple[str, int]] = field(default_factory=list)  # of those that died: who, and with which exit status
 
     @property
     def gateway(self) -> Node:
@@ -119,6 +120,8 @@ class ChaosCluster:
         while True:
             for node in self.nodes:
                 if self.restarts and not node.alive:
+                    if node.process is not None:
+                        self.exits.append((node.name, node.process.exitcode or 0))
                     node.start()
             await asyncio.sleep(LOOK_S)
 

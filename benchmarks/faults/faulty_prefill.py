@@ -20,12 +20,13 @@ SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"]
 class FaultyPrefill(PrefillServicer):
     """A Prefill service in front of a real worker; `corruption` names what it does to the next answers (see KINDS)."""
 
-    def __init__(self, real: str, seed: int = 0) -> None:
+    def __init__(self, real: str, seed: int = 0, transport: Transport | None = None) -> None:
+        """`transport`: in plain text where none is given; it is closed at the end."""
         self.corruption = ""  # one of KINDS; "": none
         self.corrupted = 0  # answers in which something was changed
         self._rng = random.Random(seed)
-        self._transport = Transport()
-        self._channel = self._transport.dial(real)
+        self._transport = transport or Transport()
+        self._channel = self._transport.dial(real, "prefill")
         self._server: Server | None = None
         self._earlier: Events = []  # a whole answer to an earlier request
 
@@ -61,6 +62,10 @@ class FaultyPrefill(PrefillServicer):
             _set(events, at, theirs[min(frames.index(at), len(theirs) - 1)].frame)
         self.corrupted += bool(self.corruption)
         self._earlier = intact
+        await self.answer(events, context)
+
+    async def answer(self, events: Events, context: grpc.aio.ServicerContext) -> None:
+        """Sends an answer."""
         for event in events:
             await context.write(event)
 

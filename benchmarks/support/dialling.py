@@ -1,6 +1,8 @@
 """How benchmarks and tests reach processes that they started: encrypted, with the certificates of this user's local
 cluster, as `isthmus` itself; in plain text where ISTHMUS_TLS=off, which those processes inherit."""
 
+import ssl
+
 from isthmus.cluster.client.security import is_off
 from isthmus.proto.rpc.channel import Channel
 from isthmus.proto.rpc.transport import Transport
@@ -22,6 +24,16 @@ def local_security(*roles: Role) -> Security | None:
 def to_gateway(address: str) -> Channel:
     """A channel to a gateway, as a client and admin."""
     return transport_as("client").dial(address, "gateway")
+
+
+def socket_context(*roles: Role) -> ssl.SSLContext | None:
+    """TLS for a socket without a certificate, which believes any server; None: plain text."""
+    if local_security(*roles) is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    return context
 
 
 def to_worker(address: str, role: ServerName = "worker") -> Channel:

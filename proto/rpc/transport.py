@@ -146,7 +146,10 @@ class Transport:
         OSError where the address cannot be bound.
         """
         options = {**_OPTIONS, **_SERVER_OPTIONS, "grpc.max_receive_message_length": _PROBE_BYTES}
-        grpc_server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=list(options.items()))
+        options["grpc.max_allowed_incoming_connections"] = connection_limit()
+        grpc_server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()], options=list(options.items()), maximum_concurrent_rpcs=MAX_CALLS
+        )
         health_pb2_grpc.add_HealthServicer_to_server(health, grpc_server)
         port = _bind(grpc_server, address, None)
         await grpc_server.start()

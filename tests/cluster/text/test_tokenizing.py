@@ -8,8 +8,9 @@ from pathlib import Path
 import grpc
 import pytest
 from loops import watched_loop
-from models import make_byte_tokenizer, model_path
+from models import model_path
 from scripted import ByteText, says, scripted_cluster, served
+from support.tiny_model import make_byte_tokenizer
 
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.text.served import ServedModel

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_tiny, model_path, tiny_config
+from models import model_path
+from support.tiny_model import make_tiny, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from isthmus.model import attention

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from models import make_tiny, model_path, tiny_config
+from models import model_path
+from support.tiny_model import make_tiny, tiny_config
 
 from isthmus.model import cache
 from isthmus.model.cache import Note, cached_or_made

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import make_byte_tokenizer, model_path
+from models import model_path
+from support.tiny_model import make_byte_tokenizer
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import REAL_MODELS, make_byte_tokenizer, model_path
+from models import REAL_MODELS, model_path
+from support.tiny_model import make_byte_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
