@@ -41,7 +41,10 @@ def up(ctx: typer.Context, config: opt.ConfigFile = None, log_level: opt.LogLeve
     opt.configure_logs(log_level)
     from ..config import load_config
 
-    raise typer.Exit(_serve_cluster(load_config(config, given(ctx)).with_jobs(), begun_s))
+    settings = load_config(config, given(ctx)).with_jobs()
+    if not settings.prefill or not settings.decode:
+        raise typer.BadParameter("prefill or decode is 0; a cluster has one of each; `isthmus supervise` may have none")
+    raise typer.Exit(_serve_cluster(settings, begun_s))
 
 
 def demo(ctx: typer.Context, as_json: opt.Json = False) -> None:

@@ -7,6 +7,10 @@ import asyncio
 import logging
 from typing import Protocol
 
+import grpc.aio
+from grpc_health.v1 import health_pb2
+from grpc_health.v1._async import HealthServicer
+
 from ....kvtransfer.frame import PROTOCOL_VERSION
 from ....proto import supervisor_pb2, supervisor_pb2_grpc, worker_pb2, worker_pb2_grpc
 from ....proto.errors import IllegalState, Unavailable
@@ -19,7 +23,7 @@ from ....proto.worker_pb2 import Explanation
 from ...config import ClusterConfig
 from ...fleet.compatibility import Requirements
 from ...fleet.registry import Fleet
-from ...frontend.admin import CLUSTER, listen_admin
+from ...frontend.admin import CLUSTER, listen_admin, listen_health
 from ...frontend.cluster_service import ClusterService
 from ...frontend.operations import Operations
 from .list_service import ListService
@@ -49,6 +53,7 @@ class SupervisorServer:
         self.transport = Transport()
         self.lost = asyncio.Event()
         self._server: Server | None = None
+        self._probes: grpc.aio.Server | None = None
         # The model is the gateways' affair: the supervisor needs none, and compares protocols alone.
         required = Requirements(protocol_version=PROTOCOL_VERSION, by="the supervisor")
         self.fleet = Fleet(required, self.transport, failures=self._tasks.failures)
@@ -62,7 +67,10 @@ class SupervisorServer:
         Unavailable where no Ray is there after JOIN_S; OSError where the address cannot be bound; what `listen_admin`
         raises.
         """
-        await self.join()
+        health = HealthServicer()
+        if self._config.supervisor.health_listen is not None:
+            self._probes = await listen_health(self._config.supervisor.health_listen, health)
+        await self._join()
         await self.pool.adopt()
         self.operations.manager = self.pool
         cluster = ClusterService(self.fleet, self.operations, _explain, self._fill_status)
@@ -72,9 +80,11 @@ class SupervisorServer:
         }
         listen = self._config.supervisor.listen
         self._server = await listen_admin(self.transport, listen, services, setting="supervisor.listen")
+        for service in ("", *self._server.services):
+            await health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._tasks.start("guard Ray", self._guard)
 
-    async def join(self) -> None:
+    async def _join(self) -> None:
         """Waits for Ray, as long as JOIN_S."""
         end_s = asyncio.get_running_loop().time() + JOIN_S
         while True:
@@ -102,6 +112,8 @@ class SupervisorServer:
         if self._server is not None:
             await self._server.set_serving(False)
             await self._server.stop(0.2)
+        if self._probes is not None:
+            await self._probes.stop(0.2)
         await self.operations.stop()
         await self._tasks.stop()
         await self.fleet.close()

@@ -1,11 +1,14 @@
 """Detached workers that are adopted, started, scaled and lost, with a Ray of scripted workers."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scripted import Scripted, report_of, says, scripted_cluster, served
 
 from isthmus.cluster.client.client import Client, build_request
@@ -358,6 +361,20 @@ async def test_all_workers_are_ended_for_good(ray: FakeRay) -> None:
     await other.stop()
     assert all(actor.drained and actor.died.is_set() for actor in ray.actors.values())
     assert ray.requests[-1] == {}
+
+
+async def test_kubelets_probe_a_port_of_their_own(ray: FakeRay) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    config = ClusterConfig(cluster_id="test", supervisor={"listen": "127.0.0.1:0", "health_listen": address})  # pyright: ignore
+    running = SupervisorServer(config, ray)
+    await running.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        for service in ("", "isthmus.v1.Supervisor", "liveness"):
+            found = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+            assert found.status == health_pb2.HealthCheckResponse.SERVING
+    await running.stop()
 
 
 async def test_the_supervisor_explains_no_request(ray: FakeRay) -> None:
