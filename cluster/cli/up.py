@@ -56,6 +56,8 @@ def up(ctx: typer.Context, config: opt.ConfigFile = None, log_level: opt.LogLeve
     settings = load_config(config, given(ctx)).with_jobs()
     opt.configure_logs(log_level, settings)
     check_listen(settings.gateway.access, settings.listen)
+    if not settings.prefill or not settings.decode:
+        raise typer.BadParameter("prefill or decode is 0; a cluster has one of each; `isthmus supervise` may have none")
     raise typer.Exit(_serve_cluster(settings, begun_s))
 
 

@@ -11,6 +11,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from ..errors import Exhausted, NotFound
 from .streams import write_in_time
 
+LIVENESS = "liveness"  # a service that serves for as long as the process answers: what liveness probes ask for
 MAX_WATCHERS = 256  # of one server: each holds a call for as long as it likes
 
 

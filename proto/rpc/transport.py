@@ -23,7 +23,7 @@ from ..security.credentials import Security
 from ..security.identity import ServerName
 from .addresses import grpc_target
 from .channel import Channel
-from .health import HealthServicer
+from .health import LIVENESS, HealthServicer
 from .interceptor import Admit, ErrorInterceptor
 from .limits import MAX_CALLS, SERVER_LIMITS, UNCOMPRESSED, connection_limit
 from .server import Server, Services, add_services
@@ -141,10 +141,11 @@ class Transport:
 
     async def listen_health(self, address: str, health: HealthServicer) -> Server:
         """Starts a server that answers health probes alone, to anybody and in plain text: for kubelets, which have no
-        certificate. `health`: of the server whose health it tells.
+        certificate. `health`: of the server whose health it tells; the service LIVENESS serves always.
 
         OSError where the address cannot be bound.
         """
+        health.set_serving(LIVENESS, True)
         options = {**_OPTIONS, **_SERVER_OPTIONS, "grpc.max_receive_message_length": _PROBE_BYTES}
         options["grpc.max_allowed_incoming_connections"] = connection_limit()
         grpc_server = grpc.aio.server(

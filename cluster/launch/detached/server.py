@@ -12,6 +12,7 @@ from ....proto import supervisor_pb2, supervisor_pb2_grpc, worker_pb2, worker_pb
 from ....proto.errors import IllegalState, Unavailable
 from ....proto.generation_pb2 import GenerateRequest
 from ....proto.rpc.addresses import parse_address
+from ....proto.rpc.health import HealthServicer
 from ....proto.rpc.server import Server
 from ....proto.rpc.transport import Transport
 from ....proto.security.state import forget_port, note_port
@@ -64,7 +65,11 @@ class SupervisorServer:
         Unavailable where no Ray is there after JOIN_S; OSError where the address cannot be bound; what `listen_admin`
         raises.
         """
-        await self.join()
+        health = HealthServicer()
+        health.set_serving("", False)
+        if self._config.supervisor.health_listen is not None:
+            self._health_server = await self.transport.listen_health(self._config.supervisor.health_listen, health)
+        await self._join()
         await self.pool.adopt()
         self.operations.manager = self.pool
         cluster = ClusterService(self.fleet, self.operations, _explain, self._fill_status)
@@ -76,13 +81,11 @@ class SupervisorServer:
         self._server = await listen_admin(self.transport, listen, services, setting="supervisor.listen")
         security = self.transport.security
         note_port(self._server.port, security.cluster if security is not None else "", "supervisor")
-        if self._config.supervisor.health_listen is not None:
-            self._health_server = await self.transport.listen_health(
-                self._config.supervisor.health_listen, self._server.health
-            )
+        for service in ("", *self._server.services):
+            health.set_serving(service, True)
         self._tasks.start("guard Ray", self._guard)
 
-    async def join(self) -> None:
+    async def _join(self) -> None:
         """Waits for Ray, as long as JOIN_S."""
         end_s = asyncio.get_running_loop().time() + JOIN_S
         while True:

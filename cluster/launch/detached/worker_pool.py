@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from ....proto.backoff import Restarts
-from ....proto.errors import Incompatible, IsthmusError, NotFound
+from ....proto.errors import Incompatible, IsthmusError, NotFound, Unavailable
 from ....proto.supervisor_pb2 import ListedWorker
 from ....proto.tasks import Tasks
 from ....proto.worker_pb2 import (
@@ -79,6 +79,7 @@ class _Worker:
     doing: str = ""  # why it is not there
     ending: bool = False  # it is drained, to be ended
     keeper: asyncio.Task[None] | None = None
+    launching: asyncio.Lock = field(default_factory=asyncio.Lock)
     restarts: Restarts = field(default_factory=lambda: Restarts(RESTART_PAUSE_S, LAST_RESTART_PAUSE_S, HEALTHY_S))
 
     def reason(self, now_s: float) -> str:
@@ -242,6 +243,8 @@ class WorkerPool:
                 continue  # it was only out of reach
             except (IsthmusError, OSError) as error:
                 why = str(error)
+            if worker.ending:
+                return
             log.warning("a worker is gone", extra={"fields": {"worker": worker.name, "why": why}})
             await self._forget(worker)
             worker.restarts.ended(time.monotonic())
@@ -251,9 +254,12 @@ class WorkerPool:
 
     async def _bring(self, worker: _Worker) -> None:
         """Returns once a worker is there; raises why its start failed."""
-        running = worker.running
-        if running is None:
-            worker.running = running = await self._launcher.launch(worker.role, worker.name)
+        async with worker.launching:  # an actor that is asked for is there afterwards: it must not be forgotten
+            if worker.ending:
+                raise Unavailable("it is ended")
+            if worker.running is None:
+                worker.running = await self._launcher.launch(worker.role, worker.name)
+            running = worker.running
         address = await with_activity(running.address(), partial(self._doing, worker), partial(self._tell, worker))
         with contextlib.suppress(IsthmusError, TimeoutError):
             async with asyncio.timeout(ANSWER_S):
@@ -294,10 +300,11 @@ class WorkerPool:
 
     async def _end(self, worker: _Worker, timeout_s: float) -> Drained:
         """Drains a worker, ends it and forgets it; one that is not there to be drained is ended all the same."""
-        if worker.keeper is not None:
-            await self._tasks.end(worker.keeper)
         drained = await self._drain(worker, timeout_s) if worker.address else Drained(0, 0)
-        await self._forget(worker)
+        async with worker.launching:
+            await self._forget(worker)
+        if worker.keeper is not None:  # not before: Ray was seen to take no call that follows one that was given up
+            await self._tasks.end(worker.keeper)
         self._workers.remove(worker)
         self._changed()
         return drained

@@ -281,6 +281,22 @@ async def test_draining_gives_up_in_time() -> None:
             await running
 
 
+async def test_health_is_red_before_new_requests_are_refused() -> None:
+    async with (
+        scripted_cluster(says("hello"), propagation_s=0.6) as cluster,
+        client_of(cluster.gateway) as client,
+        Transport().dial(cluster.gateway.address) as channel,
+    ):
+        draining = asyncio.create_task(cluster.gateway.drain(5))
+        await asyncio.sleep(0.2)
+        probe = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert probe.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert (await client.answer(build_request(prompt="x"))).text == "hello", "who does not know it yet is served"
+        assert await draining
+        with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
+            await client.answer(build_request(prompt="x"))
+
+
 async def test_a_port_in_use_is_an_error() -> None:
     async with scripted_cluster(says("x")) as cluster:
         second = Gateway(cluster.gateway.address, served(), config=GatewayConfig(admin_listen="127.0.0.1:0"))

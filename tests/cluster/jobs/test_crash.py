@@ -72,17 +72,54 @@ async def workers() -> AsyncIterator[list[str]]:
             await worker.stop()
 
 
-async def test_killed_at_random_no_job_is_lost_and_no_token_repeated(url: str) -> None:
-    draw, server = random.Random(7), f"127.0.0.1:{free_port()}"
-    requests = [
+def command(server: str, addresses: list[str], url: str) -> list[str]:
+    ports = ("--listen", server, "--admin-listen", f"127.0.0.1:{free_port()}")
+    return [ISTHMUS, "gateway", *ports, "--workers", ",".join(addresses), "--model", MODEL, "--jobs-db", url]
+
+
+def requests_of(count: int) -> list[GenerateRequest]:
+    return [
         GenerateRequest(prompt=f"Tell me about {number}.", sampling=SamplingParams(max_tokens=TOKENS, seed=number))
-        for number in range(24)
+        for number in range(count)
     ]
+
+
+async def test_jobs_of_a_gateway_that_is_killed_go_on_at_the_other(url: str) -> None:
+    """Both have the same workers and the same database; a lease moves what the dead one ran."""
+    servers = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    async with (
+        workers() as addresses,
+        JobsClient(servers[0], patience_s=60) as first,
+        JobsClient(servers[1], patience_s=60) as second,
+    ):
+        gateways = [subprocess.Popen(command(server, addresses, url), env=os.environ) for server in servers]
+        try:
+            await second.submit(SubmitJobRequest(requests=requests_of(1)))  # it answers
+            jobs = [await first.submit(SubmitJobRequest(requests=[request])) for request in requests_of(12)]
+            async for _ in first.watch(jobs[0].job_id):
+                break  # some run
+            gateways[0].kill()
+            await asyncio.to_thread(gateways[0].wait)
+            resumes = 0
+            for number, job in enumerate(jobs):
+                async for _ in second.watch(job.job_id):
+                    pass
+                ended = await second.job(job.job_id)
+                assert (ended.state, ended.output_tokens) == (JOB_STATE_SUCCEEDED, TOKENS)
+                (result,) = [result async for result in second.results(job.job_id)]
+                assert (result.timings.seed, len(result.token_ids)) == (number, TOKENS)
+                resumes += ended.resumes
+            assert resumes > 0, "the kill did hit running jobs"
+        finally:
+            for gateway in gateways:
+                gateway.kill()
+                await asyncio.to_thread(gateway.wait)
+
+
+async def test_killed_at_random_no_job_is_lost_and_no_token_repeated(url: str) -> None:
+    draw, server, requests = random.Random(7), f"127.0.0.1:{free_port()}", requests_of(24)
     async with workers() as addresses, JobsClient(server, patience_s=120) as client:
-        ports = ("--listen", server, "--admin-listen", f"127.0.0.1:{free_port()}")
-        arguments = (*ports, "--workers", ",".join(addresses), "--model", MODEL, "--jobs-db", url)
-        command = [ISTHMUS, "gateway", *arguments]
-        gateway = subprocess.Popen(command, env=os.environ)
+        gateway = subprocess.Popen(begun := command(server, addresses, url), env=os.environ)
         try:
             undisturbed = await client.submit(SubmitJobRequest(requests=requests))
             async for _ in client.watch(undisturbed.job_id):
@@ -105,7 +142,7 @@ async def test_killed_at_random_no_job_is_lost_and_no_token_repeated(url: str) -
                 await asyncio.sleep(draw.uniform(0.2, 1.0))
                 gateway.send_signal(signal.SIGKILL)
                 await asyncio.to_thread(gateway.wait)
-                gateway = subprocess.Popen(command, env=os.environ)
+                gateway = subprocess.Popen(begun, env=os.environ)
                 await client.job(undisturbed.job_id)  # it answers again
             watched = await asyncio.wait_for(watching, 120)
             texts = [result.text async for result in client.results(undisturbed.job_id)]
