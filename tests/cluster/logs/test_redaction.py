@@ -4,7 +4,6 @@ import json
 import logging
 import random
 import string
-from collections.abc import Iterator
 from typing import Any
 
 import grpc.aio
@@ -18,17 +17,6 @@ from isthmus.cluster.logs.redaction import INSTEAD, redacted
 KEY, _ = new_key("acme")
 SECRET = KEY[-43:]
 TOKEN = jwt.encode({"sub": "alice"}, "s" * 32, algorithm="HS256")
-
-
-@pytest.fixture(autouse=True)
-def logs_as_before() -> Iterator[None]:
-    """What `configure_logs` changes for the whole process."""
-    loggers = [logging.getLogger(name) for name in ("isthmus", "isthmus.audit")]
-    before = [(each, each.handlers[:], each.propagate, each.level) for each in loggers]
-    yield
-    for each, handlers, propagate, level in before:
-        each.handlers[:], each.propagate = handlers, propagate
-        each.setLevel(level)
 
 
 @pytest.mark.parametrize("secret", [KEY, TOKEN, "s3cr3t.Opaque-token~value/+="])
