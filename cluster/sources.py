@@ -30,7 +30,7 @@ VARIABLES = {
     "ISTHMUS_JOBS_DB": "gateway.jobs_db",
     "ISTHMUS_SERVER": "the gateway that clients ask, where no --server is given",
     "ISTHMUS_API_KEY": "what clients show the gateway, where no --api-key is given",
-    "ISTHMUS_ALLOW_PLAINTEXT_KEY": "whether clients may send it over a network in plain text",
+    "ISTHMUS_PLAINTEXT_KEY": "whether clients may send it over a network in plain text",
     "ISTHMUS_ADMIN": "the admin port that status and orders go to, where no --admin is given",
     "ISTHMUS_CACHE": "the folder of what can be made again: converted models, calibration, compiled kernels",
     "ISTHMUS_COMPILED": "auto or never: compiled kernels and CUDA graphs",

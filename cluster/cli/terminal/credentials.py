@@ -23,7 +23,7 @@ class ClientCommand(TyperCommand):
         return [*own, *_key_options(), helping]
 
     def invoke(self, ctx: Any) -> Any:
-        _given.set((ctx.params.pop("api_key"), ctx.params.pop("allow_plaintext_key")))
+        _given.set((ctx.params.pop("api_key"), ctx.params.pop("plaintext_key")))
         return super().invoke(ctx)
 
 
@@ -40,11 +40,11 @@ def _key_options() -> tuple[Any, ...]:
                 help="Who you are; other users of this host see what stands here, but no variable and no file.",
             ),
         ] = None,
-        allow_plaintext_key: Annotated[
+        plaintext_key: Annotated[
             bool,
             typer.Option(
-                "--allow-plaintext-key",
-                envvar="ISTHMUS_ALLOW_PLAINTEXT_KEY",
+                "--plaintext-key",
+                envvar="ISTHMUS_PLAINTEXT_KEY",
                 help="Send it over a network in plain text too.",
             ),
         ] = False,

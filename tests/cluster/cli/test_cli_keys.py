@@ -43,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def no_key_of_the_person_who_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ISTHMUS_API_KEY", "ISTHMUS_ALLOW_PLAINTEXT_KEY", "ISTHMUS_CONFIG"):
+    for name in ("ISTHMUS_API_KEY", "ISTHMUS_PLAINTEXT_KEY", "ISTHMUS_CONFIG"):
         monkeypatch.delenv(name, raising=False)
 
 
