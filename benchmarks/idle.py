@@ -12,6 +12,7 @@ import sys
 import time
 
 import psutil
+from support.dialling import to_gateway, transport_as
 from support.processes import free_port, isthmus
 
 from isthmus.cluster.text.served import load_served_model
@@ -19,7 +20,6 @@ from isthmus.kvtransfer.codecs.registry import DEFAULT_CODEC
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto import worker_pb2
 from isthmus.proto.rpc.server import Server
-from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_ROLE_DECODE,
@@ -68,7 +68,7 @@ def _cpu_s(pid: int) -> float:
 async def _all_ready(admin: str, workers: int) -> None:
     """Returns once the gateway uses all workers."""
     end_s = time.monotonic() + START_S
-    async with Transport().dial(admin) as channel:
+    async with to_gateway(admin) as channel:
         while time.monotonic() < end_s:
             status: ClusterStatus = await ClusterStub(channel).GetStatus(GetStatusRequest(), wait_for_ready=True)
             if sum(worker.health == WORKER_HEALTH_READY for worker in status.workers) == workers:
@@ -110,7 +110,7 @@ async def _serve(workers: int) -> None:
     )
     addresses: list[str] = []
     servers: list[Server] = []
-    transport = Transport()
+    transport = transport_as("prefill", "decode")
     for number in range(workers):
         reports = ReportServicer(lambda number=number: _report(number, model, addresses))
         add = {

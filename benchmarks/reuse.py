@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from support.dialling import to_worker
 from support.processes import ready, worker
 from support.report import Report, conditions, each
 
@@ -32,7 +33,6 @@ from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto.common_pb2 import TransferStats
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeStub
-from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 
 PREFIX_TOKENS, ENDINGS = 2000, (24, 8)  # of the first one are the figures at the top of the JSON
@@ -75,7 +75,7 @@ async def pair_of(prefill: str, decode: str) -> AsyncIterator[Pair]:
     """Two workers, warmed up with prompts that share nothing with any other."""
     reports = await ready([prefill, decode], START_S)
     about = reports[1].model
-    async with Transport().dial(decode) as channel:
+    async with to_worker(decode, "decode") as channel:
         pair = Pair(prefill, DecodeStub(channel), about.fingerprint, about.vocab_size)
         rng = random.Random(time.monotonic_ns())
         for local in (False, True):
@@ -126,7 +126,7 @@ async def measure(pair: Pair, place: str, codec: str, requests: int) -> dict[int
 async def stored(folder: Path, pages: int) -> None:
     """Waits until the store has so many pages; TimeoutError where that takes too long."""
     async with asyncio.timeout(STORE_S):
-        while sum(path.is_file() for path in folder.glob("??/*")) < pages:
+        while sum(path.is_file() for path in folder.glob("*/??/*")) < pages:
             await asyncio.sleep(0.1)
 
 

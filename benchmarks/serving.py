@@ -21,12 +21,12 @@ from typing import Annotated, Any
 import typer
 from support.asking import Answer, ask, decode_request
 from support.baseline import Baseline
+from support.dialling import to_worker
 from support.mixed import Load, mixed_load
 from support.processes import ready, worker
 from support.report import Report, conditions, percentiles, say
 
 from isthmus.proto.decode_pb2_grpc import DecodeStub
-from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import WorkerReport
 
@@ -148,7 +148,7 @@ async def run(
             say(f"loading transformers' model in {name}")
             baselines[name] = Baseline(about.model.path, name, threads, baseline_s)
         report.put(threads=threads, dtype=about.dtype)
-        async with Transport().dial(decode) as channel:
+        async with to_worker(decode, "decode") as channel:
             ours = Workers(DecodeStub(channel), prefill, about)
             say("warming up")
             await ours.prefill(make_prompt(1, 64, vocab))

@@ -27,12 +27,12 @@ import grpc.aio
 import typer
 import yaml
 from support.asking import ask, decode_request
+from support.dialling import to_worker
 from support.processes import Running, ready, running_worker
 from support.report import Report, conditions, each, say
 
 from isthmus.proto.decode_pb2 import DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeStub
-from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import GetReportRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import WorkerStub
@@ -119,7 +119,7 @@ class Soak:
 
 async def leaked_pages(address: str, within_s: float = 10) -> int:
     """Pages in use by no request, once the worker is idle; what is still in use after `within_s` is leaked."""
-    async with Transport().dial(address) as channel:
+    async with to_worker(address) as channel:
         end = time.monotonic() + within_s
         while True:
             report = await WorkerStub(channel).GetReport(GetReportRequest(), timeout=10)
@@ -171,7 +171,7 @@ async def run(
         workers = {"prefill": prefill, "decode": decode}
         say("starting a prefill and a decode worker")
         _, about = await ready([prefill.address, decode.address])
-        async with Transport().dial(decode.address) as channel:
+        async with to_worker(decode.address, "decode") as channel:
             soak = Soak(DecodeStub(channel), prefill.address, about, random.Random(seed), longest, reruns)
             resident = await load_for(report, soak, 60 * minutes, at_once, workers)
             leaked = {role: await leaked_pages(worker.address) for role, worker in workers.items()}

@@ -17,6 +17,10 @@ from ..model.dtypes import Dtype
 from ..prefill.config import PrefillConfig
 from ..proto.errors import InvalidRequest
 from ..proto.rpc.addresses import HostPort, checked_address
+from ..proto.security.credentials import Security
+from ..proto.security.identity import CLUSTER_PATTERN
+from ..proto.security.identity import Role as HolderRole
+from ..proto.security.settings import Tls, security_of
 from ..worker.config import Names, WorkerConfig
 from . import defaults
 from .fleet.report import Role
@@ -24,6 +28,7 @@ from .gateway_config import GatewayConfig
 from .jobs.settings import database_url
 from .logs.configure import LogFormat
 from .sources import Origin, Setting, explain, read_sources, warn_of_unknown_variables
+from .supervisor_config import SupervisorConfig
 
 CONFIG_OF: dict[Role, type[PrefillConfig] | type[DecodeConfig]] = {
     "prefill": PrefillConfig,
@@ -34,7 +39,8 @@ CONFIG_OF: dict[Role, type[PrefillConfig] | type[DecodeConfig]] = {
 SHARED = frozenset(WorkerConfig.model_fields)
 # Settings of all workers, by their names in a worker's own settings.
 OF_WORKERS = {
-    **{name: name for name in ("model", "dtype", "device", "threads", "codecs", "balance", "store_dir", "store_gib")},
+    **{name: name for name in ("model", "model_manifest", "dtype", "device", "threads", "codecs", "balance")},
+    **{name: name for name in ("store_dir", "store_gib", "store_key_file", "tls", "cluster_id")},
     "codec": "default_codec",
 }
 OF_ONE_PROCESS = ("name", "listen", "advertise")  # settings of a worker that is started by hand
@@ -51,9 +57,10 @@ class ClusterConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prefill: int = Field(default=1, ge=1, le=1024, description="Number of prefill workers.")
-    decode: int = Field(default=1, ge=1, le=1024, description="Number of decode workers.")
+    prefill: int = Field(default=1, ge=0, le=1024, description="Number of prefill workers.")
+    decode: int = Field(default=1, ge=0, le=1024, description="Number of decode workers.")
     model: str = _same(WorkerConfig, "model")
+    model_manifest: str | None = _same(WorkerConfig, "model_manifest")
     codec: str = _same(WorkerConfig, "default_codec")
     codecs: Names = _same(WorkerConfig, "codecs")
     balance: str | None = _same(WorkerConfig, "balance")
@@ -64,11 +71,27 @@ class ClusterConfig(BaseModel):
     threads: int | None = _same(WorkerConfig, "threads")
     cluster_id: str = Field(
         default_factory=lambda: secrets.token_hex(4),
-        pattern=r"^[a-z0-9][a-z0-9-]{0,31}$",
-        description="Part of the names of Ray actors, for clusters that share a Ray; default: drawn at each start.",
+        pattern=CLUSTER_PATTERN,
+        description="In certificates and names of Ray actors, for clusters on one Ray; default: drawn at each start.",
+    )
+    tls: Tls = Field(
+        default="auto",
+        description="auto: certificates of this user on this machine; {ca, cert, key}: files; off: plain text.",
     )
     address: str | None = Field(
         default=None, description="Ray cluster to join, auto: the one here; default: start a local Ray."
+    )
+    worker_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="Port of each worker of `isthmus supervise`, which Ray places one a host; default: a free one.",
+    )
+    prefill_gpus: int | None = Field(
+        default=None, ge=0, description="GPUs that Ray gives a prefill worker; default: 1 where it knows of any."
+    )
+    decode_gpus: int | None = Field(
+        default=None, ge=0, description="GPUs that Ray gives a decode worker; default: 1 where it knows of any."
     )
     drain_s: float = Field(
         defaults.DRAIN_S, ge=0, description="Time for running requests when it stops; others take those left."
@@ -80,7 +103,11 @@ class ClusterConfig(BaseModel):
     )
     store_dir: str | None = _same(PrefillConfig, "store_dir")
     store_gib: float = _same(PrefillConfig, "store_gib")
+    store_key_file: str | None = _same(PrefillConfig, "store_key_file")
     gateway: GatewayConfig = Field(default=GatewayConfig(), description="The gateway: where requests run.")
+    supervisor: SupervisorConfig = Field(
+        default=SupervisorConfig(), description="The supervisor, where it is a process apart from the gateways."
+    )
     prefill_worker: PrefillConfig = Field(
         default=PrefillConfig(), description="Prefill workers; wins over the settings above."
     )
@@ -113,12 +140,21 @@ class ClusterConfig(BaseModel):
         """Number of workers of both roles."""
         return self.prefill + self.decode
 
+    @property
+    def named_cluster(self) -> str | None:
+        """The `cluster_id` that was set; None where it was drawn, which no certificate names."""
+        return self.cluster_id if "cluster_id" in self.model_fields_set else None
+
+    def security(self, *roles: HolderRole) -> Security | None:
+        """The certificates of a process of these roles; None: plain text. InvalidRequest where there are none."""
+        return security_of(self.tls, self.named_cluster, *roles)
+
     def with_jobs(self) -> Self:
         """With the URL of the database of jobs in place of its name (`database_url`)."""
         gateway = self.gateway.model_copy(update={"jobs_db": database_url(self.gateway.jobs_db)})
         return self.model_copy(update={"gateway": gateway})
 
-    def worker_settings(self, role: Role, name: str, listen: str, threads: int) -> dict[str, Any]:
+    def worker_settings(self, role: Role, name: str, listen: str, threads: int | None) -> dict[str, Any]:
         """The settings of one of the cluster's workers as plain data, checked. InvalidRequest where one is wrong.
 
         Name and addresses in the file are those of a process that is started by hand: no two of these may share them.

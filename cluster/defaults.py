@@ -7,5 +7,6 @@ SERVER = f"{HOST}:{PORT}"
 # Where it takes orders and tells its status.
 ADMIN_PORT = 50052
 ADMIN = f"{HOST}:{ADMIN_PORT}"
+SUPERVISOR = f"{HOST}:50053"  # where a supervisor listens that is a process apart
 
 DRAIN_S = 30.0  # for running requests, where a worker is drained or a cluster stops

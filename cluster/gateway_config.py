@@ -39,9 +39,16 @@ class GatewayConfig(BaseModel):
     workers: Names = Field(
         default=(), description="host:port of the workers of `isthmus gateway`; `isthmus up` starts its own."
     )
+    supervisor: str | None = Field(
+        default=None,
+        description="host:port of the supervisor that tells `isthmus gateway` its workers, instead of them.",
+    )
     admin_listen: str | None = Field(
         default=None,
         description=f"host:port for status and orders; default: {defaults.ADMIN}, or a free port beside a free one.",
+    )
+    health_listen: str | None = Field(
+        default=None, description="host:port for health probes in plain text; default: on its port only."
     )
     policy: Policy = Field(default="cost", description="How workers are chosen; others than cost are for comparison.")
     local_prefill: LocalPrefill = Field(
@@ -52,6 +59,13 @@ class GatewayConfig(BaseModel):
     )
     restart_wait_s: float = Field(
         default=30.0, ge=0, description="Time that a request waits for lost workers to be back."
+    )
+    wait_for_scale: bool = Field(
+        default=True,
+        description="Whether requests wait, for restart_wait_s, where a pool has no worker; else they are refused.",
+    )
+    propagation_s: float = Field(
+        default=0.0, ge=0, description="Time from red health to the refusal of new requests, when it stops."
     )
     max_waiting: int = Field(default=256, ge=1, description="Requests of one priority that wait; more are refused.")
     overcommit: float = Field(
@@ -99,7 +113,12 @@ class GatewayConfig(BaseModel):
             parse_special=self.parse_special,
         )
 
-    @field_validator("admin_listen")
+    @field_validator("supervisor")
+    @classmethod
+    def _can_be_dialled(cls, value: str | None) -> str | None:
+        return value if value is None else checked_address(value, to_dial=True)
+
+    @field_validator("admin_listen", "health_listen")
     @classmethod
     def _can_be_bound(cls, value: str | None) -> str | None:
         return value if value is None else checked_address(value)

@@ -70,7 +70,7 @@ class PrefillPeers:
     @contextlib.asynccontextmanager
     async def calling(self, address: str) -> "AsyncIterator[PrefillAsyncStub]":
         """Around a call of the worker at that address."""
-        peer = self._peers.pop(address, None) or _Peer(self._transport.dial(address))
+        peer = self._peers.pop(address, None) or _Peer(self._transport.dial(address, "prefill"))
         self._peers[address] = peer
         peer.calls += 1
         try:

@@ -36,6 +36,7 @@ from ..proto.rpc.streams import write_in_time
 from ..proto.rpc.trace import trace_context
 from ..proto.rpc.transport import Transport
 from ..proto.sampling import Sampling
+from ..proto.security.settings import security_of
 from ..proto.worker_pb2 import WorkerReport, WorkerRole
 from ..worker.config import chunk_tokens_for
 from ..worker.model_setup import load_balance, load_configured, report_model
@@ -61,8 +62,11 @@ class DecodeWorker(DecodeServicer):
     def __init__(self, config: DecodeConfig) -> None:
         self.config = config
         role = WorkerRole.WORKER_ROLE_DECODE
-        self.transport = Transport()
-        self.server = WorkerServer(role, config.listen, config.advertise, config.name, self.transport)
+        self.transport = Transport(security_of(config.tls, config.cluster_id, "decode"))
+        self.server = WorkerServer(
+            *(role, config.listen, config.advertise, config.name, self.transport),
+            health_listen=config.health_listen,
+        )
         self._ids = itertools.count()
         self._waiting = 0  # requests without pages, those included that the engine has not heard of yet
         self._counters: Counter[str] = Counter()

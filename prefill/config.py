@@ -22,6 +22,15 @@ class PrefillConfig(WorkerConfig):
         default=None, description="Folder where prefill workers keep KV pages on disk; default: no store."
     )
     store_gib: float = Field(default=10.0, gt=0, description="Largest size of that folder, in GiB.")
+    store_key_file: str | None = Field(
+        default=None, description="File of 32 random bytes or more, mode 0600: pages in the store are encrypted."
+    )
+
+    @model_validator(mode="after")
+    def _key_has_a_store(self) -> "PrefillConfig":
+        if self.store_key_file and not self.store_dir:
+            raise ValueError("store_key_file encrypts the pages of a store; allowed: with store_dir only")
+        return self
 
     @model_validator(mode="after")
     def _chunk_is_pages(self) -> "PrefillConfig":

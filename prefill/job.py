@@ -28,6 +28,7 @@ class Prompt:
     token_ids: list[int]
     form: PageFormat
     page_hashes: bytes  # of all full pages
+    tenant: str = ""
     receiver_pages: int = 0  # from the start, that the receiver holds already
 
     @property

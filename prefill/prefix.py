@@ -181,7 +181,7 @@ class PrefixCache:
     def _write_to_store(self, job: PrefillJob, pages: Iterable[EncodedPage]) -> None:
         if self._store:
             for page in pages:
-                self._store.enqueue(job.prompt.form, page)
+                self._store.enqueue(job.prompt.form, page, job.prompt.tenant)
 
     def _unpin_late(self, reading: Future[list[EncodedPage]]) -> None:
         if not reading.cancelled() and not reading.exception():
@@ -220,7 +220,7 @@ def _read_prefix(prompt: Prompt, host: PageCache, store: PageStore) -> list[Enco
         keys = prompt.usable_keys(page)
         if any(key in host for key in keys):
             continue
-        read = next(filter(None, (store.read(prompt.form, key) for key in keys)), None)
+        read = next(filter(None, (store.read(prompt.form, key, prompt.tenant) for key in keys)), None)
         if read is None or (left := left - read.nbytes) < 0:
             break
         pinned.append(host.add(read))

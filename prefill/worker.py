@@ -27,6 +27,7 @@ from ..kvtransfer.pairing import CodecSet, require_same
 from ..kvtransfer.pool.cache import PageCache
 from ..kvtransfer.pool.dense import DensePool
 from ..kvtransfer.sender import KvSender
+from ..kvtransfer.storage.private import make_private, read_secret
 from ..kvtransfer.storage.store import PageStore
 from ..model.memory import GIB, require_memory, size_of
 from ..model.model import Model
@@ -39,6 +40,7 @@ from ..proto.priority import rank_of
 from ..proto.rpc.streams import write_in_time
 from ..proto.rpc.transport import Transport
 from ..proto.sampling import Sampling
+from ..proto.security.settings import security_of
 from ..proto.worker_pb2 import PageCounts, WorkerReport, WorkerRole
 from ..worker.config import chunk_tokens_for
 from ..worker.model_setup import load_balance, load_configured, report_model
@@ -64,8 +66,11 @@ class PrefillWorker(PrefillServicer):
     def __init__(self, config: PrefillConfig) -> None:
         self.config = config
         role = WorkerRole.WORKER_ROLE_PREFILL
-        self.transport = Transport()
-        self.server = WorkerServer(role, config.listen, config.advertise, config.name, self.transport)
+        self.transport = Transport(security_of(config.tls, config.cluster_id, "prefill"))
+        self.server = WorkerServer(
+            *(role, config.listen, config.advertise, config.name, self.transport),
+            health_listen=config.health_listen,
+        )
         self._ids = itertools.count()
         self._open: set[PrefillJob] = set()
         self._model: Model
@@ -87,6 +92,9 @@ class PrefillWorker(PrefillServicer):
         """Makes what serving `model` needs, but for pool, engine and server. Raises what is wrong with the settings."""
         config = self.config
         self._model = model
+        self._store_secret = read_secret(Path(config.store_key_file).expanduser()) if config.store_key_file else None
+        if config.store_dir:
+            make_private(Path(config.store_dir))
         balance = await load_balance(config, model)
         self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens, balance)
         self._memory = plan_memory(config, size_of(model))
@@ -107,7 +115,9 @@ class PrefillWorker(PrefillServicer):
         chunk_tokens = config.chunk_tokens or chunk_tokens_for(model.device, config.page_tokens)
         self._scheduler = PrefillScheduler(chunk_tokens=chunk_tokens, page_tokens=config.page_tokens)
         self._host = PageCache(int(config.host_cache_gib * GIB))
-        store = PageStore(Path(config.store_dir), int(config.store_gib * GIB)) if config.store_dir else None
+        store = None
+        if config.store_dir:
+            store = PageStore(Path(config.store_dir), int(config.store_gib * GIB), self._store_secret)
         self._store = store
         self._prefixes = PrefixCache(self._pool, self._host, store)
         self._engine = PrefillEngine(
@@ -182,7 +192,13 @@ class PrefillWorker(PrefillServicer):
         )
         # Our own hashes, not the caller's: what others are answered with must be what these tokens give.
         hashes = page_hashes(token_ids, form.page_tokens, salt)
-        prompt = Prompt(token_ids=token_ids, form=form, page_hashes=hashes, receiver_pages=request.held_pages)
+        prompt = Prompt(
+            token_ids=token_ids,
+            form=form,
+            page_hashes=hashes,
+            tenant=request.tenant,
+            receiver_pages=request.held_pages,
+        )
         self._buffer.check(self._host_bytes(prompt))
         return PrefillJob(
             id=SequenceId(next(self._ids)),

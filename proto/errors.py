@@ -2,6 +2,7 @@
 
     IsthmusError
     ├── InvalidRequest      what was asked can never work: the caller must change it
+    ├── PermissionDenied    whoever calls may not do that, whatever the request says
     ├── NotFound            no such model, codec or worker
     ├── AlreadyExists       the name is taken by something else
     ├── IllegalState        the thing exists, but its state does not allow this
@@ -35,6 +36,10 @@ class InvalidRequest(IsthmusError):
     """The request can never succeed as it is."""
 
 
+class PermissionDenied(IsthmusError):
+    """Whoever calls may not do that."""
+
+
 class NotFound(IsthmusError):
     """Something the request names does not exist here."""
 
@@ -53,10 +58,6 @@ class OutOfRange(IsthmusError):
 
 class Unauthenticated(IsthmusError):
     """Who asks has shown no valid credentials."""
-
-
-class PermissionDenied(IsthmusError):
-    """Who asks may not do what was asked."""
 
 
 class Incompatible(IsthmusError):

@@ -54,6 +54,8 @@ class _WorkerHealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerHe
     """said by the gateway: other protocol, model or codec parameters"""
     WORKER_HEALTH_CHECKING: _WorkerHealth.ValueType  # 6
     """said by the gateway: its first pages are not verified yet"""
+    WORKER_HEALTH_STARTING: _WorkerHealth.ValueType  # 8
+    """said by the supervisor: it is not there yet"""
     WORKER_HEALTH_UNFIT: _WorkerHealth.ValueType  # 7
     """said by the gateway: what it made of a canary request was wrong, or nothing"""
 
@@ -70,6 +72,8 @@ WORKER_HEALTH_INCOMPATIBLE: WorkerHealth.ValueType  # 4
 """said by the gateway: other protocol, model or codec parameters"""
 WORKER_HEALTH_CHECKING: WorkerHealth.ValueType  # 6
 """said by the gateway: its first pages are not verified yet"""
+WORKER_HEALTH_STARTING: WorkerHealth.ValueType  # 8
+"""said by the supervisor: it is not there yet"""
 WORKER_HEALTH_UNFIT: WorkerHealth.ValueType  # 7
 """said by the gateway: what it made of a canary request was wrong, or nothing"""
 Global___WorkerHealth: _TypeAlias = WorkerHealth  # noqa: Y015
@@ -320,6 +324,9 @@ class ScaleResponse(_message.Message):
 
     STARTED_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
+    ASKED_FOR_FIELD_NUMBER: _builtins.int
+    asked_for: _builtins.bool
+    """those started are not there yet: the status tells when they are"""
     @_builtins.property
     def started(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """ids of workers"""
@@ -331,10 +338,11 @@ class ScaleResponse(_message.Message):
         *,
         started: _abc.Iterable[_builtins.str] | None = ...,
         drained: _abc.Iterable[_builtins.str] | None = ...,
+        asked_for: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_for", b"asked_for", "drained", b"drained", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -495,6 +503,8 @@ class WorkerReport(_message.Message):
     ADVERTISE_FIELD_NUMBER: _builtins.int
     FLIP_FAILURE_FIELD_NUMBER: _builtins.int
     LINK_BYTES_PER_MS_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_EXPIRES_UNIX_S_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___WorkerRole.ValueType
@@ -525,6 +535,10 @@ class WorkerReport(_message.Message):
     """configured address for others; without one, `address` is found out"""
     flip_failure: _builtins.str
     """why it could not take the other role, and goes on in this one"""
+    tls: _builtins.bool
+    """whether it talks to others encrypted only"""
+    certificate_expires_unix_s: _builtins.int
+    """when its certificate ends; 0: not known yet"""
     @_builtins.property
     def model(self) -> Global___ModelReport: ...
     @_builtins.property
@@ -584,11 +598,13 @@ class WorkerReport(_message.Message):
         advertise: _builtins.str = ...,
         flip_failure: _builtins.str = ...,
         link_bytes_per_ms: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        tls: _builtins.bool = ...,
+        certificate_expires_unix_s: _builtins.int = ...,
         memory: _abc.Iterable[Global___MemoryUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pages", b"pages", "prefill_rate", b"prefill_rate", "step_rate", b"step_rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "advertise", b"advertise", "codecs", b"codecs", "counters", b"counters", "default_codec", b"default_codec", "device", b"device", "dtype", b"dtype", "flip_failure", b"flip_failure", "health", b"health", "host_buffer_bytes", b"host_buffer_bytes", "instance", b"instance", "link_bytes_per_ms", b"link_bytes_per_ms", "memory", b"memory", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "prefill_rate", b"prefill_rate", "protocol_version", b"protocol_version", "reason", b"reason", "role", b"role", "running_requests", b"running_requests", "step_ms", b"step_ms", "step_rate", b"step_rate", "threads", b"threads", "uptime_ms", b"uptime_ms", "version", b"version", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "advertise", b"advertise", "certificate_expires_unix_s", b"certificate_expires_unix_s", "codecs", b"codecs", "counters", b"counters", "default_codec", b"default_codec", "device", b"device", "dtype", b"dtype", "flip_failure", b"flip_failure", "health", b"health", "host_buffer_bytes", b"host_buffer_bytes", "instance", b"instance", "link_bytes_per_ms", b"link_bytes_per_ms", "memory", b"memory", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "prefill_rate", b"prefill_rate", "protocol_version", b"protocol_version", "reason", b"reason", "role", b"role", "running_requests", b"running_requests", "step_ms", b"step_ms", "step_rate", b"step_rate", "threads", b"threads", "tls", b"tls", "uptime_ms", b"uptime_ms", "version", b"version", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -710,6 +726,10 @@ class ClusterStatus(_message.Message):
     CLUSTER_ID_FIELD_NUMBER: _builtins.int
     TASK_FAILURES_FIELD_NUMBER: _builtins.int
     FAILING_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_EXPIRES_UNIX_S_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
+    SUPERVISOR_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     ACCESS_FIELD_NUMBER: _builtins.int
     LOG_CONTENT_FIELD_NUMBER: _builtins.int
@@ -718,6 +738,14 @@ class ClusterStatus(_message.Message):
     uptime_ms: _builtins.int
     cluster_id: _builtins.str
     """in the names of the Ray actors; none where the workers are a given list"""
+    tls: _builtins.bool
+    """whether the gateway talks to workers encrypted only"""
+    certificate_expires_unix_s: _builtins.int
+    """when its certificate ends; 0: not known yet"""
+    gateways: _builtins.int
+    """of a supervisor: that watch its list"""
+    supervisor: _builtins.str
+    """of a gateway that has one: its address, and why it is away"""
     log_content: _builtins.bool
     """prompts and outputs are logged"""
     @_builtins.property
@@ -748,13 +776,17 @@ class ClusterStatus(_message.Message):
         cluster_id: _builtins.str = ...,
         task_failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         failing: _abc.Iterable[_builtins.str] | None = ...,
+        tls: _builtins.bool = ...,
+        certificate_expires_unix_s: _builtins.int = ...,
+        gateways: _builtins.int = ...,
+        supervisor: _builtins.str = ...,
         memory: _abc.Iterable[Global___MemoryUse] | None = ...,
         access: Global___AccessStatus | None = ...,
         log_content: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "active_requests", b"active_requests", "cluster_id", b"cluster_id", "failing", b"failing", "log_content", b"log_content", "memory", b"memory", "task_failures", b"task_failures", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "active_requests", b"active_requests", "certificate_expires_unix_s", b"certificate_expires_unix_s", "cluster_id", b"cluster_id", "failing", b"failing", "gateways", b"gateways", "log_content", b"log_content", "memory", b"memory", "supervisor", b"supervisor", "task_failures", b"task_failures", "tls", b"tls", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -69,7 +69,8 @@ class WorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """A report at once, then within 100 ms of a change, and about every 0.7 s where nothing changes.
+        """A report at once, then within 100 ms of a change, and about every 0.7 s where nothing changes. Ends with OK after
+        some minutes: whoever watches opens another one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,9 @@ class WorkerStub:
     def __new__(cls, channel: _aio.Channel) -> WorkerAsyncStub: ...
     GetReport: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetReportRequest, _worker_pb2.WorkerReport]
     Watch: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchRequest, _worker_pb2.WorkerReport]
-    """A report at once, then within 100 ms of a change, and about every 0.7 s where nothing changes."""
+    """A report at once, then within 100 ms of a change, and about every 0.7 s where nothing changes. Ends with OK after
+    some minutes: whoever watches opens another one.
+    """
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
     """Takes no new work, waits for what runs, hands over what is left (UNAVAILABLE: the caller asks another worker);
     answers when nothing runs here any more. Then the process ends.
@@ -53,7 +55,9 @@ class WorkerAsyncStub(WorkerStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetReport: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetReportRequest, _worker_pb2.WorkerReport]  # type: ignore[assignment]
     Watch: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchRequest, _worker_pb2.WorkerReport]  # type: ignore[assignment]
-    """A report at once, then within 100 ms of a change, and about every 0.7 s where nothing changes."""
+    """A report at once, then within 100 ms of a change, and about every 0.7 s where nothing changes. Ends with OK after
+    some minutes: whoever watches opens another one.
+    """
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
     """Takes no new work, waits for what runs, hands over what is left (UNAVAILABLE: the caller asks another worker);
     answers when nothing runs here any more. Then the process ends.
@@ -79,7 +83,9 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.WorkerReport], _abc.AsyncIterator[_worker_pb2.WorkerReport]]:
-        """A report at once, then within 100 ms of a change, and about every 0.7 s where nothing changes."""
+        """A report at once, then within 100 ms of a change, and about every 0.7 s where nothing changes. Ends with OK after
+        some minutes: whoever watches opens another one.
+        """
 
     @_abc_1.abstractmethod
     def Drain(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
+from support.dialling import blocking_channel
 from support.processes import ISTHMUS, free_port, isthmus
 
 from isthmus.proto.worker_pb2 import GetStatusRequest, WorkerHealth, WorkerRole
@@ -26,7 +27,7 @@ def wait_ready(admin: str, workers: int, within_s: float = START_S) -> None:
     """
     end = time.monotonic() + within_s
     roles: set[WorkerRole.ValueType] = set()
-    with grpc.insecure_channel(admin) as channel:
+    with blocking_channel(admin) as channel:
         while time.monotonic() < end:
             try:
                 status = ClusterStub(channel).GetStatus(GetStatusRequest(), timeout=2)

@@ -1,10 +1,12 @@
 """What must be set before torch and Triton are imported, for all tests; `pytest --suite=NAME`."""
 
+import atexit
 import ctypes
 import gc
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +22,11 @@ if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # A test that wants jobs names a database; none may touch that of the person who runs the tests.
 os.environ["ISTHMUS_JOBS_DB"] = "none"
+# Nor may one find that person's clusters, or make certificates there. What runs inside a test's process talks in plain
+# text (`Transport()`); processes are encrypted, as a user starts them (`processes_talk_encrypted`).
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="isthmus-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
+os.environ["ISTHMUS_TLS"] = "off"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +53,18 @@ def unit_tests_start_no_process(request: pytest.FixtureRequest, monkeypatch: pyt
 
     if suite_of(request.path) == "unit":
         monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes_talk_encrypted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Settings of what the process and chaos suites start: the default, tls: auto."""
+    if suite_of(request.path) not in ("process", "chaos"):
+        yield
+        return
+    off = os.environ.pop("ISTHMUS_TLS", None)
+    yield
+    if off is not None:
+        os.environ["ISTHMUS_TLS"] = off
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,7 +22,7 @@ import grpc.aio
 from fuzz_fleet import CANARY, Fleet, Method, running_fleet
 from fuzz_values import Values, parsed
 from google.protobuf.message import Message
-from raw_grpc import raw_call
+from support.raw_grpc import raw_call
 
 from isthmus.cluster.client.client import Client
 from isthmus.proto.rpc.statuses import incident_of

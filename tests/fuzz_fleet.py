@@ -169,7 +169,14 @@ async def running_fleet(folder: Path) -> AsyncIterator[Fleet]:
 
 
 def _host(role: Any, name: str, listen: str = "127.0.0.1:0") -> RoleHost:
-    settings = {"model": model_path(MODEL), "dtype": "fp32", "name": name, "pool_tokens": 8192, "listen": listen}
+    settings = {
+        "model": model_path(MODEL),
+        "dtype": "fp32",
+        "tls": "off",
+        "name": name,
+        "pool_tokens": 8192,
+        "listen": listen,
+    }
     return RoleHost(role, settings_by_role(role, settings))
 
 

@@ -91,8 +91,12 @@ async def worker_pair(
 ) -> AsyncIterator[Pair]:
     """Both workers in fp32 in this process; at the end everything they held must be free again."""
     workers = (
-        PrefillWorker(PrefillConfig(**{"model": model, "dtype": "fp32", "name": "prefill"} | (prefill or {}))),
-        DecodeWorker(DecodeConfig(**{"model": model, "dtype": "fp32", "name": "decode"} | (decode or {}))),
+        PrefillWorker(
+            PrefillConfig(**{"model": model, "dtype": "fp32", "tls": "off", "name": "prefill"} | (prefill or {}))
+        ),
+        DecodeWorker(
+            DecodeConfig(**{"model": model, "dtype": "fp32", "tls": "off", "name": "decode"} | (decode or {}))
+        ),
     )
     for worker in workers:
         await worker.start()

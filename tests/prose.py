@@ -84,7 +84,8 @@ def remarks(path: Path) -> str:
 
 @cache
 def code_words() -> set[str]:
-    """Every identifier and every word of a string in the code; of docstrings and comments none."""
+    """Every identifier and every word of a string in the code, and every key of the chart's values; of docstrings and
+    comments none."""
     found: set[str] = set()
     for path in sources():
         documented = [node for node in nodes(path) if isinstance(node, _WITH_DOCSTRING) and node.body]
@@ -95,6 +96,7 @@ def code_words() -> set[str]:
         found |= words(path)[0]
     for path in protos():
         found.update(re.findall(r"\w+", re.sub(r"//.*", "", path.read_text())))
+    found.update(re.findall(r"^ *(\w+):", (ROOT / "helm" / "values.yaml").read_text(), re.MULTILINE))
     return found
 
 

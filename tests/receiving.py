@@ -107,7 +107,9 @@ class Receiving:
 @asynccontextmanager
 async def prefill_worker(model: str, **settings: Any) -> AsyncIterator[Receiving]:
     """A worker in fp32; at the end its pages must add up, and none may be in use."""
-    worker = PrefillWorker(PrefillConfig(**{"model": model, "dtype": "fp32", "name": "prefill"} | settings))
+    worker = PrefillWorker(
+        PrefillConfig(**{"model": model, "dtype": "fp32", "tls": "off", "name": "prefill"} | settings)
+    )
     await worker.start()
     transport = Transport()
     try:

@@ -138,7 +138,7 @@ async def test_who_was_in_the_step_is_told_so_and_nobody_else(role: str, monkeyp
 async def cluster(workers: int = 3, **gateway: Any) -> AsyncIterator[tuple[Client, list[Any]]]:
     """A gateway and so many workers of each role, all in this process."""
     path = model_path(MODEL)
-    own: dict[str, Any] = {"model": path, "dtype": "fp32"}
+    own: dict[str, Any] = {"model": path, "dtype": "fp32", "tls": "off"}
     running: list[Any] = []
     for number in range(workers):
         running.append(PrefillWorker(PrefillConfig(**own, name=f"prefill-{number}")))

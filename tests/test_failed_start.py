@@ -10,11 +10,11 @@ from isthmus.proto.errors import IsthmusError
 
 
 def prefill_worker(model: str) -> PrefillWorker:
-    return PrefillWorker(PrefillConfig(model=model))
+    return PrefillWorker(PrefillConfig(model=model, tls="off"))
 
 
 def decode_worker(model: str) -> DecodeWorker:
-    return DecodeWorker(DecodeConfig(model=model))
+    return DecodeWorker(DecodeConfig(model=model, tls="off"))
 
 
 @pytest.mark.parametrize("make", [prefill_worker, decode_worker])

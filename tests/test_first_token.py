@@ -51,7 +51,7 @@ async def test_the_decode_worker_tells_what_is_known(ends: str) -> None:
 async def three_prefill_workers() -> AsyncIterator[Gateway]:
     """A gateway over three prefill workers and a decode worker that computes nothing itself."""
     path = model_path("tiny-llama")
-    own = {"model": path, "dtype": "fp32"}
+    own = {"model": path, "dtype": "fp32", "tls": "off"}
     workers = [PrefillWorker(PrefillConfig(**own, name=f"prefill-{number}")) for number in range(3)]
     workers.append(DecodeWorker(DecodeConfig(**own, name="decode-0")))  # pyright: ignore[reportArgumentType]
     for worker in workers:

@@ -65,7 +65,7 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster() -> AsyncIterator[Cluster]:
-    shared = {"model": model_path("tiny-llama"), "dtype": "fp32"}
+    shared = {"model": model_path("tiny-llama"), "dtype": "fp32", "tls": "off"}
     prefill = PrefillWorker(PrefillConfig(**shared))
     decodes = [DecodeWorker(DecodeConfig(**shared)) for _ in range(2)]
     for worker in (prefill, *decodes):

@@ -7,6 +7,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from ..kvtransfer.codecs.registry import DEFAULT_CODEC
 from ..model.dtypes import Dtype
 from ..proto.rpc.addresses import checked_address
+from ..proto.security.identity import CLUSTER_PATTERN
+from ..proto.security.settings import WorkerTls
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +33,24 @@ class WorkerConfig(BaseModel):
     model: str = Field(
         default="smollm2-135m", description="Model: a name of `isthmus models`, a folder, .gguf file or hub id."
     )
+    model_manifest: str | None = Field(
+        default=None, description="File of `isthmus models verify --write`; a start fails where the model differs."
+    )
     listen: str = Field(
         default="127.0.0.1:0", description="host:port to listen on; port 0 picks a free one; [::]:7001 is IPv6."
     )
     advertise: str | None = Field(
         default=None, description="host:port for others; default: as bound, or of the interface that routes outward."
+    )
+    health_listen: str | None = Field(
+        default=None, description="host:port for health probes in plain text; default: with certificates only."
+    )
+    tls: WorkerTls = Field(
+        default="auto",
+        description="auto: certificates of this user on this machine; {ca, cert, key}: files; off: plain text.",
+    )
+    cluster_id: str | None = Field(
+        default=None, pattern=CLUSTER_PATTERN, description="Cluster that its certificate names; default: any."
     )
     name: str | None = Field(default=None, description="Name of this worker in status; default: role, host and port.")
     dtype: Dtype = Field(
@@ -64,6 +79,11 @@ class WorkerConfig(BaseModel):
     @classmethod
     def _can_be_bound(cls, value: str) -> str:
         return checked_address(value)
+
+    @field_validator("health_listen")
+    @classmethod
+    def _can_be_probed(cls, value: str | None) -> str | None:
+        return value if value is None else checked_address(value)
 
     @field_validator("advertise")
     @classmethod

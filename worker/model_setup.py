@@ -18,7 +18,9 @@ from .start import gently
 
 async def load_configured(config: WorkerConfig) -> Model:
     """Loads the model of the settings; raises what loading raises."""
-    return await gently(load_model, config.model, dtype=config.dtype, device=config.device)
+    return await gently(
+        load_model, config.model, dtype=config.dtype, device=config.device, manifest=config.model_manifest
+    )
 
 
 async def load_balance(config: WorkerConfig, model: Model) -> Sequence[Tensor]:

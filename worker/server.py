@@ -28,10 +28,18 @@ class WorkerServer:
     """The gRPC server of one worker. Health probes see SERVING between `open` and `drain`."""
 
     def __init__(
-        self, role: WorkerRole.ValueType, listen: str, advertise: str | None, name: str | None, transport: Transport
+        self,
+        role: WorkerRole.ValueType,
+        listen: str,
+        advertise: str | None,
+        name: str | None,
+        transport: Transport,
+        *,
+        health_listen: str | None = None,
     ) -> None:
+        """`health_listen`: where it answers health probes in plain text, besides."""
         self._role, self._listen, self._advertise, self._name = role, listen, advertise, name
-        self._transport = transport
+        self._transport, self._health_listen = transport, health_listen
         self._reports = OrderServicer(self.report, self.drain)
         self._fill: Callable[[WorkerReport], None] = lambda report: None
         self._started_s = time.monotonic()
@@ -43,6 +51,7 @@ class WorkerServer:
         self.flip_failure = ""  # why its process could not take the other role, and goes on in this one
         self.end_process: Callable[[], None] | None = None  # called soon after the engine has failed
         self._server: Server | None = None
+        self._health_server: Server | None = None
         self.address = ""
 
     @property
@@ -52,6 +61,11 @@ class WorkerServer:
         return self._name or f"{role}-{socket.gethostname()}-{parse_address(self.address or self._listen).port}"
 
     @property
+    def service(self) -> OrderServicer:
+        """Its reports and orders, for another door of the same process."""
+        return self._reports
+
+    @property
     def orders(self) -> Orders | None:
         """Who follows the orders that this worker is given."""
         return self._reports.orders
@@ -59,6 +73,13 @@ class WorkerServer:
     @orders.setter
     def orders(self, orders: Orders | None) -> None:
         self._reports.orders = orders
+
+    @property
+    def bound_health(self) -> str | None:
+        """host:port of health probes in plain text, with the port that was bound; None where there is none."""
+        if self._health_listen is None or self._health_server is None:
+            return self._health_listen
+        return str(parse_address(self._health_listen)._replace(port=self._health_server.port))
 
     @property
     def bound(self) -> str:
@@ -82,6 +103,8 @@ class WorkerServer:
                 worker_service: lambda server: add_WorkerServicer_to_server(self._reports, server),
             },
         )
+        if self._health_listen is not None:
+            self._health_server = await self._transport.listen_health(self._health_listen, self._server.health)
         self.address = self._advertise or str(others._replace(port=self._server.port))
         await self._server.set_serving(True)
 
@@ -122,6 +145,8 @@ class WorkerServer:
             instance=self.instance,
             flip_failure=self.flip_failure,
         )
+        if security := self._transport.security:
+            report.tls, report.certificate_expires_unix_s = True, round(security.expires_unix_s() or 0)
         self._fill(report)
         return report
 
@@ -177,5 +202,6 @@ class WorkerServer:
 
     async def close(self) -> None:
         """Ends the server; requests that still run are cancelled."""
-        if self._server:
-            await self._server.stop()
+        for server in (self._server, self._health_server):
+            if server:
+                await server.stop()

@@ -22,6 +22,7 @@ from ..proto.worker_pb2 import (
 from ..proto.worker_pb2_grpc import WorkerServicer
 
 CHANGE_S = 0.1  # a watcher gets a report within that time of a change of load, and at once after `changed`
+WATCH_S = 300.0  # after which a stream ends, for its watcher to open another: a connection shall not be kept for ever
 HEARTBEAT_S = 0.7  # and about that often from a live worker whose report stays the same
 DRAIN_S = 30.0  # for running requests to end by themselves, where nobody says how long
 
@@ -71,8 +72,8 @@ class ReportServicer(WorkerServicer):
     async def Watch(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, request: WatchRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        last, last_s = WorkerReport(), -HEARTBEAT_S
-        while True:
+        last, last_s, end_s = WorkerReport(), -HEARTBEAT_S, time.monotonic() + WATCH_S
+        while time.monotonic() < end_s:
             change, report, now = self._change, self._report(), time.monotonic()
             uptime_ms, report.uptime_ms = report.uptime_ms, 0
             if now >= last_s + HEARTBEAT_S or report != last:

@@ -18,10 +18,10 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import grpc.aio
+from support.dialling import to_gateway, to_worker
 
 from isthmus.cluster.cli.main import run
 from isthmus.cluster.launch.worker_thread import thread_settings
-from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, GetReportRequest, GetStatusRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import ClusterStub, WorkerStub
 
@@ -33,9 +33,10 @@ LOOK_S = 0.1  # between two looks at whether a process lives
 
 
 @cache
-def _processes() -> ForkServerContext:
+def processes() -> ForkServerContext:
     """Where processes come from. Each worker computes in one thread, which has to be said before torch is imported."""
     os.environ.update(thread_settings(1))
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as the commands set it, which is too late in a fork
     os.environ.setdefault("ISTHMUS_BF16", "never")  # answers are compared: none may depend on its batch
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, __name__])
@@ -70,7 +71,7 @@ class Node:
 
     def start(self) -> None:
         """Starts the process (again)."""
-        self.process = _processes().Process(target=_child, args=(self.arguments, self.log, self.faults), daemon=True)
+        self.process = processes().Process(target=_child, args=(self.arguments, self.log, self.faults), daemon=True)
         self.process.start()
         self.starts, self.stopped = self.starts + 1, False
 
@@ -123,7 +124,7 @@ class ChaosCluster:
 
     async def ready(self) -> set[str]:
         """Names of the workers that the gateway would use now."""
-        async with Transport().dial(self.admin) as channel:
+        async with to_gateway(self.admin) as channel:
             try:
                 status = await ClusterStub(channel).GetStatus(GetStatusRequest(), timeout=2)
             except grpc.aio.AioRpcError:
@@ -159,7 +160,7 @@ class ChaosCluster:
 
 
 async def _report(address: str) -> WorkerReport:
-    async with Transport().dial(address) as channel:
+    async with to_worker(address) as channel:
         return await WorkerStub(channel).GetReport(GetReportRequest(), timeout=10)
 
 

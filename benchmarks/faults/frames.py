@@ -67,7 +67,7 @@ class Rig:
 @asynccontextmanager
 async def frame_rig(model: str, seed: int = 0) -> AsyncIterator[Rig]:
     """Workers on a small model in this process; frames are small, so that each answer has several."""
-    shared = {"model": model, "dtype": "fp32", "page_tokens": 16}
+    shared = {"model": model, "dtype": "fp32", "tls": "off", "page_tokens": 16}
     prefill = PrefillWorker(PrefillConfig(name="prefill", chunk_tokens=64, **shared))
     decode = DecodeWorker(DecodeConfig(name="decode", **shared))
     for worker in (prefill, decode):

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import grpc
 import grpc.aio
+from support.dialling import to_gateway
 
 from isthmus.cluster.client.client import build_request
 from isthmus.proto.generation_pb2 import GenerateEvent, GenerateRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
-from isthmus.proto.rpc.transport import Transport
 
 RETRY_S = 0.5  # a client's, after UNAVAILABLE: the gateway was lost
 
@@ -60,7 +60,7 @@ async def answer_all(
     waiting = list(reversed(range(len(requests))))
 
     async def client() -> None:
-        async with Transport().dial(address) as channel:
+        async with to_gateway(address) as channel:
             while waiting:
                 number = waiting.pop()
                 await _answer(channel, requests[number], outcomes[number], timeout_s)
@@ -129,7 +129,7 @@ async def cancel_storm(
         await asyncio.wait({reading})
         return running
 
-    async with Transport().dial(address) as channel:
+    async with to_gateway(address) as channel:
         return sum(await asyncio.gather(*(client(number) for number in range(count))))
 
 

@@ -22,7 +22,6 @@ from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, PRIORITY_BATCH, Trans
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.decode_pb2_grpc import DecodeServicer, add_DecodeServicer_to_server
 from isthmus.proto.rpc.server import Server
-from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import (
     WORKER_HEALTH_READY,
     WORKER_ROLE_DECODE,
@@ -33,6 +32,8 @@ from isthmus.proto.worker_pb2 import (
 )
 from isthmus.proto.worker_pb2_grpc import add_WorkerServicer_to_server
 from isthmus.worker.service import ReportServicer
+
+from .dialling import transport_as
 
 PAGES, PAGE_TOKENS = 10_000, 64
 CHUNK_S = 0.02  # of a prompt, computed in one go: others come between two of them
@@ -117,7 +118,7 @@ class FakeWorkers(DecodeServicer):
 
     async def start(self) -> list[str]:
         """Serves both; their addresses."""
-        addresses, transport = list[str](), Transport()
+        addresses, transport = list[str](), transport_as("prefill", "decode")
         decode = decode_pb2.DESCRIPTOR.services_by_name["Decode"]
         worker = worker_pb2.DESCRIPTOR.services_by_name["Worker"]
         roles = (

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from isthmus.proto.decode_pb2_grpc import DecodeStub
-from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.sampling import Sampling
 from isthmus.proto.worker_pb2 import WorkerReport
 
 from .asking import Answer, ask, decode_request
+from .dialling import transport_as
 from .processes import ready, worker
 from .report import each, percentiles, say
 
@@ -90,7 +90,7 @@ async def _side(
     roles: Sequence[str], model: str, dtype: str, threads: int
 ) -> AsyncIterator[tuple[list[DecodeStub], list[str], WorkerReport]]:
     """Workers that are warmed up: stubs of those that decode, addresses of those that only prefill, and a report."""
-    transport = Transport()
+    transport = transport_as("gateway")
     async with AsyncExitStack() as stack:
         stack.push_async_callback(transport.close)
         say(f"mixed load: starting {' and '.join(roles)} workers")
@@ -98,7 +98,7 @@ async def _side(
         reports = await ready(addresses)
         decode = [address for address, role in zip(addresses, roles, strict=True) if role == "decode"]
         prefill = [address for address, role in zip(addresses, roles, strict=True) if role == "prefill"]
-        stubs = [DecodeStub(transport.dial(address)) for address in decode]
+        stubs = [DecodeStub(transport.dial(address, "decode")) for address in decode]
         for stub in stubs:
             request = decode_request(reports[-1], [1, 2, 3], Sampling(max_tokens=4, ignore_eos=True), prefill)
             await ask(stub, request)

@@ -15,9 +15,10 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.worker_pb2 import GetReportRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import WorkerStub
+
+from .dialling import to_worker
 
 ISTHMUS = str(Path(sys.executable).with_name("isthmus"))
 
@@ -88,7 +89,7 @@ async def ready(addresses: Sequence[str], within_s: float = 300) -> list[WorkerR
 
 
 async def _report(address: str, end: float) -> WorkerReport:
-    async with Transport().dial(address) as channel:
+    async with to_worker(address) as channel:
         while time.monotonic() < end:
             try:
                 return await WorkerStub(channel).GetReport(GetReportRequest(), timeout=1)

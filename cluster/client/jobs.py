@@ -35,6 +35,7 @@ from ...proto.rpc.statuses import error_of
 from ...proto.rpc.transport import Transport
 from ..jobs.states import JobState
 from .credentials import ApiKey, as_api_key, dial
+from .security import client_security
 
 CALL_S = 30.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.2, 2.0
@@ -55,12 +56,12 @@ class JobsClient:
         patience_s: float = 0.0,
         api_key: ApiKey | str | None = None,
     ) -> None:
-        """Dials through `transport`; by default one of its own, in plain text.
+        """Dials through `transport`; by default one of its own, with the certificates that `client_security` finds.
 
         InvalidRequest where `api_key` would go to another host in plain text.
         """
         self.patience_s = patience_s
-        self._channel = dial(address, transport or Transport(), as_api_key(api_key))
+        self._channel = dial(address, transport or Transport(client_security(address)), as_api_key(api_key))
         self._stub: Any = JobsStub(self._channel)
 
     async def __aenter__(self) -> Self:

@@ -135,7 +135,7 @@ class Canary:
             tenant=tenant,
         )
         answer = _Answer()
-        call = DecodeStub(self._fleet.channel(decode.address)).Generate(request, timeout=TIMEOUT_S)
+        call = DecodeStub(self._fleet.decode_channel(decode.address)).Generate(request, timeout=TIMEOUT_S)
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 while isinstance(event := await call.read(), DecodeEvent):

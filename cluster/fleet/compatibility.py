@@ -13,11 +13,12 @@ _CALIBRATED_APART = (
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """What every worker must have in common with the gateway."""
+    """What every worker must have in common with the gateway, or the supervisor."""
 
     protocol_version: int
-    model: str
-    fingerprint: str
+    model: str = ""
+    fingerprint: str | None = None  # of the model; None: any
+    by: str = "the gateway"  # whose this is
 
 
 def incompatibilities(reports: Mapping[str, Report], required: Requirements) -> dict[str, str]:
@@ -40,10 +41,10 @@ def share_codec(one: Report, other: Report) -> bool:
 
 def _mismatch(report: Report, required: Requirements) -> str | None:
     if report.role is None:
-        return "tells no role that this gateway knows"
+        return f"tells no role that {required.by} knows"
     if report.protocol_version != required.protocol_version:
-        return f"speaks protocol {report.protocol_version}, the gateway speaks {required.protocol_version}"
-    if report.fingerprint != required.fingerprint:
+        return f"speaks protocol {report.protocol_version}, {required.by} speaks {required.protocol_version}"
+    if required.fingerprint is not None and report.fingerprint != required.fingerprint:
         theirs, ours = _short(report.fingerprint), _short(required.fingerprint)
         return f"runs model {report.model} ({theirs}), the gateway serves {required.model} ({ours})"
     return None

@@ -53,6 +53,7 @@ class Fleet:
         self.away_reasons: dict[str, Callable[[], str]] = {}  # by address: why a worker is away, from its supervisor
         self._reports: dict[str, WorkerReport] = {}  # the last ones, in full
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._decode_channels: dict[str, grpc.aio.Channel] = {}
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._calls: dict[str, set[Callable[[], None]]] = {}  # that give up what runs on a worker
         self._changed = asyncio.Event()
@@ -66,7 +67,7 @@ class Fleet:
         if address not in self.table:
             self.table.add(address, time.monotonic())
             self._calls[address] = set()
-            self._channels[address] = self._transport.dial(address)
+            self._channels[address] = self._transport.dial(address, "worker")
             self._streams[address] = self._start_stream(address)
 
     def _start_stream(self, address: str) -> asyncio.Task[None]:
@@ -76,7 +77,11 @@ class Fleet:
         """Forgets a worker: at once, so that one that is added at the same address meanwhile is another one."""
         if address not in self.table:
             return
-        stream, channel = self._streams.pop(address), self._channels.pop(address)
+        for give_up in tuple(self._calls[address]):  # what runs there is placed anew
+            give_up()
+        stream, channels = self._streams.pop(address), [self._channels.pop(address)]
+        if (decode := self._decode_channels.pop(address, None)) is not None:
+            channels.append(decode)
         for by_address in (self.away_reasons, self._reports, self._calls):
             by_address.pop(address, None)
         self.table.remove(address, time.monotonic())
@@ -84,7 +89,7 @@ class Fleet:
         try:
             await self.tasks.end(stream)
         finally:
-            await channel.close()
+            await asyncio.gather(*(channel.close() for channel in channels))
 
     async def close(self) -> None:
         """Forgets all workers."""
@@ -95,6 +100,17 @@ class Fleet:
     def channel(self, address: str) -> grpc.aio.Channel:
         """The open channel to a worker; KeyError where it is gone."""
         return self._channels[address]
+
+    def decode_channel(self, address: str) -> grpc.aio.Channel:
+        """A channel to a worker that must be a decode worker by its certificate, for what it shall compute; KeyError
+        where it is gone. Orders and reports go to a worker of either role."""
+        if self._transport.security is None:
+            return self._channels[address]
+        if address not in self._channels:
+            raise KeyError(address)
+        if address not in self._decode_channels:
+            self._decode_channels[address] = self._transport.dial(address, "decode")
+        return self._decode_channels[address]
 
     @contextlib.contextmanager
     def calling(self, address: str, give_up: Callable[[], None]) -> Iterator[None]:
@@ -193,8 +209,10 @@ class Fleet:
         while True:
             incarnation = self.table.incarnation(address)
             try:
-                await self._follow(address)
-                problem = "ended its report stream"
+                if await self._follow(address):  # it wants another one, which may find another connection
+                    await asyncio.sleep(FIRST_RETRY_S)
+                    continue
+                problem = "ended its report stream at once"
             except grpc.aio.AioRpcError as error:
                 problem = _one_line(error)
             except Exception as error:  # a bug here: the worker is not used until its reports can be
@@ -204,13 +222,16 @@ class Fleet:
             self._lost(address, problem)
             await asyncio.sleep(backoff_s(max(1, tries - QUICK_RETRIES + 1), FIRST_RETRY_S, LAST_RETRY_S))
 
-    async def _follow(self, address: str) -> None:
+    async def _follow(self, address: str) -> bool:
+        """Takes the reports of one stream, to its end; whether there were any."""
+        any_came = False
         call = WorkerStub(self._channels[address]).Watch(WatchRequest())
         try:
             while isinstance(report := await call.read(), WorkerReport):
-                self._reports[address] = report
+                self._reports[address], any_came = report, True
                 self.table.report(address, Report.from_pb(report), time.monotonic())
                 self._publish()
+            return any_came
         finally:
             call.cancel()
 

@@ -23,6 +23,7 @@ class Health(IntEnum):
     FAILED = 5
     CHECKING = 6
     UNFIT = 7
+    STARTING = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

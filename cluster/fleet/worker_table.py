@@ -46,6 +46,7 @@ class WorkerTable:
         self._outliers: dict[Role, Outliers] = {"prefill": Outliers(), "decode": Outliers()}
         self.routing = RoutingTable()  # the workers that take new work
         self.version = 0  # changes with the set of workers, and with what one may be used for
+        self.gateways = 1  # that use these workers
         self.usable_s: float | None = None  # when workers of both roles took work last, at a change; None: never
 
     def __contains__(self, address: str) -> bool:

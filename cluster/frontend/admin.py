@@ -1,11 +1,13 @@
 """The admin port: status and orders have a port of their own, apart from that of clients."""
 
+from ...proto import worker_pb2
 from ...proto.errors import InvalidRequest
 from ...proto.rpc.addresses import parse_address
 from ...proto.rpc.server import Server, Services
 from ...proto.rpc.transport import MIB, Transport
 from ..logs.admin import AdminAudit
 
+CLUSTER = worker_pb2.DESCRIPTOR.services_by_name["Cluster"]
 MAX_MESSAGE_BYTES = 4 * MIB
 
 
@@ -15,7 +17,7 @@ async def listen_admin(transport: Transport, listen: str, services: Services, *,
     InvalidRequest where others than this host could dial it in plain text: anybody could drain workers there. OSError
     where the address cannot be bound.
     """
-    if not parse_address(listen).is_loopback:
+    if transport.security is None and not parse_address(listen).is_loopback:
         raise InvalidRequest(
             f"{setting} is {listen}: without TLS anybody who reaches that address could stop workers; "
             "name a loopback address, as 127.0.0.1:50052"

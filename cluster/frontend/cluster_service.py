@@ -1,7 +1,7 @@
 """`isthmus.v1.Cluster`: the status of the cluster, and the operations that a person orders."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 
 from ...proto import worker_pb2, worker_pb2_grpc
@@ -19,7 +19,6 @@ from ...proto.worker_pb2 import (
 )
 from ...worker.service import DRAIN_S
 from ..fleet.registry import Fleet
-from ..requests.generator import Generator
 from .operations import Operations
 
 
@@ -30,11 +29,11 @@ class ClusterService(worker_pb2_grpc.ClusterServicer):
         self,
         fleet: Fleet,
         operations: Operations,
-        generator: Generator,
+        explain: Callable[[GenerateRequest], Awaitable[Explanation]],
         fill_status: Callable[[worker_pb2.ClusterStatus], None],
     ) -> None:
-        """`fill_status` adds what the gateway knows of itself."""
-        self._generator = generator
+        """`fill_status` adds what the gateway, or the supervisor, knows of itself."""
+        self._explain = explain
         self._fleet = fleet
         self._operations = operations
         self._fill_status = fill_status
@@ -63,7 +62,7 @@ class ClusterService(worker_pb2_grpc.ClusterServicer):
         return await self._operations.scale(prefill, decode, _seconds(request))
 
     async def Explain(self, request: GenerateRequest, context: object) -> Explanation:
-        return await self._generator.explain(request)
+        return await self._explain(request)
 
 
 def _seconds(request: DrainWorkerRequest | FlipWorkerRequest | ScaleRequest) -> float:

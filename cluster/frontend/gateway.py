@@ -18,6 +18,8 @@ from ...proto import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2
 from ...proto.rpc.addresses import HostPort, parse_address
 from ...proto.rpc.server import Server, Services
 from ...proto.rpc.transport import Transport
+from ...proto.security.credentials import Security
+from ...proto.security.state import forget_port, note_port
 from ...proto.tasks import Tasks
 from .. import defaults
 from ..access.access import Access, check_listen
@@ -25,13 +27,15 @@ from ..access.interceptor import AccessInterceptor
 from ..fleet.compatibility import Requirements
 from ..fleet.preflight import Preflight
 from ..fleet.registry import Fleet
+from ..fleet.shortage import Shortage
+from ..fleet.supervised import SupervisedWorkers
 from ..gateway_config import GatewayConfig
 from ..jobs.service.manager import Jobs
 from ..jobs.service.service import SERVICE as JOBS_SERVICE
 from ..requests.generator import Generator
 from ..router.router import servable_codecs
 from ..text.served import ServedModel
-from .admin import MAX_MESSAGE_BYTES, listen_admin
+from .admin import CLUSTER, MAX_MESSAGE_BYTES, listen_admin
 from .cluster_service import ClusterService
 from .generation_service import GenerationService
 from .load import Load
@@ -40,7 +44,6 @@ from .operations import Operations
 DEFAULTS = GatewayConfig()
 HEALTH_PERIOD_S = 1.0  # between two checks of whether all background tasks do their work
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["Generation"]
-CLUSTER = worker_pb2.DESCRIPTOR.services_by_name["Cluster"]
 
 
 class Gateway:
@@ -56,11 +59,12 @@ class Gateway:
         *,
         cluster_id: str = "",
         log_content: bool = False,
+        security: Security | None = None,
     ) -> None:
         """`owner`: background tasks of the gateway's owner, whose failures count as the gateway's own.
 
         `cluster_id`: what `isthmus status` shows; "" where the workers are a given list. `log_content`: whether prompts
-        and outputs are logged.
+        and outputs are logged. `security`: the certificates that it has; None: plain text.
         """
         self.access = Access(config.access)
         self._log_content = log_content
@@ -72,7 +76,10 @@ class Gateway:
         self._server: Server | None = None
         self._admin: Server | None = None
         self._jobs: Jobs | None = None
-        self.transport = Transport()
+        self._supervised: SupervisedWorkers | None = None
+        self._leaving = False
+        self.transport = Transport(security)
+        self._health_server: Server | None = None
         self._owner = owner or Tasks()
         self.failures = self._owner.failures
         self._tasks = Tasks(self.failures)
@@ -92,12 +99,15 @@ class Gateway:
         self.fleet = Fleet(required, self.transport, verify=self._config.preflight, failures=self.failures)
         self._preflight = Preflight(self.fleet, self._model, self.failures)
         self.load = Load()
-        self.generator = Generator(self._model, self.fleet, self._config, log_content=self._log_content)
+        supervisor, shortage = self._config.supervisor, Shortage(self.fleet.table.routing, self._config.local_prefill)
+        self.generator = Generator(
+            *(self._model, self.fleet, self._config, shortage if supervisor else None), log_content=self._log_content
+        )
         self._generation = GenerationService(
             self._model, self.fleet.table, self.generator, self.load, self.access, self._config
         )
-        self.operations = Operations(self.fleet)
-        cluster = ClusterService(self.fleet, self.operations, self.generator, self._fill_status)
+        self.operations = Operations(self.fleet, supervisor)
+        cluster = ClusterService(self.fleet, self.operations, self.generator.explain, self._fill_status)
         services: Services = {
             GENERATION: lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
         }
@@ -105,19 +115,28 @@ class Gateway:
         if self._config.jobs_db is not None:
             self._jobs = await self._open_jobs(self._config.jobs_db)
             services = {**services, JOBS_SERVICE: self._jobs.add_to}
+        security = self.transport.security
         self._admin = await listen_admin(self.transport, self._admin_listen, orders, setting="gateway.admin_listen")
         self._server = await self.transport.listen(
             self._listen,
             services,
             max_request_bytes=MAX_MESSAGE_BYTES,
+            client_certificates=security is not None and security.client_certificates,
             interceptors=[AccessInterceptor(self.access)],
         )
+        for server in (self._server, self._admin):
+            note_port(server.port, security.cluster if security is not None else "", "gateway")
+        if self._config.health_listen is not None:
+            self._health_server = await self.transport.listen_health(self._config.health_listen, self._server.health)
         for address in self._workers:
             self.fleet.add(address)
+        if supervisor is not None:
+            self._supervised = SupervisedWorkers(supervisor, self.fleet, self.transport, shortage, self._name)
+            self._supervised.start()
         if self._config.preflight:
             self._preflight.start()
         if self._jobs is not None:
-            await self._jobs.start(f"{socket.gethostname()} {self.address}")
+            await self._jobs.start(self._name)
         self._tasks.start("health", partial(self._follow_health, self._server))
 
     async def _open_jobs(self, url: str) -> Jobs:
@@ -132,6 +151,11 @@ class Gateway:
             access=self.access,
             failures=self.failures,
         )
+
+    @property
+    def _name(self) -> str:
+        """Of this gateway, among those that share workers or jobs."""
+        return f"{socket.gethostname()} {self.address}"
 
     @property
     def address(self) -> str:
@@ -153,12 +177,16 @@ class Gateway:
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for the running ones; whether all have ended in time.
 
-        Jobs stop at once: they go on at another gateway, or at the next start of this one.
+        Health is red first, for `propagation_s`, in which whoever does not know it yet is served still. Jobs stop at
+        once: they go on at another gateway, or at the next start of this one.
         """
         if self._server is None:
             return True
-        self._generation.draining = True
+        self._leaving = True
         await self._server.set_serving(False)
+        if timeout_s:
+            await asyncio.sleep(self._config.propagation_s)
+        self._generation.draining = True
         if self._jobs is not None:
             await self._jobs.drain()
         with contextlib.suppress(TimeoutError):
@@ -170,13 +198,19 @@ class Gateway:
         """Cancels what still runs and closes everything."""
         await self._tasks.stop()
         if self._server is not None:
+            forget_port(self._server.port)
             await self._server.stop(0.2)
         if self._admin is not None:
+            forget_port(self._admin.port)
             await self._admin.stop(0.2)
+        if self._health_server is not None:
+            await self._health_server.stop()
         if self._jobs is not None:
             await self._jobs.stop()
         if self._server is not None:
             await self.operations.stop()
+            if self._supervised is not None:
+                await self._supervised.stop()
             await self._preflight.stop()
             await self.fleet.close()
         await self.transport.close()
@@ -186,7 +220,7 @@ class Gateway:
             while True:
                 change = self.fleet.change
                 can_serve = bool(servable_codecs(self.fleet.table.routing, self._config.local_prefill))
-                healthy = can_serve and not self._generation.draining and not self._failing()
+                healthy = can_serve and not self._leaving and not self._failing()
                 await server.set_serving(healthy, but=[JOBS_SERVICE.full_name] if self._jobs_failing() else [])
                 if can_serve:
                     self.ready.set()
@@ -199,14 +233,20 @@ class Gateway:
 
     def _failing(self) -> list[str]:
         """Background tasks that fail again and again, and without which no request is served as it should be."""
-        return [*self.fleet.tasks.failing, *self._tasks.failing, *self._owner.failing]
+        supervised = self._supervised.failing if self._supervised is not None else []
+        return [*self.fleet.tasks.failing, *supervised, *self._tasks.failing, *self._owner.failing]
 
     def _jobs_failing(self) -> list[str]:
         return self._jobs.failing if self._jobs is not None else []
 
     def _fill_status(self, status: worker_pb2.ClusterStatus) -> None:
         status.active_requests, status.cluster_id = self.load.active, self._cluster_id
+        if self._supervised is not None:
+            status.supervisor = self._supervised.status()
+            status.workers.extend(self._supervised.absent())
         status.failing.extend([*self._failing(), *self._jobs_failing()])
+        if security := self.transport.security:
+            status.tls, status.certificate_expires_unix_s = True, round(security.expires_unix_s() or 0)
         for name, count in self.failures.items():
             status.task_failures[name] = count
         self.access.fill_status(status.access)

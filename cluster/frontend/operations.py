@@ -33,7 +33,9 @@ _ANSWER_S = 10.0  # for an answer beyond the time that a drain may take
 
 
 class WorkerManager(Protocol):
-    """Started the workers and keeps them running (`launch/worker_group.py`)."""
+    """Started the workers and keeps them running (`launch/worker_group.py`, `launch/detached/worker_pool.py`)."""
+
+    may_be_empty: bool  # whether a pool may have no worker
 
     async def drain(self, address: str, timeout_s: float) -> DrainResponse:
         """Drains a worker and ends it for good."""
@@ -51,14 +53,16 @@ class WorkerManager(Protocol):
 class Operations:
     """Carries out orders for the workers of a fleet; `manager` is set where one started them."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(self, fleet: Fleet, supervisor: str | None = None) -> None:
+        """`supervisor`: the address of the one that the orders go to, where it is a process apart."""
+        self._fleet, self._supervisor = fleet, supervisor
         self._scaling = asyncio.Lock()
         self._flips: set[asyncio.Task[WorkerReport]] = set()
         self.manager: WorkerManager | None = None
 
     async def drain(self, worker: str, timeout_s: float = DRAIN_S) -> DrainResponse:
         """Drains a worker, by id or address, and ends it. NotFound where there is none of that name."""
+        self._check_owner()
         address = self._find(worker).address
         if self.manager is not None:
             return await self.manager.drain(address, timeout_s)
@@ -82,6 +86,7 @@ class Operations:
             raise InvalidRequest(
                 f"role is {role}; allowed: {WORKER_ROLE_PREFILL} (prefill), {WORKER_ROLE_DECODE} (decode)"
             )
+        self._check_owner()
         status = self._find(worker)
         if status.role == role:
             return status
@@ -127,15 +132,23 @@ class Operations:
         for name, count in (("prefill", prefill), ("decode", decode)):
             if count is not None and count > MAX_WORKERS:
                 raise InvalidRequest(f"{name} is {count}; allowed: at most {MAX_WORKERS} workers")
+        self._check_owner()
         if self.manager is None:
             raise Incompatible(
                 "this gateway was given a list of workers and cannot start any: start them with `isthmus worker`, name "
                 "all in --workers, and end one with `isthmus drain`; `isthmus up` runs a cluster that scales"
             )
-        if prefill == 0 or decode == 0:
+        if (prefill == 0 or decode == 0) and not self.manager.may_be_empty:
             raise Incompatible("a cluster needs one worker of each role at least")
         async with self._scaling:
             return await self.manager.scale(prefill, decode, timeout_s)
+
+    def _check_owner(self) -> None:
+        if self._supervisor is not None:
+            raise Incompatible(
+                f"this gateway's workers are those of the supervisor at {self._supervisor}: give the order there, "
+                f"with --admin {self._supervisor}"
+            )
 
     def _find(self, worker: str) -> WorkerReport:
         statuses = self._fleet.statuses()

@@ -12,10 +12,12 @@ from typing import Any
 
 from ...proto.errors import AlreadyExists, IsthmusError, Unavailable
 from ...proto.rpc.addresses import HostPort, parse_address
+from ...proto.security.settings import material_of
+from ...proto.security.state import LOCAL, hand_over
 from ...worker.service import Drained
 from ..config import ClusterConfig
 from ..fleet.report import Role
-from .worker_thread import WorkerThread, end_process, thread_settings, usable_cores
+from .worker_thread import WorkerThread, cores_for_one, end_process, thread_settings, usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,11 @@ class RayWorker:
         self.name = name
         self._actor = actor
 
+    @property
+    def actor_id(self) -> Any:
+        """Ray's id of it."""
+        return self._actor._actor_id
+
     async def address(self) -> str:
         """host:port of the worker as it runs now, once it serves.
 
@@ -53,6 +60,10 @@ class RayWorker:
     async def activity(self) -> str:
         """What its start is doing, in a few words; "" where there is nothing to tell."""
         return await self._call("activity")
+
+    async def role(self) -> Role:
+        """The one that it has now."""
+        return await self._call("role")
 
     async def wait_closed(self) -> None:
         """Returns when the process that runs the worker now has ended, for whatever reason."""
@@ -152,15 +163,15 @@ class RayCluster:
                 ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             what = f"join Ray at {self._config.address}" if joins else "start Ray"
-            hint = " (where that Ray asks for a token, set RAY_AUTH_TOKEN to its own)" if joins else ""
+            hint = " (where that Ray asks for a token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)" if joins else ""
             raise Unavailable(f"cannot {what}: {_last_line(error)}{hint}") from None
         _silence_raylet()
         self._head = ray.get_runtime_context().gcs_address
         if joins and self._config.threads is None:
             cores = ray.cluster_resources().get("CPU", 1)
-            self.threads = max(1, int(cores) // self._config.workers)
+            self.threads = max(1, int(cores) // max(1, self._config.workers))
         if self._config.device != "cpu":
-            self._gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / self._config.workers)
+            self._gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / max(1, self._config.workers))
 
     def _local_options(self) -> dict[str, Any]:
         return {
@@ -173,12 +184,35 @@ class RayCluster:
     def _launch(self, role: Role, name: str) -> RayWorker:
         import ray
 
-        joins = self._config.address is not None
-        host = "0.0.0.0" if joins else "127.0.0.1"
+        host = "0.0.0.0" if self._config.address is not None else "127.0.0.1"
+        listen = str(HostPort(host, self._worker_port))
         roles: tuple[Role, Role] = ("prefill", "decode") if role == "prefill" else ("decode", "prefill")
-        settings = [self._config.worker_settings(each, name, f"{host}:0", self.threads) for each in roles]
+        settings = [self._config.worker_settings(each, name, listen, self._worker_threads) for each in roles]
+        if any(each["tls"] == "auto" for each in settings):
+            handed_over = material_of(*hand_over(self._config.named_cluster or LOCAL, name))
+            settings = [{**each, "tls": handed_over} if each["tls"] == "auto" else each for each in settings]
+        try:
+            actor = ray.remote(WorkerActor).options(**self._actor_options(role, name)).remote(role, *settings)
+        except ValueError as error:  # Ray's for a name that is taken
+            why = f"on Ray: {_last_line(error)}; is another cluster there with the id {self._config.cluster_id}?"
+            raise AlreadyExists(f"cannot start {name} {why}") from None
+        return RayWorker(name, actor)
+
+    @property
+    def _worker_threads(self) -> int | None:
+        """PyTorch threads of each worker; None: what it decides itself."""
+        return self.threads
+
+    @property
+    def _worker_port(self) -> int:
+        """Of each worker; 0: a free one."""
+        return 0
+
+    def _actor_options(self, role: Role, name: str) -> dict[str, Any]:
+        """What Ray is asked for; `name` outlives the process."""
+        joins = self._config.address is not None
         options: dict[str, Any] = {
-            "name": f"{name}.{self._config.cluster_id}",
+            "name": self.actor_name(name),
             # On the local Ray, which is ours alone, a cluster may be scaled past what was counted at its start.
             "num_cpus": self.threads if joins else 0,
             "num_gpus": self._gpus,
@@ -188,22 +222,28 @@ class RayCluster:
         if joins:
             options["runtime_env"] = {"env_vars": thread_settings(self.threads)}
             options["scheduling_strategy"] = "SPREAD"
-        try:
-            actor = ray.remote(WorkerActor).options(**options).remote(role, *settings)
-        except ValueError as error:  # Ray's for a name that is taken
-            why = f"on Ray: {_last_line(error)}; is another cluster there with the id {self._config.cluster_id}?"
-            raise AlreadyExists(f"cannot start {name} {why}") from None
-        return RayWorker(name, actor)
+        return options
+
+    def actor_name(self, name: str) -> str:
+        """Of a worker, in the namespace that clusters share."""
+        return f"{name}.{self._config.cluster_id}"
 
 
 class WorkerActor(WorkerThread):
     """A WorkerThread that listens on its Ray node's own address where the settings say any address."""
 
     end_process = staticmethod(end_process)
+    orders_from_host = True
 
     def __init__(self, role: Role, settings: Mapping[str, Any], other: Mapping[str, Any]) -> None:
         import ray.util
 
+        if (
+            settings["threads"] is None
+        ):  # of a worker that has its host for itself, or shares it with one of the other role
+            threads = {"threads": usable_cores() if parse_address(str(settings["listen"])).port else cores_for_one()}
+            os.environ.update(thread_settings(threads["threads"]))
+            settings, other = {**settings, **threads}, {**other, **threads}
         bound = parse_address(str(settings["listen"]))
         host = ray.util.get_node_ip_address() if bound.is_any else bound.host
         listen = {"listen": str(HostPort(host, bound.port))}

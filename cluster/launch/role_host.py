@@ -21,6 +21,7 @@ from ...proto.errors import Incompatible, InvalidRequest, IsthmusError
 from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import WorkerRole
 from ...worker.server import Drained, WorkerServer
+from ...worker.service import OrderServicer
 from ...worker.start import gently
 from ..config import CONFIG_OF, SHARED
 from ..fleet.report import ROLE_OF, Role
@@ -94,6 +95,7 @@ class RoleHost:
         self._prepared: Worker | None = None  # for the other role, while a flip is under way
         self._tasks = Tasks()
         self._flipping: asyncio.Task[None] | None = None
+        self._started = False
         self._process, self._roles = secrets.token_hex(8), itertools.count(1)
 
     @property
@@ -124,6 +126,18 @@ class RoleHost:
             await asyncio.wait({self._flipping})
         if self._worker is not None:
             await self._worker.stop()
+
+    # What the process's own socket asks (`local_orders.py`, `Host`).
+
+    @property
+    def running(self) -> OrderServicer | None:
+        """The service of the worker that serves now; None where none does yet."""
+        return self._worker.server.service if self._worker is not None and self._started else None
+
+    async def settle(self) -> None:
+        """Waits for a flip that is under way."""
+        if self._flipping is not None and not self._flipping.done():
+            await asyncio.wait({self._flipping})
 
     # What others may order of this worker (`worker/service.py`, `Orders`).
 
@@ -160,7 +174,7 @@ class RoleHost:
 
     async def _prepare(self, role: Role) -> None:
         assert self._worker is not None, "not started"
-        model, listen = self._worker.model, {"listen": self._worker.server.bound}
+        model, listen = self._worker.model, _addresses(self._worker.server)
         try:
             prepared = await gently(make_worker, role, {**self._settings[role], **listen})
             await prepared.prepare(model)
@@ -175,9 +189,10 @@ class RoleHost:
         in the role that it had, and Incompatible says why."""
         ended, prepared = self._worker, self._prepared
         assert ended is not None and prepared is not None
-        model, listen = ended.model, {"listen": ended.server.bound}
+        model, listen = ended.model, _addresses(ended.server)
         await ended.stop()
         self._worker = ended = self._prepared = None
+        self._started = False
         await asyncio.to_thread(gc.collect)  # its pool goes before there is another one
         try:
             await self._run(prepared, model)
@@ -208,6 +223,13 @@ class RoleHost:
         worker.server.instance = f"{self._process}.{next(self._roles)}"
         self._worker = worker
         await worker.start(model)
+        self._started = True
+
+
+def _addresses(server: WorkerServer) -> dict[str, str]:
+    """Settings of a worker that shall listen where this one does."""
+    health = server.bound_health
+    return {"listen": server.bound} | ({"health_listen": health} if health is not None else {})
 
 
 def _reason(error: Exception) -> str:

@@ -73,15 +73,17 @@ class Supervisor:
 
     async def _start_gateway(self) -> Gateway:
         with self._step(f"model {self._config.model}"):
-            model: ServedModel = await asyncio.to_thread(load_served_model, self._config.model)
+            model: ServedModel = await asyncio.to_thread(
+                load_served_model, self._config.model, self._config.model_manifest
+            )
             config = self._config
             self.gateway = Gateway(
-                config.listen,
-                model,
+                *(config.listen, model),
                 config=config.gateway,
                 owner=self._tasks,
                 cluster_id=config.cluster_id,
                 log_content=config.log_content,
+                security=await asyncio.to_thread(config.security, "gateway", "supervisor"),
             )
             await self.gateway.start()
             return self.gateway

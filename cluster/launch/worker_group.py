@@ -47,6 +47,8 @@ class _Worker:
 class WorkerGroup:
     """Launches, follows, scales and drains workers: what the gateway's operations ask for (`WorkerManager`)."""
 
+    may_be_empty = False
+
     def __init__(self, launcher: Launcher, fleet: Fleet, tasks: Tasks) -> None:
         """`fleet` gets every worker; `tasks` owns the followers."""
         self._launcher = launcher

@@ -8,14 +8,18 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 from ...model.phases import current_phase
+from ...proto.errors import Unavailable
 from ..fleet.report import Role
+from .local_orders import LocalOrders
 from .role_host import RoleHost, settings_by_role
 
+TOLD_S = 0.2  # for whoever waits for its end to hear of it, before its process ends
 FAILED = 70  # exit code of a worker whose engine failed (EX_SOFTWARE)
 
 
@@ -72,6 +76,8 @@ class WorkerThread:
     """Runs one worker from its construction to `stop`. Methods block and may be called from any thread."""
 
     end_process: Callable[[], None] | None = None  # what follows a failure of its engine
+    orders_from_host = False  # whether it listens on a socket of its host
+    _local: LocalOrders | None = None
 
     def __init__(self, role: Role, settings: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> None:
         """`other`: settings for the other role, should it flip; default: those of `settings` that both know."""
@@ -90,6 +96,10 @@ class WorkerThread:
     def activity(self) -> str:
         """What its start is doing, in a few words; "" where there is nothing to tell."""
         return activity()
+
+    def role(self) -> Role:
+        """The one that it has now."""
+        return self._host.role
 
     def drain(self, timeout_s: float) -> tuple[int, int]:
         """Takes no new work and waits for what runs, at most so long: how many ended, and were handed over."""
@@ -111,14 +121,40 @@ class WorkerThread:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._host.start())
+            self._loop.run_until_complete(self._start())
         except BaseException as error:  # handed to whoever asks for the address
             self._address.set_exception(error)
             self._closed.set()
             return
         self._address.set_result(self._host.address)
+        left = self._loop.create_task(self._until_left())
         try:
             self._loop.run_forever()
+            left.cancel()
             self._loop.run_until_complete(self._host.stop())
+            if self._local is not None:
+                self._loop.run_until_complete(self._local.stop())
         finally:
             self._closed.set()  # whatever failed: who follows this worker would wait for ever
+        if self._host.drained.is_set() and self.end_process is not None:
+            time.sleep(TOLD_S)
+            self.end_process()
+
+    async def _start(self) -> None:
+        """Starts the worker; one that is drained by order before it serves ends here."""
+        if self.orders_from_host:
+            self._local = LocalOrders(self._host)
+            await self._local.start()
+        starting, left = asyncio.ensure_future(self._host.start()), asyncio.ensure_future(self._host.drained.wait())
+        await asyncio.wait({starting, left}, return_when=asyncio.FIRST_COMPLETED)
+        left.cancel()
+        if not starting.done():
+            if self.end_process is not None:
+                self.end_process()
+            raise Unavailable("the worker was drained before it served")
+        starting.result()
+
+    async def _until_left(self) -> None:
+        """Ends the worker once it was drained by order: nothing is left to do here."""
+        await self._host.drained.wait()
+        self._loop.stop()

@@ -73,8 +73,12 @@ class AdmissionQueue:
                 started.set()
 
     def _capacity(self) -> int:
-        """Tokens that may run at once: what the decode workers have room for, and some that wait there."""
-        return round(self._config.overcommit * sum(load.capacity_tokens for load in self._workers.routing.decode))
+        """Tokens that may run at once: what the decode workers have room for, and some that wait there.
+
+        Gateways that have the same workers share what is beyond: each alone can fill them.
+        """
+        overcommit = min(self._config.overcommit, max(1.0, self._config.overcommit / self._workers.gateways))
+        return round(overcommit * sum(load.capacity_tokens for load in self._workers.routing.decode))
 
     def _check_budget(self, request: ResolvedRequest) -> None:
         config, own, tokens = self._config, request.limits, request.tokens

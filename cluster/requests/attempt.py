@@ -43,7 +43,7 @@ class Attempts:
         worker, lost = placement.decode, False
         replay = bool(message.emitted_token_ids) and message.request_id != session.request.call_id
         try:
-            channel = self._fleet.channel(worker)
+            channel = self._fleet.decode_channel(worker)
         except KeyError:
             raise Unavailable(f"decode worker {worker} left") from None
         call = DecodeStub(channel).Generate(message, timeout=timeout_s, metadata=trace or None)

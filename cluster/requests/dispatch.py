@@ -6,6 +6,7 @@ draws what the lost one would have drawn.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from ...proto.errors import (
 )
 from ...proto.rpc.trace import TraceContext
 from ..fleet.registry import Fleet
+from ..fleet.shortage import Shortage
 from ..gateway_config import GatewayConfig
 from ..router.costs import Demand
 from ..router.estimates import LatencyEstimate, estimate_latency
@@ -48,7 +50,9 @@ TimeLeft = Callable[[], float | None]  # seconds to the request's deadline, None
 class Dispatcher:
     """Runs requests on the workers of a fleet."""
 
-    def __init__(self, fleet: Fleet, fingerprint: str, config: GatewayConfig) -> None:
+    def __init__(self, fleet: Fleet, fingerprint: str, config: GatewayConfig, shortage: Shortage | None = None) -> None:
+        """`shortage` is told of requests that wait for a place."""
+        self._shortage = shortage
         self._fleet = fleet
         self._fingerprint = fingerprint
         self._config = config
@@ -155,11 +159,10 @@ class Dispatcher:
             deadline = time_left()
             if deadline is not None and deadline <= 0:
                 raise Expired("the deadline passed while the request waited for a decode worker")
-            try:
+            waiting = self._shortage.waiting() if self._shortage is not None else contextlib.nullcontext()
+            with waiting, contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(RETRY_S, left)):  # wait_for can swallow a cancellation
                     await change.wait()
-            except TimeoutError:
-                continue
 
     def _record_failure(self, session: Session, worker: str, error: IsthmusError, failures: Failures) -> None:
         table = self._fleet.table

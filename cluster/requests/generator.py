@@ -6,10 +6,12 @@ import functools
 import time
 from collections.abc import Sequence
 
+from ...proto.errors import Unavailable
 from ...proto.generation_pb2 import GenerateRequest
 from ...proto.rpc.trace import TraceContext
 from ...proto.worker_pb2 import Explanation
 from ..fleet.registry import Fleet
+from ..fleet.shortage import Shortage
 from ..gateway_config import GatewayConfig
 from ..router.router import servable_codecs
 from ..router.routing_table import RoutingTable
@@ -32,13 +34,23 @@ def no_deadline() -> None:
 class Generator:
     """One model on the workers of one fleet."""
 
-    def __init__(self, model: ServedModel, fleet: Fleet, config: GatewayConfig, *, log_content: bool = False) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        fleet: Fleet,
+        config: GatewayConfig,
+        shortage: Shortage | None = None,
+        *,
+        log_content: bool = False,
+    ) -> None:
+        """`shortage`: told of requests that wait, where a supervisor starts workers for them."""
+        self._shortage = shortage
         self._model = model
         self.log = RequestLog(model, content=log_content)
         self._fleet = fleet
         self._config = config
         self._admission = AdmissionQueue(fleet.table, config)
-        self._dispatcher = Dispatcher(fleet, model.fingerprint, config)
+        self._dispatcher = Dispatcher(fleet, model.fingerprint, config, shortage)
 
     async def resolve(self, request: GenerateRequest) -> ResolvedRequest:
         """Validates and completes a request; raises what is wrong with it, Unavailable where nothing can serve it."""
@@ -106,9 +118,25 @@ class Generator:
         A connection that was lost is often back within GRACE_S, and workers that were here lately are being restarted;
         where there never were any nobody waits for longer than that.
         """
+        if servable_codecs(self._fleet.table.routing, self._config.local_prefill):
+            return self._fleet.table.routing
+        if self._shortage is not None and not self._config.wait_for_scale:
+            self._refuse_cold(self._shortage)
+        with self._shortage.waiting() if self._shortage is not None else contextlib.nullcontext():
+            return await self._wait_usable()
+
+    def _refuse_cold(self, shortage: Shortage) -> None:
+        """Unavailable where a pool has no worker, with a hint when it may have one."""
+        if empty := shortage.empty():
+            shortage.refused()
+            error = Unavailable(f"no {' and no '.join(sorted(empty))} worker is there; one is asked for: try again")
+            error.retry_after_s = self._config.restart_wait_s
+            raise error
+
+    async def _wait_usable(self) -> RoutingTable:
         begun_s = time.monotonic()
         while not servable_codecs(self._fleet.table.routing, self._config.local_prefill):
-            until_s = begun_s + GRACE_S
+            until_s = begun_s + (GRACE_S if self._shortage is None else self._config.restart_wait_s)
             if self._fleet.table.usable_s is not None:
                 until_s = max(until_s, self._fleet.table.usable_s + self._config.restart_wait_s)
             change, left = self._fleet.change, until_s - time.monotonic()

@@ -66,12 +66,13 @@ class ServedModel:
             raise NotFound(f"no model {shown(name)} here; available: {self.name}")
 
 
-def load_served_model(source: str) -> ServedModel:
-    """Reads description and tokenizer of a model; a GGUF is converted once. NotFound for no such model."""
+def load_served_model(source: str, manifest: str | None = None) -> ServedModel:
+    """Reads description and tokenizer of a model; a GGUF is converted once. NotFound for no such model; InvalidRequest
+    where it is not what the file `manifest` says."""
     from ...model.load.describe import describe_model
     from ...model.text.tokenizer import Detokenizer, StopStrings, Tokenizer
 
-    described = describe_model(source)
+    described = describe_model(source, manifest)
     tokenizer = Tokenizer(described.path)
     _ = tokenizer.bound  # takes a while once, as the first chat does; no client should wait for them
     if tokenizer.has_chat_template:

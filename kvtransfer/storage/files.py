@@ -1,5 +1,8 @@
 """Files of the page store: written whole, bounded in size together, the ones unused for longest removed first.
 
+A page's file lies two folders below the store's (`TENANT/ab/NAME`); others are left alone, but for those of before
+there were tenants (`ab/NAME`), which age. All are their owner's alone.
+
 Several processes may share the folder. A file is used last when it was touched last (its modification time); who finds
 the folder too full removes the oldest files, one process at a time.
 """
@@ -7,6 +10,7 @@ the folder too full removes the oldest files, one process at a time.
 import contextlib
 import itertools
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +18,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .private import create, make_folder, make_private
+
 _EVICT_TO = 0.9  # of the limit, so that not every write has to look
 _RECOUNT_S = 60.0  # what other processes write is noticed so late
 _ABANDONED_S = 600.0  # a file that was begun so long ago was left by a process that is gone
-_BEGUN = ".begun"
+BEGUN = ".begun"
+_SHARD = 2  # digits in the name of a folder of pages
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,12 @@ class StoreFiles:
         size = sum(map(len, parts))
         self._make_room(size)
         path = self._folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        begun = path.with_name(f"{os.getpid()}-{next(self._names)}{_BEGUN}")
+        make_private(self._folder)
+        for folder in reversed(Path(name).parents[:-1]):
+            make_folder(self._folder / folder)
+        begun = path.with_name(f"{os.getpid()}-{next(self._names)}{BEGUN}")
         try:
-            with begun.open("wb", buffering=0) as file:
+            with os.fdopen(create(begun), "wb", buffering=0) as file:
                 for part in parts:
                     _write_all(file.fileno(), part)
             begun.rename(path)
@@ -81,7 +90,7 @@ class StoreFiles:
     def _make_room(self, size: int) -> None:
         now_s = time.monotonic()
         if self._counted_s is None or now_s - self._counted_s > _RECOUNT_S or self._bytes + size > self._limit:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_private(self._folder)
             entries = list(self._entries())
             self._bytes, self._counted_s = sum(entry.size for entry in entries), now_s
             if self._bytes + size > self._limit:
@@ -89,7 +98,7 @@ class StoreFiles:
 
     def _evict(self, entries: list[_Entry], size: int) -> None:
         try:
-            with FileLock(self._folder / ".lock", timeout=0):
+            with FileLock(self._folder / ".lock", timeout=0, mode=0o600):
                 for entry in sorted(entries, key=lambda entry: entry.used_s):
                     if self._bytes + size <= self._limit * _EVICT_TO:
                         break
@@ -102,17 +111,26 @@ class StoreFiles:
 
     def _entries(self) -> Iterator[_Entry]:
         """All pages in the folder; removes files that somebody began and will not end."""
-        with os.scandir(self._folder) as shards:
-            folders = [shard.path for shard in shards if shard.is_dir()]
-        for folder in folders:
-            with os.scandir(folder) as files:
-                for file in files:
-                    with contextlib.suppress(FileNotFoundError):
-                        status = file.stat()
-                        if not file.name.endswith(_BEGUN):
-                            yield _Entry(file.path, status.st_size, status.st_mtime)
-                        elif time.time() - status.st_mtime > _ABANDONED_S:
-                            os.unlink(file.path)
+        for folder, _, names in os.walk(self._folder):
+            is_shard = len(os.path.basename(folder)) == _SHARD
+            for name in names:
+                path = os.path.join(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    status = os.stat(path)
+                    if not name.endswith(BEGUN):
+                        if is_shard:
+                            yield _Entry(path, status.st_size, status.st_mtime)
+                    elif time.time() - status.st_mtime > _ABANDONED_S:
+                        os.unlink(path)
+
+    def remove_others(self, beginning: str) -> int:
+        """Removes every page that is not in a folder whose name begins so; returns how many. OSError where it fails."""
+        with os.scandir(self._folder) as found:
+            others = [entry.path for entry in found if entry.is_dir() and not entry.name.startswith(beginning)]
+        pages = sum(len(names) for folder in others for _, _, names in os.walk(folder))
+        for folder in others:
+            shutil.rmtree(folder, ignore_errors=True)
+        return pages
 
 
 def _write_all(descriptor: int, data: bytes | memoryview) -> None:

@@ -1,12 +1,12 @@
 """What is known of a model without running it. No torch: the gateway asks this."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...proto.errors import InvalidRequest
 from ..cache import Note
+from ..files.bounded import MAX_TOKENIZER, read_json
 from .fingerprint import model_fingerprint
 from .rope import context_length
 from .sources import locate
@@ -25,16 +25,23 @@ class ModelDescription:
     path: Path  # of its Hugging Face folder
 
 
-def describe_model(source: str) -> ModelDescription:
+MAX_CONTEXT = 1 << 28  # tokens; whoever probes a model makes a mask of so many
+
+
+def describe_model(source: str, manifest: str | None = None) -> ModelDescription:
     """The description of a source (`sources.py`), which is fetched or converted once if need be; errors as there."""
-    located = locate(source)
+    located = locate(source, manifest)
     config = _read(located.folder / "config.json")
+    fingerprint = model_fingerprint(located.folder)
     text = config.get("text_config") or config
+    context = context_length(text, _size(text, "max_position_embeddings", located.folder))
+    if context > MAX_CONTEXT:
+        raise InvalidRequest(f"a context of {context} tokens in {located.name}; allowed: at most {MAX_CONTEXT}")
     return ModelDescription(
         name=located.name,
-        fingerprint=model_fingerprint(located.folder),
+        fingerprint=fingerprint,
         architecture=next(iter(config.get("architectures") or [config.get("model_type", "unknown")])),
-        context_length=context_length(text, _size(text, "max_position_embeddings", located.folder)),
+        context_length=context,
         vocab_size=_size(text, "vocab_size", located.folder),
         eos_token_ids=eos_token_ids(located.folder),
         path=located.folder,
@@ -65,7 +72,9 @@ def _size(config: dict[str, Any], key: str, folder: Path) -> int:
     if key not in config:
         from transformers import AutoConfig
 
-        full = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
+        full = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_text_config(
+            decoder=True
+        )
         config = {key: getattr(full, key, None)}
     value = config[key]
     if not isinstance(value, int) or value < 1:
@@ -75,8 +84,6 @@ def _size(config: dict[str, Any], key: str, folder: Path) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
+        return read_json(path, MAX_TOKENIZER)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise InvalidRequest(f"{path} is not JSON: {error}") from None

@@ -24,17 +24,18 @@ from .probe import probe_layers
 _loading = threading.Lock()  # transformers sets process-wide defaults (dtype, initialisers) while it loads
 
 
-def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Model:
+def load_model(source: str, *, dtype: str = "auto", device: str = "auto", manifest: str | None = None) -> Model:
     """The model of a source (`sources.py` says which there are), ready to run.
 
     dtype: one of `dtypes.DTYPES`. On a CPU that does not multiply bf16, "bfloat16" is that of the weights alone:
     activations and KV are fp32 (`Model.dtype`), which is both faster there and more exact.
     device: "cpu", "cuda", "cuda:1", ... or "auto": the first GPU where there is one.
+    manifest: the file that says what the source's files are (`model/files/manifest.py`).
     NotFound or Unavailable where there is no such model, InvalidRequest where it is there and cannot be served.
     """
     place = _device(device)
     number = _dtype(dtype, place)
-    about = describe_model(source)
+    about = describe_model(source, manifest)
     refuse_oversized(about.path, place, number)
     with _loading, lean():
         with phase("load"):
@@ -76,6 +77,8 @@ def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTraine
             dtype=dtype,
             attn_implementation=attention.NAME,
             device_map={"": device} if device.type != "cpu" else None,
+            use_safetensors=True,
+            trust_remote_code=False,
             local_files_only=True,
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
@@ -90,8 +93,8 @@ def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTraine
 
 def _read_config(path: Path) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise InvalidRequest(f"the config in {path} cannot be read: {_first_line(error)}") from error
 
 

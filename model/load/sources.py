@@ -18,6 +18,9 @@ from pathlib import Path
 
 from ...proto.errors import InvalidRequest, NotFound, Unavailable
 from ..cache import Note, cache_root, cached_models, cached_or_made
+from ..files.folder import PICKLES, check_folder, refused_pickle
+from ..files.gguf_header import check_gguf
+from ..files.manifest import tell_on_stderr, verify_model
 from . import packages
 from .digests import content_digest
 
@@ -33,26 +36,51 @@ class Located:
     folder: Path  # config.json, safetensors files, tokenizer
 
 
-def locate(source: str) -> Located:
-    """The folder of a source, fetched or converted if need be.
+@dataclass(frozen=True)
+class Origin:
+    """What a source stands for: a folder, or a GGUF file that a folder is made of."""
+
+    name: str
+    path: Path
+
+    def check(self, manifest: str | None) -> None:
+        """InvalidRequest where it is not what a manifest (the path of it) says; nothing is loaded before."""
+        if manifest is not None:
+            verify_model(self.path, Path(manifest).expanduser(), tell_on_stderr)
+
+
+def locate(source: str, manifest: str | None = None) -> Located:
+    """The folder of a source, fetched or converted if need be, once it is what a manifest says, if one is given.
 
     NotFound where there is no such model, Unavailable where the hub cannot be reached, InvalidRequest for a folder or
-    file that is no model.
+    file that is no model, or is not to be served (`model/files`).
     """
+    origin = find(source)
+    origin.check(manifest)
+    if origin.path.is_file():
+        return _from_gguf(origin.path, origin.name)
+    return _checked(origin)
+
+
+def find(source: str) -> Origin:
+    """Where the files of a source are, fetched if need be; errors as `locate`."""
     if not source:
         raise InvalidRequest("no model named; allowed: " + _allowed())
     if source in packages.PACKAGED:
-        return _from_gguf(packages.gguf_of(source), source)
+        return Origin(source, packages.gguf_of(source))
     path = Path(source).expanduser()
     if path.is_dir():
-        return _folder(path)
+        note = Note.read(path)
+        return Origin(note.name if note else path.resolve().name, path.resolve())
+    if path.suffix in PICKLES and path.exists():
+        raise refused_pickle(path)
     if path.is_file():
-        return _from_gguf(path, _name_of(path))
+        return Origin(_name_of(path), path)
     for note, folder in cached_models():
         if note.name == source and note.converter == CONVERTER:
-            return Located(source, folder)
+            return Origin(source, folder)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) and not source.endswith(".gguf"):
-        return _from_hub(source)
+        return Origin(source, _from_hub(source))
     raise NotFound(f"no model {source!r}; allowed: {_allowed()}")
 
 
@@ -60,11 +88,11 @@ def _allowed() -> str:
     return f"{', '.join(packages.PACKAGED)}, a model folder, a .gguf file, or OWNER/NAME of the Hugging Face hub"
 
 
-def _folder(path: Path) -> Located:
-    if not (path / "config.json").is_file():
-        raise InvalidRequest(f"{path} has no config.json: not the folder of a Hugging Face model")
-    note = Note.read(path)
-    return Located(note.name if note else path.resolve().name, path.resolve())
+def _checked(origin: Origin) -> Located:
+    if not (origin.path / "config.json").is_file():
+        raise InvalidRequest(f"{origin.path} has no config.json: not the folder of a Hugging Face model")
+    check_folder(origin.path)
+    return Located(origin.name, origin.path)
 
 
 def _name_of(gguf: Path) -> str:
@@ -72,15 +100,20 @@ def _name_of(gguf: Path) -> str:
 
 
 def _from_gguf(gguf: Path, name: str) -> Located:
-    with gguf.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise InvalidRequest(f"{gguf} is not a GGUF file")
+    if not _begins_as_gguf(gguf):
+        raise InvalidRequest(f"{gguf} is not a GGUF file")
     note = Note(name=name, source=gguf.name, converter=CONVERTER)
     folder = cache_root() / f"{name}-{content_digest(gguf)[:16]}-{CONVERTER}"
     return Located(name, cached_or_made(folder, note, lambda fresh: _convert(gguf, fresh)))
 
 
+def _begins_as_gguf(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(4) == b"GGUF"
+
+
 def _convert(gguf: Path, folder: Path) -> None:
+    check_gguf(gguf)
     print(f"converting {gguf.name} (once)", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "isthmus.model.load.convert", str(gguf.resolve()), str(folder)]
     quiet = os.environ | {"TQDM_DISABLE": "1"}
@@ -90,7 +123,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise InvalidRequest(f"{gguf} cannot be converted: {reason}")
 
 
-def _from_hub(repo: str) -> Located:
+def _from_hub(repo: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.utils import HfHubHTTPError
@@ -102,4 +135,4 @@ def _from_hub(repo: str) -> Located:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise Unavailable(f"{repo!r} is not here, and the Hugging Face hub cannot be reached: {reason}") from error
-    return Located(repo, _folder(Path(folder)).folder)
+    return Path(folder).resolve()

@@ -1,24 +1,25 @@
 """A model's chat template: a conversation becomes one text, in a bounded number of steps.
 
-Templates are Jinja, of the environment that transformers makes for them. They come with the model, but how long they
-run depends on the conversation, and Python cannot stop a thread: so every loop and macro of the template counts its
-turns here, and a rendering that has too many, or too long a text, ends as refused.
+Templates are Jinja, in a sandbox like the one that transformers makes for them. They come with the model, and how long
+they run depends on the conversation too. Python cannot stop a thread: so each loop, macro, call and operator of a
+template counts what it takes (`template_environment.py`), and a rendering that takes too much ends as refused.
 
 Control tokens that the text of a message spells are wrapped in two private characters, as transformers does for
 `sanitize_control_tokens`: what is rendered tells them from those that the template writes itself.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import TemplateError, nodes
 
 from ...proto.errors import InvalidRequest
+from .template_budget import MAX_TEXT, Budget, TooMuch, spending
+from .template_environment import BoundedEnvironment
 
 MAX_STEPS = 200_000  # turns of all loops and macros of one rendering: some tenths of a second
-MAX_TEXT = 16 << 20  # characters
-_COUNT = "isthmus_count"
+_SHOWN = 300  # characters of a reason that a template gives
 _FINAL = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where the last message ends
 START, END = "\U000f0000", "\U000f0001"  # around a control token that is text
 
@@ -34,9 +35,10 @@ class ChatTemplate:
         """
         self._special = special
         try:
-            self._template, literals = _compiled(source)
+            self._template, tree = BoundedEnvironment().load(source)
         except TemplateError as error:
             raise InvalidRequest(f"the model's chat template is not valid: {error}") from None
+        literals = _literals(tree)
         control = [token for token, is_special in added if is_special or (token in literals and not token.isspace())]
         self.control_tokens = tuple(sorted(control, key=len, reverse=True))  # one that contains another comes first
 
@@ -55,22 +57,12 @@ class ChatTemplate:
         return self._cut(text, final) if continue_final else text
 
     def _run(self, messages: Messages, add_generation_prompt: bool) -> str:
-        pieces, length = [], 0
         try:
-            for piece in self._template.generate(
-                **self._special,
-                messages=messages,
-                tools=[],
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **{_COUNT: _counter()},
-            ):
-                pieces.append(piece)
-                length += len(piece)
-                if length > MAX_TEXT:
-                    raise _TooMuch(f"more than {MAX_TEXT} characters come of it")
+            with spending(Budget(MAX_STEPS)):
+                return self._rendered(messages, add_generation_prompt)
         except TemplateError as error:
-            raise InvalidRequest(f"the model's chat template refuses the conversation: {error}") from None
+            reason = str(error)[:_SHOWN]
+            raise InvalidRequest(f"the model's chat template refuses the conversation: {reason}") from None
         except (
             ArithmeticError,
             AttributeError,
@@ -80,8 +72,22 @@ class ChatTemplate:
             TypeError,
             ValueError,
         ) as error:
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:_SHOWN]
             raise InvalidRequest(f"the model's chat template fails on the conversation: {reason}") from None
+
+    def _rendered(self, messages: Messages, add_generation_prompt: bool) -> str:
+        pieces, length = [], 0
+        for piece in self._template.generate(
+            **self._special,
+            messages=messages,
+            tools=[],
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+        ):
+            pieces.append(piece)
+            length += len(piece)
+            if length > MAX_TEXT:
+                raise TooMuch(f"more than {MAX_TEXT} characters come of it")
         return "".join(pieces)
 
     def _cut(self, text: str, final: str) -> str:
@@ -105,35 +111,8 @@ def _mark(found: re.Match[str]) -> str:
     return "" if found[0] in (START, END) else f"{START}{found[0]}{END}"
 
 
-class _TooMuch(TemplateError):
-    """A rendering that goes over a bound."""
-
-
-def _counter() -> Callable[[], str]:
-    steps = 0
-
-    def count() -> str:
-        nonlocal steps
-        steps += 1
-        if steps > MAX_STEPS:
-            raise _TooMuch(f"it takes more than {MAX_STEPS} steps")
-        return ""
-
-    return count
-
-
-def _compiled(source: str) -> tuple[Template, str]:
-    """The template with a count in each loop and macro, and the strings that are written in it, NULs between them."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    environment = _compile_jinja_template(source).environment
-    tree = environment.parse(source)
+def _literals(tree: nodes.Template) -> str:
+    """The strings that are written in a template, NULs between them."""
     literals = {node.data for node in tree.find_all(nodes.TemplateData)}
     literals |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    for block in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-        call = nodes.Call(nodes.Name(_COUNT, "load"), [], [], None, None)
-        block.body.insert(0, nodes.ExprStmt(call, lineno=block.lineno))
-    tree.set_environment(environment)
-    code = environment.compile(tree)
-    template = environment.template_class.from_code(environment, code, environment.make_globals(None))
-    return template, "\0".join(literals)
+    return "\0".join(literals)

@@ -84,7 +84,7 @@ class Tokenizer:
         for message in messages:
             if message["role"] not in ROLES:
                 raise InvalidRequest(f"a message with role {message['role']!r}; allowed: {', '.join(ROLES)}")
-        template, marked = self._chat
+        template, marked = self._chat()
         text = template.render(messages, continue_final=continue_final, parse_special=parse_special)
         if parse_special or not (START in text or END in text):
             return self._encode(text, most_tokens, add_special_tokens=False)
@@ -101,12 +101,19 @@ class Tokenizer:
                 f"prompt of {len(text)} characters, {fewest} tokens or more; allowed: at most {most_tokens}"
             )
 
-    @functools.cached_property
     def _chat(self) -> tuple[ChatTemplate, MarkedText]:
-        added = self._backend.get_added_tokens_decoder().values()
-        template = ChatTemplate(
-            self._template or "", self._special, [(token.content, token.special) for token in added]
-        )
+        if isinstance(self._compiled, InvalidRequest):
+            raise InvalidRequest(str(self._compiled))
+        return self._compiled
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[ChatTemplate, MarkedText] | InvalidRequest:
+        """The template, or what is wrong with it: found out once, for it may take a while."""
+        added = [(token.content, token.special) for token in self._backend.get_added_tokens_decoder().values()]
+        try:
+            template = ChatTemplate(self._template or "", self._special, added)
+        except InvalidRequest as error:
+            return error
         return template, MarkedText(self._backend, template.control_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -199,8 +206,8 @@ def _read_by_transformers(folder: Path) -> tuple[Backend, str | None, dict[str, 
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InvalidRequest(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -46,12 +46,12 @@ _MAX_DETAILS = 2000  # bytes as encoded; details travel as a header, and gRPC re
 
 _CODE_OF: dict[type[IsthmusError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     NotFound: grpc.StatusCode.NOT_FOUND,
     AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     IllegalState: grpc.StatusCode.FAILED_PRECONDITION,
     OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     Incompatible: grpc.StatusCode.FAILED_PRECONDITION,  # after IllegalState: what the code is read as
     Exhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
@@ -65,6 +65,18 @@ _ERROR_OF = {code: error for error, code in _CODE_OF.items()}
 _INVALID_METADATA = "Invalid metadata"  # beside INTERNAL: it refused to send the call
 # Beside UNAVAILABLE; of a name that cannot be resolved gRPC's versions speak differently.
 _NO_CONNECTION = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
+# Of a connection that was not made, in the words of gRPC and BoringSSL; the first one that is there counts.
+_TLS_PROBLEMS = {
+    "CERTIFICATE_HAS_EXPIRED": "its certificate has expired",
+    "certificate has expired": "its certificate has expired",
+    "Hostname Verification": "its certificate is for somebody else: another host, role or cluster",
+    "CERTIFICATE_VERIFY_FAILED": "none of the CAs that are trusted here has signed its certificate",
+    "WRONG_VERSION_NUMBER": "it talks in plain text (ISTHMUS_TLS=off)",
+    "CERTIFICATE_REQUIRED": "it asks for a certificate: name one with --cert and --key",
+    "Tls handshake failed": "no encrypted connection could be made",
+    "TSI_PROTOCOL_FAILURE": "no encrypted connection could be made",
+    "Socket closed": "it ends the connection: it does not accept the certificate, or only one side talks TLS",
+}
 
 
 class Status(NamedTuple):
@@ -137,6 +149,12 @@ def is_unreached(error: grpc.aio.AioRpcError) -> bool:
     """Whether no connection was made, so that no server has seen the request."""
     unavailable = error.code() is grpc.StatusCode.UNAVAILABLE and ERROR_KEY not in _trailing(error)
     return unavailable and (error.details() or "").startswith(_NO_CONNECTION)
+
+
+def tls_problem(error: grpc.aio.AioRpcError) -> str | None:
+    """What kept two sides from an encrypted connection, in a few words; None where it was something else."""
+    details = error.details() or ""
+    return next((text for mark, text in _TLS_PROBLEMS.items() if mark in details), None)
 
 
 def incident_of(error: grpc.aio.AioRpcError) -> str:

@@ -12,10 +12,10 @@ from faults.cluster import ChaosCluster, chaos_cluster
 from faults.kills import Faults, compare_runs, hurt_gateway, hurt_links, hurt_workers
 from faults.load import answer_all, cancel_storm, make_requests
 from models import model_path
+from support.dialling import to_gateway
 
 from isthmus.proto.generation_pb2 import GenerateRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
-from isthmus.proto.rpc.transport import Transport
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 # The last bits of a sum depend on who shares a batch. With a lossy codec they can become a step of a code, and a drawn
@@ -78,7 +78,7 @@ async def failed_transfers(cluster: ChaosCluster) -> int:
 async def test_a_gateway_that_is_gone(cluster: ChaosCluster) -> None:
     """Its clients get UNAVAILABLE; what it had begun is given up by the workers, with no gateway to tell them."""
     cluster.restarts = False
-    async with Transport().dial(cluster.gateway.address) as channel:
+    async with to_gateway(cluster.gateway.address) as channel:
         calls = [GenerationStub(channel).Generate(request) for request in requests(6)]
         for call in calls:
             assert (await call.read()).token_ids

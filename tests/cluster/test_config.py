@@ -62,6 +62,7 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, text: str | bytes, messag
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ISTHMUS_JOBS_DB")
+    monkeypatch.delenv("ISTHMUS_TLS")
     config = load_config(written(tmp_path, ""), {})
     assert config == ClusterConfig(cluster_id=config.cluster_id)
     assert config.cluster_id != ClusterConfig().cluster_id, "drawn for each"

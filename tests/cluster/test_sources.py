@@ -14,6 +14,11 @@ from isthmus.proto.errors import InvalidRequest
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ISTHMUS_TLS")
+
+
 def written(folder: Path, text: str) -> Path:
     path = folder / "cluster.yaml"
     path.write_text(text)
@@ -76,7 +81,10 @@ def test_every_setting_is_a_variable(
         ("", {"DECODE": "0"}, {}, "(from ISTHMUS_DECODE)"),
         ("decode: 2", {}, {"decode": 0}, "decode is 0: Input should be greater than or equal to 1 (from --decode)"),
         ("", {}, {"decode_worker": {"default_codec": 3}}, "(from --codec)"),
-        ("", {"GATEWAY__REPLAY": "3"}, {}, "gateway: unknown key 'replay'; allowed: workers, admin_listen, policy, "),
+        (
+            *("", {"GATEWAY__REPLAY": "3"}, {}),
+            "gateway: unknown key 'replay'; allowed: workers, admin_listen, health_listen, policy, ",
+        ),
         ("", {"GATEWAY__REPLAY": "3"}, {}, "(from ISTHMUS_GATEWAY__REPLAY)"),
         ("", {"GATEWAY__TENANT_WEIGHTS": "a"}, {}, "gateway.tenant_weights is 'a': 'a' is not NAME=WEIGHT (from "),
         ("gateway: 3", {"GATEWAY__REPLAYS": "3"}, {}, "gateway is 3: Input should be a valid dictionary"),

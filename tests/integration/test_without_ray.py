@@ -1,8 +1,12 @@
 """Real processes, the real model, the command line: the same system with no Ray."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,6 +15,7 @@ from clusters import cluster_without_ray, run, wait_ready
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.dialling import blocking_channel
 
 from isthmus.proto.common_pb2 import FinishReason, SamplingParams
 from isthmus.proto.generation_pb2 import (
@@ -46,7 +51,7 @@ def admin(addresses: tuple[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def channel(server: str) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(server) as opened:
+    with blocking_channel(server) as opened:
         yield opened
 
 
@@ -272,3 +277,12 @@ def wait_free(orders: grpc.Channel, within_s: float = 5.0) -> None:
             return
         assert time.monotonic() < end, f"pages in use: {left}"
         time.sleep(0.05)
+
+
+def test_what_helm_test_runs_passes_here(server: str) -> None:
+    """The pod of the chart runs this script; here it is a process beside the same gateway."""
+    script = Path(__file__).parents[2] / "helm" / "files" / "generation_test.py"
+    environment = os.environ | {"ISTHMUS_SERVER": server, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "KV on the wire: " in done.stdout

@@ -187,7 +187,7 @@ async def test_a_pool_of_one_prompt_evicts_for_the_next():
 
 
 def store_files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return [path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "tenant")]
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -219,7 +219,9 @@ async def test_a_damaged_file_ends_the_prefix_there(tmp_path):
 
 async def test_a_store_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr("isthmus.prefill.prefix._FETCH_S", 0.05)
-    monkeypatch.setattr("isthmus.kvtransfer.storage.store.PageStore.read", lambda self, form, key: time.sleep(0.5))
+    monkeypatch.setattr(
+        "isthmus.kvtransfer.storage.store.PageStore.read", lambda self, form, key, tenant: time.sleep(0.5)
+    )
     async with prefill_worker(model_path("tiny-llama"), store_dir=str(tmp_path)) as worker:
         assert (await worker.receive(worker.request(PROMPT))).reused == (0, 0)
         assert worker.worker.server.report().counters["store_timeouts"] == 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..terminal import options as opt
-from ..terminal.credentials import ClientCommand, api_key
+from ..terminal.connection import ClientCommand, api_key
 
 if TYPE_CHECKING:
     from rich.progress import Progress

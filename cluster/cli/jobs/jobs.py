@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from ..terminal import options as opt
-from ..terminal.credentials import ClientCommand, api_key
+from ..terminal.connection import ClientCommand, api_key
 from ..terminal.prompt import read_prompt
 
 if TYPE_CHECKING:

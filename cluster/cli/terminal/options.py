@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ... import defaults
-from .credentials import api_key
+from .connection import api_key, certificates
 from .flags import Flag
 
 if TYPE_CHECKING:
@@ -111,27 +111,35 @@ async def gateway_client(server: str) -> AsyncIterator["Client"]:
 async def admin_of(address: str) -> AsyncIterator["ClusterAsyncStub"]:
     """Status and orders at the admin port `address`; errors as `transport_to`."""
     from ....proto.worker_pb2_grpc import ClusterStub
+    from ...client.security import server_role
 
-    async with transport_to(address, "--admin") as transport, transport.dial(address) as channel:
+    async with (
+        transport_to(address, "--admin") as transport,
+        transport.dial(address, server_role(address)) as channel,
+    ):
         yield ClusterStub(channel)
 
 
 @asynccontextmanager
 async def transport_to(server: str, option: str = "--server") -> AsyncIterator["Transport"]:
-    """What to dial `server` with; Unavailable, with what to do, where nobody answers there. `option` names it."""
+    """What to dial `server` with, by the options of `connection.py`; Unavailable, with what to do, where nobody answers
+    there. `option` names the server's own."""
     import grpc.aio
 
     from ....proto.errors import Unavailable
-    from ....proto.rpc.statuses import is_unreached
+    from ....proto.rpc.statuses import is_unreached, tls_problem
     from ....proto.rpc.transport import Transport
+    from ...client.security import client_security
 
     address_to_dial(server)
-    transport = Transport()
+    transport = Transport(client_security(server, certificates()))
     try:
         yield transport
     except grpc.aio.AioRpcError as error:
         if is_unreached(error):
             hint = f"start one with `isthmus up`, or name another with {option}"
+            if (problem := tls_problem(error)) is not None:
+                raise Unavailable(f"{server} answers, but {problem}") from None
             raise Unavailable(f"no gateway answers at {server}; {hint}") from None
         raise
     finally:

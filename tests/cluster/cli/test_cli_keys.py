@@ -220,7 +220,7 @@ def test_status_tells_who_may_ask_and_who_was_refused(gateway: Gateway, capsys: 
     outcome(capsys, "generate", "--server", gateway.address, "--api-key", "isthmus_wrong", "hi")
     code, out, _ = outcome(capsys, "status", "--admin", gateway.admin_address)
     *_, refused, last = out.splitlines()
-    assert (code, last.endswith(" · access: keys (1 valid)")) == (0, True)
+    assert (code, " · access: keys (1 valid)" in last) == (0, True)
     assert re.search(r"^refused: .*unknown \d+", refused)
     _, out, _ = outcome(capsys, "status", "--admin", gateway.admin_address, "--json")
     access = json.loads(out)["access"]

@@ -87,7 +87,7 @@ def test_status_is_a_line_for_each_worker(capsys: pytest.CaptureFixture[str]) ->
         "10.0.0.9:7001  ?        unspecified     0     0      -  10.0.0.9:7001",
         f"prefill-1: {LONG}",
         "decode-0: [bold]its canary failed[/]",
-        "isthmus 0.1.0 · cluster a1b2c3d4 · 0 active requests · up 0 s",
+        "isthmus 0.1.0 · cluster a1b2c3d4 · 0 active requests · up 0 s · plain text",
     ]
 
 

@@ -29,7 +29,7 @@ def test_equal_workers_pair() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"role": WORKER_ROLE_UNSPECIFIED}, "tells no role that this gateway knows"),
+        ({"role": WORKER_ROLE_UNSPECIFIED}, "tells no role that the gateway knows"),
         ({"protocol_version": 99}, f"speaks protocol 99, the gateway speaks {PROTOCOL_VERSION}"),
         (
             {"model": ModelReport(name="other", fingerprint="abc")},

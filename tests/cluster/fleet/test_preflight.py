@@ -40,7 +40,7 @@ REQUEST = build_request(token_ids=list(range(3, 300)), sampling={"temperature": 
 
 async def worker(stack: AsyncExitStack, kind: type[PrefillWorker] | type[DecodeWorker], **changes: Any) -> str:
     """The address of a worker that runs until the stack is left."""
-    settings = {"model": model_path(MODEL), "dtype": "fp32", **changes}
+    settings = {"model": model_path(MODEL), "dtype": "fp32", "tls": "off", **changes}
     made = (
         PrefillWorker(PrefillConfig(**{"name": "prefill", **settings}))
         if kind is PrefillWorker
@@ -109,7 +109,8 @@ async def test_a_flipped_worker_has_only_to_move_pages(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Canary, "_ask", noted)
     host = RoleHost(
-        "decode", settings_by_role("decode", {"model": model_path(MODEL), "dtype": "fp32", "name": "second"})
+        "decode",
+        settings_by_role("decode", {"model": model_path(MODEL), "dtype": "fp32", "tls": "off", "name": "second"}),
     )
     async with AsyncExitStack() as stack:
         addresses = [await worker(stack, PrefillWorker), await worker(stack, DecodeWorker)]

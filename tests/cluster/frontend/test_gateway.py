@@ -10,8 +10,8 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
-from raw_grpc import raw_call
 from scripted import Script, Scripted, client_of, hangs, report_of, says, scripted_cluster, served
+from support.raw_grpc import raw_call
 
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.fleet.report import Report

@@ -40,7 +40,7 @@ class Seats:
 @asynccontextmanager
 async def hosts(*roles: str) -> AsyncIterator[Seats]:
     model = model_path(MODEL)
-    shared = {"model": model, "dtype": "fp32"}
+    shared = {"model": model, "dtype": "fp32", "tls": "off"}
     started: list[RoleHost] = []
     gateway = Gateway("127.0.0.1:0", load_served_model(model))
     try:

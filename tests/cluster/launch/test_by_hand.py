@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import grpc
 from clusters import wait_ready
 from models import model_path
+from support.dialling import blocking_channel
 from support.processes import free_port, isthmus
 
 from isthmus.cluster.launch.worker_thread import usable_cores
@@ -28,7 +28,7 @@ def test_one_file_starts_all_and_two_workers_share_the_cores(tmp_path: Path) -> 
         isthmus("worker", "prefill", *config),
         isthmus("worker", "decode", *config),
         isthmus("gateway", *config),
-        grpc.insecure_channel(f"127.0.0.1:{admin}") as channel,
+        blocking_channel(f"127.0.0.1:{admin}") as channel,
     ):
         wait_ready(f"127.0.0.1:{admin}", 2)
         workers = ClusterStub(channel).GetStatus(GetStatusRequest(), timeout=5).workers

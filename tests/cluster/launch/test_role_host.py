@@ -96,7 +96,8 @@ async def test_a_worker_of_the_command_line_flips_and_back(
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_only_what_was_set_and_means_the_same_goes_along(role: Role, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = settings_of_command(monkeypatch, role, "--threads", "1")
-    assert plain[OTHER[role]] == {"model": "smollm2-135m", "threads": 1, "listen": "127.0.0.1:0"}
+    assert plain[OTHER[role]] == {"model": "smollm2-135m", "threads": 1, "listen": "127.0.0.1:0", "tls": "off"}
+    monkeypatch.delenv("ISTHMUS_TLS")
     flags = {f"{role}_worker": {"chunk_tokens": 64, "pool_gib": 0.5, "codecs": ()}}
     settings = load_config(None, flags).process_settings(role, default_threads=2)
     other = settings_by_role(role, settings)[OTHER[role]]
@@ -127,6 +128,7 @@ BAD = {
     "a key": ({"max_bach": 3}, "unknown key 'max_bach'"),
     "a codec": ({"pool": "packed", "default_codec": "raw"}, "the packed pool cannot hold codec 'raw'"),
     "a file": ({"balance": "/no/such/file"}, "/no/such/file"),
+    "a certificate": ({"tls": dict.fromkeys(("ca", "cert", "key"), "/no/such/file")}, "/no/such/file cannot be"),
 }
 
 
@@ -134,7 +136,7 @@ BAD = {
 async def test_settings_that_do_not_work_are_told_before_anything_is_drained(
     changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared = {"model": model_path("tiny-llama"), "dtype": "fp32"}
+    shared = {"model": model_path("tiny-llama"), "dtype": "fp32", "tls": "off"}
 
     async def drained(self: PrefillWorker, timeout_s: float) -> Drained:
         raise AssertionError("it was drained")
@@ -152,7 +154,7 @@ async def test_settings_that_do_not_work_are_told_before_anything_is_drained(
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_a_worker_that_cannot_be_built_goes_on_in_its_role(role: Role, monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = {"model": model_path("tiny-llama"), "dtype": "fp32", "name": "mine"}
+    shared = {"model": model_path("tiny-llama"), "dtype": "fp32", "tls": "off", "name": "mine"}
 
     async def no_room(self: object, model: object = None) -> None:
         raise MemoryError("no room for the pool")
@@ -170,7 +172,7 @@ async def test_a_worker_that_cannot_be_built_goes_on_in_its_role(role: Role, mon
 
 
 async def test_a_flip_whose_caller_goes_away_is_carried_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = {"model": model_path("tiny-llama"), "dtype": "fp32"}
+    shared = {"model": model_path("tiny-llama"), "dtype": "fp32", "tls": "off"}
     async with hosted("prefill", settings_by_role("prefill", shared)) as (host, stub):
         begun, release = asyncio.Event(), asyncio.Event()
 

@@ -103,12 +103,12 @@ class FakeLauncher:
 
 @pytest.fixture(autouse=True)
 def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "load_served_model", lambda source: served())
+    monkeypatch.setattr(supervisor_module, "load_served_model", lambda source, manifest: served())
 
 
 async def test_up_answer_and_down() -> None:
     launcher = FakeLauncher()
-    config = ClusterConfig(prefill=2, decode=2, port=0)
+    config = ClusterConfig(prefill=2, decode=2, port=0, tls="off")
     supervisor = Supervisor(config, launcher)
     gateway = await supervisor.start()
     assert [worker.name for worker in launcher.workers] == ["prefill-0", "prefill-1", "decode-0", "decode-1"]
@@ -122,7 +122,7 @@ async def test_up_answer_and_down() -> None:
 
 async def test_a_worker_that_cannot_start_is_told_at_once() -> None:
     launcher = FakeLauncher(failing="decode-0")
-    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    supervisor = Supervisor(ClusterConfig(port=0, tls="off"), launcher)
     with pytest.raises(NotFound, match="no such model"):
         await supervisor.start()
     await supervisor.stop(0)
@@ -131,7 +131,7 @@ async def test_a_worker_that_cannot_start_is_told_at_once() -> None:
 
 async def test_a_worker_that_died_is_found_at_its_new_address() -> None:
     launcher = FakeLauncher()
-    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    supervisor = Supervisor(ClusterConfig(port=0, tls="off"), launcher)
     gateway = await supervisor.start()
     decode = launcher.workers[1]
     before = decode.worker.address
@@ -149,7 +149,7 @@ async def test_a_worker_that_died_is_found_at_its_new_address() -> None:
 
 async def test_without_its_head_the_cluster_goes_on_and_is_built_anew_once_a_worker_is_lost() -> None:
     launcher = FakeLauncher()
-    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    supervisor = Supervisor(ClusterConfig(port=0, tls="off"), launcher)
     gateway = await supervisor.start()
     first = list(launcher.workers)
     launcher.head_died.set()
@@ -174,7 +174,7 @@ async def test_a_worker_that_ends_again_and_again_is_started_after_growing_pause
 ) -> None:
     monkeypatch.setattr(worker_group, "RESTART_PAUSE_S", 0.02)
     launcher = FakeLauncher()
-    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    supervisor = Supervisor(ClusterConfig(port=0, tls="off"), launcher)
     gateway = await supervisor.start()
     reasons = set[str]()
     for ends in range(6):  # more than any fixed number of lives was
@@ -198,7 +198,7 @@ async def test_a_worker_that_ends_again_and_again_is_started_after_growing_pause
 
 async def test_a_worker_that_is_being_started_anew_can_be_drained(monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = FakeLauncher()
-    supervisor = Supervisor(ClusterConfig(decode=2, port=0), launcher)
+    supervisor = Supervisor(ClusterConfig(decode=2, port=0, tls="off"), launcher)
     gateway = await supervisor.start()
     gate, launch = asyncio.Event(), launcher.launch
 
@@ -225,7 +225,7 @@ def names(supervisor: Supervisor) -> list[str]:
 
 async def test_scaling_starts_what_is_missing_and_drains_what_is_too_much() -> None:
     launcher = FakeLauncher()
-    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    supervisor = Supervisor(ClusterConfig(port=0, tls="off"), launcher)
     gateway = await supervisor.start()
     done = await gateway.operations.scale(3, 2, 5)
     assert (sorted(done.started), list(done.drained)) == (["decode-1", "prefill-1", "prefill-2"], [])
@@ -245,7 +245,7 @@ async def test_scaling_starts_what_is_missing_and_drains_what_is_too_much() -> N
 
 async def test_a_worker_that_cannot_be_added_leaves_nothing() -> None:
     launcher = FakeLauncher(failing="decode-1")
-    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    supervisor = Supervisor(ClusterConfig(port=0, tls="off"), launcher)
     gateway = await supervisor.start()
     with pytest.raises(NotFound, match="no such model"):
         await gateway.operations.scale(None, 2, 5)
@@ -256,7 +256,7 @@ async def test_a_worker_that_cannot_be_added_leaves_nothing() -> None:
 
 async def test_a_drained_worker_is_ended_and_does_not_come_back() -> None:
     launcher = FakeLauncher()
-    supervisor = Supervisor(ClusterConfig(decode=2, port=0), launcher)
+    supervisor = Supervisor(ClusterConfig(decode=2, port=0, tls="off"), launcher)
     gateway = await supervisor.start()
     done = await gateway.operations.drain("decode-0", 1)
     assert (done.finished, done.handed_over) == (2, 1)
@@ -270,7 +270,7 @@ async def test_a_drained_worker_is_ended_and_does_not_come_back() -> None:
 
 async def test_a_flipped_worker_that_died_comes_back_in_its_new_role() -> None:
     launcher = FakeLauncher()
-    supervisor = Supervisor(ClusterConfig(decode=2, port=0), launcher)
+    supervisor = Supervisor(ClusterConfig(decode=2, port=0, tls="off"), launcher)
     gateway = await supervisor.start()
     decode = launcher.workers[2]
     assert supervisor.workers is not None
@@ -308,7 +308,7 @@ async def test_the_follower_of_a_worker_goes_on_after_an_exception(
 ) -> None:
     raise_once(monkeypatch, FakeWorker, method)
     launcher = FakeLauncher()
-    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    supervisor = Supervisor(ClusterConfig(port=0, tls="off"), launcher)
     try:
         gateway = await supervisor.start()
         decode = launcher.workers[1]
@@ -327,7 +327,7 @@ async def test_the_guard_of_the_launcher_goes_on_after_an_exception(monkeypatch:
     monkeypatch.setattr(supervisor_module, "REBUILD_DRAIN_S", 0.1)
     raise_once(monkeypatch, FakeLauncher, "lost")
     launcher = FakeLauncher()
-    supervisor = Supervisor(ClusterConfig(port=0), launcher)
+    supervisor = Supervisor(ClusterConfig(port=0, tls="off"), launcher)
     try:
         gateway = await supervisor.start()
         await until(lambda: gateway.failures == {"guard the launcher": 1})

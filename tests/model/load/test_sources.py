@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -180,7 +181,7 @@ def test_things_that_are_no_model_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_gguf_is_refused_with_the_reason(
     tmp_path: Path, own_cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(100))
     with pytest.raises(InvalidRequest, match=r"x\.gguf cannot be converted: .+"):
         describe_model(str(tmp_path / "x.gguf"))
     assert "Traceback" not in capfd.readouterr().err

@@ -1,5 +1,7 @@
 """What every server of ours does with requests that are none, with bugs, and with what clients say of themselves."""
 
+import asyncio
+import gzip
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,10 +10,24 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from raw_grpc import raw_call
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from support.raw_grpc import (
+    DATA,
+    END_STREAM,
+    PREFACE,
+    connect,
+    frame,
+    opening,
+    raw_call,
+    read_answer,
+    request_frames,
+    settings,
+)
 
 from isthmus.proto import worker_pb2
 from isthmus.proto.errors import InvalidRequest, Unavailable
+from isthmus.proto.rpc import interceptor
 from isthmus.proto.rpc.statuses import BUG_KEY, ERROR_KEY, incident_of
 from isthmus.proto.rpc.trace import TraceContext, trace_context
 from isthmus.proto.rpc.transport import Transport
@@ -242,3 +258,90 @@ async def test_handlers_of_every_kind_are_guarded(method: str, caplog: pytest.Lo
     finally:
         await transport.close()
         await server.stop()
+
+
+async def test_a_request_that_is_begun_and_not_finished_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interceptor, "REQUEST_S", 0.3)
+    async with served() as (_, address):
+        for path in ("/isthmus.v1.Cluster/GetStatus", "/isthmus.v1.Worker/Watch", "/grpc.health.v1.Health/Check"):
+            reader, writer = await connect(address)
+            headers, data = request_frames(1, path, b"12345678")
+            writer.write(opening() + headers + frame(DATA, 0, 1, data[9:-1]))  # all but the last byte
+            async with asyncio.timeout(10):
+                answer = await read_answer(reader, writer)
+            assert (answer.status, answer.messages) == (grpc.StatusCode.DEADLINE_EXCEEDED.value[0], [])
+            writer.close()
+
+
+async def test_a_call_without_a_request_is_an_invalid_argument() -> None:
+    async with served() as (_, address):
+        reader, writer = await connect(address)
+        headers, _ = request_frames(1, "/isthmus.v1.Cluster/GetStatus", b"")
+        writer.write(opening() + headers + frame(DATA, END_STREAM, 1, b""))
+        async with asyncio.timeout(10):
+            answer = await read_answer(reader, writer)
+        assert answer.status == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+        writer.close()
+
+
+async def test_compressed_messages_are_refused_unread() -> None:
+    bomb = gzip.compress(bytes(8 << 20))
+    async with served() as (_, address):
+        reader, writer = await connect(address)
+        frames = request_frames(1, "/isthmus.v1.Cluster/GetStatus", bomb, ((b"grpc-encoding", b"gzip"),), compressed=1)
+        writer.write(opening() + b"".join(frames))
+        async with asyncio.timeout(10):
+            answer = await read_answer(reader, writer)
+        assert answer.status == grpc.StatusCode.UNIMPLEMENTED.value[0]
+        writer.close()
+        async with grpc.aio.insecure_channel(address, compression=grpc.Compression.Gzip) as channel:
+            stub: Any = HealthStub(channel)
+            code, _ = await refusal(stub.Check(HealthCheckRequest(service="x" * 10_000)))
+            assert code is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_headers_beyond_the_limit_are_refused() -> None:
+    async with served() as (_, address), Transport().dial(address) as channel:
+        stub = ClusterStub(channel)
+        await stub.GetStatus(GetStatusRequest(), metadata=(("x", "v" * 12_000),))
+        for size in (20_000, 1 << 20):
+            code, _ = await refusal(stub.GetStatus(GetStatusRequest(), metadata=(("x", "v" * size),)))
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_health_watcher_that_reads_nothing_holds_up_nobody() -> None:
+    transport = Transport()
+    server = await transport.listen("127.0.0.1:0", {})
+    address = f"127.0.0.1:{server.port}"
+    reader, writer = await connect(address)
+    no_window = settings([(4, 0)])
+    writer.write(PREFACE + no_window + b"".join(request_frames(1, "/grpc.health.v1.Health/Watch", b"")))
+    await reader.readexactly(9)
+    try:
+        async with transport.dial(address) as channel:
+            stub: Any = HealthStub(channel)
+            watch: Any = stub.Watch(HealthCheckRequest())
+            assert (await watch.read()).status == HealthCheckResponse.NOT_SERVING
+            await asyncio.sleep(0.3)
+            async with asyncio.timeout(5):
+                await server.set_serving(True)
+                assert (await watch.read()).status == HealthCheckResponse.SERVING
+            watch.cancel()
+    finally:
+        writer.close()
+        await server.stop()
+
+
+async def test_grpc_stops_once_however_many_stop_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at the same time crash the process: one of them cancels the calls of a server that is gone already."""
+    server = await Transport().listen("127.0.0.1:0", {})
+    stops, stop = [], server.grpc_server.stop
+
+    async def counted(grace: float | None) -> None:
+        stops.append(grace)
+        await stop(grace)
+
+    monkeypatch.setattr(server.grpc_server, "stop", counted)
+    await asyncio.gather(server.stop(0.1), server.stop(), server.stop())
+    await server.stop()
+    assert stops == [0.1]

@@ -1,0 +1,61 @@
+{{/* What a schema cannot say, in words of what to do. */}}
+{{- define "isthmus.check" -}}
+{{- $values := .Values -}}
+{{- if eq ($values.image.tag | default .Chart.AppVersion) "latest" -}}
+{{- fail "image.tag is latest: pods of two versions would run under one name; name a version" -}}
+{{- end -}}
+{{- $names := list -}}
+{{- range (include "isthmus.groups" . | fromJsonArray) -}}
+{{- if has .name $names -}}
+{{- fail (printf "two groups are called %q; give each of extraGroups a name of its own" .name) -}}
+{{- end -}}
+{{- $names = append $names .name -}}
+{{- if gt (int .gpu.count) 1 -}}
+{{- fail (printf "group %s: gpu.count is %d; a worker uses one GPU (there is no tensor parallelism yet): set 1, and more replicas" .name (int .gpu.count)) -}}
+{{- end -}}
+{{- if and .resourceClaims .gpu.resource (gt (int .gpu.count) 0) -}}
+{{- fail (printf "group %s: resourceClaims and gpu.resource both ask for a GPU; set gpu.resource \"\" to use the claims" .name) -}}
+{{- end -}}
+{{- if and (gt (int .gpu.count) 0) (not .gpu.resource) (not .resourceClaims) -}}
+{{- fail (printf "group %s: gpu.count is %d, but neither gpu.resource nor resourceClaims says where it comes from" .name (int .gpu.count)) -}}
+{{- end -}}
+{{- if ne (int .gpu.count) (int (index $values .role).gpu.count) -}}
+{{- fail (printf "group %s: gpu.count is %d, that of %s %d; all workers of a role have as many" .name (int .gpu.count) .role (int (index $values .role).gpu.count)) -}}
+{{- end -}}
+{{- if gt (int .minReplicas) (int .maxReplicas) -}}
+{{- fail (printf "group %s: minReplicas %d is more than maxReplicas %d" .name (int .minReplicas) (int .maxReplicas)) -}}
+{{- end -}}
+{{- if and $values.autoscaling.enabled (or (lt (int .replicas) (int .minReplicas)) (gt (int .replicas) (int .maxReplicas))) -}}
+{{- fail (printf "group %s: replicas %d is not between minReplicas %d and maxReplicas %d" .name (int .replicas) (int .minReplicas) (int .maxReplicas)) -}}
+{{- end -}}
+{{- end -}}
+{{- with $values.gateway.autoscaling -}}
+{{- if gt (int .minReplicas) (int .maxReplicas) -}}
+{{- fail (printf "gateway.autoscaling: minReplicas %d is more than maxReplicas %d" (int .minReplicas) (int .maxReplicas)) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $values.gcsFaultTolerance.enabled (not $values.gcsFaultTolerance.redisAddress) -}}
+{{- fail "gcsFaultTolerance.enabled: name the Redis in gcsFaultTolerance.redisAddress (redis://HOST:6379)" -}}
+{{- end -}}
+{{- if and $values.preload.enabled (not $values.models.enabled) -}}
+{{- fail "preload.enabled: the model is fetched onto the models volume; set models.enabled too" -}}
+{{- end -}}
+{{- if and $values.preload.enabled (not (contains "/" $values.model)) -}}
+{{- fail (printf "preload.enabled: model %q is not OWNER/NAME of the Hugging Face hub" $values.model) -}}
+{{- end -}}
+{{- if and $values.preload.enabled (hasPrefix "/" $values.model) -}}
+{{- fail (printf "preload.enabled: model %q is a folder, which nobody fetches" $values.model) -}}
+{{- end -}}
+{{- if and (eq $values.models.accessMode "ReadOnlyMany") (not $values.models.existingClaim) $values.models.enabled -}}
+{{- fail "models.accessMode ReadOnlyMany: nobody could fill a new claim; name one in models.existingClaim" -}}
+{{- end -}}
+{{- if and (eq $values.models.accessMode "ReadOnlyMany") $values.preload.enabled -}}
+{{- fail "preload.enabled: nothing can be written to a models volume that is ReadOnlyMany" -}}
+{{- end -}}
+{{- if and $values.inferencePool.enabled (not $values.inferencePool.endpointPicker.name) -}}
+{{- fail "inferencePool.enabled: name the Service that picks endpoints in inferencePool.endpointPicker.name" -}}
+{{- end -}}
+{{- if and $values.grpcRoute.enabled (not $values.grpcRoute.parentRefs) -}}
+{{- fail "grpcRoute.enabled: name the Gateway in grpcRoute.parentRefs" -}}
+{{- end -}}
+{{- end }}
