@@ -30,7 +30,7 @@ VARIABLES = {
     "ISTHMUS_JOBS_DB": "gateway.jobs_db",
     "ISTHMUS_SERVER": "the gateway that clients ask, where no --server is given",
     "ISTHMUS_API_KEY": "what clients show the gateway, where no --api-key is given",
-    "ISTHMUS_ALLOW_PLAINTEXT_KEY": "whether clients may send it over a network in plain text",
+    "ISTHMUS_PLAINTEXT_KEY": "whether clients may send it over a network in plain text",
     "ISTHMUS_ADMIN": "the admin port that status and orders go to, where no --admin is given",
     "ISTHMUS_CA": "the CAs that clients trust, where no --ca is given",
     "ISTHMUS_CERT": "the certificate that clients show, where no --cert is given",

@@ -7,8 +7,10 @@ import pytest
 from harness import worker_pair
 from models import model_path
 
+from isthmus.cluster.access.settings import AccessSettings
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.frontend.gateway import Gateway
+from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.cluster.text.served import load_served_model
 from isthmus.proto.rpc.addresses import parse_address
 
@@ -35,7 +37,8 @@ async def test_an_answer_over_ipv6(host: str) -> None:
         ]
         if host == "[::1]":
             assert [pair.prefill.address, pair.decode.address] == listed
-        gateway = Gateway(f"{host}:0", load_served_model(MODEL), listed)
+        config = GatewayConfig(access=AccessSettings(anonymous=True))  # [::] is not this host alone
+        gateway = Gateway(f"{host}:0", load_served_model(MODEL), listed, config)
         try:
             await gateway.start()
             port = parse_address(gateway.address).port

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 REFRESH_S = 1.0  # between looks at the files: so long a key that was revoked may still be let in
 NO_KEY_WAIT_S = 5.0  # between looks for a valid key of a tenant whose job waits for one
-MAX_CREDENTIALS = 8_192  # characters; gRPC's own limit on all metadata is of that order
+MAX_CREDENTIALS = 7_000  # characters; of all metadata together gRPC refuses 8 KiB at random
 SEND = "send metadata authorization: Bearer KEY (isthmus: ISTHMUS_API_KEY, or --api-key)"
 
 
@@ -157,14 +157,17 @@ class Access:
         return permit
 
     def limits_of(self, tenant: str) -> Limits | None:
-        """What a tenant's jobs may have; None where nothing that is valid now speaks for it."""
+        """What a tenant's jobs may have; None where nothing that is valid now speaks for it.
+
+        Any time: a job has a deadline of its own, and one that is cut off would only be tried again.
+        """
         if not self._settings.guarded:
             return NO_LIMITS
         found = self._keys.content.limits_of(tenant) if self._keys is not None and self._keys.content else None
         if found is None and self._tokens is not None:
             tenants = self._settings.jwt.tenants
             found = tenants.get(tenant, tenants.get(OTHERS))
-        return found
+        return None if found is None else found.model_copy(update={"max_request_s": None})
 
     def fill_status(self, status: AccessStatus) -> None:
         """Says who may ask and who was refused."""

@@ -61,7 +61,11 @@ class JwtSettings(BaseModel):
         description="File of the issuer's public keys (a JWK set), read anew when it changes.",
     )
     tenant_claim: str = Field(default="tenant", min_length=1, description="Claim with the tenant's name.")
-    algorithms: Names = Field(default=ALGORITHMS, min_length=1, description="Signatures that are accepted.")
+    algorithms: Names = Field(
+        default=("RS256", "PS256", "ES256", "EdDSA"),
+        min_length=1,
+        description=f"Signatures that are accepted, of {', '.join(ALGORITHMS)}.",
+    )
     leeway_s: float = Field(default=30.0, ge=0, le=300, description="What clocks may differ by.")
     tenants: dict[TenantName, Limits] = Field(
         default={}, description='Limits of each tenant; "*" is for those not named, who are refused without it.'

@@ -76,21 +76,19 @@ def _task_lines(cluster: "ClusterStatus") -> "Iterator[Text]":
         yield Text("exceptions of background tasks: ", style="yellow").append(counts, style="default")
 
 
+def _access(cluster: "ClusterStatus") -> str:
+    """Who may ask, in a few words."""
+    access = cluster.access
+    return access.mode.replace("keys", f"keys ({access.keys} valid)")
+
+
 def _access_lines(cluster: "ClusterStatus") -> "Iterator[Text | str]":
-    """Who may ask, who was refused, and what is logged of it."""
+    """What people should know of who may ask, who was refused, and what is logged of it."""
     from rich.text import Text
 
     access = cluster.access
-    said = {
-        "loopback": "everybody on this host",
-        "anonymous": "everybody, from anywhere (anonymous)",
-        "keys": f"API keys ({access.keys} valid)",
-        "jwt": "tokens",
-        "keys, jwt": f"API keys ({access.keys} valid) and tokens",
-    }
-    if access.mode:
-        line = Text(f"who may ask: {said.get(access.mode, access.mode)}")
-        yield Text(line.plain, style="yellow") if access.mode == "anonymous" else line
+    if access.mode == "anonymous":
+        yield Text("everybody may ask who reaches the gateway (anonymous)", style="yellow")
     for problem in access.problems:
         yield Text("nobody is let in: ", style="red").append(problem, style="default")
     if access.refused:
@@ -159,6 +157,7 @@ def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text 
         *([f"{cluster.gateways} gateways"] if cluster.gateways else []),
         f"{cluster.active_requests} active requests",
         f"up {cluster.uptime_ms / 1e3:.0f} s",
+        *([f"access: {_access(cluster)}"] if cluster.access.mode else []),
         _tls_part(cluster),
     ]
     yield " · ".join(parts)

@@ -45,6 +45,7 @@ def supervise(
     if listen is not None:
         flags = {**flags, "supervisor": {"listen": opt.address(listen)}}
     settings = load_config(config, flags)
+    opt.configure_logs(log_level, settings)
     if "cluster_id" not in settings.model_fields_set:
         raise InvalidRequest("cluster_id is not set: by it the workers are found again; name one with --cluster-id")
     raise typer.Exit(_end_workers(settings) if stop_workers else _serve(settings))
@@ -55,6 +56,7 @@ SuperviseCommand = command_with(
         *(Flag("cluster_id"), Flag("prefill"), Flag("decode"), Flag("model", ("--model", "-m")), Flag("codec")),
         *(Flag("dtype", choices=True), Flag("device"), Flag("threads"), Flag("address"), Flag("worker_port")),
         *(Flag("prefill_gpus"), Flag("decode_gpus"), Flag("store_dir"), Flag("store_gib"), Flag("drain_s")),
+        opt.LOG_FORMAT,
     )
 )
 

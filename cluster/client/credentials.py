@@ -34,7 +34,7 @@ class ApiKey:
             return
         raise InvalidRequest(
             f"an API key would go to {address} in plain text, for anybody on the way to read: use TLS, or allow it "
-            "with --allow-plaintext-key"
+            "with --plaintext-key"
         )
 
 

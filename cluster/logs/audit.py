@@ -1,5 +1,5 @@
 """What must be known later: who ordered what of the cluster, and who was not let in. One line each, by a logger of its
-own (`isthmus.audit`)."""
+own (isthmus.audit)."""
 
 import io
 import logging

@@ -31,6 +31,16 @@ class Redaction(logging.Filter):
     """A filter of handlers: message, fields and trace of each record."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Lets every record through. One that cannot be made into text becomes a line that says so: whoever logs must
+        not fail of it, and it must not go on as it is."""
+        try:
+            self._redact(record)
+        except Exception as error:
+            record.msg, record.args = f"a line of {record.name} cannot be written: {type(error).__name__}", None
+            record.fields, record.exc_info, record.exc_text, record.stack_info = {}, None, None, None
+        return True
+
+    def _redact(self, record: logging.LogRecord) -> None:
         record.msg, record.args = redacted(record.getMessage()), None
         if (fields := getattr(record, "fields", None)) is not None:
             record.fields = _redacted(fields)
@@ -40,7 +50,6 @@ class Redaction(logging.Filter):
             record.exc_text = redacted(record.exc_text)
         if record.stack_info:
             record.stack_info = redacted(record.stack_info)
-        return True
 
 
 def _redacted(value: Any) -> Any:

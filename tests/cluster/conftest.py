@@ -1,5 +1,6 @@
-"""The database that the tests of jobs run on: a new SQLite file, or what ISTHMUS_TEST_DB names."""
+"""The database that the tests of jobs run on: a new SQLite file, or what ISTHMUS_TEST_DB names; logs."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,3 +22,16 @@ def url(tmp_path: Path) -> Iterator[str]:
         connection.execute(text("CREATE SCHEMA public"))
     engine.dispose()
     yield server
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """What commands that are run in this process change of its logs."""
+    loggers = [logging.getLogger(name) for name in ("isthmus", "isthmus.audit")]
+    before = [(each, each.handlers[:], each.propagate, each.level) for each in loggers]
+    yield
+    for each, handlers, propagate, level in before:
+        for handler in set(each.handlers) - set(handlers):
+            handler.close()
+        each.handlers[:], each.propagate = handlers, propagate
+        each.setLevel(level)

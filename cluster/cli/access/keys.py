@@ -157,6 +157,7 @@ def keys_revoke(
 
 def _file(ctx: typer.Context, config: Path | None) -> Path:
     """The file of the settings; a mistake of usage where there is none."""
+    opt.configure_logs(opt.DEFAULT_LOG_LEVEL)
     from ...config import load_config
 
     found = load_config(config, given(ctx)).gateway.access.keys_file

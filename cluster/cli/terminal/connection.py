@@ -49,7 +49,7 @@ class ClientCommand(AdminCommand):
     """A command that calls a gateway's port for clients, which may ask for an API key."""
 
     def _annotations(self) -> dict[str, Any]:
-        return {**super()._annotations(), "api_key": _API_KEY, "allow_plaintext_key": _PLAINTEXT}
+        return {**super()._annotations(), "api_key": _API_KEY, "plaintext_key": _PLAINTEXT}
 
 
 def certificates() -> "Certificates":
@@ -72,7 +72,7 @@ def api_key() -> "ApiKey | None":
             text = Path(text[1:]).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
             raise typer.BadParameter("the file of the API key cannot be read as text", param_hint="--api-key") from None
-    return ApiKey(text, over_plaintext=given["allow_plaintext_key"])
+    return ApiKey(text, over_plaintext=given["plaintext_key"])
 
 
 def _options(annotations: dict[str, Any]) -> list[Any]:
@@ -114,8 +114,8 @@ _API_KEY = Annotated[
 _PLAINTEXT = Annotated[
     bool,
     typer.Option(
-        "--allow-plaintext-key",
-        envvar="ISTHMUS_ALLOW_PLAINTEXT_KEY",
+        "--plaintext-key",
+        envvar="ISTHMUS_PLAINTEXT_KEY",
         help="Send it over a network in plain text too.",
         rich_help_panel=_PANEL,
     ),

@@ -211,7 +211,7 @@ async def test_a_job_runs_so_many_requests_at_once(tenants: Tenants) -> None:
         running -= 1
         await says("hello")(request, context)
 
-    key = tenants.add("one", running=3)
+    key = tenants.add("one", running=3, max_request_s=0.001)  # of jobs there is no such limit: they have deadlines
     async with tenants.gateway(script) as cluster, JobsClient(cluster.gateway.address, api_key=key) as client:
         job = await client.submit(submission(20))
         begun_s = time.monotonic()

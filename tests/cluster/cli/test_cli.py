@@ -81,6 +81,7 @@ def test_status(admin: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = outcome(capsys, "status", "--admin", admin)
     assert code == 0
     heading, prefill, decode, last = out.splitlines()
+    assert " · access: loopback" in last
     assert heading.split() == ["worker", "role", "health", "run", "wait", "pages", "address"]
     assert prefill.split()[:6] == ["prefill-0", "prefill", "ready", "0", "0", "0%"]
     assert decode.split()[:3] == ["decode-0", "decode", "ready"]
@@ -238,7 +239,7 @@ def command(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[
 @pytest.mark.parametrize("name", ["up", "gateway"])
 def test_settings_of_the_gateway_are_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = outcome(capsys, name, "--help")
-    settings = set(GatewayConfig.model_fields) - {"jobs", "jobs_db", "workers"}
+    settings = set(GatewayConfig.model_fields) - {"access", "jobs", "jobs_db", "workers"}
     assert {flag.setting for flag in GATEWAY_FLAGS} == {f"gateway.{setting}" for setting in settings}
     for setting in settings:
         assert f"--{setting.replace('_', '-')}"[:13] in out  # narrow terminals cut names
@@ -251,7 +252,7 @@ def test_flags_of_the_gateway_reach_it(monkeypatch: pytest.MonkeyPatch, tmp_path
         given.append(settings.gateway)
         return 0
 
-    def gateway(listen: str, model: object, workers: list[str], config: GatewayConfig, *, security: None) -> None:
+    def gateway(listen: str, model: object, workers: list[str], config: GatewayConfig, **_: object) -> None:
         given.append(config)
         raise Unavailable("not started")
 

@@ -16,6 +16,7 @@ from isthmus.cluster.access.keys import PATTERN, new_key
 from isthmus.cluster.access.settings import AccessSettings, Limits
 from isthmus.cluster.cli.main import run
 from isthmus.cluster.client.credentials import ApiKey
+from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.proto.errors import InvalidRequest
 from isthmus.proto.rpc.transport import Transport
 
@@ -30,20 +31,25 @@ def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a gateway that lets in who has KEY."""
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """One that lets in who has KEY, in a thread of its own."""
     folder = tmp_path_factory.mktemp("keys")
     change(folder / "keys.json", lambda _: KeyDocument(keys=(RECORD,)))
     access = AccessSettings(keys_file=str(folder / "keys.json"))
     with in_thread(
         scripted_cluster(says("hello"), access=access, jobs_db=f"sqlite:///{folder / 'jobs.db'}")
-    ) as gateway:
-        yield gateway.address
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(gateway: Gateway) -> str:
+    return gateway.address
 
 
 @pytest.fixture(autouse=True)
 def no_key_of_the_person_who_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ISTHMUS_API_KEY", "ISTHMUS_ALLOW_PLAINTEXT_KEY", "ISTHMUS_CONFIG"):
+    for name in ("ISTHMUS_API_KEY", "ISTHMUS_PLAINTEXT_KEY", "ISTHMUS_CONFIG"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -208,3 +214,14 @@ def test_servers_for_others_want_keys(capsys: pytest.CaptureFixture[str]) -> Non
     ):
         code, _, err = outcome(capsys, *command)
         assert (code, "everybody could ask" in err, "isthmus keys add" in err) == (1, True, True), err
+
+
+def test_status_tells_who_may_ask_and_who_was_refused(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome(capsys, "generate", "--server", gateway.address, "--api-key", "isthmus_wrong", "hi")
+    code, out, _ = outcome(capsys, "status", "--admin", gateway.admin_address)
+    *_, refused, last = out.splitlines()
+    assert (code, " · access: keys (1 valid)" in last) == (0, True)
+    assert re.search(r"^refused: .*unknown \d+", refused)
+    _, out, _ = outcome(capsys, "status", "--admin", gateway.admin_address, "--json")
+    access = json.loads(out)["access"]
+    assert (access["mode"], access["keys"], int(access["refused"]["unknown"]) >= 1) == ("keys", 1, True)

@@ -3,7 +3,6 @@
 import json
 import logging
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,6 @@ from isthmus.cluster.logs.audit import audit
 from isthmus.cluster.logs.configure import configure_logs
 from isthmus.proto.errors import InvalidRequest
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE, DrainWorkerRequest, FlipWorkerRequest, ScaleRequest
-
-
-@pytest.fixture(autouse=True)
-def logs_as_before() -> Iterator[None]:
-    """What `configure_logs` changes for the whole process."""
-    loggers = [logging.getLogger(name) for name in ("isthmus", "isthmus.audit")]
-    before = [(each, each.handlers[:], each.propagate, each.level) for each in loggers]
-    yield
-    for each, handlers, propagate, level in before:
-        for handler in set(each.handlers) - set(handlers):
-            handler.close()
-        each.handlers[:], each.propagate = handlers, propagate
-        each.setLevel(level)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ import json
 import logging
 import random
 import string
-from collections.abc import Iterator
 from typing import Any
 
 import grpc.aio
@@ -18,17 +17,6 @@ from isthmus.cluster.logs.redaction import INSTEAD, redacted
 KEY, _ = new_key("acme")
 SECRET = KEY[-43:]
 TOKEN = jwt.encode({"sub": "alice"}, "s" * 32, algorithm="HS256")
-
-
-@pytest.fixture(autouse=True)
-def logs_as_before() -> Iterator[None]:
-    """What `configure_logs` changes for the whole process."""
-    loggers = [logging.getLogger(name) for name in ("isthmus", "isthmus.audit")]
-    before = [(each, each.handlers[:], each.propagate, each.level) for each in loggers]
-    yield
-    for each, handlers, propagate, level in before:
-        each.handlers[:], each.propagate = handlers, propagate
-        each.setLevel(level)
 
 
 @pytest.mark.parametrize("secret", [KEY, TOKEN, "s3cr3t.Opaque-token~value/+="])
@@ -144,3 +132,22 @@ def test_the_trace_of_a_bug_follows_its_line(capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].endswith("a bug")
     assert (lines[1], lines[-1]) == ("Traceback (most recent call last):", "KeyError: 'x'")
+
+
+def test_a_line_that_cannot_be_made_is_told_and_hurts_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("info", "json")
+    log = logging.getLogger("isthmus.of.a.test")
+    endless: dict[str, Any] = {"authorization": KEY}
+    endless["again"] = endless
+
+    class Broken:
+        def __str__(self) -> str:
+            raise ValueError(KEY)
+
+    log.info("%d of %s", "no number", KEY)
+    log.info("fields", extra={"fields": endless})
+    log.info("object", extra={"fields": {"object": Broken()}})
+    err = capsys.readouterr().err
+    why = [json.loads(line)["message"].rpartition(" ")[2] for line in err.splitlines()]
+    assert why == ["TypeError", "RecursionError", "ValueError"]
+    assert SECRET not in err
