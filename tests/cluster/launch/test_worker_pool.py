@@ -372,7 +372,8 @@ async def test_kubelets_probe_a_port_of_their_own(ray: FakeRay) -> None:
     await running.start()
     async with grpc.aio.insecure_channel(address) as channel:
         for service in ("", "isthmus.v1.Supervisor", "liveness"):
-            found = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            found = await health.Check(health_pb2.HealthCheckRequest(service=service))
             assert found.status == health_pb2.HealthCheckResponse.SERVING
     await running.stop()
 
