@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidRequest
-from .identity import SERVERS, Identity, server_names
+from .identity import SERVERS, Identity, identities_by_names, server_names
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -226,16 +226,17 @@ def _is_ca(certificate: x509.Certificate) -> bool:
 def _described(certificate: x509.Certificate) -> Certificate:
     from cryptography import x509
 
-    identities, hosts = list[Identity](), list[str]()
     try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     except x509.ExtensionNotFound:
-        names = ()
-    for name in names:
-        try:
-            identities.append(Identity.parse(str(name.value)))
-        except InvalidRequest:
-            hosts.append(str(name.value))
+        names = []
+    common = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    identities = identities_by_names(
+        [str(name.value) for name in names if isinstance(name, x509.UniformResourceIdentifier)],
+        [name.value for name in names if isinstance(name, x509.DNSName)],
+        str(common[0].value) if common else "",
+    )
+    hosts = [str(name.value) for name in names if str(name.value) not in map(str, identities)]
     internal = set(server_names(identities))
     return Certificate(
         identities=tuple(identities),

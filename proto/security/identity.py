@@ -20,6 +20,7 @@ ServerName = Role | Literal["worker"]  # whom a channel expects
 
 CLUSTER_PATTERN = r"^[a-z0-9][a-z0-9-]{0,31}$"
 _SCHEME, _DOMAIN = "isthmus://", "isthmus.internal"
+_DNS_NAME = re.compile(rf"(?P<role>{'|'.join(ROLES)})\.(?P<cluster>[a-z0-9][a-z0-9-]{{0,31}})\.{re.escape(_DOMAIN)}")
 _MAX_NAME = 200  # of a process, as escaped in the URI
 
 
@@ -77,10 +78,34 @@ def server_names(identities: Iterable[Identity]) -> list[str]:
 
 def identities_of(auth_context: Mapping[str, Iterable[bytes]]) -> list[Identity]:
     """Those in the certificate of a peer (`ServicerContext.auth_context()`); none where it has shown none."""
-    found = list[Identity]()
-    for value in auth_context.get("peer_uri", ()):
+    uris, names, common = (_texts(auth_context, key) for key in ("peer_uri", "peer_dns", "x509_common_name"))
+    return identities_by_names(uris, names, next(iter(common), ""))
+
+
+def identities_by_names(uris: Iterable[str], dns_names: Iterable[str], common_name: str) -> list[Identity]:
+    """Those of a certificate with these names.
+
+    Some issuers (templates of Helm, for one) make no URI names. Of a certificate without one of ours the DNS names are
+    read, in the exact form that servers are known by; its common name is then that of the process.
+    """
+    ours = [uri for uri in uris if uri.startswith(_SCHEME)]
+    if not ours and common_name:
+        found = (_DNS_NAME.fullmatch(name) for name in dns_names)
+        ours = [f"{_SCHEME}{one['cluster']}/{one['role']}/{quote(common_name, safe='')}" for one in found if one]
+    identities = list[Identity]()
+    for uri in ours:
         try:
-            found.append(Identity.parse(value.decode("ascii")))
-        except (InvalidRequest, UnicodeDecodeError):
+            identities.append(Identity.parse(uri))
+        except InvalidRequest:
             continue  # a name of something else
-    return found
+    return identities
+
+
+def _texts(auth_context: Mapping[str, Iterable[bytes]], key: str) -> list[str]:
+    values = list[str]()
+    for value in auth_context.get(key, ()):
+        try:
+            values.append(value.decode("ascii"))
+        except UnicodeDecodeError:
+            continue  # none of ours
+    return values
