@@ -1,6 +1,7 @@
 """Who gets how far at the ports of a real cluster, and what these say in plain text."""
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ async def test_the_ports_of_workers_are_for_those_of_the_table(tmp_path: Path) -
     an empty request, and nobody else does."""
     folder = CertificateFiles(tmp_path)
     async with secured_cluster(folder) as (_, workers), AsyncExitStack() as stack:
+        for worker in workers:
+            report = worker.server.report()
+            assert report.tls and 0 < report.certificate_expires_unix_s - time.time() <= 86_400
         callers = {role: transport(folder.ca, role) for role in OURS}
         both = folder.ca.certificate + (other := make_ca(CLUSTER)).certificate
         callers["another CA"] = transport(other, *OURS, trusts=both)

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -240,3 +241,22 @@ def test_a_line_goes_to_the_console_as_it_is(narrow: str) -> None:
     file = io.StringIO()
     print_lines(["[bold]x[/]" + " word" * 100], Console(file=file, force_terminal=narrow == "terminal"))
     assert file.getvalue() == "[bold]x[/]" + " word" * 100 + "\n"
+
+
+def test_certificates_that_end_soon_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    now = int(time.time())
+    cluster = ClusterStatus(version="0.1.0", tls=True, certificate_expires_unix_s=now + 100 * 86_400)
+    for name, tls, days in (("fine", True, 15), ("soon", True, 13.5), ("over", True, -1), ("bare", False, 0)):
+        worker = WorkerReport(worker_id=name, version="0.1.0", tls=tls)
+        worker.certificate_expires_unix_s = now + int(days * 86_400) if tls else 0
+        cluster.workers.append(worker)
+    print_lines(status._status_lines(cluster, verbose=True))
+    lines = printed(capsys)
+    assert [line for line in lines if line.startswith(("certificate:", "plain text:"))] == [
+        "plain text: bare (tls: off)",
+        "certificate: that of soon ends in 13.5 days",
+        "certificate: that of over has ended",
+    ]
+    first = time.strftime("%Y-%m-%d", time.gmtime(now - 86_400))
+    assert lines[-1].endswith(f"TLS, certificates until {first}")
+    assert f"  certificate: until {first}" in lines
