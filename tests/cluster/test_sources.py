@@ -71,12 +71,17 @@ def test_every_setting_is_a_variable(
 @pytest.mark.parametrize(
     ("text", "variables", "flags", "message"),
     [
-        ("decode: 0", {}, {}, "decode is 0: Input should be greater than or equal to 1 (from {file})"),
+        ("decode: -1", {}, {}, "decode is -1: Input should be greater than or equal to 0 (from {file})"),
         ("", {"DECODE": "many"}, {}, "decode is 'many': Input should be a valid integer, "),
-        ("", {"DECODE": "0"}, {}, "(from ISTHMUS_DECODE)"),
-        ("decode: 2", {}, {"decode": 0}, "decode is 0: Input should be greater than or equal to 1 (from --decode)"),
+        ("", {"DECODE": "-1"}, {}, "(from ISTHMUS_DECODE)"),
+        ("decode: 2", {}, {"decode": -1}, "decode is -1: Input should be greater than or equal to 0 (from --decode)"),
         ("", {}, {"decode_worker": {"default_codec": 3}}, "(from --codec)"),
-        ("", {"GATEWAY__REPLAY": "3"}, {}, "gateway: unknown key 'replay'; allowed: workers, admin_listen, policy, "),
+        (
+            "",
+            {"GATEWAY__REPLAY": "3"},
+            {},
+            "gateway: unknown key 'replay'; allowed: workers, supervisor, admin_listen, policy, ",
+        ),
         ("", {"GATEWAY__REPLAY": "3"}, {}, "(from ISTHMUS_GATEWAY__REPLAY)"),
         ("", {"GATEWAY__TENANT_WEIGHTS": "a"}, {}, "gateway.tenant_weights is 'a': 'a' is not NAME=WEIGHT (from "),
         ("gateway: 3", {"GATEWAY__REPLAYS": "3"}, {}, "gateway is 3: Input should be a valid dictionary"),

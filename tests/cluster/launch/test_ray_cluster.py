@@ -1,5 +1,6 @@
 """What Ray is asked for; no Ray is started."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -72,6 +73,11 @@ def test_actors_listen_on_the_address_of_their_node(
     monkeypatch.setattr(WorkerThread, "__init__", lambda self, role, settings, other: given.append((settings, other)))
     WorkerActor("prefill", {"listen": listen, "a": 1}, {"listen": listen, "b": 2})
     assert given == [({"listen": bound, "a": 1}, {"listen": bound, "b": 2})]
+
+
+def test_actors_have_no_coroutines() -> None:
+    """One would have Ray run all methods in one event loop, where `wait_closed` would keep out every other call."""
+    assert inspect.getmembers(WorkerActor, inspect.iscoroutinefunction) == []
 
 
 async def test_the_head_of_ray_is_dialled_over_ipv6_too(monkeypatch: pytest.MonkeyPatch) -> None:
