@@ -233,12 +233,11 @@ class WorkerActor(WorkerThread):
     def __init__(self, role: Role, settings: Mapping[str, Any], other: Mapping[str, Any]) -> None:
         import ray.util
 
-        if (
-            settings["threads"] is None
-        ):  # of a worker that has its host for itself, or shares it with one of the other role
-            threads = {"threads": usable_cores() if parse_address(str(settings["listen"])).port else cores_for_one()}
-            os.environ.update(thread_settings(threads["threads"]))
-            settings, other = {**settings, **threads}, {**other, **threads}
+        threads, port = settings.get("threads"), parse_address(str(settings["listen"])).port
+        if threads is None:  # of a worker with a port that was given, which has its host for itself
+            threads = usable_cores() if port else cores_for_one()
+        os.environ.update(thread_settings(threads))  # PyTorch is not imported yet
+        settings, other = {**settings, "threads": threads}, {**other, "threads": threads}
         bound = parse_address(str(settings["listen"]))
         host = ray.util.get_node_ip_address() if bound.is_any else bound.host
         listen = {"listen": str(HostPort(host, bound.port))}

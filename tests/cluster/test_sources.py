@@ -80,7 +80,7 @@ def test_every_setting_is_a_variable(
             "",
             {"GATEWAY__REPLAY": "3"},
             {},
-            "gateway: unknown key 'replay'; allowed: workers, supervisor, admin_listen, policy, ",
+            "gateway: unknown key 'replay'; allowed: workers, supervisor, ",
         ),
         ("", {"GATEWAY__REPLAY": "3"}, {}, "(from ISTHMUS_GATEWAY__REPLAY)"),
         ("", {"GATEWAY__TENANT_WEIGHTS": "a"}, {}, "gateway.tenant_weights is 'a': 'a' is not NAME=WEIGHT (from "),
