@@ -32,6 +32,8 @@ QUIET = {
     # with them. No request needs the head: they stay until the supervisor has them end.
     "RAY_gcs_rpc_server_reconnect_timeout_s": str(365 * 24 * 3600),
 }
+# For one question whether a worker has ended: a call of an actor goes on where its caller is gone, and holds a thread.
+CLOSED_S = 15.0
 HEAD_POLL_S = 1.0  # between two checks of whether Ray's head is there
 HEAD_MISSES = 3  # in a row, of a head that is gone
 
@@ -66,7 +68,8 @@ class RayWorker:
     async def wait_closed(self) -> None:
         """Returns when the process that runs the worker now has ended, for whatever reason."""
         with contextlib.suppress(IsthmusError):
-            await self._call("wait_closed")
+            while not await self._call("wait_closed", CLOSED_S):
+                pass
 
     async def drain(self, timeout_s: float) -> Drained:
         """Takes no new work, waits at most so long for what runs, and hands over the rest."""

@@ -114,9 +114,9 @@ class WorkerThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 
-    def wait_closed(self) -> None:
-        """Returns when the worker has ended."""
-        self._closed.wait()
+    def wait_closed(self, timeout_s: float | None = None) -> bool:
+        """Returns when the worker has ended, or after `timeout_s`; whether it has."""
+        return self._closed.wait(timeout_s)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
