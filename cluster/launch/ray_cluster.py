@@ -34,6 +34,8 @@ QUIET = {
     # with them. No request needs the head: they stay until the supervisor has them end.
     "RAY_gcs_rpc_server_reconnect_timeout_s": str(365 * 24 * 3600),
 }
+# For one question whether a worker has ended: a call of an actor goes on where its caller is gone, and holds a thread.
+CLOSED_S = 15.0
 HEAD_POLL_S = 1.0  # between two checks of whether Ray's head is there
 HEAD_MISSES = 3  # in a row, of a head that is gone
 
@@ -68,7 +70,8 @@ class RayWorker:
     async def wait_closed(self) -> None:
         """Returns when the process that runs the worker now has ended, for whatever reason."""
         with contextlib.suppress(IsthmusError):
-            await self._call("wait_closed")
+            while not await self._call("wait_closed", CLOSED_S):
+                pass
 
     async def drain(self, timeout_s: float) -> Drained:
         """Takes no new work, waits at most so long for what runs, and hands over the rest."""
@@ -238,12 +241,11 @@ class WorkerActor(WorkerThread):
     def __init__(self, role: Role, settings: Mapping[str, Any], other: Mapping[str, Any]) -> None:
         import ray.util
 
-        if (
-            settings["threads"] is None
-        ):  # of a worker that has its host for itself, or shares it with one of the other role
-            threads = {"threads": usable_cores() if parse_address(str(settings["listen"])).port else cores_for_one()}
-            os.environ.update(thread_settings(threads["threads"]))
-            settings, other = {**settings, **threads}, {**other, **threads}
+        threads, port = settings.get("threads"), parse_address(str(settings["listen"])).port
+        if threads is None:  # of a worker with a port that was given, which has its host for itself
+            threads = usable_cores() if port else cores_for_one()
+        os.environ.update(thread_settings(threads))  # PyTorch is not imported yet
+        settings, other = {**settings, "threads": threads}, {**other, "threads": threads}
         bound = parse_address(str(settings["listen"]))
         host = ray.util.get_node_ip_address() if bound.is_any else bound.host
         listen = {"listen": str(HostPort(host, bound.port))}

@@ -77,7 +77,6 @@ class WorkerThread:
 
     end_process: Callable[[], None] | None = None  # what follows a failure of its engine
     orders_from_host = False  # whether it listens on a socket of its host
-    _local: LocalOrders | None = None
 
     def __init__(self, role: Role, settings: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> None:
         """`other`: settings for the other role, should it flip; default: those of `settings` that both know."""
@@ -86,6 +85,7 @@ class WorkerThread:
         self._closed = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._host = RoleHost(role, by_role, self.end_process)
+        self._local = LocalOrders(self._host) if self.orders_from_host else None
         self._thread = threading.Thread(target=self._run, name=f"{role} worker", daemon=True)
         self._thread.start()
 
@@ -114,20 +114,20 @@ class WorkerThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 
-    def wait_closed(self) -> None:
-        """Returns when the worker has ended."""
-        self._closed.wait()
+    def wait_closed(self, timeout_s: float | None = None) -> bool:
+        """Returns when the worker has ended, or after `timeout_s`; whether it has."""
+        return self._closed.wait(timeout_s)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._start())
+            self._loop.run_until_complete(_start(self._host, self._local, self.end_process))
         except BaseException as error:  # handed to whoever asks for the address
             self._address.set_exception(error)
             self._closed.set()
             return
         self._address.set_result(self._host.address)
-        left = self._loop.create_task(self._until_left())
+        left = self._loop.create_task(_stop_once_left(self._host, self._loop))
         try:
             self._loop.run_forever()
             left.cancel()
@@ -140,21 +140,25 @@ class WorkerThread:
             time.sleep(TOLD_S)
             self.end_process()
 
-    async def _start(self) -> None:
-        """Starts the worker; one that is drained by order before it serves ends here."""
-        if self.orders_from_host:
-            self._local = LocalOrders(self._host)
-            await self._local.start()
-        starting, left = asyncio.ensure_future(self._host.start()), asyncio.ensure_future(self._host.drained.wait())
-        await asyncio.wait({starting, left}, return_when=asyncio.FIRST_COMPLETED)
-        left.cancel()
-        if not starting.done():
-            if self.end_process is not None:
-                self.end_process()
-            raise Unavailable("the worker was drained before it served")
-        starting.result()
 
-    async def _until_left(self) -> None:
-        """Ends the worker once it was drained by order: nothing is left to do here."""
-        await self._host.drained.wait()
-        self._loop.stop()
+# No methods: a class with coroutines is to Ray an actor whose methods run in one event loop, and none may block that.
+
+
+async def _start(host: RoleHost, local: LocalOrders | None, end_process: Callable[[], None] | None) -> None:
+    """Starts a worker; one that is drained by order before it serves ends here."""
+    if local is not None:
+        await local.start()
+    starting, left = asyncio.ensure_future(host.start()), asyncio.ensure_future(host.drained.wait())
+    await asyncio.wait({starting, left}, return_when=asyncio.FIRST_COMPLETED)
+    left.cancel()
+    if not starting.done():
+        if end_process is not None:
+            end_process()
+        raise Unavailable("the worker was drained before it served")
+    starting.result()
+
+
+async def _stop_once_left(host: RoleHost, loop: asyncio.AbstractEventLoop) -> None:
+    """Ends a worker once it was drained by order: nothing is left to do here."""
+    await host.drained.wait()
+    loop.stop()

@@ -43,7 +43,7 @@ def test_workers_of_up_have_names_and_addresses_of_their_own(tmp_path: Path) -> 
     ("text", "message"),
     [
         ("decodes: 2", "unknown key 'decodes' (did you mean 'decode'?); allowed: prefill, decode, model"),
-        ("decode: 0", "decode is 0: Input should be greater than or equal to 1"),
+        ("decode: -1", "decode is -1: Input should be greater than or equal to 0"),
         ("decode: many", "decode is 'many': Input should be a valid integer"),
         ("codec: zip", "codec is 'zip': no codec 'zip'; allowed: "),
         (

@@ -76,10 +76,10 @@ def test_every_setting_is_a_variable(
 @pytest.mark.parametrize(
     ("text", "variables", "flags", "message"),
     [
-        ("decode: 0", {}, {}, "decode is 0: Input should be greater than or equal to 1 (from {file})"),
+        ("decode: -1", {}, {}, "decode is -1: Input should be greater than or equal to 0 (from {file})"),
         ("", {"DECODE": "many"}, {}, "decode is 'many': Input should be a valid integer, "),
-        ("", {"DECODE": "0"}, {}, "(from ISTHMUS_DECODE)"),
-        ("decode: 2", {}, {"decode": 0}, "decode is 0: Input should be greater than or equal to 1 (from --decode)"),
+        ("", {"DECODE": "-1"}, {}, "(from ISTHMUS_DECODE)"),
+        ("decode: 2", {}, {"decode": -1}, "decode is -1: Input should be greater than or equal to 0 (from --decode)"),
         ("", {}, {"decode_worker": {"default_codec": 3}}, "(from --codec)"),
         ("", {"GATEWAY__REPLAY": "3"}, {}, "gateway: unknown key 'replay' (did you mean 'replays'?); allowed: "),
         (

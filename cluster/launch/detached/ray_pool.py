@@ -114,7 +114,7 @@ class RayPool(RayCluster):
             "num_cpus": 0,
             "num_gpus": gpus,
             "max_restarts": 0,
-            "max_concurrency": 6,  # waiting for the address or the end must not keep others out
+            "max_concurrency": 10,  # waiting for the address or the end must not keep others out
             "scheduling_strategy": "SPREAD",
         }
         if self._config.worker_port is not None or role in self._have:

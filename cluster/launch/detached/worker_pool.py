@@ -302,7 +302,7 @@ class WorkerPool:
         drained = await self._drain(worker, timeout_s) if worker.address else Drained(0, 0)
         async with worker.launching:
             await self._forget(worker)
-        if worker.keeper is not None:  # not before: Ray was seen to take no call that follows one that was given up
+        if worker.keeper is not None:
             await self._tasks.end(worker.keeper)
         self._workers.remove(worker)
         self._changed()

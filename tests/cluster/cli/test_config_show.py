@@ -82,10 +82,10 @@ def test_json_names_the_source(file: Path, capsys: pytest.CaptureFixture[str], m
 
 
 def test_mistakes_are_those_of_up(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file.write_text("decode: 0")
+    file.write_text("decode: -1")
     assert run(["config", "show", "--config", str(file)]) == 1
     assert capsys.readouterr().err == (
-        f"error: INVALID_ARGUMENT: decode is 0: Input should be greater than or equal to 1 (from {file})\n"
+        f"error: INVALID_ARGUMENT: decode is -1: Input should be greater than or equal to 0 (from {file})\n"
     )
 
 

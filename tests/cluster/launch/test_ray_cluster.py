@@ -1,5 +1,7 @@
 """What Ray is asked for; no Ray is started."""
 
+import inspect
+import os
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ import ray.util
 
 from isthmus.cluster.config import ClusterConfig
 from isthmus.cluster.launch import ray_cluster
+from isthmus.cluster.launch.detached import ray_pool
+from isthmus.cluster.launch.detached.ray_pool import RayPool
 from isthmus.cluster.launch.ray_cluster import RayCluster, WorkerActor
 from isthmus.cluster.launch.worker_thread import WorkerThread
 from isthmus.proto.errors import AlreadyExists
@@ -70,8 +74,16 @@ def test_actors_listen_on_the_address_of_their_node(
     given: list[Any] = []
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: node)
     monkeypatch.setattr(WorkerThread, "__init__", lambda self, role, settings, other: given.append((settings, other)))
-    WorkerActor("prefill", {"listen": listen, "a": 1}, {"listen": listen, "b": 2})
-    assert given == [({"listen": bound, "a": 1}, {"listen": bound, "b": 2})]
+    monkeypatch.setattr("os.environ", {})
+    WorkerActor("prefill", {"listen": listen, "threads": 3, "a": 1}, {"listen": listen, "b": 2})
+    both = {"listen": bound, "threads": 3}
+    assert given == [({**both, "a": 1}, {**both, "b": 2})]
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_actors_have_no_coroutines() -> None:
+    """One would have Ray run all methods in one event loop, where `wait_closed` would keep out every other call."""
+    assert inspect.getmembers(WorkerActor, inspect.iscoroutinefunction) == []
 
 
 async def test_the_head_of_ray_is_dialled_over_ipv6_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +99,30 @@ async def test_the_head_of_ray_is_dialled_over_ipv6_too(monkeypatch: pytest.Monk
     cluster._head = "[fd00::1]:6379"
     await cluster.lost()
     assert dialled == [("fd00::1", 6379)] * ray_cluster.HEAD_MISSES
+
+
+@pytest.mark.parametrize(
+    ("have", "settings", "asked"),
+    [
+        ({"CPU": 4}, {}, {}),
+        ({"prefill": 2}, {}, {"prefill": 1}),
+        ({"prefill": 2, "GPU": 2}, {}, {"prefill": 1, "GPU": 1}),
+        ({"prefill": 2, "GPU": 2}, {"device": "cpu"}, {"prefill": 1}),
+        ({}, {"worker_port": 50061}, {"prefill": 1}),
+        ({}, {"worker_port": 50061, "prefill_gpus": 4}, {"prefill": 1, "GPU": 4}),
+        ({"GPU": 8}, {"prefill_gpus": 0}, {}),
+    ],
+)
+async def test_a_detached_worker_asks_for_its_role_and_gpus(
+    have: dict[str, float], settings: dict[str, Any], asked: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requested: list[Any] = []
+    monkeypatch.setattr(ray, "cluster_resources", lambda: have)
+    monkeypatch.setattr(ray_pool, "_request", requested.append)
+    pool = RayPool(ClusterConfig(cluster_id="mine", **settings))
+    await pool.request({"prefill": 2, "decode": 0})
+    assert pool.bundle("prefill") == asked
+    assert requested == [[asked] * 2 if asked else []]
+    options = pool._actor_options("prefill", "prefill-0")
+    assert (options["name"], options["lifetime"], options["num_cpus"]) == ("prefill-0.mine", "detached", 0)
+    assert pool._worker_port == settings.get("worker_port", 0)

@@ -14,7 +14,8 @@ from isthmus.cluster.access.keys import new_key
 from isthmus.cluster.logs.configure import FORMATTERS, LogFormat, configure_logs
 from isthmus.cluster.logs.redaction import INSTEAD, redacted
 
-KEY, _ = new_key("acme")
+# As `new_key` makes them; the same in each process of a test run.
+KEY = "isthmus_69b9eccf3dbe1979_dl0RBBpmeq6aHsh48g_n3BHCP6uyKPd96D_ui4wIy1Y"
 SECRET = KEY[-43:]
 TOKEN = jwt.encode({"sub": "alice"}, "s" * 32, algorithm="HS256")
 
