@@ -88,7 +88,9 @@ def test_the_test_s_command_exists() -> None:
     assert checked(words[1:])["as_json"] is True
 
 
-def test_commands_of_the_notes_exist() -> None:
+def test_commands_of_the_notes_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ca.crt").touch()
     done = helm("install", RELEASE, str(CHART), "--namespace", NAMESPACE, "--dry-run=client")
     lines = re.findall(r"^ *isthmus (generate .*)$", done.stdout.partition("NOTES:")[2], re.MULTILINE)
     assert len(lines) == 1

