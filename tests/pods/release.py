@@ -21,12 +21,13 @@ DRAIN_S = 1  # of a decode worker: less than the requests need that the tests se
 _SMALL = {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "2Gi"}}
 _WORKERS = {"minReplicas": 1, "maxReplicas": 3, "gpu": {"resource": "", "count": 0}, "resources": _SMALL}
 VALUES = {
-    "model": "/models/tiny-llama",
+    "model": "/models/tiny",
     "models": {"enabled": True, "existingClaim": "models", "accessMode": "ReadOnlyMany"},
     "gateway": {"replicas": 1, "propagationSeconds": 1, "resources": _SMALL},
     "prefill": {"replicas": 1, "drainSeconds": 60, **_WORKERS},
     "decode": {"replicas": 2, "drainSeconds": DRAIN_S, **_WORKERS},
-    "settings": {"dtype": "fp32", "codec": "raw"},
+    # Decode workers would compute so small a model's prompts themselves: KV shall move.
+    "settings": {"dtype": "fp32", "codec": "raw", "gateway": {"local_prefill": "never"}},
 }
 
 

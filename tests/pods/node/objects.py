@@ -143,10 +143,10 @@ def expanded(text: str, values: Mapping[str, str]) -> str:
 
 
 def port_number(port: Any, pod: Object) -> int:
-    """A port of a pod by number or by the name that one of its containers gives it."""
+    """A port of a pod by number or by the name that one of its containers gives it, sidecars among them."""
     if isinstance(port, int):
         return port
-    for container in pod["spec"]["containers"]:
+    for container in [*pod["spec"]["containers"], *(pod["spec"].get("initContainers") or ())]:
         for declared in container.get("ports") or ():
             if declared.get("name") == port:
                 return declared["containerPort"]
