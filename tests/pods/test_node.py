@@ -1,6 +1,7 @@
 """What the other tests stand on: the small kubelet and the node's network, with shells instead of the chart."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def run(kubelet: Kubelet, pod: Object) -> Pod:
     return running
 
 
+def wait_lines(log: Path, count: int, within_s: float = 20) -> None:
+    end = time.monotonic() + within_s
+    while len(log.read_text().splitlines()) < count:
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+
+
 def test_a_container_has_its_volumes_and_nothing_else_to_write_to(kubelet: Kubelet) -> None:
     script = (
         "id -u; cat /key/it; echo; stat -c %a /key/it; touch /tmp/a && echo written; "
@@ -88,12 +96,11 @@ def test_a_sidecar_starts_before_the_others_ends_after_them_and_is_started_again
     volumes = [{"name": "shared", "persistentVolumeClaim": {"claimName": "claim"}}]
     running = run(kubelet, pod("a", main, volumes=volumes, securityContext={"runAsUser": 0}, **spec))
     (container,) = running.sidecars
-    main_process = running.containers[0].main
+    main_process, log = running.containers[0].main, running.volumes["shared"] / "log"
+    wait_lines(log, 3)
     container.probe_failed("livenessProbe")
-    while not container.restarts or not container.ready:
-        running.look()
-    assert running.containers[0].main == main_process
-    log = running.volumes["shared"] / "log"
+    wait_lines(log, 4)
+    assert (container.restarts, running.containers[0].main) == (1, main_process)
     running.end()
     assert log.read_text().splitlines() == ["first", "sidecar", "main", "sidecar", "main ends", "sidecar ends"]
 

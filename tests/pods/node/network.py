@@ -48,7 +48,9 @@ class Network:
     _addresses: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+        settings = Path("/proc/sys/net/ipv4")
+        (settings / "ip_forward").write_text("1")
+        (settings / "icmp_ratelimit").write_text("0")  # each refusal is told
         self.hosts.touch()
         self.renew()
 
