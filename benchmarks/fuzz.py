@@ -26,6 +26,7 @@ from fuzzing.fuzzer import SHARES, Fuzzer
 from fuzzing.inputs import Outcome
 from fuzzing.replay import replay
 from fuzzing.watching import bugs_in_logs, probe, watch
+from support.help import Paragraphs
 from support.report import Report, conditions, say
 from support.tiny_model import make_tiny, tiny_config
 
@@ -34,7 +35,7 @@ WARM = 0.2  # of the time, after which memory must not grow
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Paragraphs)
     parser.add_argument("--json", type=Path, help="file to write the result to")
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.help import Paragraphs
 from support.report import Report, conditions, say
 
 from isthmus.kernels.shapes import LayerShape
@@ -88,7 +89,7 @@ def compared(model: str, codec: str, args: argparse.Namespace) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Paragraphs)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, default=None, help="where the stores lie; default: that of TMPDIR")
     parser.add_argument("--codec", default="tq-k4v4")

@@ -1,12 +1,15 @@
 """`isthmus gateway`, and the flags that it shares with `isthmus up`."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .terminal import options as opt
 from .terminal.flags import Flag, command_with, given
+
+if TYPE_CHECKING:
+    from ..gateway_config import GatewayConfig
 
 
 def _weights(texts: list[str]) -> dict[str, float]:
@@ -24,9 +27,10 @@ def _addresses(texts: list[str]) -> list[str]:
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {"tenant_weights": _weights, "health_listen": opt.address}
+_NAMES = {"wait_for_scale": ("--wait-for-scale/--no-wait",)}  # help cuts longer ones
 # Those of a gateway that are flags, in the order of the help.
 GATEWAY_FLAGS = tuple(
-    Flag(f"gateway.{name}", panel="Gateway", parse=_PARSERS.get(name))
+    Flag(f"gateway.{name}", _NAMES.get(name, ()), panel="Gateway", parse=_PARSERS.get(name))
     for name in (
         *("admin_listen", "health_listen", "policy", "local_prefill", "replays", "restart_wait_s", "wait_for_scale"),
         *("max_waiting", "overcommit", "propagation_s", "tenant_weights", "prefix_sharing", "max_request_tokens"),
@@ -35,6 +39,13 @@ GATEWAY_FLAGS = tuple(
         *("max_prompt_bytes", "max_chat_messages", "parse_special", "preflight"),
     )
 )
+
+
+def _workers(settings: "GatewayConfig") -> tuple[str, ...]:
+    if not settings.workers:
+        why = "no workers: name them with --workers, or as workers: under gateway: in the settings, or a --supervisor"
+        raise typer.BadParameter(why)
+    return settings.workers
 
 
 def gateway(
@@ -75,12 +86,8 @@ def gateway(
     settings = load_config(config, flags).with_jobs()
     opt.configure_logs(log_level, settings)
     check_listen(settings.gateway.access, settings.listen)
-    workers, supervisor = settings.gateway.workers, settings.gateway.supervisor
-    if supervisor is not None:
-        workers = ()
-    elif not workers:
-        why = "no workers: name them with --workers, or as workers: under gateway: in the settings, or a --supervisor"
-        raise typer.BadParameter(why)
+    supervisor = settings.gateway.supervisor
+    workers = () if supervisor else _workers(settings.gateway)
     served = load_served_model(settings.model, settings.model_manifest)
     running = Gateway(
         *(settings.listen, served, list(workers), settings.gateway),

@@ -34,7 +34,7 @@ class Server:
 
         grpc.aio was seen to wait for ever where a call's deadline passed as it arrived: this gives up on it. It is told
         to stop once only: of two that stop a server at the same time, the later one cancels the calls of a server that
-        is gone by then, and the process dies (grpcio 1.85.1, `grpc_server_cancel_all_calls` of a null pointer).
+        is gone by then, and the process dies (grpcio 1.85.1, its cancel_all_calls of a null pointer).
         """
         if self._stopping is None:
             self._stopping = asyncio.ensure_future(self.grpc_server.stop(grace_s))

@@ -137,7 +137,7 @@ class FakeRay:
 
 @asynccontextmanager
 async def supervised(ray: FakeRay, **settings: int) -> AsyncIterator[SupervisorServer]:
-    config = ClusterConfig(cluster_id="test", supervisor={"listen": "127.0.0.1:0"}, **settings)  # pyright: ignore
+    config = ClusterConfig(cluster_id="test", tls="off", supervisor={"listen": "127.0.0.1:0"}, **settings)  # pyright: ignore
     running = SupervisorServer(config, ray)
     try:
         await running.start()
@@ -357,7 +357,7 @@ async def test_it_waits_for_ray_and_ends_with_its_head(ray: FakeRay, monkeypatch
 async def test_all_workers_are_ended_for_good(ray: FakeRay) -> None:
     async with supervised(ray, decode=2) as running:
         await until(lambda: len(there(running)) == 3)
-    other = SupervisorServer(ClusterConfig(cluster_id="test"), ray)
+    other = SupervisorServer(ClusterConfig(cluster_id="test", tls="off"), ray)
     assert sorted(await other.end_workers(5)) == ["decode-0", "decode-1", "prefill-0"]
     await other.stop()
     assert all(actor.drained and actor.died.is_set() for actor in ray.actors.values())
@@ -368,7 +368,7 @@ async def test_kubelets_probe_a_port_of_their_own(ray: FakeRay) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    config = ClusterConfig(cluster_id="test", supervisor={"listen": "127.0.0.1:0", "health_listen": address})  # pyright: ignore
+    config = ClusterConfig(cluster_id="test", tls="off", supervisor={"listen": "127.0.0.1:0", "health_listen": address})  # pyright: ignore
     running = SupervisorServer(config, ray)
     await running.start()
     async with grpc.aio.insecure_channel(address) as channel:

@@ -76,4 +76,6 @@ def test_nothing_else_opens_channels_or_servers() -> None:
     product = (path for folder in folders for path in folder.rglob("*.py"))
     opens = re.compile(r"secure_channel\(|grpc\.(aio\.)?server\(|grpc\.(aio\.)?Channel\(")
     found = [path.relative_to(root).as_posix() for path in product if opens.search(path.read_text())]
-    assert found == ["proto/rpc/transport.py"]
+    # The others: hostile peers, and sockets that only the same user of the same host may open.
+    own = ["benchmarks/fuzzing/certificates.py", "cluster/launch/local_drain.py", "cluster/launch/local_orders.py"]
+    assert sorted(found) == [*own, "proto/rpc/transport.py"]
