@@ -225,7 +225,7 @@ def test_help_shows_defaults_bounds_and_choices(capsys: pytest.CaptureFixture[st
     _, out, _ = outcome(capsys, "up", "--help")
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
     assert "[default: (" not in out
-    for text in ("N [1<=x<=1024]", "[default: 1]", "[default: 50051]", "GIB [x>0]", "N [x>0]", "S [x>=0]"):
+    for text in ("N [0<=x<=1024]", "[default: 1]", "[default: 50051]", "GIB [x>0]", "N [x>0]", "S [x>=0]"):
         assert text in shown
     for policy in get_args(Policy):
         assert policy in shown
