@@ -26,7 +26,7 @@ def _addresses(texts: list[str]) -> list[str]:
 GATEWAY_FLAGS = tuple(
     Flag(f"gateway.{name}", panel="Gateway", parse=_weights if name == "tenant_weights" else None)
     for name in (
-        *("admin_listen", "policy", "local_prefill", "replays", "restart_wait_s", "wait_for_scale", "max_waiting"),
+        *("admin_listen", "policy", "local_prefill", "replays", "restart_wait_s", "max_waiting"),
         *("overcommit", "propagation_s", "tenant_weights", "max_request_tokens", "max_request_kv_mib"),
         *("max_request_s", "sign_of_life_s"),
         *("max_prompt_bytes", "max_chat_messages", "parse_special", "preflight"),

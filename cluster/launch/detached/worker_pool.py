@@ -257,9 +257,8 @@ class WorkerPool:
         async with worker.launching:  # an actor that is asked for is there afterwards: it must not be forgotten
             if worker.ending:
                 raise Unavailable("it is ended")
-            if worker.running is None:
-                worker.running = await self._launcher.launch(worker.role, worker.name)
-            running = worker.running
+            running = worker.running or await self._launcher.launch(worker.role, worker.name)
+            worker.running = running
         address = await with_activity(running.address(), partial(self._doing, worker), partial(self._tell, worker))
         with contextlib.suppress(IsthmusError, TimeoutError):
             async with asyncio.timeout(ANSWER_S):

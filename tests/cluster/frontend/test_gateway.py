@@ -289,7 +289,8 @@ async def test_health_is_red_before_new_requests_are_refused() -> None:
     ):
         draining = asyncio.create_task(cluster.gateway.drain(5))
         await asyncio.sleep(0.2)
-        probe = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        probe = await health.Check(health_pb2.HealthCheckRequest())
         assert probe.status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert (await client.answer(build_request(prompt="x"))).text == "hello", "who does not know it yet is served"
         assert await draining
