@@ -27,13 +27,12 @@ def _addresses(texts: list[str]) -> list[str]:
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {"tenant_weights": _weights, "health_listen": opt.address}
-_NAMES = {"wait_for_scale": ("--wait-for-scale/--no-wait",)}  # help cuts longer ones
 # Those of a gateway that are flags, in the order of the help.
 GATEWAY_FLAGS = tuple(
-    Flag(f"gateway.{name}", _NAMES.get(name, ()), panel="Gateway", parse=_PARSERS.get(name))
+    Flag(f"gateway.{name}", panel="Gateway", parse=_PARSERS.get(name))
     for name in (
-        *("admin_listen", "health_listen", "policy", "local_prefill", "replays", "restart_wait_s", "wait_for_scale"),
-        *("max_waiting", "overcommit", "propagation_s", "tenant_weights", "prefix_sharing", "max_request_tokens"),
+        *("admin_listen", "health_listen", "policy", "local_prefill", "replays", "restart_wait_s", "max_waiting"),
+        *("overcommit", "propagation_s", "tenant_weights", "prefix_sharing", "max_request_tokens"),
         "max_request_kv_mib",
         *("max_request_s", "sign_of_life_s"),
         *("max_prompt_bytes", "max_chat_messages", "parse_special", "preflight"),

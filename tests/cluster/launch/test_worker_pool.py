@@ -372,8 +372,8 @@ async def test_kubelets_probe_a_port_of_their_own(ray: FakeRay) -> None:
     running = SupervisorServer(config, ray)
     await running.start()
     async with grpc.aio.insecure_channel(address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
         for service in ("", "isthmus.v1.Supervisor", "liveness"):
-            health: Any = health_pb2_grpc.HealthStub(channel)
             found = await health.Check(health_pb2.HealthCheckRequest(service=service))
             assert found.status == health_pb2.HealthCheckResponse.SERVING
     await running.stop()
