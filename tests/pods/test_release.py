@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from models import made, make_tiny, tiny_config
+from models import made
 from pods.cluster import READY_S, Cluster
 from pods.listening import connections, open_ports
 from pods.node.kubelet import Pod
 from pods.release import DRAIN_S, HELM, KUBERAY, NAME, Answers, client_pod, isthmus, new_cluster
+from support.tiny_model import make_tiny, tiny_config
 
 pytestmark = pytest.mark.skipif(
     "ISTHMUS_TEST_PODS" not in os.environ, reason="takes root and namespaces of its own: make test-pods"
