@@ -62,7 +62,7 @@ def gateway(
 
       isthmus gateway --workers 127.0.0.1:7001,127.0.0.1:7002
 
-      isthmus gateway --supervisor 10.0.0.5:50053    # of isthmus supervise
+      isthmus gateway --cluster-id prod --supervisor 127.0.0.1:50053    # of isthmus supervise
 
       isthmus gateway --config cluster.yaml    # the file of isthmus up, with gateway: {workers: [...]}
 
@@ -111,7 +111,14 @@ _WORKERS = Flag("gateway.workers", parse=_addresses)
 _SUPERVISOR = Flag("gateway.supervisor", parse=opt.address_to_dial)
 GatewayCommand = command_with(
     (
-        *(_WORKERS, _SUPERVISOR, Flag("model", ("--model", "-m")), Flag("model_manifest"), Flag("drain_s")),
+        *(
+            _WORKERS,
+            _SUPERVISOR,
+            Flag("cluster_id"),
+            Flag("model", ("--model", "-m")),
+            Flag("model_manifest"),
+            Flag("drain_s"),
+        ),
         *(opt.JOBS_DB, opt.KEYS_FILE, opt.LOG_FORMAT, *GATEWAY_FLAGS),
     )
 )

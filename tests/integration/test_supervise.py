@@ -57,7 +57,7 @@ class Apart:
 
     def gateway(self) -> None:
         address, admin = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-        ports = ("--listen", address, "--admin-listen", admin, "--supervisor", self.supervisor)
+        ports = ("--listen", address, "--admin-listen", admin, "--supervisor", self.supervisor, "--cluster-id", "apart")
         self.begin("gateway", *ports, "--model", model_path("tiny-llama"), "--jobs-db", "none")
         self.gateways.append((address, admin))
 

@@ -56,7 +56,7 @@ def channel(server: str) -> Iterator[grpc.Channel]:
 
 @pytest.fixture(scope="module")
 def orders(admin: str) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(admin) as opened:
+    with blocking_channel(admin) as opened:
         yield opened
 
 
