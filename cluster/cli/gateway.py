@@ -111,14 +111,8 @@ _WORKERS = Flag("gateway.workers", parse=_addresses)
 _SUPERVISOR = Flag("gateway.supervisor", parse=opt.address_to_dial)
 GatewayCommand = command_with(
     (
-        *(
-            _WORKERS,
-            _SUPERVISOR,
-            Flag("cluster_id"),
-            Flag("model", ("--model", "-m")),
-            Flag("model_manifest"),
-            Flag("drain_s"),
-        ),
+        *(_WORKERS, _SUPERVISOR, Flag("cluster_id"), Flag("model", ("--model", "-m"))),
+        *(Flag("model_manifest"), Flag("drain_s")),
         *(opt.JOBS_DB, opt.KEYS_FILE, opt.LOG_FORMAT, *GATEWAY_FLAGS),
     )
 )
