@@ -60,7 +60,7 @@ def _read(target: str, path: Path, model: Path, folder: Path) -> None:
     if target == "gguf":
         return _convert(path, folder)
     for file in model.iterdir():
-        (folder / file.name).symlink_to(file)
+        _put(file, folder / file.name)
     damaged = folder / NAMES.get(target, f"{target}.json")
     damaged.unlink(missing_ok=True)
     shutil.copyfile(path, damaged)
@@ -78,14 +78,24 @@ def _read(target: str, path: Path, model: Path, folder: Path) -> None:
     decoder.finish()
 
 
+def _put(file: Path, where: Path) -> None:
+    """The same file there too; links by name would lead out of the folder, which is refused."""
+    try:
+        os.link(file, where)
+    except OSError:  # another file system
+        shutil.copyfile(file, where)
+
+
 def _convert(path: Path, folder: Path) -> None:
     """As the process that isthmus starts for it; what that raises is told in one line, whatever it is."""
     import gguf
 
+    from isthmus.model.files.gguf_header import check_gguf
     from isthmus.model.load.convert import convert
     from isthmus.proto.errors import InvalidRequest
 
     shutil.copyfile(path, folder / "model.gguf")
+    check_gguf(folder / "model.gguf")
     plain = gguf.GGUFReader, gguf.get_tensor_name_map  # convert makes them keep what they read
     try:
         convert(folder / "model.gguf", folder)
