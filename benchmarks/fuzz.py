@@ -11,6 +11,7 @@ their tokens in time; and in the end no page, request or connection is held. Wha
 import argparse
 import asyncio
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -167,6 +168,7 @@ def main() -> None:
         report.put(conditions=conditions(**own))
         os.environ["XDG_STATE_HOME"] = folder  # a CA of its own
         os.environ.pop("ISTHMUS_TLS", None)
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a peer that hung up
         outcome = asyncio.run(fuzz(options, report, Path(folder)))
     if outcome.crashes or outcome.hangs or outcome.wrong_tokens or outcome.failures:
         print(json.dumps(report.figures["told"], indent=2), file=sys.stderr)

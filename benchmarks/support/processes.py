@@ -1,7 +1,9 @@
 """Workers and clusters as processes of their own, for benchmarks; each is gone when its context ends."""
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,10 +26,13 @@ ISTHMUS = str(Path(sys.executable).with_name("isthmus"))
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on now, and that no outgoing connection takes before somebody does: below those that
+    the kernel draws for them."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

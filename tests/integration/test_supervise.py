@@ -22,7 +22,7 @@ from isthmus.cluster.client.client import Client, build_request
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, ClusterStatus, WorkerReport
 
 PROGRAM = (sys.executable, "-m", "isthmus.cluster")
-START_S = 40  # of a loaded machine
+START_S = 120  # of a loaded machine
 NONE_RAN = "workers of this host are drained: 0 requests finished\n"
 REQUEST = build_request(prompt="hello", sampling={"temperature": 0, "max_tokens": 40, "ignore_eos": True}, codec="raw")
 
