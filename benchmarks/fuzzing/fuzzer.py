@@ -105,7 +105,7 @@ class Fuzzer:
 
     def _ask(self, request: GenerateRequest) -> Any:
         return GenerationStub(self._fleet.channel(self._fleet.main.gateway.address)).Generate(
-            request, timeout=GOOD_LIMIT_S
+            request, timeout=GOOD_LIMIT_S, wait_for_ready=True
         )
 
     async def _lie(self, number: int, rng: random.Random) -> None:

@@ -1,6 +1,7 @@
 """What every server of ours does with requests that are none, with bugs, and with what clients say of themselves."""
 
 import asyncio
+import contextlib
 import gzip
 import logging
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from support import raw_grpc
 from support.raw_grpc import (
     DATA,
     END_STREAM,
@@ -345,3 +347,34 @@ async def test_grpc_stops_once_however_many_stop_a_server(monkeypatch: pytest.Mo
     await asyncio.gather(server.stop(0.1), server.stop(), server.stop())
     await server.stop()
     assert stops == [0.1]
+
+
+async def test_a_path_that_is_no_text_ends_no_server() -> None:
+    """It ends the loop by which grpc.aio takes calls, and its port: this listens anew, and calls that run go on."""
+    transport = Transport()
+    server = await transport.listen("127.0.0.1:0", {})
+    address = f"127.0.0.1:{server.port}"
+    async with transport.dial(address) as running:
+        stub: Any = HealthStub(running)
+        watch: Any = stub.Watch(HealthCheckRequest())
+        assert (await watch.read()).status == HealthCheckResponse.NOT_SERVING
+        for number in range(12):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            head = ((b":method", b"POST"), (b":scheme", b"http"), (b":path", b"\xff\xfe"), (b":authority", b"x"))
+            block = b"".join(raw_grpc.literal(*pair) for pair in (*head, (b"content-type", b"application/grpc")))
+            ends = raw_grpc.END_HEADERS | raw_grpc.END_STREAM
+            writer.write(raw_grpc.opening() + raw_grpc.frame(raw_grpc.HEADERS, ends, 1, block))
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await reader.read()
+            writer.close()
+            async with transport.dial(address) as channel:
+                fresh: Any = HealthStub(channel)
+                answer = await fresh.Check(HealthCheckRequest(), timeout=5, wait_for_ready=True)
+                assert answer.status == HealthCheckResponse.NOT_SERVING
+            if number == 0:
+                await server.set_serving(True)
+                assert (await watch.read()).status == HealthCheckResponse.SERVING
+                await server.set_serving(False)
+        watch.cancel()
+    await server.stop()
