@@ -76,6 +76,8 @@ def change(path: Path, edit: Callable[[KeyDocument], KeyDocument]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with FileLock(f"{path}.lock", timeout=LOCK_S, mode=0o600):
+            if path.exists() and path.stat().st_mode & stat.S_IWOTH:
+                raise InvalidRequest(f"{path} may be written by everybody: see what is in it, then chmod 600")
             document = edit(read(path))
             text = json.dumps(document.model_dump(mode="json", exclude_defaults=True) | {"version": 1}, indent=1)
             _replace(path, text.encode() + b"\n")

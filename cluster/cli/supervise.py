@@ -31,7 +31,7 @@ def supervise(
 
     [bold]Examples[/]
 
-      isthmus supervise --cluster-id prod    # and: isthmus gateway --cluster-id prod
+      isthmus supervise --cluster-id prod --address auto
 
       isthmus supervise --config cluster.yaml --address 10.0.0.5:6379
 

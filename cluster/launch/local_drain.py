@@ -115,9 +115,11 @@ def _is_ours(host: str) -> bool:
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two addresses, by name or number, are one."""
+    """Whether two addresses, by name or number, are one; a loopback address is any of this host."""
     with contextlib.suppress(OSError, ValueError):
         found = [parse_address(text) for text in (one, other)]
+        if found[1].is_loopback and found[0].port == found[1].port and _is_ours(found[0].host):
+            return True
         hosts = [{info[4][0] for info in socket.getaddrinfo(address.host, None)} for address in found]
         return found[0].port == found[1].port and bool(hosts[0] & hosts[1])
     return False

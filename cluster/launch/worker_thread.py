@@ -90,8 +90,11 @@ class WorkerThread:
         self._thread.start()
 
     def address(self) -> str:
-        """host:port, once the worker serves. Raises what its start raised."""
-        return self._address.result()
+        """host:port, once the worker serves. Raises what its start raised; Unavailable once it has ended."""
+        address = self._address.result()
+        if self._closed.is_set():
+            raise Unavailable("the worker has ended")
+        return address
 
     def activity(self) -> str:
         """What its start is doing, in a few words; "" where there is nothing to tell."""

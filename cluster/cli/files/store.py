@@ -70,7 +70,7 @@ def store_forget(
       isthmus store forget --tenant research --config cluster.yaml
     """
     from ....kvtransfer.storage.sealed import SEALED
-    from ....kvtransfer.storage.tenants import forget_tenant
+    from ....kvtransfer.storage.tenants import forget_tenant, list_tenants
     from ....proto.errors import InvalidRequest
 
     folder, sealed = _opened(config, given(ctx))
@@ -78,6 +78,8 @@ def store_forget(
         raise InvalidRequest(
             f"{folder} has encrypted pages, whose tenants only the key tells: name it, --store-key-file"
         )
+    if sealed is not None and any(each.sealed and each.tenant is None for each in list_tenants(folder, sealed)):
+        raise InvalidRequest(f"{folder} has encrypted pages that this key does not open: is it the key of this store?")
     pages = forget_tenant(folder, tenant, sealed)
     print(json.dumps({"tenant": tenant, "pages": pages}) if as_json else f"{pages} pages of tenant {tenant!r} erased")
 

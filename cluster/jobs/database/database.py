@@ -1,5 +1,7 @@
 """The database of jobs: SQLite (WAL) by default, any SQLAlchemy URL; its clock; its errors as ours."""
 
+import contextlib
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +76,7 @@ class Database:
                 connect_args=arguments,
             )
         if self._url.database:
-            Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
+            _make_private(Path(self._url.database))
         arguments = {"timeout": BUSY_S, "check_same_thread": False}
         engine = create_engine(
             self._url, pool_size=pool_size, max_overflow=0, pool_timeout=POOL_S, connect_args=arguments
@@ -83,6 +85,17 @@ class Database:
         # The driver itself would begin a transaction late, and deferred: two writers could then fail each other.
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
         return engine
+
+
+def _make_private(file: Path) -> None:
+    """Prompts and answers of all tenants are in it: nobody else may read the file, nor those that SQLite puts beside
+    it, which get its mode."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.suppress(OSError):  # what is wrong with the place, SQLite says when it opens the file
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        for each in (file, *(file.with_name(f"{file.name}{end}") for end in ("-wal", "-shm"))):
+            if each.exists():
+                each.chmod(0o600)
 
 
 class Contended(Unavailable):

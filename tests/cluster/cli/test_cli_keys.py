@@ -225,3 +225,14 @@ def test_status_tells_who_may_ask_and_who_was_refused(gateway: Gateway, capsys: 
     _, out, _ = outcome(capsys, "status", "--admin", gateway.admin_address, "--json")
     access = json.loads(out)["access"]
     assert (access["mode"], access["keys"], int(access["refused"]["unknown"]) >= 1) == ("keys", 1, True)
+
+
+def test_a_file_that_everybody_may_write_is_not_made_trusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "keys.json"
+    change(path, lambda _: KeyDocument(keys=(RECORD,)))
+    path.chmod(0o666)
+    code, out, err = outcome(capsys, "keys", "add", "--keys-file", str(path), "--tenant", "x")
+    assert (code, out, "may be written by everybody" in err) == (1, "", True)
+    assert path.stat().st_mode & 0o777 == 0o666

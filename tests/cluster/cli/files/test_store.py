@@ -60,6 +60,15 @@ def test_without_the_key_names_are_not_told(capsys: pytest.CaptureFixture[str], 
     assert "name it, --store-key-file" in err
 
 
+def test_another_key_erases_nothing(capsys: pytest.CaptureFixture[str], settings: list[str], tmp_path: Path) -> None:
+    other = tmp_path / "other.key"
+    other.write_bytes(bytes(32))
+    other.chmod(0o600)
+    code, _, err = outcome(capsys, "store", "forget", "--tenant", "research", *settings[:3], str(other))
+    assert (code, "is it the key of this store" in err) == (1, True)
+    assert outcome(capsys, "store", "forget", "--tenant", "research", *settings)[1].startswith("2 pages")
+
+
 def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], settings: list[str], tmp_path: Path) -> None:
     assert "no store: name its folder" in outcome(capsys, "store", "ls")[2]
     assert "there is no folder" in outcome(capsys, "store", "ls", "--store-dir", str(tmp_path / "none"))[2]

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select, text
@@ -141,3 +142,15 @@ async def tenants(store: JobStore) -> dict[str, tuple[int, bool]]:
     columns = TENANTS.c.tenant, TENANTS.c.active_jobs, func.coalesce(TENANTS.c.stored_bytes, 0)
     rows = await store._read(lambda connection: connection.execute(select(*columns)).all())
     return {tenant: (active, stored > 0) for tenant, active, stored in rows}
+
+
+def test_a_file_of_jobs_is_its_owners_alone(tmp_path: Path) -> None:
+    file = tmp_path / "state" / "jobs.db"
+    file.parent.mkdir()
+    (file.parent / "jobs.db").touch(0o644)
+    database = Database(f"sqlite:///{file}")
+    with database.write() as connection:
+        connection.execute(text("CREATE TABLE t (x INTEGER)"))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in file.parent.iterdir()}
+    database.close()
+    assert set(modes.values()) == {0o600} and "jobs.db-wal" in modes
