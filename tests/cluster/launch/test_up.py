@@ -1,6 +1,7 @@
 """The real thing: `isthmus up` with Ray on a small model, a worker killed, Ctrl-C; nothing is left behind."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -49,9 +50,10 @@ class Up:
         ports = {int(address.rpartition(":")[2]) for address in ready}
         found = {}
         for process in self.descendants():
-            for connection in process.net_connections(kind="tcp"):
-                if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
-                    found[str(connection.laddr.port)] = process.pid
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended since they were listed
+                for connection in process.net_connections(kind="tcp"):
+                    if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
+                        found[str(connection.laddr.port)] = process.pid
         return found
 
 
