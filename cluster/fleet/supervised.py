@@ -7,7 +7,7 @@ worker ends no answer.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 
 import grpc.aio
 
@@ -24,6 +24,15 @@ FIRST_RETRY_S, LAST_RETRY_S = 0.2, 2.0
 SILENT_S = 15.0  # without a list: the stream is opened anew
 LOOK_S = 0.25  # between two looks for workers to forget, and for shortage that has ended
 _NUMBER_OF = {"prefill": WORKER_ROLE_PREFILL, "decode": WORKER_ROLE_DECODE}
+
+
+def absent_of(listed: Iterable[ListedWorker]) -> list[WorkerReport]:
+    """Listed workers that have no address, for a status."""
+    return [
+        WorkerReport(worker_id=one.name, role=one.role, health=WORKER_HEALTH_STARTING, reason=one.reason)
+        for one in listed
+        if not one.address
+    ]
 
 
 class SupervisedWorkers:
@@ -61,11 +70,7 @@ class SupervisedWorkers:
 
     def absent(self) -> list[WorkerReport]:
         """Listed workers that have no address."""
-        return [
-            WorkerReport(worker_id=one.name, role=one.role, health=WORKER_HEALTH_STARTING, reason=one.reason)
-            for one in self._listed.values()
-            if not one.address
-        ]
+        return absent_of(self._listed.values())
 
     async def _keep_following(self) -> None:
         tries = 0

@@ -1,10 +1,8 @@
 """What a gateway's jobs may take, and its periods."""
 
-import os
-from pathlib import Path
-
 from pydantic import Field
 
+from ...proto.security.state import user_state
 from ...worker.config import Settings
 
 
@@ -44,6 +42,5 @@ def database_url(named: str | None) -> str | None:
     """The database of jobs: the one that is named, else a file in the user's state folder; None where the name is
     "none": a gateway without jobs."""
     if not named:
-        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-        return f"sqlite:///{state / 'isthmus' / 'jobs.db'}"
+        return f"sqlite:///{user_state() / 'jobs.db'}"
     return None if named == "none" else named

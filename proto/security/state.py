@@ -47,10 +47,14 @@ class Listening(NamedTuple):
     role: Role
 
 
+def user_state() -> Path:
+    """What isthmus keeps for this user on this machine."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "isthmus"
+
+
 def state_folder() -> Path:
-    """The folder of all of it."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return state / "isthmus" / "tls"
+    """The folder of all certificates."""
+    return user_state() / "tls"
 
 
 def auto_source(cluster: str, role: Role) -> "AutoFiles":

@@ -20,7 +20,6 @@ from ....proto.errors import Incompatible, IsthmusError, NotFound, Unavailable
 from ....proto.supervisor_pb2 import ListedWorker
 from ....proto.tasks import Tasks
 from ....proto.worker_pb2 import (
-    WORKER_HEALTH_STARTING,
     WORKER_ROLE_DECODE,
     WORKER_ROLE_PREFILL,
     DrainResponse,
@@ -31,6 +30,7 @@ from ....proto.worker_pb2 import (
 from ....worker.service import DRAIN_S, Drained
 from ...fleet.registry import Fleet
 from ...fleet.report import ROLE_OF, Role
+from ...fleet.supervised import absent_of
 from ..progress import with_activity
 from ..worker_group import GONE_S, HEALTHY_S, LAST_RESTART_PAUSE_S, RESTART_PAUSE_S
 from .desired import Desired, Wanted
@@ -139,11 +139,7 @@ class WorkerPool:
 
     def absent(self) -> list[WorkerReport]:
         """Those that are not there, for the status."""
-        return [
-            WorkerReport(worker_id=one.name, role=one.role, health=WORKER_HEALTH_STARTING, reason=one.reason)
-            for one in self.listed()
-            if not one.address
-        ]
+        return absent_of(self.listed())
 
     async def drain(self, address: str, timeout_s: float) -> DrainResponse:
         """Drains a worker and ends it for good. Incompatible where it is the last one of its role."""
