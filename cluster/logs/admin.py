@@ -10,6 +10,7 @@ from google.protobuf.json_format import MessageToDict
 
 from ...proto.errors import IsthmusError
 from ...proto.rpc.statuses import code_of
+from ...proto.security.identity import identities_of
 from .audit import audit
 
 ACTIONS = frozenset(f"/isthmus.v1.Cluster/{name}" for name in ("DrainWorker", "FlipWorker", "Scale"))
@@ -50,9 +51,8 @@ class AdminAudit(grpc.aio.ServerInterceptor):
 
 def who_calls(context: grpc.aio.ServicerContext) -> str:
     """The identity in the caller's certificate (isthmus://CLUSTER/ROLE/NAME), else "loopback" or its address."""
-    for entry in context.auth_context().get("peer_uri", ()):
-        if (uri := entry.decode(errors="replace")).startswith("isthmus://"):
-            return uri
+    if identities := identities_of(context.auth_context()):
+        return str(identities[0])
     peer = context.peer()
     return "loopback" if peer.startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")) else peer
 

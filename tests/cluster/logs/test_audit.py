@@ -126,3 +126,9 @@ class Context:
 )
 def test_who_calls(context: Any, who: str) -> None:
     assert who_calls(context) == who
+
+
+def test_a_name_in_the_dns_names_of_a_certificate_is_told_too() -> None:
+    context: Any = Context("ipv4:10.0.0.7:5")
+    context.auth_context = lambda: {"peer_dns": [b"admin.prod.isthmus.internal"], "x509_common_name": [b"alice"]}
+    assert who_calls(context) == "isthmus://prod/admin/alice"
