@@ -18,6 +18,7 @@ from typing import Protocol
 import grpc.aio
 
 from ...proto.errors import Unavailable
+from ...proto.rpc.aio_server import aio_server
 from ...proto.rpc.interceptor import ErrorInterceptor
 from ...proto.worker_pb2 import DrainRequest, DrainResponse, FlipRequest, GetReportRequest, WatchRequest, WorkerReport
 from ...proto.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
@@ -121,7 +122,7 @@ class LocalOrders:
         """Listens; OSError where the folder cannot be used."""
         folder = await asyncio.to_thread(runtime_folder)
         path = folder / f"{os.getpid()}-{id(self):x}.sock"
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()])
+        self._server = aio_server(interceptors=[ErrorInterceptor()])
         add_WorkerServicer_to_server(_Orders(self._host), self._server)
         try:
             self._server.add_insecure_port(f"unix:{path}")

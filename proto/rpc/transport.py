@@ -10,7 +10,7 @@ await transport.close()
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,8 @@ from grpc_health.v1 import health_pb2_grpc
 from ..security.authority import Authority
 from ..security.credentials import Security
 from ..security.identity import ServerName
-from .addresses import grpc_target, parse_address
+from .addresses import grpc_target
+from .aio_server import aio_server
 from .channel import Channel
 from .health import LIVENESS, HealthServicer
 from .interceptor import Admit, ErrorInterceptor
@@ -123,21 +124,19 @@ class Transport:
             options |= _AGE_OPTIONS
             if client_certificates:  # else nobody's certificate has to end with the connection, and no answer either
                 options |= _GRACE_OPTIONS
+        grpc_server = aio_server(
+            interceptors=[ErrorInterceptor(admit), *interceptors],
+            options=list(options.items()),
+            maximum_concurrent_rpcs=MAX_CALLS,
+        )
+        health = add_services(grpc_server, services)
         credentials = None
         if security is not None:
             credentials = security.server_credentials(require_client_certificate=client_certificates)
-        health = HealthServicer()
-
-        def make(at: str) -> tuple[grpc.aio.Server, int]:
-            made = grpc.aio.server(
-                interceptors=[ErrorInterceptor(admit), *interceptors],
-                options=list(options.items()),
-                maximum_concurrent_rpcs=MAX_CALLS,
-            )
-            add_services(made, services, health)
-            return made, _bind(made, at, credentials)
-
-        server = await _started(make, address, health, tuple(descriptor.full_name for descriptor in services))
+        port = _bind(grpc_server, address, credentials)
+        await grpc_server.start()
+        names = tuple(descriptor.full_name for descriptor in services)
+        server = Server(grpc_server=grpc_server, health=health, port=port, services=names)
         await server.set_serving(False)
         return server
 
@@ -150,33 +149,17 @@ class Transport:
         health.set_serving(LIVENESS, True)
         options = {**_OPTIONS, **_SERVER_OPTIONS, "grpc.max_receive_message_length": _PROBE_BYTES}
         options["grpc.max_allowed_incoming_connections"] = connection_limit()
-
-        def make(at: str) -> tuple[grpc.aio.Server, int]:
-            made = grpc.aio.server(
-                interceptors=[ErrorInterceptor()], options=list(options.items()), maximum_concurrent_rpcs=MAX_CALLS
-            )
-            health_pb2_grpc.add_HealthServicer_to_server(health, made)
-            return made, _bind(made, at, None)
-
-        return await _started(make, address, health, ())
+        grpc_server = aio_server(
+            interceptors=[ErrorInterceptor()], options=list(options.items()), maximum_concurrent_rpcs=MAX_CALLS
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(health, grpc_server)
+        port = _bind(grpc_server, address, None)
+        await grpc_server.start()
+        return Server(grpc_server=grpc_server, health=health, port=port, services=())
 
     async def close(self) -> None:
         """Closes the channels that are still open."""
         await asyncio.gather(*(channel.close() for channel in tuple(self._open)))
-
-
-async def _started(
-    make: Callable[[str], tuple[grpc.aio.Server, int]], address: str, health: HealthServicer, services: tuple[str, ...]
-) -> Server:
-    """A server of what `make` makes at an address, with the port that it bound."""
-    grpc_server, port = make(address)
-
-    def again(bound: int) -> grpc.aio.Server:
-        return make(str(parse_address(address)._replace(port=bound)))[0]
-
-    server = Server(grpc_server=grpc_server, again=again, health=health, port=port, services=services)
-    await server.start()
-    return server
 
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:

@@ -1,7 +1,6 @@
 """What every server of ours does with requests that are none, with bugs, and with what clients say of themselves."""
 
 import asyncio
-import contextlib
 import gzip
 import logging
 from collections.abc import AsyncIterator
@@ -230,10 +229,9 @@ class Kinds:
 @pytest.mark.parametrize("method", sorted(Kinds().handlers))
 async def test_handlers_of_every_kind_are_guarded(method: str, caplog: pytest.LogCaptureFixture) -> None:
     kinds, transport, kind = Kinds(), Transport(), method.removeprefix("yielded_")
-    generic = grpc.method_handlers_generic_handler("test.Kinds", kinds.handlers)
     service = worker_pb2.DESCRIPTOR.services_by_name["Worker"]
     server = await transport.listen(
-        "127.0.0.1:0", {service: lambda server: server.add_generic_rpc_handlers((generic,))}
+        "127.0.0.1:0", {service: lambda server: server.add_registered_method_handlers("test.Kinds", kinds.handlers)}
     )
     channel = transport.dial(f"127.0.0.1:{server.port}")
 
@@ -349,32 +347,49 @@ async def test_grpc_stops_once_however_many_stop_a_server(monkeypatch: pytest.Mo
     assert stops == [0.1]
 
 
-async def test_a_path_that_is_no_text_ends_no_server() -> None:
-    """It ends the loop by which grpc.aio takes calls, and its port: this listens anew, and calls that run go on."""
-    transport = Transport()
-    server = await transport.listen("127.0.0.1:0", {})
-    address = f"127.0.0.1:{server.port}"
-    async with transport.dial(address) as running:
-        stub: Any = HealthStub(running)
-        watch: Any = stub.Watch(HealthCheckRequest())
+def odd_call(path: bytes, stream: int = 1) -> bytes:
+    """A whole call of a path of any bytes."""
+    head = ((b":method", b"POST"), (b":scheme", b"http"), (b":path", path), (b":authority", b"x"), (b"te", b"trailers"))
+    block = b"".join(raw_grpc.literal(*pair) for pair in (*head, (b"content-type", b"application/grpc")))
+    return raw_grpc.frame(raw_grpc.HEADERS, raw_grpc.END_HEADERS | END_STREAM, stream, block)
+
+
+@pytest.mark.parametrize("path", [b"\xff\xfe", b"/isthmus.v1.Worker/\xe8", b"/", b"", b"/no/such", b"\0", b"/a" * 4000])
+async def test_calls_of_no_method_are_unimplemented_whatever_their_path(path: bytes) -> None:
+    async with served() as (_, address), Transport().dial(address) as running:
+        watch: Any = HealthStub(running).Watch(HealthCheckRequest())  # pyright: ignore[reportCallIssue]
         assert (await watch.read()).status == HealthCheckResponse.NOT_SERVING
-        for number in range(12):
-            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            head = ((b":method", b"POST"), (b":scheme", b"http"), (b":path", b"\xff\xfe"), (b":authority", b"x"))
-            block = b"".join(raw_grpc.literal(*pair) for pair in (*head, (b"content-type", b"application/grpc")))
-            ends = raw_grpc.END_HEADERS | raw_grpc.END_STREAM
-            writer.write(raw_grpc.opening() + raw_grpc.frame(raw_grpc.HEADERS, ends, 1, block))
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                async with asyncio.timeout(0.2):
-                    await reader.read()
+        for _ in range(20):
+            reader, writer = await connect(address)
+            writer.write(opening() + odd_call(path))
+            async with asyncio.timeout(10):
+                answer = await read_answer(reader, writer)
             writer.close()
-            async with transport.dial(address) as channel:
-                fresh: Any = HealthStub(channel)
-                answer = await fresh.Check(HealthCheckRequest(), timeout=5, wait_for_ready=True)
-                assert answer.status == HealthCheckResponse.NOT_SERVING
-            if number == 0:
-                await server.set_serving(True)
-                assert (await watch.read()).status == HealthCheckResponse.SERVING
-                await server.set_serving(False)
+            assert answer.status == grpc.StatusCode.UNIMPLEMENTED.value[0]
+        await ClusterStub(running).GetStatus(GetStatusRequest(), timeout=5)
+        assert not watch.done()
         watch.cancel()
-    await server.stop()
+
+
+async def test_interceptors_see_calls_of_no_method() -> None:
+    """Who must show a key for a method must show one for what is none."""
+    seen = []
+
+    class Refusing(grpc.aio.ServerInterceptor):
+        async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+            async def refuse(requests: Any, context: Any) -> None:
+                raise InvalidRequest("nobody")
+
+            seen.append(handler_call_details.method)
+            return grpc.stream_stream_rpc_method_handler(refuse)
+
+    server = await Transport().listen("127.0.0.1:0", {}, interceptors=[Refusing()])
+    try:
+        reader, writer = await connect(f"127.0.0.1:{server.port}")
+        writer.write(opening() + odd_call(b"\xff"))
+        async with asyncio.timeout(10):
+            answer = await read_answer(reader, writer)
+        writer.close()
+        assert (answer.status, seen) == (grpc.StatusCode.INVALID_ARGUMENT.value[0], ["/"])
+    finally:
+        await server.stop()

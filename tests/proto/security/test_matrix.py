@@ -58,8 +58,7 @@ def answering(service: ServiceDescriptor) -> Callable[[grpc.aio.Server], None]:
         else grpc.unary_unary_rpc_method_handler(unary)  # pyright: ignore[reportArgumentType]
         for method in service.methods
     }
-    handler = grpc.method_handlers_generic_handler(service.full_name, handlers)
-    return lambda server: server.add_generic_rpc_handlers((handler,))
+    return lambda server: server.add_registered_method_handlers(service.full_name, handlers)
 
 
 @asynccontextmanager
@@ -120,9 +119,8 @@ async def test_a_method_without_a_row_is_refused_to_everybody() -> None:
     await server.stop()
     service = SERVICES[0]
     unknown = {"Unknown": grpc.unary_unary_rpc_method_handler(lambda request, context: b"")}
-    handler = grpc.method_handlers_generic_handler("isthmus.v1.Unknown", unknown)
     server = await Transport(security(ca, GATEWAY)).listen(
-        "127.0.0.1:0", {service: lambda server: server.add_generic_rpc_handlers((handler,))}
+        "127.0.0.1:0", {service: lambda server: server.add_registered_method_handlers("isthmus.v1.Unknown", unknown)}
     )
     caller = transport(ca, *ALL_ROLES)
     try:
