@@ -21,15 +21,26 @@ from .role_host import RoleHost, settings_by_role
 
 TOLD_S = 0.2  # for whoever waits for its end to hear of it, before its process ends
 FAILED = 70  # exit code of a worker whose engine failed (EX_SOFTWARE)
+KEPT_PRODUCTS = 128  # products of matrices that PyTorch keeps the code of, by their shapes
 
 
 def thread_settings(threads: int) -> dict[str, str]:
     """Environment of a worker process, to be set before torch is imported there.
 
     Passive waiting: threads that spin for work were measured to slow a busy two-core machine 30 times.
+
+    oneDNN makes code for each number of rows that a layer is given, and two caches (its own, and PyTorch's above it)
+    keep 1024 of them each: 0.2 to 0.5 MB for one, and a worker grew by hundreds of MB as prompts of new lengths came.
+    To make one again takes a millisecond.
     """
-    count = str(threads)
-    return {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "PASSIVE"}
+    count, kept = str(threads), str(KEPT_PRODUCTS)
+    return {
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "LRU_CACHE_CAPACITY": kept,
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": kept,
+    }
 
 
 def usable_cores() -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...proto.errors import InvalidRequest
 from .bounded import MAX_INDEX, MAX_JSON, MAX_TEMPLATE, MAX_TOKENIZER, read_json, size_of_file
+from .reading import reading
 from .safetensors_header import check_safetensors
 
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -39,15 +40,18 @@ def check_folder(folder: Path) -> None:
     if "adapter_config.json" in names:
         raise InvalidRequest(f"{folder} is an adapter; allowed: whole models (merge it into its model, and save that)")
     for path in entries:
-        _check_file(path)
+        with reading(path):
+            _check_file(path)
     weights = sorted(name for name in names if name.endswith(".safetensors"))
     pickles = sorted(path.name for path in entries if path.suffix in PICKLES)
     if pickles and not weights:
         raise refused_pickle(folder / pickles[0])
-    _check_config(folder / "config.json")
-    _check_config(folder / "tokenizer_config.json")
+    for name in ("config.json", "tokenizer_config.json"):
+        with reading(folder / name):
+            _check_config(folder / name)
     for name in weights:
-        check_safetensors(folder / name)
+        with reading(folder / name):
+            check_safetensors(folder / name)
 
 
 def refused_pickle(file: Path) -> InvalidRequest:
@@ -123,8 +127,13 @@ def _check_config(path: Path) -> None:
             )
         for name, most in _MOST_IN_CONFIG.items():
             if isinstance(value := config.get(name), int | float) and not 0 <= value <= most:
-                raise InvalidRequest(f"{name} is {value:.6g} in {path}; allowed: at most {most}")
+                raise InvalidRequest(f"{name} is {_number(value)} in {path}; allowed: at most {most}")
         pending += [value for value in config.values() if isinstance(value, dict)]
+
+
+def _number(value: float) -> str:
+    """An integer may have more digits than a float holds."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)[:40]
 
 
 def _shown(value: Any) -> str:

@@ -1,5 +1,6 @@
 """What is known of a model without running it. No torch: the gateway asks this."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from ...proto.errors import InvalidRequest
 from ..cache import Note
 from ..files.bounded import MAX_TOKENIZER, read_json
+from ..files.reading import reading
 from .fingerprint import model_fingerprint
 from .rope import context_length
 from .sources import locate
@@ -26,6 +28,7 @@ class ModelDescription:
 
 
 MAX_CONTEXT = 1 << 28  # tokens; whoever probes a model makes a mask of so many
+MAX_TOKEN_ID = 1 << 31
 
 
 def describe_model(source: str, manifest: str | None = None) -> ModelDescription:
@@ -33,16 +36,19 @@ def describe_model(source: str, manifest: str | None = None) -> ModelDescription
     located = locate(source, manifest)
     config = _read(located.folder / "config.json")
     fingerprint = model_fingerprint(located.folder)
-    text = config.get("text_config") or config
-    context = context_length(text, _size(text, "max_position_embeddings", located.folder))
+    with reading(located.folder / "config.json"):
+        text = config.get("text_config") or config
+        context = context_length(text, _size(text, "max_position_embeddings", located.folder))
+        vocabulary = _size(text, "vocab_size", located.folder)
+        architecture = _architecture(config, located.folder)
     if context > MAX_CONTEXT:
         raise InvalidRequest(f"a context of {context} tokens in {located.name}; allowed: at most {MAX_CONTEXT}")
     return ModelDescription(
         name=located.name,
         fingerprint=fingerprint,
-        architecture=next(iter(config.get("architectures") or [config.get("model_type", "unknown")])),
+        architecture=architecture,
         context_length=context,
-        vocab_size=_size(text, "vocab_size", located.folder),
+        vocab_size=vocabulary,
         eos_token_ids=eos_token_ids(located.folder),
         path=located.folder,
     )
@@ -50,11 +56,26 @@ def describe_model(source: str, manifest: str | None = None) -> ModelDescription
 
 def eos_token_ids(folder: Path) -> frozenset[int]:
     """The tokens that end an output: those at which transformers' `generate` stops, and the tokenizer's own."""
-    config = _read(folder / "config.json")
-    for named in (_read(folder / "generation_config.json"), config, config.get("text_config") or {}):
-        if (ids := named.get("eos_token_id")) is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids) | _tokenizer_end(folder)
+    for path, named in _generation_settings(folder):
+        if (ids := named.get("eos_token_id")) is None:
+            continue
+        listed = ids if isinstance(ids, list) else [ids]
+        if not all(type(token) is int and abs(token) < MAX_TOKEN_ID for token in listed):
+            raise InvalidRequest(f"eos_token_id is {str(ids)[:100]} in {path}; allowed: the id of a token, or a list")
+        return frozenset(listed) | _tokenizer_end(folder)
     return _tokenizer_end(folder)
+
+
+def _generation_settings(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Where the end of an output may stand, and what stands there."""
+    path = folder / "generation_config.json"
+    yield path, _read(path)
+    path = folder / "config.json"
+    config = _read(path)
+    yield path, config
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        yield path, text
 
 
 def _tokenizer_end(folder: Path) -> frozenset[int]:
@@ -63,8 +84,16 @@ def _tokenizer_end(folder: Path) -> frozenset[int]:
         return frozenset()
     end = _read(folder / "tokenizer_config.json").get("eos_token")
     text = end.get("content") if isinstance(end, dict) else end
-    added = _read(folder / "tokenizer.json").get("added_tokens") or []
-    return frozenset(token["id"] for token in added if token["content"] == text)
+    with reading(folder / "tokenizer.json"):
+        added = _read(folder / "tokenizer.json").get("added_tokens") or []
+        return frozenset(int(token["id"]) for token in added if token["content"] == text)
+
+
+def _architecture(config: dict[str, Any], folder: Path) -> str:
+    named = next(iter(config.get("architectures") or [config.get("model_type", "unknown")]))
+    if not isinstance(named, str):
+        raise InvalidRequest(f"architectures is {str(named)[:100]} in {folder / 'config.json'}; allowed: names")
+    return named
 
 
 def _size(config: dict[str, Any], key: str, folder: Path) -> int:
@@ -78,12 +107,16 @@ def _size(config: dict[str, Any], key: str, folder: Path) -> int:
         config = {key: getattr(full, key, None)}
     value = config[key]
     if not isinstance(value, int) or value < 1:
-        raise InvalidRequest(f"the config of {folder.name} has no usable {key}")
+        raise InvalidRequest(f"{key} is {str(value)[:40]} in {folder / 'config.json'}; allowed: 1 or more")
     return value
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path, MAX_TOKENIZER)
-    except FileNotFoundError:
-        return {}
+    with reading(path):
+        try:
+            found = read_json(path, MAX_TOKENIZER)
+        except FileNotFoundError:
+            return {}
+    if not isinstance(found, dict):
+        raise InvalidRequest(f"{path} is not a JSON object")
+    return found

@@ -14,6 +14,7 @@ from ...proto.errors import InvalidRequest
 from .. import attention
 from ..cpu.speed_up import computes_bf16, speed_up
 from ..dtypes import DTYPES, full_name
+from ..files.reading import reading
 from ..lean_imports import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, hf_logging, lean
 from ..memory import refuse_oversized
 from ..model import Model
@@ -67,24 +68,24 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto", manife
 
 def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     _quiet()
-    config = _read_config(path)
-    refuse_inexact(config)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            output_loading_info=True,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            device_map={"": device} if device.type != "cpu" else None,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        if isinstance(error, KeyError) and error.args == (attention.NAME,):  # older model code, with its own table
-            raise InvalidRequest(f"{config.model_type} does not use transformers' attention interface") from None
-        raise InvalidRequest(f"the model in {path} cannot be loaded: {_first_line(error)}") from error
+    config = servable_config(path)
+    with reading(f"the model in {path}"):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                output_loading_info=True,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention.NAME,
+                device_map={"": device} if device.type != "cpu" else None,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+        except KeyError as error:
+            if error.args == (attention.NAME,):  # older model code, with its own table
+                raise InvalidRequest(f"{config.model_type} does not use transformers' attention interface") from None
+            raise
     net, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers would run with random ones
         raise InvalidRequest(f"weights are missing in {path}: {', '.join(missing[:3])} ({len(missing)} in all)")
@@ -92,10 +93,8 @@ def _load_net(path: Path, dtype: torch.dtype, device: torch.device) -> PreTraine
 
 
 def _read_config(path: Path) -> PretrainedConfig:
-    try:
+    with reading(path / "config.json"):
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise InvalidRequest(f"the config in {path} cannot be read: {_first_line(error)}") from error
 
 
 def _probe(net: PreTrainedModel, architecture: str, layers: int, context_length: int) -> tuple[LayerShape, ...]:
@@ -181,5 +180,6 @@ def choose(dtype: str, device: str) -> tuple[torch.dtype, torch.device]:
 def servable_config(path: Path) -> PretrainedConfig:
     """The config in a folder; InvalidRequest where it cannot be read, or says that the model cannot be exact here."""
     config = _read_config(path)
-    refuse_inexact(config)
+    with reading(path / "config.json"):
+        refuse_inexact(config)
     return config

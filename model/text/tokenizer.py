@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from ...proto.errors import InvalidRequest
 from ..cache import Note
+from ..files.reading import reading, reason_of
 from .chat_template import END, START, ChatTemplate
 from .marked_text import MarkedText
 from .text_bounds import BYTE_OF, TextBound, bound_of
@@ -34,11 +35,13 @@ class Tokenizer:
         """InvalidRequest where the folder has no tokenizer that can be used."""
         read = _read_converted if Note.read(folder) else _read_by_transformers
         self._backend, self._template, self._special = read(folder)
-        self._backend.no_truncation()  # of the text that it was made on, not of prompts
-        self._backend.no_padding()
         self._bytes_of: dict[int, bytes] = {}
-        self._anchor = self._backend.encode("a", add_special_tokens=False).ids[-1:]
-        self._anchor_text = self._backend.decode(self._anchor)
+        self._file = folder / "tokenizer.json"
+        with reading(self._file):
+            self._backend.no_truncation()  # of the text that it was made on, not of prompts
+            self._backend.no_padding()
+            self._anchor = self._backend.encode("a", add_special_tokens=False).ids[-1:]
+            self._anchor_text = self._backend.decode(self._anchor)
 
     @property
     def vocab_size(self) -> int:
@@ -52,7 +55,8 @@ class Tokenizer:
     @functools.cached_property
     def bound(self) -> TextBound | None:
         """What is known of a text's tokens by its length alone. Takes up to half a second once."""
-        return bound_of(self._backend)
+        with reading(self._file):
+            return bound_of(self._backend)
 
     def encode(self, text: str, *, most_tokens: int | None = None) -> list[int]:
         """The token ids of a prompt, with the special tokens that the model wants around it.
@@ -93,7 +97,12 @@ class Tokenizer:
 
     def _encode(self, text: str, most_tokens: int | None, *, add_special_tokens: bool) -> list[int]:
         self._check_length(text, most_tokens)
-        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        try:
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except Exception as error:
+            failed = InvalidRequest("the model's tokenizer fails on this text")
+            failed.private = f"{self._file}: {reason_of(error)}"
+            raise failed from error
 
     def _check_length(self, text: str, most_tokens: int | None) -> None:
         if most_tokens is not None and self.bound and (fewest := self.bound.fewest_tokens(text)) > most_tokens:
@@ -111,7 +120,8 @@ class Tokenizer:
         """The template, or what is wrong with it: found out once, for it may take a while."""
         added = [(token.content, token.special) for token in self._backend.get_added_tokens_decoder().values()]
         try:
-            template = ChatTemplate(self._template or "", self._special, added)
+            with reading("the chat template"):
+                template = ChatTemplate(self._template or "", self._special, added)
         except InvalidRequest as error:
             return error
         return template, MarkedText(self._backend, template.control_tokens)
@@ -195,24 +205,33 @@ class StopStrings:
 
 def _read_converted(folder: Path) -> tuple[Backend, str | None, dict[str, Any]]:
     """Backend, chat template and special tokens of a folder that `load/convert.py` wrote."""
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    with reading(folder / "tokenizer_config.json"):
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        special = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
     template = folder / "chat_template.jinja"
-    special = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
-    backend = Backend.from_file(str(folder / "tokenizer.json"))
-    return backend, template.read_text() if template.exists() else None, special
+    with reading(folder / "tokenizer.json"):
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+    with reading(template):
+        return backend, template.read_text() if template.exists() else None, special
 
 
 def _read_by_transformers(folder: Path) -> tuple[Backend, str | None, dict[str, Any]]:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RecursionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InvalidRequest(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+        with reading(f"the tokenizer in {folder}, by tokenizer_config.json and config.json,"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except InvalidRequest:
+        file = folder / "tokenizer.json"
+        with reading(file):  # is it this one? What AutoTokenizer raises does not tell
+            if file.exists():
+                Backend.from_file(str(file))
+        raise
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InvalidRequest(f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no tokenizer.json")
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several, by name
         template = template.get("default")
+    if not isinstance(template, str | None):
+        raise InvalidRequest(f"chat_template is no text in {folder / 'tokenizer_config.json'}")
     return tokenizer.backend_tokenizer, template, dict(tokenizer.special_tokens_map)
