@@ -45,7 +45,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--keep", type=Path, default=Path("fuzz-failures"), help="folder for inputs that broke something"
     )
-    parser.add_argument("--replay", type=Path, help="send the inputs of this file, and nothing else")
+    parser.add_argument(
+        "--replay", type=Path, help="send the inputs of this file, and nothing else; with the --seed of that run"
+    )
     return parser.parse_args()
 
 
@@ -76,7 +78,7 @@ async def fuzz(options: argparse.Namespace, report: Report, folder: Path) -> Out
             watching = asyncio.create_task(watch(fleet, outcome))
             try:
                 if options.replay:
-                    await replay(options.replay, fleet, outcome, parsers)
+                    await replay(options.replay, fleet, outcome, parsers, fuzzer)
                     await fuzzer.good(0)
                 else:
                     await run_for(fuzzer, fleet, outcome, report, options)
@@ -167,6 +169,7 @@ def main() -> None:
     with Report(options.json) as report, tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         report.put(conditions=conditions(**own))
         os.environ["XDG_STATE_HOME"] = folder  # a CA of its own
+        os.environ["ISTHMUS_RUNTIME"] = f"{folder}/sockets"
         os.environ.pop("ISTHMUS_TLS", None)
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a peer that hung up
         outcome = asyncio.run(fuzz(options, report, Path(folder)))

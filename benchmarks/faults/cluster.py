@@ -185,17 +185,17 @@ async def chaos_cluster(
     """
     own = ("--model", model, "--dtype", "fp32", "--threads", "1", *worker_options)
     nodes: list[Node] = []
-    cluster = ChaosCluster(nodes, f"127.0.0.1:{_free_port()}")
+    cluster = ChaosCluster(nodes, f"127.0.0.1:{free_port()}")
     for role, count in (("prefill", prefill), ("decode", decode)):
         for number in range(count):
-            name, address = f"{role}-{number}", f"127.0.0.1:{_free_port()}"
+            name, address = f"{role}-{number}", f"127.0.0.1:{free_port()}"
             arguments = ("worker", role, "--listen", address, "--name", name, *own)
             nodes.append(Node(name, role, address, arguments, folder / f"{name}.log", faults=faults))
             if links:
                 cluster.links[name] = BadLink(address)
                 await cluster.links[name].start()
     reached = ",".join(cluster.links[node.name].address if links else node.address for node in nodes)
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     ports = ("--listen", address, "--admin-listen", cluster.admin)
     serving = ("gateway", *ports, "--workers", reached, "--model", model, *gateway_options)
     nodes.append(Node("gateway", "gateway", address, serving, folder / "gateway.log"))
@@ -211,7 +211,8 @@ async def chaos_cluster(
             await link.stop()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

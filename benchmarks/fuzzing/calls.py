@@ -39,7 +39,7 @@ async def call(fleet: Fleet, outcome: Outcome, number: int, rng: random.Random) 
     address = rng.choice(method.addresses)
     data = Values(rng, fleet.known).request(method.input, fleet.valid.get(method.input.full_name, ()))
     node = fleet.node_at(address)
-    made = Input(kind="rpc", target=node.name, what=method.path, number=number, data=data)
+    made = Input(kind="rpc", target=fleet.label(address), what=method.path, number=number, data=data)
     outcome.sent(made)
     starts = node.starts
     status, details = await ask(fleet, outcome, fleet.channel(address), method, made, rng)

@@ -65,20 +65,22 @@ WRONG: dict[str, Wrong] = {
 async def call_as(doors: Doors, fleet: Fleet, outcome: Outcome, number: int, rng: random.Random) -> None:
     """One call of somebody who may not make it, or of one role."""
     method = rng.choice(fleet.methods)
-    address = rng.choice(method.addresses)
+    addresses = [address for address in method.addresses if not fleet.is_plain(address)]
+    if not addresses:
+        return
+    address = rng.choice(addresses)
     role = any_role(rng)
     right = rng.random() < 0.3
     what = f"as {role}" if right else rng.choice(sorted(WRONG))
     pair = forged(doors.ca, [uri(LOCAL, role)]) if right else WRONG[what](doors, rng)
     data = Values(rng, fleet.known).request(method.input, fleet.valid.get(method.input.full_name, ()))
-    node = fleet.node_at(address)
-    made = Input(kind="certificate", target=node.name, what=what, number=number, data=data)
+    made = Input(kind="certificate", target=fleet.label(address), what=what, number=number, data=data)
     outcome.sent(made)
     callers = CALLERS.get(method.path, frozenset())
     # Where a certificate is asked for, one of the cluster's CA without a name is let in, and is nobody.
     nobody = fleet.is_public(address) or what in NAMELESS
     anybody = nobody and ANYBODY in callers
-    name = server_name("gateway" if node.role == "gateway" else "worker", LOCAL)
+    name = server_name(fleet.server_at(address), LOCAL)
     status = await _status(address, name, method, data, doors.ca.certificate, pair)
     outcome.statuses[f"certificate: {status}"] += 1
     if status not in REFUSED and not anybody and not (right and role in callers):

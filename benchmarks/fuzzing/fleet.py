@@ -1,4 +1,5 @@
-"""Two clusters of real processes to be fuzzed: one that must stay as it is, and one whose workers take orders."""
+"""Two clusters of real processes to be fuzzed: one that must stay as it is, and one whose workers take orders; and a
+supervisor by itself."""
 
 import asyncio
 import time
@@ -11,29 +12,37 @@ from typing import Any
 import grpc.aio
 import psutil
 import yaml
-from faults.cluster import ChaosCluster, Node, chaos_cluster
+from faults.cluster import ChaosCluster, Node, chaos_cluster, free_port
 from google.protobuf.message import Message
 
+from isthmus.cluster.launch.local_orders import runtime_folder
 from isthmus.proto.jobs_pb2 import CancelJobRequest, ListJobsRequest
 from isthmus.proto.jobs_pb2_grpc import JobsStub
 from isthmus.proto.rpc.transport import Transport
+from isthmus.proto.security.identity import ServerName
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, GetStatusRequest, WorkerReport
 from isthmus.proto.worker_pb2_grpc import ClusterStub
 
 from .doors import Doors
 from .methods import Method, known_values, methods_of, valid_requests
+from .supervisor import SupervisorNode
 
 # Small, so that what is kept on purpose is full soon and what grows on is a leak.
 POOL_TOKENS, HOST_CACHE_GIB = 8192, 0.05
+SOCKET = "socket:"  # before the name of a process, in place of an address: its Unix socket
+SERVERS: dict[str, ServerName] = {"gateway": "gateway", "supervisor": "supervisor"}
 JOBS = {"max_running": 4, "max_running_batch": 2, "sweep_s": 0.2}
 
 
 @dataclass
 class Fleet:
-    """Both clusters, while they run."""
+    """Both clusters and the supervisor, while they run."""
 
     main: ChaosCluster
     spare: ChaosCluster
+    apart: ChaosCluster  # the supervisor
+    runtime: Path  # folder of the workers' sockets
+    probes: dict[str, Node]  # ports that answer health probes alone, by their address
     doors: Doors
     transport: Transport  # of somebody who has every role
     reports: dict[str, WorkerReport]  # of the main cluster's workers, at first
@@ -43,27 +52,70 @@ class Fleet:
     _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
 
     @property
+    def clusters(self) -> tuple[ChaosCluster, ...]:
+        """Those of all processes."""
+        return self.main, self.spare, self.apart
+
+    @property
     def nodes(self) -> list[Node]:
-        """The processes of both."""
-        return [*self.main.nodes, *self.spare.nodes]
+        """All processes."""
+        return [node for cluster in self.clusters for node in cluster.nodes]
 
     def node_at(self, address: str) -> Node:
         """The process that listens there."""
+        if address in self.probes:
+            return self.probes[address]
+        if address.startswith(SOCKET):
+            return next(node for node in self.nodes if node.name == address.removeprefix(SOCKET))
         for cluster in (self.main, self.spare):
             if address == admin_of(cluster):
                 return cluster.gateway
         return next(node for node in self.nodes if node.address == address)
 
+    def server_at(self, address: str) -> ServerName:
+        """Whom a channel to that address expects."""
+        return SERVERS.get(self.node_at(address).role, "worker")
+
+    def label(self, address: str) -> str:
+        """A name for a port that is the same in the next run."""
+        node, own = self.node_at(address), ("probe:" if address in self.probes else "")
+        if node.role == "gateway" and not own and address != node.address:
+            own = "admin:"
+        return address if address.startswith(SOCKET) else f"{own}{node.name}"
+
+    def address_of(self, label: str) -> str:
+        """The port of that name."""
+        return next(at for method in self.methods for at in method.addresses if self.label(at) == label)
+
     def is_public(self, address: str) -> bool:
         """Whether a port asks for no certificate."""
         return address in (self.main.gateway.address, self.spare.gateway.address)
 
+    def is_plain(self, address: str) -> bool:
+        """Whether nothing there is encrypted: ports for probes, and sockets of the own host."""
+        return address in self.probes or address.startswith(SOCKET)
+
+    def where(self, address: str) -> str:
+        """The same, or the path of the socket that a process has now."""
+        if not address.startswith(SOCKET):
+            return address
+        process = self.node_at(address).process
+        found = sorted(self.runtime.glob(f"{process.pid}-*.sock")) if process is not None else []
+        return f"unix:{found[0] if found else self.runtime / 'none'}"
+
     def channel(self, address: str) -> grpc.aio.Channel:
         """One for each address, of somebody who may call everything."""
-        if address not in self._channels:
-            role = "gateway" if self.node_at(address).role == "gateway" else "worker"
-            self._channels[address] = self.transport.dial(address, role)
-        return self._channels[address]
+        at = self.where(address)
+        if at not in self._channels:
+            if self.is_plain(address):
+                self._channels[at] = grpc.aio.insecure_channel(at)
+            else:
+                self._channels[at] = self.transport.dial(at, self.server_at(address))
+        return self._channels[at]
+
+    async def close(self) -> None:
+        """Ends its channels."""
+        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
 
     def processes(self) -> Iterator[tuple[str, psutil.Process]]:
         """Those of the main cluster that live."""
@@ -121,10 +173,20 @@ def admin_of(cluster: ChaosCluster) -> str:
 async def running_fleet(model: str, folder: Path) -> AsyncIterator[Fleet]:
     """Both clusters, ready, with what a fuzzer needs to know of them; logs and jobs are kept in `folder`."""
     names = ("main", "spare")
+    probes = {section: f"127.0.0.1:{free_port()}" for section in ("gateway", "prefill_worker", "decode_worker")}
+    address = f"127.0.0.1:{free_port()}"
+    apart = ChaosCluster([SupervisorNode("supervisor", "supervisor", address, (), folder / "main" / "apart.log")], "")
     for name, gateway in zip(names, ({"restart_wait_s": 10, "jobs": JOBS}, {"restart_wait_s": 0.2}), strict=True):
         (folder / name).mkdir()
         worker: dict[str, float] = {"pool_tokens": POOL_TOKENS, "host_cache_gib": HOST_CACHE_GIB}
-        settings = {"gateway": gateway, "prefill_worker": worker, "decode_worker": {"pool_tokens": POOL_TOKENS}}
+        settings: dict[str, dict[str, Any]] = {
+            "gateway": gateway,
+            "prefill_worker": worker,
+            "decode_worker": {"pool_tokens": POOL_TOKENS},
+        }
+        if name == "main":
+            for section, address in probes.items():
+                settings[section]["health_listen"] = address
         (folder / name / "settings.yaml").write_text(yaml.safe_dump(settings))
 
     def start(name: str, jobs: str) -> Any:
@@ -139,8 +201,20 @@ async def running_fleet(model: str, folder: Path) -> AsyncIterator[Fleet]:
     async with start("main", f"sqlite:///{folder / 'jobs.db'}") as main, start("spare", "none") as spare:
         for node in spare.nodes:
             node.name = f"spare-{node.name}"
+        keeper = asyncio.create_task(apart.keep())
+        fleet = None
         try:
-            fleet = Fleet(main, spare, doors, transport, await main.reports())
+            of_role = {f"{node.role}_worker": node for node in main.workers} | {"gateway": main.gateway}
+            fleet = Fleet(
+                main=main,
+                spare=spare,
+                apart=apart,
+                runtime=runtime_folder(),
+                probes={address: of_role[section] for section, address in probes.items()},
+                doors=doors,
+                transport=transport,
+                reports=await main.reports(),
+            )
             prefill, decode = (main.of(role)[0].address for role in ("prefill", "decode"))
             fleet.methods = methods_of(
                 gateway=main.gateway.address,
@@ -149,6 +223,9 @@ async def running_fleet(model: str, folder: Path) -> AsyncIterator[Fleet]:
                 decode=decode,
                 orders=admin_of(spare),
                 spares=[node.address for node in spare.workers],
+                sockets=[f"{SOCKET}{node.name}" for node in spare.workers],
+                supervisor=address,
+                probes=list(fleet.probes),
             )
             report = fleet.reports[main.of("prefill")[0].name]
             spare_id = (await spare.reports())[spare.workers[0].name].worker_id
@@ -156,4 +233,9 @@ async def running_fleet(model: str, folder: Path) -> AsyncIterator[Fleet]:
             fleet.known = known_values(report, prefill, spare_id)
             yield fleet
         finally:
+            keeper.cancel()
+            for node in apart.nodes:
+                node.end()
+            if fleet is not None:
+                await fleet.close()
             await transport.close()

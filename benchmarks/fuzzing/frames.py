@@ -31,6 +31,11 @@ class LyingPrefill(FaultyPrefill):
         self.lie = ""  # one of LIES
         self.rng = random.Random(seed)
 
+    def lie_as(self, lie: str, rng: random.Random) -> None:
+        """What the next answers are, drawn from `rng`."""
+        self.lie = self.corruption = lie
+        self.rng = self._rng = rng
+
     async def answer(self, events: Events, context: grpc.aio.ServicerContext) -> None:
         """Sends the answer, or what the lie makes of it."""
         if self.lie in LIES:

@@ -108,11 +108,16 @@ class Fuzzer:
             request, timeout=GOOD_LIMIT_S, wait_for_ready=True
         )
 
+    async def lie_again(self, number: int) -> None:
+        """The same lie as in the run of the same seed."""
+        rng = random.Random(f"{self._outcome.seed}:{number}")
+        rng.random()  # by which the kind was drawn
+        await self._lie(number, rng)
+
     async def _lie(self, number: int, rng: random.Random) -> None:
         """A request to the decode worker whose first prefill worker lies, and whose second does not."""
         liar, which, lie = self._liar, rng.randrange(GOOD_PROMPTS), rng.choice(ALL)
-        liar.lie = liar.corruption = lie
-        liar.rng = rng
+        liar.lie_as(lie, rng)
         made = Input(kind="frames", target="decode-0", what=lie, number=number)
         self._outcome.sent(made)
         prefill, decode = (self._fleet.main.of(role)[0] for role in ("prefill", "decode"))

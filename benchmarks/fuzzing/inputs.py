@@ -21,7 +21,7 @@ class Input:
     """One thing that was sent somewhere."""
 
     kind: str  # "rpc", "http2", "raw", "frames", "file", "certificate"
-    target: str  # name of a process, or of a parser
+    target: str  # name of a port (`Fleet.label`), or of a parser
     what: str  # the method, or what was done to the bytes
     number: int
     data: bytes = b""

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from isthmus import proto
 from isthmus.cluster.client.client import build_request
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
-from isthmus.proto import decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, worker_pb2
+from isthmus.proto import decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, supervisor_pb2, worker_pb2
 from isthmus.proto.common_pb2 import PRIORITY_BATCH
 from isthmus.proto.generation_pb2 import Chat, ChatMessage
 from isthmus.proto.sampling import Sampling
@@ -46,25 +46,36 @@ def our_services() -> list[ServiceDescriptor]:
 
 
 def methods_of(
-    *, gateway: str, admin: str, prefill: str, decode: str, orders: str, spares: Sequence[str]
+    *,
+    gateway: str,
+    admin: str,
+    prefill: str,
+    decode: str,
+    supervisor: str,
+    orders: str,
+    spares: Sequence[str],
+    sockets: Sequence[str],
+    probes: Sequence[str],
 ) -> list[Method]:
-    """All methods, at the addresses of their servers."""
+    """All methods, at the addresses of their servers; `sockets` take orders too, `probes` tell their health alone."""
     served = {
         **dict.fromkeys(("Generation", "Jobs"), (gateway,)),
-        "Cluster": (admin,),
+        "Cluster": (admin, supervisor),
         "Prefill": (prefill,),
         "Decode": (decode,),
-        "Worker": (prefill, decode),
+        "Supervisor": (supervisor,),
+        "Worker": (prefill, decode, *sockets),
     }
-    ordered = {"Cluster": (orders,), "Worker": tuple(spares)}
+    ordered = {"Cluster": (orders,), "Worker": (*spares, *sockets)}
     methods = []
     for service in our_services():
         for method in service.methods:
             if addresses := (ordered if method.name in ORDERS else served).get(service.name):
                 methods.append(_method(method, addresses))
-    for module in (health_pb2, reflection_pb2):
+    everywhere = (gateway, prefill, decode, supervisor)
+    for module, addresses in ((health_pb2, (*everywhere, *probes)), (reflection_pb2, everywhere)):
         for service in module.DESCRIPTOR.services_by_name.values():
-            methods += [_method(method, (gateway, prefill, decode)) for method in service.methods]
+            methods += [_method(method, addresses) for method in service.methods]
     return methods
 
 
@@ -76,7 +87,7 @@ def _method(method: MethodDescriptor, addresses: tuple[str, ...]) -> Method:
         method.input_type,
         method.output_type,
         addresses,
-        {"Watch": WATCH_S, "Generate": ANSWER_S, "Prefill": ANSWER_S}.get(method.name, CALL_S),
+        {"Watch": WATCH_S, "WatchWorkers": WATCH_S, "Generate": ANSWER_S, "Prefill": ANSWER_S}.get(method.name, CALL_S),
     )
 
 
@@ -129,6 +140,7 @@ def valid_requests(report: WorkerReport, prefill: str, spare: str) -> dict[str, 
         worker_pb2.DrainWorkerRequest(worker=spare, timeout_s=0.5),
         worker_pb2.ScaleRequest(prefill=1, decode=2, timeout_s=0.5),
         reflection_pb2.ServerReflectionRequest(list_services="*"),
+        supervisor_pb2.WatchWorkersRequest(gateway="127.0.0.1:1", waiting_for=[WORKER_ROLE_DECODE]),
     ]
     by_type: dict[str, list[Message]] = {}
     for message in messages:

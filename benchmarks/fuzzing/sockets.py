@@ -22,16 +22,17 @@ async def send(fleet: Fleet, outcome: Outcome, number: int, rng: random.Random, 
     what, make = rng.choice(sorted((HTTP2 if kind == "http2" else RAW).items()))
     message = Values(rng, fleet.known).request(method.input, fleet.valid.get(method.input.full_name, ()))
     data = make(rng, method.path, message)
-    outcome.sent(Input(kind=kind, target=fleet.node_at(address).name, what=what, number=number, data=data))
+    outcome.sent(Input(kind=kind, target=fleet.label(address), what=what, number=number, data=data))
     await deliver(fleet, address, data, rng, inside=kind == "http2" or rng.random() < 0.4)
 
 
 async def deliver(fleet: Fleet, address: str, data: bytes, rng: random.Random, *, inside: bool) -> None:
-    """Writes the bytes in one or several pieces, `inside` TLS or before it, reads for a while, and closes in order or
-    not."""
+    """Writes the bytes in one or several pieces, `inside` TLS or before it, where the port has TLS; reads for a while,
+    and closes in order or not."""
+    inside = inside and not fleet.is_plain(address)
     try:
         async with asyncio.timeout(CONNECT_S):
-            reader, writer = await connect(address, fleet.doors.context if inside else None)
+            reader, writer = await connect(fleet.where(address), fleet.doors.context if inside else None)
     except (OSError, TimeoutError):
         return  # the process is being started again: who died is counted by whoever watches it
     try:

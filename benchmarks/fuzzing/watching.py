@@ -21,10 +21,10 @@ LOOK_S, PROBE_S = 0.2, 5.0
 
 async def watch(fleet: Fleet, outcome: Outcome) -> None:
     """Notices who died and who is silent, until cancelled. Whoever died is started again by its cluster."""
-    seen = {id(cluster): 0 for cluster in (fleet.main, fleet.spare)}
+    seen = {id(cluster): 0 for cluster in fleet.clusters}
     probed_s = time.monotonic()
     while True:
-        for cluster in (fleet.main, fleet.spare):
+        for cluster in fleet.clusters:
             notice_deaths(cluster, cluster is fleet.spare, seen, outcome)
         if time.monotonic() - probed_s > PROBE_S:
             await asyncio.gather(*(probe(fleet, node, outcome) for node in fleet.nodes))
@@ -46,11 +46,12 @@ def notice_deaths(cluster: ChaosCluster, drained: bool, seen: dict[int, int], ou
 async def probe(fleet: Fleet, node: Node, outcome: Outcome) -> None:
     """A process that does not answer in SILENCE_S hangs; it is killed then, and started again."""
     starts = node.starts
-    cluster = fleet.main if node in fleet.main.nodes else fleet.spare
+    cluster = next(cluster for cluster in fleet.clusters if node in cluster.nodes)
     channel = fleet.channel(admin_of(cluster) if node.role == "gateway" else node.address)
-    stub: Any = ClusterStub(channel) if node.role == "gateway" else WorkerStub(channel)
+    has_status = node.role in ("gateway", "supervisor")
+    stub: Any = ClusterStub(channel) if has_status else WorkerStub(channel)
     try:
-        if node.role == "gateway":
+        if has_status:
             await stub.GetStatus(GetStatusRequest(), timeout=SILENCE_S)
         else:
             await stub.GetReport(GetReportRequest(), timeout=SILENCE_S)

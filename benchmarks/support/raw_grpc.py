@@ -30,7 +30,9 @@ class RawAnswer:
 
 
 async def connect(address: str, tls: ssl.SSLContext | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection to "host:port"; inside TLS where a context is given, which must offer the protocol h2."""
+    """A connection to "host:port" or "unix:PATH"; inside TLS where a context is given, which must offer h2."""
+    if address.startswith("unix:"):
+        return await asyncio.open_unix_connection(address.removeprefix("unix:"))
     host, _, port = address.rpartition(":")
     return await asyncio.open_connection(host.strip("[]"), int(port), ssl=tls)
 

@@ -132,8 +132,8 @@ def _check_config(path: Path) -> None:
 
 
 def _number(value: float) -> str:
-    """An integer may have more digits than a float holds."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)[:40]
+    """An integer may be more than a float holds."""
+    return f"{value:.6g}" if abs(value) < 1e300 else str(value)[:40]
 
 
 def _shown(value: Any) -> str:
