@@ -6,7 +6,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 from support.certificates import CLUSTER, certificate
 
-from isthmus.proto import decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, worker_pb2
+from isthmus.proto import decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, supervisor_pb2, worker_pb2
 from isthmus.proto.rpc.channel import Channel
 from isthmus.proto.rpc.transport import Transport
 from isthmus.proto.security.certificates import KeyPair
@@ -14,7 +14,7 @@ from isthmus.proto.security.credentials import Security
 from isthmus.proto.security.identity import Identity, Role
 from isthmus.proto.security.sources import Known, Material, Memory
 
-FILES = (decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, worker_pb2)
+FILES = (decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, supervisor_pb2, worker_pb2)
 SERVICES: list[ServiceDescriptor] = [service for file in FILES for service in file.DESCRIPTOR.services_by_name.values()]
 
 
@@ -42,7 +42,8 @@ def methods() -> list[tuple[str, bool, bytes]]:
         for method in service.methods
     ]
     health = [("/grpc.health.v1.Health/Check", False, b""), ("/grpc.health.v1.Health/Watch", True, b"")]
-    return [*found, *health]
+    reflection = ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", True, b"")
+    return [*found, *health, reflection]
 
 
 def _empty(method: MethodDescriptor) -> bytes:
