@@ -73,7 +73,9 @@ async def fuzz(options: argparse.Namespace, report: Report, folder: Path) -> Out
         async with lying(fleet, options.seed) as liar:
             fuzzer = Fuzzer(fleet, outcome, parsers, liar)
             await fuzzer.learn()
-            await asyncio.gather(*(probe(fleet, node, outcome) for node in fleet.nodes))  # a connection to each
+            # A connection to each port, so that one more is one too many.
+            await asyncio.gather(*(fleet.channel(address).channel_ready() for address in fleet.probes))
+            await asyncio.gather(*(probe(fleet, node, outcome) for node in fleet.nodes))
             before, connections = fleet.rss_mb(), fleet.connections()
             watching = asyncio.create_task(watch(fleet, outcome))
             try:

@@ -100,7 +100,7 @@ def _read_config(path: Path) -> PretrainedConfig:
 def _probe(net: PreTrainedModel, architecture: str, layers: int, context_length: int) -> tuple[LayerShape, ...]:
     try:
         return probe_layers(net, layers, context_length)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InvalidRequest(
             f"{architecture} does not run through transformers' attention interface: {_first_line(error)}"
         ) from error
