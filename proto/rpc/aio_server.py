@@ -9,12 +9,13 @@ no method, and is answered here, past that loop and without a look at its path.
 """
 
 import asyncio
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
-from grpc._cython import cygrpc
 
+cygrpc: Any = importlib.import_module("grpc._cython.cygrpc")
 UNKNOWN = "/"  # the path that interceptors see of a call of no method
 
 

@@ -357,7 +357,8 @@ def odd_call(path: bytes, stream: int = 1) -> bytes:
 @pytest.mark.parametrize("path", [b"\xff\xfe", b"/isthmus.v1.Worker/\xe8", b"/", b"", b"/no/such", b"\0", b"/a" * 4000])
 async def test_calls_of_no_method_are_unimplemented_whatever_their_path(path: bytes) -> None:
     async with served() as (_, address), Transport().dial(address) as running:
-        watch: Any = HealthStub(running).Watch(HealthCheckRequest())  # pyright: ignore[reportCallIssue]
+        stub: Any = HealthStub(running)
+        watch: Any = stub.Watch(HealthCheckRequest())
         assert (await watch.read()).status == HealthCheckResponse.NOT_SERVING
         for _ in range(20):
             reader, writer = await connect(address)
