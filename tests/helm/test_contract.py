@@ -21,6 +21,7 @@ from helm.lint.objects import Cluster, Pod
 from isthmus.cluster.cli.main import app
 from isthmus.cluster.config import ClusterConfig, load_config
 from isthmus.cluster.sources import PREFIX, VARIABLES, settings_of
+from isthmus.proto.rpc.health import LIVENESS
 
 SETTINGS = "/etc/isthmus/isthmus.yaml"
 cases = pytest.mark.parametrize("values", VALUES, ids=name_of)
@@ -185,6 +186,18 @@ def test_ports_are_those_of_the_settings(values: Path, tmp_path: Path) -> None:
     service = only(objects, "Service", "supervisor")
     assert settings["gateway"]["supervisor"] == f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
     assert settings["gateway"]["admin_listen"].startswith("127.0.0.1:")
+
+
+@cases
+def test_liveness_is_asked_of_the_service_that_always_serves(values: Path) -> None:
+    name = name_of(values)
+    asked: dict[str, set[tuple[str, int]]] = {}
+    for pod in cluster_of(name, rendered_case(name)).pods:
+        for container in pod.containers:
+            for kind in ("startupProbe", "livenessProbe"):
+                if grpc := container.get(kind, {}).get("grpc"):
+                    asked.setdefault(container["name"], set()).add((grpc["service"], grpc["port"]))
+    assert asked == {"gateway": {(LIVENESS, 50054)}, "supervisor": {(LIVENESS, 50055)}}
 
 
 @cases

@@ -154,6 +154,8 @@ def _probes(pod: Pod, container: Object) -> Iterator[str]:
             yield f"{kind} asks port {handler['port']}, where nothing listens"
         if kind != "readinessProbe" and "grpc" in probe and probe["grpc"].get("service", "") == "":
             yield f"{kind} asks whether it can serve: a busy or waiting process would be killed"
+        if kind != "readinessProbe" and "tcpSocket" in probe:
+            yield f"{kind} only connects, which a process that hangs takes too"
     long_lived = pod.owner["kind"] in ("Deployment", "RayCluster") and container["name"] != "autoscaler"
     if long_lived and "livenessProbe" not in container:
         yield "has no livenessProbe"
