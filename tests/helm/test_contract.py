@@ -15,8 +15,9 @@ import typer.main
 import yaml
 from cryptography import x509
 from helm.cases import cluster_of
-from helm.charts import CHART, NAMESPACE, RELEASE, VALUES, Object, helm, name_of, only, rendered, rendered_case
+from helm.charts import CHART, RELEASE, VALUES, Object, helm, name_of, only, rendered, rendered_case
 from helm.lint.objects import Cluster, Pod
+from helm.product import checked
 
 from isthmus.cluster.cli.main import app
 from isthmus.cluster.config import ClusterConfig, load_config
@@ -45,15 +46,6 @@ def commands(cluster: Cluster) -> list[list[str]]:
     hooks = [container.get("lifecycle", {}) for pod in cluster.pods for container in pod.containers]
     found += [hook["exec"]["command"] for hook in (part for each in hooks for part in each.values()) if "exec" in hook]
     return [command[1:] for command in found if command[:1] == ["isthmus"]]
-
-
-def checked(words: list[str]) -> dict[str, Any]:
-    """The parameters of a command line, as the real parser reads them. Raises what it raises."""
-    command: Any = typer.main.get_command(app)
-    while inner := getattr(command, "commands", None):
-        assert words[0] in inner, f"no command {words[0]}"
-        command, words = inner[words[0]], words[1:]
-    return command.make_context(command.name, list(words)).params
 
 
 @cases
@@ -87,16 +79,6 @@ def test_the_test_s_command_exists() -> None:
     words = ast.literal_eval(assigned["COMMAND"])
     assert words[0] == "isthmus"
     assert checked(words[1:])["as_json"] is True
-
-
-def test_commands_of_the_notes_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "ca.crt").touch()
-    done = helm("install", RELEASE, str(CHART), "--namespace", NAMESPACE, "--dry-run=client")
-    lines = re.findall(r"^ *isthmus (generate .*)$", done.stdout.partition("NOTES:")[2], re.MULTILINE)
-    assert len(lines) == 1
-    for line in lines:
-        checked([word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)])
 
 
 def test_commands_of_the_readme_exist() -> None:
