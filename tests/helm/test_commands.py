@@ -195,6 +195,8 @@ def test_notes_warn_of_what_lets_others_in() -> None:
 def test_notes_say_what_a_case_needs() -> None:
     assert "component=preload --for=condition=Complete" in notes("production")
     assert "preload" not in notes("default")
+    for said in ("RayClusterProvisioned", "ReplicaFailure", "get events --field-selector involvedObject.name="):
+        assert all(said in notes(name) for name in CASES)
     own = notes("existing-secrets")
     assert "what `isthmus keys add` printed: the Secret api-keys has hashes of keys only" in own
     named, asked = (
