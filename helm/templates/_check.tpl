@@ -29,6 +29,21 @@
 {{- fail (printf "group %s: replicas %d is not between minReplicas %d and maxReplicas %d" .name (int .replicas) (int .minReplicas) (int .maxReplicas)) -}}
 {{- end -}}
 {{- end -}}
+{{- $own := list "HOME" "HF_HOME" "HF_HUB_OFFLINE" "HF_TOKEN" "RAY_USAGE_STATS_ENABLED" "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "RAY_GCS_RPC_SERVER_RECONNECT_TIMEOUT_S" "RAY_AUTH_MODE" "RAY_AUTH_TOKEN" -}}
+{{- range $values.extraEnv -}}
+{{- if and (hasPrefix "ISTHMUS_" (upper .name)) (not (has .name (list "ISTHMUS_BF16" "ISTHMUS_COMPILED" "ISTHMUS_DEBUG"))) -}}
+{{- fail (printf "extraEnv: %s would win over the settings file, which is checked: put it under settings" .name) -}}
+{{- end -}}
+{{- if has (upper .name) $own -}}
+{{- fail (printf "extraEnv: %s is set by the chart: use hub or ray" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (not $values.auth.enabled) (dig "gateway" "access" "jwt" dict $values.settings) -}}
+{{- fail "auth.enabled is false, which lets everybody in, and settings.gateway.access.jwt asks for tokens: remove one of them" -}}
+{{- end -}}
+{{- if $values.pageStore.enabled -}}
+{{- include "isthmus.checkPageStore" . -}}
+{{- end -}}
 {{- with $values.gateway.autoscaling -}}
 {{- if gt (int .minReplicas) (int .maxReplicas) -}}
 {{- fail (printf "gateway.autoscaling: minReplicas %d is more than maxReplicas %d" (int .minReplicas) (int .maxReplicas)) -}}
@@ -58,4 +73,30 @@
 {{- if and $values.grpcRoute.enabled (not $values.grpcRoute.parentRefs) -}}
 {{- fail "grpcRoute.enabled: name the Gateway in grpcRoute.parentRefs" -}}
 {{- end -}}
+{{- end }}
+
+{{/* What a store may take: a file system has its own part of a volume, and pods write on before they see it is full. */}}
+{{- define "isthmus.checkPageStore" -}}
+{{- $store := .Values.pageStore -}}
+{{- $size := $store.size -}}
+{{- $volume := "pageStore.size" -}}
+{{- if and (eq $store.kind "pvc") $store.existingClaim -}}
+{{- $claim := lookup "v1" "PersistentVolumeClaim" .Release.Namespace $store.existingClaim -}}
+{{- $size = dig "status" "capacity" "storage" (dig "spec" "resources" "requests" "storage" "" $claim) $claim -}}
+{{- $volume = printf "the claim %s" $store.existingClaim -}}
+{{- end -}}
+{{- if $size -}}
+{{- $most := mulf 0.95 (include "isthmus.gib" $size | float64) -}}
+{{- if gt (float64 $store.storeGib) $most -}}
+{{- fail (printf "pageStore.storeGib %v does not fit %s, %v: set at most %v, which leaves a twentieth free" $store.storeGib $volume $size (floor $most)) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* A quantity of bytes in GiB. */}}
+{{- define "isthmus.gib" -}}
+{{- $text := toString . -}}
+{{- $unit := regexFind "[a-zA-Z]*$" $text -}}
+{{- $bytes := dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- divf (mulf (trimSuffix $unit $text | float64) (index $bytes $unit)) 1073741824 -}}
 {{- end }}

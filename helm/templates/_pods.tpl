@@ -106,7 +106,7 @@ runtimeClassName: {{ . }}
 {{- define "isthmus.rayEnv" -}}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ .Values.ray.shutdownSeconds | quote }}}
-- {name: RAY_gcs_rpc_server_reconnect_timeout_s, value: {{ .Values.ray.headLostSeconds | quote }}}
+- {name: RAY_gcs_rpc_server_reconnect_timeout_s, value: {{ int64 .Values.ray.headLostSeconds | quote }}}
 {{- end }}
 
 {{- define "isthmus.mounts" -}}

@@ -1,23 +1,75 @@
 {{/* The settings file: what the chart sets, and `settings` of the values beside it. */}}
 {{- define "isthmus.settings" -}}
+{{- include "isthmus.refuseSettings" . -}}
 {{- $own := include "isthmus.ownSettings" . | fromYaml -}}
-{{- include "isthmus.refuseBoth" (dict "own" $own "given" .Values.settings "path" "settings") -}}
 {{- toYaml (merge $own (deepCopy .Values.settings)) -}}
 {{- end }}
 
-{{/* Fails where a setting of the chart is given too. */}}
-{{- define "isthmus.refuseBoth" -}}
-{{- range $key, $value := .own -}}
-{{- if hasKey $.given $key -}}
-{{- $path := printf "%s.%s" $.path $key -}}
-{{- $theirs := index $.given $key -}}
-{{- if and (kindIs "map" $value) (kindIs "map" $theirs) -}}
-{{- include "isthmus.refuseBoth" (dict "own" $value "given" $theirs "path" $path) -}}
-{{- else -}}
-{{- fail (printf "%s is set by the chart; remove it" $path) -}}
+{{/* Fails where a setting of the chart is given too, or one that would do nothing here. */}}
+{{- define "isthmus.refuseSettings" -}}
+{{- $given := include "isthmus.paths" (dict "values" .Values.settings "before" "") | splitList "\n" -}}
+{{- range $path, $instead := include "isthmus.settingsElsewhere" . | fromYaml -}}
+{{- if has $path $given -}}
+{{- fail (printf "settings.%s is set by the chart: %s" $path $instead) -}}
 {{- end -}}
 {{- end -}}
+{{- if and (has "tls" $given) (or (eq .Values.tls.mode "off") (not (kindIs "map" .Values.settings.tls))) -}}
+{{- fail "settings.tls is set by the chart: use tls.mode" -}}
 {{- end -}}
+{{- end }}
+
+{{/* Every key of a map and of maps in it, a line each: "gateway", "gateway.replays". */}}
+{{- define "isthmus.paths" -}}
+{{- range $key, $value := .values -}}
+{{- $path := printf "%s%s" $.before $key -}}
+{{- $path }}
+{{ if kindIs "map" $value -}}
+{{- include "isthmus.paths" (dict "values" $value "before" (printf "%s." $path)) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* Settings that `settings` may not have, and what says the same. Some would win over flags or be lost to them. */}}
+{{- define "isthmus.settingsElsewhere" -}}
+cluster_id: use clusterId
+model: use model
+address: it is that of the Ray in the head's pod
+prefill: use prefill.replicas
+decode: use decode.replicas
+prefill_gpus: use prefill.gpu.count
+decode_gpus: use decode.gpu.count
+worker_port: policies and probes name it
+host: gateways listen on their pod's address
+port: use service.port
+drain_s: use gateway.drainSeconds
+threads: use resources.limits.cpu of prefill and decode
+store_dir: use pageStore
+store_gib: use pageStore.storeGib
+tls.ca: use tls.mode
+tls.cert: use tls.mode
+tls.key: use tls.mode
+gateway.supervisor: it is the release's own
+gateway.workers: the supervisor tells gateways their workers
+gateway.admin_listen: it is on loopback, for kubectl port-forward
+gateway.health_listen: probes name its port
+gateway.propagation_s: use gateway.propagationSeconds
+gateway.jobs_db: use jobs.existingSecret, for its URL may hold a password
+gateway.access.keys_file: use auth.existingSecret
+gateway.access.anonymous: use auth.enabled
+supervisor.listen: policies and a Service name its port
+supervisor.health_listen: probes name its port
+{{- range list "prefill" "decode" }}
+{{ . }}_worker.model: use model
+{{ . }}_worker.cluster_id: use clusterId
+{{ . }}_worker.tls: use tls.mode
+{{ . }}_worker.name: each pod's worker has a name of its own
+{{ . }}_worker.listen: it is the pod's address and the port of workers
+{{ . }}_worker.advertise: it is the pod's address
+{{ . }}_worker.health_listen: probes name its port
+{{ . }}_worker.threads: use {{ . }}.resources.limits.cpu
+{{- end }}
+prefill_worker.store_dir: use pageStore
+prefill_worker.store_gib: use pageStore.storeGib
 {{- end }}
 
 {{- define "isthmus.ownSettings" -}}

@@ -61,3 +61,9 @@ metadata:
 data:
   {{- toYaml $data | nindent 2 }}
 {{- end }}
+
+{{/* Whether gateways ask their clients for a certificate too. */}}
+{{- define "isthmus.clientCertificates" -}}
+{{- $tls := .Values.settings.tls -}}
+{{- and (ne .Values.tls.mode "off") (kindIs "map" $tls) (get (kindIs "map" $tls | ternary $tls dict) "client_certificates") -}}
+{{- end }}

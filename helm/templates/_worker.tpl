@@ -12,7 +12,7 @@
   minReplicas: {{ $values.autoscaling.enabled | ternary $group.minReplicas $group.replicas }}
   maxReplicas: {{ $values.autoscaling.enabled | ternary $group.maxReplicas $group.replicas }}
   {{- if $values.autoscaling.enabled }}
-  idleTimeoutSeconds: {{ $group.idleTimeoutSeconds }}
+  idleTimeoutSeconds: {{ int64 $group.idleTimeoutSeconds }}
   {{- end }}
   rayStartParams:
     # One worker a pod: each takes the pod's one resource of its role. In single quotes for the shell.

@@ -1,7 +1,7 @@
 """As much of an API server as Helm asks when a template looks something up: which kinds there are, and objects."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -13,9 +13,9 @@ VERSION = {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
 
 
 @contextmanager
-def serving(objects: list[Object]) -> Iterator[str]:
-    """The URL of a server that has these objects, of kinds that the chart looks up."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(objects))
+def serving(objects: list[Object], others: Iterable[Object] = ()) -> Iterator[str]:
+    """The URL of a server that has these objects, of kinds that the chart looks up; of `others` it knows the kinds."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(objects, others))
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -26,8 +26,8 @@ def serving(objects: list[Object]) -> Iterator[str]:
         thread.join()
 
 
-def _answers(objects: list[Object]) -> dict[str, Any]:
-    kinds = {(each["apiVersion"], each["kind"]) for each in [*rendered(), *objects]}
+def _answers(objects: list[Object], others: Iterable[Object]) -> dict[str, Any]:
+    kinds = {(each["apiVersion"], each["kind"]) for each in [*rendered(), *objects, *others]}
     groups = sorted({version for version, _ in kinds if "/" in version})
     answers: dict[str, Any] = {
         "/version": VERSION,
@@ -64,8 +64,8 @@ def _plural(kind: str) -> str:
     return f"{name.removesuffix('y')}ies" if name.endswith("y") else f"{name}s"
 
 
-def _handler(objects: list[Object]) -> type[BaseHTTPRequestHandler]:
-    answers = _answers(objects)
+def _handler(objects: list[Object], others: Iterable[Object]) -> type[BaseHTTPRequestHandler]:
+    answers = _answers(objects, others)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

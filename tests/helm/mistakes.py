@@ -177,6 +177,16 @@ def liveness_asks_whether_it_can_serve(objects: list[Object]) -> None:
     worker(objects)["livenessProbe"] = {"grpc": {"port": 50062}}
 
 
+@finds("which a process that hangs takes too")
+def liveness_only_connects(objects: list[Object]) -> None:
+    gateway(objects)["containers"][0]["livenessProbe"] = {"tcpSocket": {"port": "health"}}
+
+
+@finds("would be killed")
+def liveness_of_the_supervisor_looks_at_the_model(objects: list[Object]) -> None:
+    supervisor(objects)["livenessProbe"] = {"grpc": {"port": 50055}}
+
+
 @finds("where nothing listens")
 def a_probe_asks_another_port(objects: list[Object]) -> None:
     gateway(objects)["containers"][0]["readinessProbe"]["grpc"]["port"] = 50055

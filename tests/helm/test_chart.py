@@ -11,7 +11,6 @@ import yaml
 from cryptography import x509
 from helm.charts import (
     CHART,
-    NAMESPACE,
     RELEASE,
     ROOT,
     VALUES,
@@ -23,6 +22,7 @@ from helm.charts import (
     rendered,
     rendered_case,
 )
+from helm.lint.objects import quantity
 from helm.values_table import values, with_table
 from prose import headings
 
@@ -106,10 +106,9 @@ def test_a_release_is_called_as_it_says() -> None:
         ("inferencePool.enabled=true", "name the Service that picks endpoints"),
         ("grpcRoute.enabled=true", "name the Gateway"),
         ("tls.mode=existing", "name the Secret"),
-        ("settings.cluster_id=other", "settings.cluster_id is set by the chart"),
-        ("settings.gateway.supervisor=other:1", "settings.gateway.supervisor is set by the chart"),
-        ("settings.gateway.access.keys_file=/keys", "settings.gateway.access.keys_file is set by the chart"),
-        ("settings.tls=auto", "settings.tls is set by the chart"),
+        ("auth.enabled=false,settings.gateway.access.jwt.issuer=a", "auth.enabled is false, which lets everybody in"),
+        ("pageStore.enabled=true,pageStore.size=180Gi", "does not fit pageStore.size, 180Gi: set at most 171"),
+        ("pageStore.enabled=true,pageStore.kind=emptyDir,pageStore.size=100G", "100G: set at most 88"),
         (
             "decode.resourceClaims[0].name=gpu,decode.resourceClaims[0].resourceClaimTemplateName=one",
             "resourceClaims and gpu.resource both ask",
@@ -125,6 +124,18 @@ def test_values_that_are_refused(given: str, said: str) -> None:
     assert said in refusal("--set", given)
 
 
+@pytest.mark.parametrize("size", ["150M", "150000k", "146Mi", "0.15G", "0.15Gi", "150000000", "0.0001T", "1T"])
+def test_a_store_may_take_all_but_a_twentieth_of_its_volume(size: str) -> None:
+    def fits(gib: float) -> bool:
+        store = f"{{enabled: true, storeGib: {gib:.9f}, size: {json.dumps(size)}}}"
+        values = ("--set-json", f"pageStore={json.dumps(yaml.safe_load(store))}")
+        return helm("template", RELEASE, str(CHART), *values).returncode == 0
+
+    most = 0.95 * float(quantity(size)) / (1 << 30)
+    assert fits(most - 1e-6)
+    assert not fits(most + 1e-6)
+
+
 def test_a_release_that_begins_with_a_digit_is_refused() -> None:
     done = helm("template", "1st", str(CHART))
     assert "does not begin with a letter" in done.stderr
@@ -132,7 +143,7 @@ def test_a_release_that_begins_with_a_digit_is_refused() -> None:
 
 def test_the_schema_refuses_what_it_does_not_know_everywhere() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
-    free = {"settings", "affinity", "global", "items"}  # of Kubernetes or of the settings file
+    free = {"affinity", "global", "items"}  # of Kubernetes
 
     def open_parts(part: Object, name: str) -> list[str]:
         inner = [found for key, value in part.get("properties", {}).items() for found in open_parts(value, key)]
@@ -177,20 +188,6 @@ def test_the_readme_says_how_to_upgrade() -> None:
     assert "KubeRay ends no pod for it" in readme
 
 
-def notes(*arguments: str) -> str:
-    done = helm("install", RELEASE, str(CHART), "--namespace", NAMESPACE, "--dry-run=client", *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.partition("NOTES:")[2]
-
-
-def test_notes_say_what_to_wait_for_and_how_to_ask() -> None:
-    text = notes()
-    for said in ("RayClusterProvisioned", "ReplicaFailure", "get events", "helm -n models test prod", "api-key"):
-        assert said in text
-    assert "WARNING" not in text
-    assert notes("--set", "tls.mode=off,auth.enabled=false").count("WARNING") == 2
-
-
 def test_certificates_say_who_each_pod_is() -> None:
     objects = rendered("--set", "clusterId=pool-1,tls.hosts={llm.example.com,10.0.0.9}")
     ca = certificate(objects, "-tls-ca")
@@ -228,3 +225,14 @@ def test_an_upgrade_rolls_gateways_for_new_settings_only() -> None:
 
     assert annotations() == annotations("--set", "decode.maxReplicas=9")
     assert annotations() != annotations("--set", "settings.codec=fp8")
+
+
+def test_a_pool_that_may_be_empty_raises_no_alarm() -> None:
+    def alerts(*arguments: str) -> set[str]:
+        rules = only(rendered("--set", "monitoring.prometheusRule.enabled=true", *arguments), "PrometheusRule")
+        return {rule["alert"] for rule in rules["spec"]["groups"][0]["rules"]}
+
+    of_workers = {"IsthmusNoPrefillWorker", "IsthmusNoDecodeWorker"}
+    assert of_workers <= alerts()
+    assert alerts() - alerts("--set", "prefill.minReplicas=0") == {"IsthmusNoPrefillWorker"}
+    assert alerts() - alerts("--set", "autoscaling.enabled=false,decode.replicas=0") == {"IsthmusNoDecodeWorker"}

@@ -15,12 +15,14 @@ import typer.main
 import yaml
 from cryptography import x509
 from helm.cases import cluster_of
-from helm.charts import CHART, NAMESPACE, RELEASE, VALUES, Object, helm, name_of, only, rendered, rendered_case
+from helm.charts import CHART, RELEASE, VALUES, Object, helm, name_of, only, rendered, rendered_case
 from helm.lint.objects import Cluster, Pod
+from helm.product import checked
 
 from isthmus.cluster.cli.main import app
 from isthmus.cluster.config import ClusterConfig, load_config
 from isthmus.cluster.sources import PREFIX, VARIABLES, settings_of
+from isthmus.proto.rpc.health import LIVENESS
 
 SETTINGS = "/etc/isthmus/isthmus.yaml"
 cases = pytest.mark.parametrize("values", VALUES, ids=name_of)
@@ -44,15 +46,6 @@ def commands(cluster: Cluster) -> list[list[str]]:
     hooks = [container.get("lifecycle", {}) for pod in cluster.pods for container in pod.containers]
     found += [hook["exec"]["command"] for hook in (part for each in hooks for part in each.values()) if "exec" in hook]
     return [command[1:] for command in found if command[:1] == ["isthmus"]]
-
-
-def checked(words: list[str]) -> dict[str, Any]:
-    """The parameters of a command line, as the real parser reads them. Raises what it raises."""
-    command: Any = typer.main.get_command(app)
-    while inner := getattr(command, "commands", None):
-        assert words[0] in inner, f"no command {words[0]}"
-        command, words = inner[words[0]], words[1:]
-    return command.make_context(command.name, list(words)).params
 
 
 @cases
@@ -86,16 +79,6 @@ def test_the_test_s_command_exists() -> None:
     words = ast.literal_eval(assigned["COMMAND"])
     assert words[0] == "isthmus"
     assert checked(words[1:])["as_json"] is True
-
-
-def test_commands_of_the_notes_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "ca.crt").touch()
-    done = helm("install", RELEASE, str(CHART), "--namespace", NAMESPACE, "--dry-run=client")
-    lines = re.findall(r"^ *isthmus (generate .*)$", done.stdout.partition("NOTES:")[2], re.MULTILINE)
-    assert len(lines) == 1
-    for line in lines:
-        checked([word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)])
 
 
 def test_commands_of_the_readme_exist() -> None:
@@ -185,6 +168,18 @@ def test_ports_are_those_of_the_settings(values: Path, tmp_path: Path) -> None:
     service = only(objects, "Service", "supervisor")
     assert settings["gateway"]["supervisor"] == f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
     assert settings["gateway"]["admin_listen"].startswith("127.0.0.1:")
+
+
+@cases
+def test_liveness_is_asked_of_the_service_that_always_serves(values: Path) -> None:
+    name = name_of(values)
+    asked: dict[str, set[tuple[str, int]]] = {}
+    for pod in cluster_of(name, rendered_case(name)).pods:
+        for container in pod.containers:
+            for kind in ("startupProbe", "livenessProbe"):
+                if grpc := container.get(kind, {}).get("grpc"):
+                    asked.setdefault(container["name"], set()).add((grpc["service"], grpc["port"]))
+    assert asked == {"gateway": {(LIVENESS, 50054)}, "supervisor": {(LIVENESS, 50055)}}
 
 
 @cases

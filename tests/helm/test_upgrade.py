@@ -72,3 +72,22 @@ def test_certificates_are_renewed_after_two_thirds_of_their_time(age_days: int, 
     ca = only(live, "Secret", "tls-ca")["data"]["tls.crt"]
     assert after["prod-isthmus-tls-decode"]["ca.crt"] == ca
     assert base64.b64decode(ca).startswith(b"-----BEGIN CERTIFICATE-----")
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [("250Gi", ""), ("100Gi", "does not fit the claim pages, 100Gi: set at most 95")]
+)
+@pytest.mark.parametrize("place", ["status", "spec"])
+def test_a_claim_that_exists_has_room_for_the_store(size: str, said: str, place: str) -> None:
+    """A claim that is bound says what it has, another one what it asks for."""
+    claim: Object = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "pages"}}
+    claim |= {"spec": {"resources": {"requests": {"storage": "1Gi" if place == "status" else size}}}}
+    if place == "status":
+        claim["status"] = {"capacity": {"storage": size}}
+    given = "pageStore.enabled=true,pageStore.existingClaim=pages"
+    with serving([claim]) as url:
+        where = ("--namespace", NAMESPACE, "--kube-apiserver", url, "--dry-run=server", "--disable-openapi-validation")
+        done = helm("template", RELEASE, str(CHART), *where, "--set", given)
+    assert said in done.stderr
+    assert (done.returncode == 0) is not bool(said)
+    assert rendered("--set", given), "without a cluster nothing is known of it"
