@@ -27,14 +27,18 @@ def drain(
     local: Annotated[bool, typer.Option("--local", help="All workers of this user on this host.")] = False,
     ray: Annotated[
         str | None,
-        typer.Option("--ray", envvar="RAY_ADDRESS", help="With --local: host:port of the Ray that has a node here."),
+        typer.Option(
+            "--ray",
+            envvar="RAY_ADDRESS",
+            help="With --local: host:port of a Ray whose node here gets no more workers, where none runs yet too.",
+        ),
     ] = None,
     admin: opt.Admin = opt.DEFAULT_ADMIN,
 ) -> None:
     """Drain a worker and end it: no new work, running requests finish, or go on on another worker.
 
-    With --local all workers of this host, whoever started them; their Ray node gets no other. Where none runs it is
-    done at once.
+    With --local all workers of this user on this host, whoever started them; their Ray node gets no other, and those of
+    `isthmus up` stay away until `isthmus scale`. Where none runs it is done at once.
 
     [bold]Examples[/]
 
@@ -54,10 +58,11 @@ def drain(
 
 def _drain_local(timeout_s: float, ray: str | None) -> int:
     """Drains what runs on this host; the exit code."""
-    from ..launch.local_drain import drain_here
-
     opt.configure_logs(opt.DEFAULT_LOG_LEVEL)
-    done = asyncio.run(drain_here(timeout_s, ray if ray and ":" in ray else None))
+    from ..launch.local_drain import drain_here
+    from ..launch.progress import StartProgress
+
+    done = asyncio.run(drain_here(timeout_s, ray if ray and ":" in ray else None, StartProgress()))
     print(f"{done.workers} workers of this host are drained: {_ended(done.finished, done.handed_over)}")
     for problem in done.problems:
         opt.say(f"error: {problem}")

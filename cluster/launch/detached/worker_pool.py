@@ -19,19 +19,12 @@ from ....proto.backoff import Restarts
 from ....proto.errors import Incompatible, IsthmusError, NotFound, Unavailable
 from ....proto.supervisor_pb2 import ListedWorker
 from ....proto.tasks import Tasks
-from ....proto.worker_pb2 import (
-    WORKER_ROLE_DECODE,
-    WORKER_ROLE_PREFILL,
-    DrainResponse,
-    ScaleResponse,
-    WorkerReport,
-    WorkerRole,
-)
+from ....proto.worker_pb2 import ClusterStatus, DrainResponse, ScaleResponse, WorkerReport, WorkerRole
 from ....worker.service import DRAIN_S, Drained
 from ...fleet.registry import Fleet
-from ...fleet.report import ROLE_OF, Role
-from ...fleet.supervised import absent_of
-from ..progress import with_activity
+from ...fleet.report import NUMBER_OF, ROLE_OF, ROLES, Role
+from ...fleet.supervised import fill_listed
+from ..progress import ProgressStep, no_progress, with_activity
 from ..worker_group import GONE_S, HEALTHY_S, LAST_RESTART_PAUSE_S, RESTART_PAUSE_S
 from .desired import Desired, Wanted
 
@@ -39,8 +32,6 @@ log = logging.getLogger(__name__)
 
 ANSWER_S = 5.0  # for a worker that is placed to say where it is, and what it does
 RETRY_S = 1.0  # before what Ray could not keep is given to it again
-ROLES: tuple[Role, Role] = ("prefill", "decode")
-_NUMBER_OF = {"prefill": WORKER_ROLE_PREFILL, "decode": WORKER_ROLE_DECODE}
 
 
 class Detached(Protocol):
@@ -51,7 +42,7 @@ class Detached(Protocol):
     async def address(self) -> str: ...
     async def activity(self) -> str: ...
     async def role(self) -> Role: ...
-    async def wait_closed(self) -> None: ...
+    async def wait_closed(self) -> bool: ...
     async def drain(self, timeout_s: float) -> Drained: ...
     async def stop(self) -> None: ...
 
@@ -132,14 +123,19 @@ class WorkerPool:
         now_s = time.monotonic()
         return [
             ListedWorker(
-                name=worker.name, role=_NUMBER_OF[worker.role], address=worker.address, reason=worker.reason(now_s)
+                name=worker.name, role=NUMBER_OF[worker.role], address=worker.address, reason=worker.reason(now_s)
             )
             for worker in self._workers
         ]
 
-    def absent(self) -> list[WorkerReport]:
-        """Those that are not there, for the status."""
-        return absent_of(self.listed())
+    def fill_status(self, status: ClusterStatus) -> None:
+        """Says how many workers there shall be, and which of them are not there."""
+        fill_listed(status, self.listed())
+        status.wanted.update(self.wanted())
+
+    def wanted(self) -> dict[str, int]:
+        """How many workers of each role there shall be."""
+        return {role: len(self._of(role)) for role in ROLES}
 
     async def drain(self, address: str, timeout_s: float) -> DrainResponse:
         """Drains a worker and ends it for good. Incompatible where it is the last one of its role."""
@@ -174,20 +170,26 @@ class WorkerPool:
                 self._plan({role: 1})
                 self._changed()
 
-    async def end_existing(self, timeout_s: float) -> list[str]:
+    async def end_existing(self, timeout_s: float, step: ProgressStep = no_progress) -> list[str]:
         """Without `adopt`: drains and ends all workers that Ray has of this cluster, for good; their names."""
         names = await self._launcher.existing()
-        await asyncio.gather(*(self._end_found(name, timeout_s) for name in names))
+        await asyncio.gather(*(self._end_found(name, timeout_s, step) for name in names))
         await self._launcher.save(Desired())
         await self._launcher.request({})
         return names
 
-    async def _end_found(self, name: str, timeout_s: float) -> None:
+    async def _end_found(self, name: str, timeout_s: float, step: ProgressStep) -> None:
         with contextlib.suppress(NotFound):
             worker = _Worker(name, _role_of(name), running=await self._launcher.find(name))
-            if not await self._launcher.waits_for(worker.running, worker.role):
-                await self._drain(worker, timeout_s)
-            await self._forget(worker)
+            waits = await self._launcher.waits_for(worker.running, worker.role)
+
+            async def draining() -> str:
+                return f"its requests end, for at most {timeout_s:g} s"
+
+            with step(f"end {name}") as tell:
+                if not waits:
+                    await with_activity(self._drain(worker, timeout_s), draining, tell)
+                await self._forget(worker)
 
     def _of(self, role: Role) -> list[_Worker]:
         return [worker for worker in self._workers if worker.role == role and not worker.ending]
@@ -230,20 +232,23 @@ class WorkerPool:
     async def _keep(self, worker: _Worker) -> None:
         """Has a worker run, until it is ended for good."""
         while True:
+            drained = False
             try:
                 await self._bring(worker)
                 assert worker.running is not None
-                await worker.running.wait_closed()
-                async with asyncio.timeout(ANSWER_S):
-                    await worker.running.address()
-                continue  # it was only out of reach
+                if not (drained := await worker.running.wait_closed()):
+                    async with asyncio.timeout(ANSWER_S):
+                        await worker.running.address()
+                    continue  # it was only out of reach
+                why = "it was drained on its host"
             except (IsthmusError, OSError) as error:
                 why = str(error)
             if worker.ending:
                 return
             log.warning("a worker is gone", extra={"fields": {"worker": worker.name, "why": why}})
             await self._forget(worker)
-            worker.restarts.ended(time.monotonic())
+            if not drained:  # who orders that means this host: another one may have it at once
+                worker.restarts.ended(time.monotonic())
             worker.doing = why
             self._changed()
             await asyncio.sleep(worker.restarts.next_s - time.monotonic())

@@ -28,6 +28,7 @@ class FakeWorker:
     drained: bool = False
     ended: bool = False
     died: asyncio.Event = field(default_factory=asyncio.Event)
+    drained_here: bool = False  # by an order that went past the supervisor
     starting: Exception | None = None
     start_task: asyncio.Task[None] | None = None
 
@@ -42,8 +43,9 @@ class FakeWorker:
     async def activity(self) -> str:
         return "reading weights"
 
-    async def wait_closed(self) -> None:
+    async def wait_closed(self) -> bool:
         await self.died.wait()
+        return self.drained_here
 
     async def die(self) -> None:
         await self.worker.stop()
@@ -69,6 +71,7 @@ class FakeLauncher:
     workers: list[FakeWorker] = field(default_factory=list)
     failing: str = ""
     broken: int = 0  # launches that fail
+    one_host: bool = True
     closed: bool = False
     starts: int = 0
     head_died: asyncio.Event = field(default_factory=asyncio.Event)

@@ -43,6 +43,7 @@ class FakeActor:
     placed: asyncio.Event = field(default_factory=asyncio.Event)
     died: asyncio.Event = field(default_factory=asyncio.Event)
     drained: bool = False
+    drained_here: bool = False  # by an order that went past the supervisor
 
     async def address(self) -> str:
         if self.died.is_set():
@@ -58,8 +59,9 @@ class FakeActor:
     async def role(self) -> Role:
         return self.its_role
 
-    async def wait_closed(self) -> None:
+    async def wait_closed(self) -> bool:
         await self.died.wait()
+        return self.drained_here
 
     async def drain(self, timeout_s: float) -> Drained:
         self.drained = True
