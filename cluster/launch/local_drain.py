@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from .progress import ProgressStep, StartProgress, with_activity
 
 log = logging.getLogger(__name__)
 
+PROCESSES = Path("/proc")
 ANSWER_S = 15.0  # for a drain's answer beyond its own time
 END_S = 5.0  # for the process of a drained worker to end
 RAY_S = 10.0  # for Ray's head to take note
@@ -102,7 +102,7 @@ class _Raylet:
 
 def _close(nodes: list[_Raylet], deadline_s: float) -> None:
     """Has Ray place nothing on these nodes any more; they end once nothing runs on them."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the error says it
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that it has a token
     from ray import _raylet
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.core.generated import autoscaler_pb2
@@ -121,14 +121,14 @@ def _close(nodes: list[_Raylet], deadline_s: float) -> None:
 
 def _first_sentence(error: Exception) -> str:
     """Ray's errors go on with advice."""
-    text = " ".join(str(error).split()).partition(". Note: ")[0]
-    return text or type(error).__name__
+    text = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
+    return f"{text} (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)" if "AuthToken" in text else text
 
 
 def _raylets() -> Iterator[_Raylet]:
     """Those of this host, which have an address of it. One that `isthmus up` started is none: it ends with that, and
     has no other place for workers."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in PROCESSES.glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError, KeyError):
             words = path.read_bytes().decode(errors="replace").split("\0")
             if not words[0].endswith("/raylet"):
@@ -143,7 +143,7 @@ def _parents(paths: list[Path]) -> set[int]:
     found = set[int]()
     for path in paths:
         with contextlib.suppress(OSError, ValueError):
-            status = Path(f"/proc/{pid_of(path)}/stat").read_text()
+            status = (PROCESSES / str(pid_of(path)) / "stat").read_text()
             found.add(int(status.rpartition(")")[2].split()[1]))
     return found
 

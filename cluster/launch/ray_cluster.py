@@ -100,7 +100,7 @@ class RayWorker:
         except ActorUnavailableError as error:
             raise Unavailable(f"worker {self.name} cannot be reached: {_last_line(error)}") from None
         except ActorDiedError as error:
-            raise Unavailable(f"worker {self.name} died for good: {_last_line(error)}") from None
+            raise Unavailable(f"worker {self.name} died: {_death(error)}") from None
         except RayError as error:
             raise Unavailable(f"worker {self.name}: {_last_line(error)}") from None
 
@@ -297,6 +297,14 @@ def _silence_raylet() -> None:
 
     if hasattr(ray._private.worker, "print_to_stdstream"):  # private: there is no setting for it
         ray._private.worker.print_to_stdstream = to_log
+
+
+def _death(error: BaseException) -> str:
+    """Why Ray says that an actor is gone, in a few words: of a process it does not know, and lists what might be."""
+    text = _last_line(error)
+    if "worker process has died" in text:
+        return "its process was killed (out of memory?) or crashed; Ray's log of it, on its node, may say why"
+    return text
 
 
 def _log_as_others() -> None:

@@ -176,6 +176,7 @@ def configure_logs(level: str, settings: "ClusterConfig | None" = None, *, audit
     if level not in LEVELS:
         raise typer.BadParameter(f"log level {level!r}; allowed: {', '.join(LEVELS)}")
     if settings is None:
+        in_log(False)
         configure(level)
     else:
         in_log(settings.log_format == "json" and "log_format" in settings.model_fields_set)

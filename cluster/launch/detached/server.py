@@ -25,8 +25,9 @@ from ...frontend.admin import CLUSTER, listen_admin
 from ...frontend.cluster_service import ClusterService
 from ...frontend.operations import Operations
 from ..progress import ProgressStep, no_progress
+from .kept_worker import DetachedLauncher
 from .list_service import ListService
-from .worker_pool import DetachedLauncher, WorkerPool
+from .worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
