@@ -98,5 +98,5 @@ def _end_workers(settings: "ClusterConfig") -> int:
             await running.stop()
 
     names = asyncio.run(end())
-    print(f"ended {', '.join(names)}" if names else f"no worker of {settings.cluster_id} runs")
+    print(f"ended {', '.join(sorted(names))}" if names else f"no worker of {settings.cluster_id} runs")
     return 0

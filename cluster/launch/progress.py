@@ -41,6 +41,19 @@ async def with_activity(work: Awaitable[T], activity: Callable[[], Awaitable[str
         running.cancel()
 
 
+async def with_lines(work: Awaitable[T], activity: Callable[[], Awaitable[str]], line: Callable[[str], None]) -> T:
+    """As `with_activity`; a line each LINE_S, none of what is over before."""
+    shown_s = time.monotonic()
+
+    def tell(doing: str) -> None:
+        nonlocal shown_s
+        if doing and time.monotonic() - shown_s >= LINE_S:
+            shown_s = time.monotonic()
+            line(f"… {doing}")
+
+    return await with_activity(work, activity, tell)
+
+
 class StartProgress:
     """Spinners where stderr is a terminal; elsewhere one line for each finished step, and for the activity of a long
     one."""

@@ -175,7 +175,7 @@ async def test_drained_with_its_host_it_has_no_workers_until_it_is_scaled(up: Up
     """Its Ray has no other host. Its node is not closed, whoever names it: the gateway would lose it for good."""
     raylets = [process for process in up.descendants() if process.name() == "raylet"]
     words = [word for process in raylets for word in process.cmdline() if word.startswith("--gcs-address=")]
-    ray = words[0].partition("=")[2]
+    ray = f"127.0.0.1:{words[0].rpartition(':')[2]}"
     for options in ((), ("--ray", ray)):
         assert await ordered(up, "drain", "--local", "--timeout", "5", *options) == [
             "2 workers of this host are drained: 0 requests finished"
