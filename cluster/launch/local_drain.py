@@ -44,7 +44,8 @@ async def drain_here(timeout_s: float, ray: str | None, shown: StartProgress) ->
     it has one here. InvalidRequest where the folder of the workers' sockets cannot be used.
     """
     problems, paths = list[str](), list(sockets())
-    nodes = [node for node in _raylets() if node.pid in _parents(paths) or (ray is not None and _same(node.ray, ray))]
+    parents = _parents(paths)
+    nodes = [node for node in _raylets() if node.pid in parents or (ray is not None and _same(node.ray, ray))]
     if nodes:
         try:
             async with asyncio.timeout(RAY_S):

@@ -165,6 +165,8 @@ class WorkerGroup:
 
     async def _end(self, worker: _Worker, timeout_s: float) -> Drained:
         """Drains a worker, ends it and forgets it; one that is not there to be drained is ended all the same."""
+        if worker not in self._workers:
+            return Drained(0, 0)  # it was drained with its host meanwhile
         if worker.follower is not None:
             worker.follower.cancel()
         self._workers.remove(worker)

@@ -20,7 +20,7 @@ from ray_head import start_ray
 from support.processes import free_port
 
 from isthmus.cluster.client.client import Client, build_request
-from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, ClusterStatus, WorkerReport
+from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_HEALTH_STARTING, ClusterStatus, WorkerReport
 
 PROGRAM = (sys.executable, "-m", "isthmus.cluster")
 START_S = 120  # of a loaded machine
@@ -263,8 +263,10 @@ async def test_everything_of_this_host_is_drained(apart: Apart) -> None:
         done.stderr
     )
     assert time.monotonic() - begun_s < 10
-    status = await apart.status(apart.supervisor)
-    assert {worker.reason for worker in status.workers} == {"it was drained on its host, another one is asked for"}
+    log = (apart.folder / "supervise.log").read_text()
+    assert log.count('"why": "it was drained on its host, another one is asked for"') == 2
+    workers = (await apart.status(apart.supervisor)).workers
+    assert {worker.health for worker in workers} == {WORKER_HEALTH_STARTING} and all(one.reason for one in workers)
 
 
 def test_all_lines_of_all_processes_are_json(apart: Apart) -> None:
