@@ -16,7 +16,7 @@ from ..kvtransfer.codecs.registry import codec_names
 from ..model.dtypes import Dtype
 from ..prefill.config import PrefillConfig
 from ..proto.errors import InvalidRequest
-from ..proto.rpc.addresses import HostPort, checked_address
+from ..proto.rpc.addresses import HostPort, checked_address, parse_address
 from ..proto.security.credentials import Security
 from ..proto.security.identity import CLUSTER_PATTERN
 from ..proto.security.identity import Role as HolderRole
@@ -145,7 +145,9 @@ class ClusterConfig(Settings):
 
     def security(self, *roles: HolderRole) -> Security | None:
         """The certificates of a process of these roles; None: plain text. InvalidRequest where there are none."""
-        return security_of(self.tls, self.named_cluster, *roles)
+        listening = (self.listen, self.gateway.admin_listen, self.supervisor.listen)
+        hosts = tuple(parse_address(address).host for address in listening if address)
+        return security_of(self.tls, self.named_cluster, *roles, listening=hosts)
 
     def with_jobs(self) -> Self:
         """With the URL of the database of jobs in place of its name (`database_url`)."""

@@ -719,6 +719,26 @@ class ClusterStatus(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class WantedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     ACTIVE_REQUESTS_FIELD_NUMBER: _builtins.int
@@ -730,6 +750,8 @@ class ClusterStatus(_message.Message):
     CERTIFICATE_EXPIRES_UNIX_S_FIELD_NUMBER: _builtins.int
     GATEWAYS_FIELD_NUMBER: _builtins.int
     SUPERVISOR_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    LOCAL_PREFILL_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     ACCESS_FIELD_NUMBER: _builtins.int
     LOG_CONTENT_FIELD_NUMBER: _builtins.int
@@ -746,6 +768,8 @@ class ClusterStatus(_message.Message):
     """of a supervisor: that watch its list"""
     supervisor: _builtins.str
     """of a gateway that has one: its address, and why it is away"""
+    local_prefill: _builtins.bool
+    """whether decode workers compute prompts where there is no prefill worker"""
     log_content: _builtins.bool
     """prompts and outputs are logged"""
     @_builtins.property
@@ -757,6 +781,10 @@ class ClusterStatus(_message.Message):
     @_builtins.property
     def failing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """of these tasks, those that fail again and again: health is red for them"""
+
+    @_builtins.property
+    def wanted(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """workers that there shall be, by role; none where they are a given list"""
 
     @_builtins.property
     def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryUse]:
@@ -780,13 +808,15 @@ class ClusterStatus(_message.Message):
         certificate_expires_unix_s: _builtins.int = ...,
         gateways: _builtins.int = ...,
         supervisor: _builtins.str = ...,
+        wanted: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        local_prefill: _builtins.bool = ...,
         memory: _abc.Iterable[Global___MemoryUse] | None = ...,
         access: Global___AccessStatus | None = ...,
         log_content: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "active_requests", b"active_requests", "certificate_expires_unix_s", b"certificate_expires_unix_s", "cluster_id", b"cluster_id", "failing", b"failing", "gateways", b"gateways", "log_content", b"log_content", "memory", b"memory", "supervisor", b"supervisor", "task_failures", b"task_failures", "tls", b"tls", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "active_requests", b"active_requests", "certificate_expires_unix_s", b"certificate_expires_unix_s", "cluster_id", b"cluster_id", "failing", b"failing", "gateways", b"gateways", "local_prefill", b"local_prefill", "log_content", b"log_content", "memory", b"memory", "supervisor", b"supervisor", "task_failures", b"task_failures", "tls", b"tls", "uptime_ms", b"uptime_ms", "version", b"version", "wanted", b"wanted", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ import typer
 
 from .terminal import options as opt
 from .terminal.flags import Flag, command_with, given
+from .terminal.hints import hints
 
 if TYPE_CHECKING:
     from ..gateway_config import GatewayConfig
@@ -75,7 +76,6 @@ def gateway(
     from ..access.access import check_listen
     from ..config import load_config
     from ..frontend.gateway import Gateway
-    from ..launch.foreground import run_service
     from ..text.served import load_served_model
 
     flags = given(ctx)
@@ -99,19 +99,22 @@ def gateway(
         where = f"{running.address} (admin: {running.admin_address})"
         whose = f"workers of {supervisor}" if supervisor else f"{len(workers)} workers"
         opt.say(f"gateway for {served.name} on {where}, {whose}")
+        for line in hints(settings, running.address):
+            opt.say(line)
 
     async def stop(drain: float) -> None:
         await running.drain(drain)
         await running.stop()
 
-    raise typer.Exit(run_service(start, stop, settings.drain_s))
+    raise typer.Exit(opt.run_process(start, stop, settings.drain_s))
 
 
 _WORKERS = Flag("gateway.workers", parse=_addresses)
 _SUPERVISOR = Flag("gateway.supervisor", parse=opt.address_to_dial)
+_CLUSTER_ID = Flag("cluster_id", help="Cluster of its certificate and its workers; default: that of neither.")
 GatewayCommand = command_with(
     (
-        *(_WORKERS, _SUPERVISOR, Flag("cluster_id"), Flag("model", ("--model", "-m"))),
+        *(_WORKERS, _SUPERVISOR, _CLUSTER_ID, Flag("model", ("--model", "-m"))),
         *(Flag("model_manifest"), Flag("drain_s")),
         *(opt.JOBS_DB, opt.KEYS_FILE, opt.LOG_FORMAT, *GATEWAY_FLAGS),
     )

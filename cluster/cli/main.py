@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted. An error is one l
 of its gRPC status. Commands import what they need when they run, so that `--help` is fast.
 """
 
+import logging
 import os
 import sys
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from .access import certs, keys
 from .files import models, store
 from .jobs import batch, jobs
 from .terminal.connection import AdminCommand, ClientCommand
+from .terminal.lines import say
 
 INTERRUPTED = 130
 
@@ -69,6 +71,9 @@ def _options(
 
 def run(arguments: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
+    # Before anything imports gRPC: its own lines on stderr (forks, ports, handshakes) repeat what we say
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         code = app(arguments, prog_name="isthmus", standalone_mode=False)
     except TyperException as error:
@@ -95,5 +100,5 @@ def _line_of(error: Exception) -> str:
 
 def _fail(message: str, code: int) -> int:
     line = " ".join(message.split())
-    print(f"error: {line}", file=sys.stderr)
+    say(f"error: {line}", logging.ERROR)
     return code

@@ -1,7 +1,8 @@
 """`isthmus drain`, `flip` and `scale`: what a person does to a running cluster."""
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -10,6 +11,9 @@ from .terminal import options as opt
 
 if TYPE_CHECKING:
     from ...proto.worker_pb2 import DrainResponse, ScaleResponse, WorkerReport
+    from ...proto.worker_pb2_grpc import ClusterAsyncStub
+
+T = TypeVar("T")
 
 ROLES = ("prefill", "decode")
 
@@ -27,14 +31,18 @@ def drain(
     local: Annotated[bool, typer.Option("--local", help="All workers of this user on this host.")] = False,
     ray: Annotated[
         str | None,
-        typer.Option("--ray", envvar="RAY_ADDRESS", help="With --local: host:port of the Ray that has a node here."),
+        typer.Option(
+            "--ray",
+            envvar="RAY_ADDRESS",
+            help="With --local: host:port of a Ray whose node here gets no more workers, where none runs yet too.",
+        ),
     ] = None,
     admin: opt.Admin = opt.DEFAULT_ADMIN,
 ) -> None:
     """Drain a worker and end it: no new work, running requests finish, or go on on another worker.
 
-    With --local all workers of this host, whoever started them; their Ray node gets no other. Where none runs it is
-    done at once.
+    With --local all workers of this user on this host, whoever started them; their Ray node gets no other, and those of
+    `isthmus up` stay away until `isthmus scale`. Where none runs it is done at once.
 
     [bold]Examples[/]
 
@@ -54,10 +62,11 @@ def drain(
 
 def _drain_local(timeout_s: float, ray: str | None) -> int:
     """Drains what runs on this host; the exit code."""
-    from ..launch.local_drain import drain_here
-
     opt.configure_logs(opt.DEFAULT_LOG_LEVEL)
-    done = asyncio.run(drain_here(timeout_s, ray if ray and ":" in ray else None))
+    from ..launch.local_drain import drain_here
+    from ..launch.progress import StartProgress
+
+    done = asyncio.run(drain_here(timeout_s, ray if ray and ":" in ray else None, StartProgress()))
     print(f"{done.workers} workers of this host are drained: {_ended(done.finished, done.handed_over)}")
     for problem in done.problems:
         opt.say(f"error: {problem}")
@@ -126,7 +135,7 @@ async def _drain(admin: str, worker: str, timeout_s: float) -> "DrainResponse":
     from ...proto.worker_pb2 import DrainWorkerRequest
 
     async with opt.admin_of(admin) as cluster:
-        return await cluster.DrainWorker(DrainWorkerRequest(worker=worker, timeout_s=timeout_s))
+        return await _told(cluster, cluster.DrainWorker(DrainWorkerRequest(worker=worker, timeout_s=timeout_s)))
 
 
 async def _flip(admin: str, worker: str, role: str, timeout_s: float) -> "WorkerReport":
@@ -134,11 +143,35 @@ async def _flip(admin: str, worker: str, role: str, timeout_s: float) -> "Worker
 
     number = WorkerRole.Value(f"WORKER_ROLE_{role.upper()}")
     async with opt.admin_of(admin) as cluster:
-        return await cluster.FlipWorker(FlipWorkerRequest(worker=worker, role=number, timeout_s=timeout_s))
+        order = FlipWorkerRequest(worker=worker, role=number, timeout_s=timeout_s)
+        return await _told(cluster, cluster.FlipWorker(order))
 
 
 async def _scale(admin: str, counts: dict[str, int], timeout_s: float) -> "ScaleResponse":
     from ...proto.worker_pb2 import ScaleRequest
 
     async with opt.admin_of(admin) as cluster:
-        return await cluster.Scale(ScaleRequest(timeout_s=timeout_s, **counts))
+        return await _told(cluster, cluster.Scale(ScaleRequest(timeout_s=timeout_s, **counts)))
+
+
+async def _told(cluster: "ClusterAsyncStub", order: Awaitable[T]) -> T:
+    """What an order returns; where that takes long, lines say which workers are not ready, and what they have left."""
+    import grpc.aio
+
+    from ...proto.worker_pb2 import WORKER_HEALTH_READY, GetStatusRequest, WorkerHealth
+    from ..launch.progress import with_lines
+
+    async def waited_for() -> str:
+        try:
+            status = await cluster.GetStatus(GetStatusRequest(), timeout=5.0)
+        except grpc.aio.AioRpcError:
+            return ""  # the order says it
+        parts = [
+            f"{worker.worker_id} is {WorkerHealth.Name(worker.health).removeprefix('WORKER_HEALTH_').lower()}, "
+            f"{worker.running_requests + worker.waiting_requests} requests"
+            for worker in status.workers
+            if worker.health != WORKER_HEALTH_READY
+        ]
+        return "; ".join(parts) or "waiting for workers to start or end"
+
+    return await with_lines(order, waited_for, opt.say)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -26,8 +26,8 @@ def status(
 ) -> None:
     """Show the workers, a line for each: role, health, requests that run and wait, pages in use, address.
 
-    Below them why some may not be used. Exits with 1 unless requests can be served and the gateway is
-    healthy.
+    Below them why some may not be used. Exits with 1, and says why, unless a worker of each role is ready and the
+    gateway is healthy; a pool of prefill workers that was scaled to 0 is none where decode workers compute prompts.
 
     [bold]Examples[/]
 
@@ -46,7 +46,7 @@ def status(
         from .terminal.columns import print_lines
 
         print_lines(_status_lines(cluster, verbose=verbose))
-    if not _can_serve(cluster):
+    if any(role.missing for role in _roles(cluster)) or cluster.failing:
         raise typer.Exit(NOT_READY)
 
 
@@ -57,11 +57,40 @@ async def _status(admin: str) -> "ClusterStatus":
         return await cluster.GetStatus(GetStatusRequest(), timeout=ANSWER_S)
 
 
-def _can_serve(cluster: "ClusterStatus") -> bool:
-    from ...proto.worker_pb2 import WORKER_HEALTH_READY
+class _Role(NamedTuple):
+    """A role of which no worker is ready."""
 
-    roles = {worker.role for worker in cluster.workers if worker.health == WORKER_HEALTH_READY}
-    return len(roles) == 2 and not cluster.failing
+    missing: bool  # requests are not served as they should be
+    text: str
+
+
+def _roles(cluster: "ClusterStatus") -> "Iterator[_Role]":
+    """Each role of which no worker is ready, and why."""
+    from ...proto.worker_pb2 import WORKER_HEALTH_READY, WorkerRole
+
+    ready = {worker.role for worker in cluster.workers if worker.health == WORKER_HEALTH_READY}
+    decode = WorkerRole.Value("WORKER_ROLE_DECODE")
+    for role in ("decode", "prefill"):
+        number = WorkerRole.Value(f"WORKER_ROLE_{role.upper()}")
+        if number in ready:
+            continue
+        if role not in cluster.wanted or cluster.wanted[role]:
+            there = any(worker.role == number for worker in cluster.workers)
+            yield _Role(True, f"no {role} worker is ready" if there else f"there is no {role} worker")
+            continue
+        order = f"none is wanted (scaled to 0, or drained with its host); isthmus scale {role}=1 starts one"
+        if role == "prefill" and cluster.local_prefill and decode in ready:
+            yield _Role(False, f"no prefill worker, decode workers compute the prompts: {order}")
+        else:
+            yield _Role(True, f"no {role} worker: {order}")
+
+
+def _role_lines(cluster: "ClusterStatus") -> "Iterator[Text]":
+    from rich.text import Text
+
+    for role in _roles(cluster):
+        title = "cannot serve: " if role.missing else "by order: "
+        yield Text(title, style="red" if role.missing else "yellow").append(role.text, style="default")
 
 
 def _task_lines(cluster: "ClusterStatus") -> "Iterator[Text]":
@@ -147,6 +176,7 @@ def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text 
     for worker in cluster.workers:
         if worker.reason:
             yield Text(f"{worker.worker_id}: ", style="red").append(worker.reason, style="default")
+    yield from _role_lines(cluster)
     yield from _task_lines(cluster)
     yield from _tls_lines(cluster)
     yield from _access_lines(cluster)

@@ -51,10 +51,16 @@ def supervise(
     raise typer.Exit(_end_workers(settings) if stop_workers else _serve(settings))
 
 
+_CLUSTER_ID = Flag("cluster_id", help="Name of the cluster, by which its workers are found again; it must be set.")
+_ADDRESS = Flag("address", help="Ray to join; default: auto, the one that runs here.")
+_THREADS = Flag(
+    "threads",
+    help="PyTorch threads of a worker; default: half of its host's cores, with worker_port all.",
+)
 SuperviseCommand = command_with(
     (
-        *(Flag("cluster_id"), Flag("prefill"), Flag("decode"), Flag("model", ("--model", "-m")), Flag("codec")),
-        *(Flag("dtype", choices=True), Flag("device"), Flag("threads"), Flag("address"), Flag("worker_port")),
+        *(_CLUSTER_ID, Flag("prefill"), Flag("decode"), Flag("model", ("--model", "-m")), Flag("codec")),
+        *(Flag("dtype", choices=True), Flag("device"), _THREADS, _ADDRESS, Flag("worker_port")),
         *(Flag("prefill_gpus"), Flag("decode_gpus"), Flag("store_dir"), Flag("store_gib"), Flag("drain_s")),
         opt.LOG_FORMAT,
     )
@@ -64,7 +70,6 @@ SuperviseCommand = command_with(
 def _serve(settings: "ClusterConfig") -> int:
     from ..launch.detached.ray_pool import RayPool
     from ..launch.detached.server import SupervisorServer
-    from ..launch.foreground import run_service
 
     running = SupervisorServer(settings, RayPool(settings))
 
@@ -73,21 +78,25 @@ def _serve(settings: "ClusterConfig") -> int:
         counts = f"{settings.prefill} prefill and {settings.decode} decode"
         opt.say(f"supervisor of {settings.cluster_id} on {running.address}: {settings.model}, {counts}")
 
-    code = run_service(start, running.stop, settings.drain_s, running.lost)
+    code = opt.run_process(start, running.stop, settings.drain_s, running.lost)
     return GONE if running.lost.is_set() else code
 
 
 def _end_workers(settings: "ClusterConfig") -> int:
     from ..launch.detached.ray_pool import RayPool
     from ..launch.detached.server import SupervisorServer
+    from ..launch.progress import StartProgress
+
+    shown = StartProgress(opt.line())
 
     async def end() -> list[str]:
         running = SupervisorServer(settings, RayPool(settings))
         try:
-            return await running.end_workers(settings.drain_s)
+            with shown:
+                return await running.end_workers(settings.drain_s, shown.step)
         finally:
             await running.stop()
 
     names = asyncio.run(end())
-    print(f"ended {', '.join(names)}" if names else f"no worker of {settings.cluster_id} runs")
+    print(f"ended {', '.join(sorted(names))}" if names else f"no worker of {settings.cluster_id} runs")
     return 0

@@ -8,6 +8,7 @@ import typer
 from .gateway import GATEWAY_FLAGS
 from .terminal import options as opt
 from .terminal.flags import Flag, command_with, given
+from .terminal.hints import hints
 
 if TYPE_CHECKING:
     from ..config import ClusterConfig
@@ -83,12 +84,11 @@ DemoCommand = command_with((Flag("codec"), _MODEL, _DTYPE))
 
 
 def _serve_cluster(settings: "ClusterConfig", begun_s: float) -> int:
-    from ..launch.foreground import run_service
     from ..launch.progress import StartProgress
     from ..launch.ray_cluster import RayCluster
     from ..launch.supervisor import Supervisor
 
-    shown = StartProgress()
+    shown = StartProgress(opt.line())
     supervisor = Supervisor(settings, RayCluster(settings), shown.step)
 
     async def start() -> None:
@@ -101,13 +101,13 @@ def _serve_cluster(settings: "ClusterConfig", begun_s: float) -> int:
             opt.say("stopping: running requests may end; Ctrl-C again stops at once")
         await supervisor.stop(drain_s)
 
-    return run_service(start, stop, settings.drain_s)
+    return opt.run_process(start, stop, settings.drain_s)
 
 
 def _welcome(settings: "ClusterConfig", running: "Gateway", took_s: float) -> None:
     workers = f"{settings.prefill} prefill and {settings.decode} decode"
     opt.say(f"ready on {running.address}: {settings.model}, {workers}, codec {settings.codec} ({took_s:.1f} s)")
-    server = "" if running.address == opt.DEFAULT_SERVER else f" --server {running.address}"
     admin = f"export ISTHMUS_ADMIN={running.admin_address}; " if running.admin_address != opt.DEFAULT_ADMIN else ""
     opt.say(f"status and orders on {running.admin_address}: {admin}isthmus status")
-    opt.say(f'try: isthmus generate --chat{server} "Why is the sky blue?"')
+    for line in hints(settings, running.address):
+        opt.say(line)

@@ -94,7 +94,6 @@ def _run_worker(role: "Role", file: Path | None, flags: dict[str, Any], log_leve
         from .memory import show_plan
 
         return show_plan(role, settings)
-    from ..launch.foreground import run_service
     from ..launch.local_orders import LocalOrders
     from ..launch.progress import StartProgress, with_activity
 
@@ -107,7 +106,7 @@ def _run_worker(role: "Role", file: Path | None, flags: dict[str, Any], log_leve
 
     async def start() -> None:
         await local.start()
-        with StartProgress() as shown, shown.step(f"model {settings['model']}") as tell:
+        with StartProgress(opt.line()) as shown, shown.step(f"model {settings['model']}") as tell:
             await with_activity(host.start(), doing, tell)
         opt.say(f"{role} worker for {settings['model']} on {host.address} (threads: {settings['threads']})")
 
@@ -116,7 +115,7 @@ def _run_worker(role: "Role", file: Path | None, flags: dict[str, Any], log_leve
         await host.stop()
         await local.stop()
 
-    raise typer.Exit(run_service(start, stop, config.drain_s, host.drained))
+    raise typer.Exit(opt.run_process(start, stop, config.drain_s, host.drained))
 
 
 def _for_both(role: "Role", flags: dict[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...proto.errors import InvalidRequest
-from ...proto.rpc.addresses import parse_address
+from ...proto.rpc.addresses import is_own, parse_address
 from ...proto.security.credentials import Security
 from ...proto.security.identity import Role
 from ...proto.security.settings import parse_word
 from ...proto.security.sources import Files
 from ...proto.security.state import LOCAL, Listening, auto_source, who_listens
+
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ def client_security(address: str, named: Certificates | None = None) -> Security
         return None
     listening = _local(address)
     if listening is None:
+        if (dialled := parse_address(address, to_dial=True)).is_any:
+            raise InvalidRequest(
+                f"{address} is where a server listens: dial {dialled._replace(host=LOOPBACK)}, or its host"
+            )
         hint = "name its CA with --ca FILE (ISTHMUS_CA); ISTHMUS_TLS=off asks it in plain text"
         raise InvalidRequest(f"no CA is known for {address}: {hint}")
     return Security(auto_source(listening.cluster, "client")) if listening.cluster else None
@@ -72,4 +78,7 @@ def is_off() -> bool:
 
 def _local(address: str) -> Listening | None:
     dialled = parse_address(address, to_dial=True)
-    return who_listens(dialled.port) or Listening(LOCAL, "gateway") if dialled.is_loopback else None
+    if dialled.is_loopback:
+        return who_listens(dialled.port) or Listening(LOCAL, "gateway")
+    noted = who_listens(dialled.port) if is_own(dialled.host) else None
+    return noted if noted is not None and noted.cluster else None

@@ -200,9 +200,12 @@ class Fleet:
             self._streams[address] = self._start_stream(address)
 
     def _lost(self, address: str, problem: str) -> None:
+        last = self._reports.get(address)
+        drained = last is not None and last.health == WORKER_HEALTH_DRAINING
+        if drained:
+            problem = f"was drained, to end or to change its role; {problem}"
         if self.table.mark_lost(address, problem, time.monotonic()):
-            last = self._reports.get(address)
-            if last is not None and last.health == WORKER_HEALTH_DRAINING:  # it was told to leave, or to flip
+            if drained:
                 log.info("a worker left", extra={"fields": {"worker": address}})
             else:
                 log.warning("lost a worker", extra={"fields": {"worker": address, "problem": problem}})

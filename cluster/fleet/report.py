@@ -9,7 +9,9 @@ from ...proto.worker_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerR
 from ..router.worker_columns import PrefillTime, StepTime
 
 Role = Literal["prefill", "decode"]
+ROLES: tuple[Role, Role] = ("prefill", "decode")
 ROLE_OF: dict[WorkerRole.ValueType, Role] = {WORKER_ROLE_PREFILL: "prefill", WORKER_ROLE_DECODE: "decode"}
+NUMBER_OF: dict[Role, WorkerRole.ValueType] = {role: number for number, role in ROLE_OF.items()}
 
 
 class Health(IntEnum):

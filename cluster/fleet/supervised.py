@@ -7,7 +7,7 @@ worker ends no answer.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Collection
 
 import grpc.aio
 
@@ -16,23 +16,25 @@ from ...proto.rpc.transport import Transport
 from ...proto.supervisor_pb2 import ListedWorker, WatchWorkersRequest, WorkerList
 from ...proto.supervisor_pb2_grpc import SupervisorStub
 from ...proto.tasks import Tasks
-from ...proto.worker_pb2 import WORKER_HEALTH_STARTING, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerReport
+from ...proto.worker_pb2 import WORKER_HEALTH_STARTING, ClusterStatus, WorkerReport
 from .registry import Fleet
+from .report import NUMBER_OF, Role
 from .shortage import Shortage
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.2, 2.0
 SILENT_S = 15.0  # without a list: the stream is opened anew
 LOOK_S = 0.25  # between two looks for workers to forget, and for shortage that has ended
-_NUMBER_OF = {"prefill": WORKER_ROLE_PREFILL, "decode": WORKER_ROLE_DECODE}
 
 
-def absent_of(listed: Iterable[ListedWorker]) -> list[WorkerReport]:
-    """Listed workers that have no address, for a status."""
-    return [
+def fill_listed(status: ClusterStatus, listed: Collection[ListedWorker]) -> None:
+    """Says how many workers a list has, and which of them have no address."""
+    for role, number in NUMBER_OF.items():
+        status.wanted[role] = sum(one.role == number for one in listed)
+    status.workers.extend(
         WorkerReport(worker_id=one.name, role=one.role, health=WORKER_HEALTH_STARTING, reason=one.reason)
         for one in listed
         if not one.address
-    ]
+    )
 
 
 class SupervisedWorkers:
@@ -42,7 +44,7 @@ class SupervisedWorkers:
         self.address, self._gateway = address, gateway
         self._fleet, self._shortage = fleet, shortage
         self._channel = transport.dial(address, "supervisor")
-        self._listed: dict[str, ListedWorker] = {}  # by name
+        self._listed: dict[str, ListedWorker] | None = None  # by name; None: no list came yet
         self._tasks = Tasks(fleet.tasks.failures)
         self._away_s: float | None = time.monotonic()  # since when no list comes
         self._problem = "no list came yet"
@@ -68,9 +70,11 @@ class SupervisedWorkers:
             return self.address
         return f"{self.address}, away for {time.monotonic() - self._away_s:.0f} s ({self._problem})"
 
-    def absent(self) -> list[WorkerReport]:
-        """Listed workers that have no address."""
-        return absent_of(self._listed.values())
+    def fill_status(self, status: ClusterStatus) -> None:
+        """Says where the supervisor is, and what its last list has."""
+        status.supervisor = self.status()
+        if self._listed is not None:
+            fill_listed(status, self._listed.values())
 
     async def _keep_following(self) -> None:
         tries = 0
@@ -97,7 +101,7 @@ class SupervisedWorkers:
     async def _lists(self) -> AsyncGenerator[WorkerList]:
         """The lists of one call, until what requests wait for here is something else."""
         roles = self._shortage.roles()
-        request = WatchWorkersRequest(gateway=self._gateway, waiting_for=[_NUMBER_OF[role] for role in sorted(roles)])
+        request = WatchWorkersRequest(gateway=self._gateway, waiting_for=[NUMBER_OF[role] for role in sorted(roles)])
         call = SupervisorStub(self._channel).WatchWorkers(request)
         changed = asyncio.create_task(self._other_demand(roles))
         try:
@@ -116,7 +120,7 @@ class SupervisedWorkers:
             changed.cancel()
             call.cancel()
 
-    async def _other_demand(self, roles: frozenset[str]) -> None:
+    async def _other_demand(self, roles: frozenset[Role]) -> None:
         while self._shortage.roles() == roles:
             change = self._shortage.change
             with contextlib.suppress(TimeoutError):
@@ -133,7 +137,7 @@ class SupervisedWorkers:
     async def _keep_forgetting(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
-            listed = {worker.address for worker in self._listed.values()}
+            listed = {worker.address for worker in (self._listed or {}).values()}
             for address in self._fleet.table.addresses:
                 if address not in listed and self._fleet.table.is_lost(address):
                     await self._fleet.remove(address)

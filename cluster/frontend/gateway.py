@@ -242,8 +242,10 @@ class Gateway:
     def _fill_status(self, status: worker_pb2.ClusterStatus) -> None:
         status.active_requests, status.cluster_id = self.load.active, self._cluster_id
         if self._supervised is not None:
-            status.supervisor = self._supervised.status()
-            status.workers.extend(self._supervised.absent())
+            self._supervised.fill_status(status)
+        if self.operations.manager is not None:
+            status.wanted.update(self.operations.manager.wanted())
+        status.local_prefill = self._config.local_prefill != "never"
         status.failing.extend([*self._failing(), *self._jobs_failing()])
         if security := self.transport.security:
             status.tls, status.certificate_expires_unix_s = True, round(security.expires_unix_s() or 0)

@@ -6,6 +6,7 @@ the supervisor that started the workers can start more, and knows that one it dr
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import Protocol
 
 import grpc.aio
@@ -36,6 +37,10 @@ class WorkerManager(Protocol):
     """Started the workers and keeps them running (`launch/worker_group.py`, `launch/detached/worker_pool.py`)."""
 
     may_be_empty: bool  # whether a pool may have no worker
+
+    def wanted(self) -> Mapping[str, int]:
+        """How many workers of each role there shall be."""
+        ...
 
     async def drain(self, address: str, timeout_s: float) -> DrainResponse:
         """Drains a worker and ends it for good."""

@@ -19,8 +19,8 @@ class RunningWorker(Protocol):
         """What its start is doing, in a few words; "" where there is nothing to tell."""
         ...
 
-    async def wait_closed(self) -> None:
-        """Returns when its process has ended."""
+    async def wait_closed(self) -> bool:
+        """Returns when its process has ended; whether it was drained by an order on its host."""
         ...
 
     async def drain(self, timeout_s: float) -> Drained:
@@ -34,6 +34,11 @@ class RunningWorker(Protocol):
 
 class Launcher(Protocol):
     """Starts workers."""
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all workers run on this host: one that was drained there has no other place."""
+        ...
 
     async def start(self) -> None:
         """Makes ready to launch; also anew, after `close`."""

@@ -6,7 +6,6 @@ for. It is there from before the model is loaded until the process ends, and sta
 
 import asyncio
 import contextlib
-import errno
 import os
 import socket
 import stat
@@ -17,39 +16,80 @@ from typing import Protocol
 
 import grpc.aio
 
-from ...proto.errors import Unavailable
+from ...proto.errors import InvalidRequest, Unavailable
 from ...proto.rpc.aio_server import aio_server
+from ...proto.rpc.health import HealthServicer
 from ...proto.rpc.interceptor import ErrorInterceptor
+from ...proto.rpc.server import Server
 from ...proto.worker_pb2 import DrainRequest, DrainResponse, FlipRequest, GetReportRequest, WatchRequest, WorkerReport
 from ...proto.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from ...worker.service import OrderServicer
 
 FOLDER = "ISTHMUS_RUNTIME"  # names the folder
+OWN_LABEL = "isthmus-up"  # of the node of a Ray that `isthmus up` has started, and which ends with that
+PATH_BYTES = 80  # of the folder's; those of a socket may have 107 on Linux
 
 
 def runtime_folder() -> Path:
     """Where the sockets of this user's workers are; made where it is missing.
 
-    OSError where it is somebody else's, or others may enter it.
+    InvalidRequest where it cannot be made, is somebody else's or open to others, or its path is too long for a socket.
     """
-    named, base = os.environ.get(FOLDER), os.environ.get("XDG_RUNTIME_DIR")
-    default = Path(base) / "isthmus" if base and Path(base).is_dir() else _in_temporary()
-    folder = Path(named) if named else default
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        why = f"it must be a folder of user {os.getuid()} with mode 0700; name another one with {FOLDER}"
-        raise PermissionError(errno.EPERM, why, str(folder))
+    folder = _folders()[0]
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(folder, f"cannot be made ({error.strerror})") from None
+    if not _is_private(folder):
+        raise _unusable(folder, f"is not a folder of user {os.getuid()} with mode 0700")
+    if len(os.fsencode(folder)) > PATH_BYTES:
+        raise _unusable(folder, f"has a path of more than {PATH_BYTES} bytes")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _unusable(folder, "cannot be written to")
     return folder
 
 
-def _in_temporary() -> Path:
-    return Path(tempfile.gettempdir()) / f"isthmus-{os.getuid()}"
+def _unusable(folder: Path, why: str) -> InvalidRequest:
+    return InvalidRequest(f"{folder}, for the sockets of this user's workers, {why}; {FOLDER} names another folder")
+
+
+def _folders() -> list[Path]:
+    """The folder for sockets, then others where workers of this user may have theirs: a service has no XDG_RUNTIME_DIR
+    where a login has one. That of another user is none (su keeps the variable)."""
+    if named := os.environ.get(FOLDER):
+        return [Path(named)]
+    user = os.getuid()
+    found = [Path(tempfile.gettempdir()) / f"isthmus-{user}"]
+    for place, base in ((0, os.environ.get("XDG_RUNTIME_DIR")), (len(found) + 1, f"/run/user/{user}")):
+        with contextlib.suppress(OSError):
+            if base and Path(base).is_dir() and os.stat(base).st_uid == user:
+                found.insert(place, Path(base) / "isthmus")
+    return list(dict.fromkeys(found))
+
+
+def _is_private(folder: Path) -> bool:
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o077
 
 
 def sockets() -> Iterator[Path]:
-    """Those of the workers of this user on this host that answer; what dead ones have left is removed."""
-    for path in sorted(runtime_folder().glob("*.sock")):
+    """Those of the workers of this user on this host that answer; what dead ones have left is removed.
+
+    InvalidRequest as `runtime_folder`.
+    """
+    runtime_folder()
+    for folder in _folders():
+        if folder.is_dir() and _is_private(folder):
+            yield from _answering(folder)
+
+
+def pid_of(path: Path) -> int:
+    """The process that listens on such a socket."""
+    return int(path.name.partition("-")[0])
+
+
+def _answering(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.glob("*.sock")):
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
             try:
                 probe.settimeout(2.0)
@@ -116,20 +156,31 @@ class LocalOrders:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._path: Path | None = None
-        self._server: grpc.aio.Server | None = None
+        self._server: Server | None = None
 
     async def start(self) -> None:
-        """Listens; OSError where the folder cannot be used."""
+        """Listens; InvalidRequest where the folder cannot be used."""
         folder = await asyncio.to_thread(runtime_folder)
         path = folder / f"{os.getpid()}-{id(self):x}.sock"
-        self._server = aio_server(interceptors=[ErrorInterceptor()])
-        add_WorkerServicer_to_server(_Orders(self._host), self._server)
         try:
-            self._server.add_insecure_port(f"unix:{path}")
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {path}: is the path too long? {FOLDER} names another folder") from error
+            first = self._make(path)
+        except OSError as error:
+            raise _unusable(folder, f"holds no socket ({error})") from None
         self._path = path
+        self._server = Server(
+            grpc_server=first, again=lambda _: self._make(path), health=HealthServicer(), port=0, services=()
+        )
         await self._server.start()
+
+    def _make(self, path: Path) -> grpc.aio.Server:
+        """A server that is not started; OSError."""
+        server = aio_server(interceptors=[ErrorInterceptor()])
+        add_WorkerServicer_to_server(_Orders(self._host), server)
+        try:
+            server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise OSError(str(error)) from None
+        return server
 
     async def stop(self) -> None:
         """Ends the socket."""

@@ -41,12 +41,26 @@ async def with_activity(work: Awaitable[T], activity: Callable[[], Awaitable[str
         running.cancel()
 
 
+async def with_lines(work: Awaitable[T], activity: Callable[[], Awaitable[str]], line: Callable[[str], None]) -> T:
+    """As `with_activity`; a line each LINE_S, none of what is over before."""
+    shown_s = time.monotonic()
+
+    def tell(doing: str) -> None:
+        nonlocal shown_s
+        if doing and time.monotonic() - shown_s >= LINE_S:
+            shown_s = time.monotonic()
+            line(f"… {doing}")
+
+    return await with_activity(work, activity, tell)
+
+
 class StartProgress:
     """Spinners where stderr is a terminal; elsewhere one line for each finished step, and for the activity of a long
     one."""
 
-    def __init__(self) -> None:
-        self._console = Console(file=sys.stderr)
+    def __init__(self, line: Callable[[str], None] | None = None) -> None:
+        """`line` takes the lines, and then there are no spinners."""
+        self._console, self._print = Console(file=sys.stderr), line
         self._progress = (
             Progress(
                 SpinnerColumn(finished_text="[green]✓[/]"),
@@ -54,7 +68,7 @@ class StartProgress:
                 TimeElapsedColumn(),
                 console=self._console,
             )
-            if self._console.is_terminal
+            if line is None and self._console.is_terminal
             else None
         )
 
@@ -91,4 +105,6 @@ class StartProgress:
         self._line(f"✓ {name} ({time.monotonic() - start_s:.1f} s)")
 
     def _line(self, text: str) -> None:
+        if self._print is not None:
+            return self._print(text)
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -7,6 +7,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +19,8 @@ from ...proto.security.state import LOCAL, hand_over
 from ...worker.service import Drained
 from ..config import ClusterConfig
 from ..fleet.report import Role
-from .worker_thread import WorkerThread, cores_for_one, end_process, thread_settings, usable_cores
+from .local_orders import OWN_LABEL, runtime_folder
+from .worker_thread import End, WorkerThread, cores_for_one, end_process, thread_settings, usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +70,14 @@ class RayWorker:
         """The one that it has now."""
         return await self._call("role")
 
-    async def wait_closed(self) -> None:
-        """Returns when the process that runs the worker now has ended, for whatever reason."""
+    async def wait_closed(self) -> bool:
+        """Returns when the process that runs the worker now has ended, for whatever reason; whether it said that it
+        was drained on its host."""
+        end: End | None = None
         with contextlib.suppress(IsthmusError):
-            while not await self._call("wait_closed", CLOSED_S):
-                pass
+            while end is None:
+                end = await self._call("wait_closed", CLOSED_S)
+        return end == "drained"
 
     async def drain(self, timeout_s: float) -> Drained:
         """Takes no new work, waits at most so long for what runs, and hands over the rest."""
@@ -94,7 +100,7 @@ class RayWorker:
         except ActorUnavailableError as error:
             raise Unavailable(f"worker {self.name} cannot be reached: {_last_line(error)}") from None
         except ActorDiedError as error:
-            raise Unavailable(f"worker {self.name} died for good: {_last_line(error)}") from None
+            raise Unavailable(f"worker {self.name} died: {_death(error)}") from None
         except RayError as error:
             raise Unavailable(f"worker {self.name}: {_last_line(error)}") from None
 
@@ -109,10 +115,19 @@ class RayCluster:
         self._head = ""
         self._starting: asyncio.Task[None] | None = None
 
+    @property
+    def one_host(self) -> bool:
+        """Whether all workers run on this host."""
+        return self._config.address is None
+
     async def start(self) -> None:
-        """Starts or joins Ray. Unavailable where there is none to join or it does not start."""
+        """Starts or joins Ray. Unavailable where there is none to join or it does not start; InvalidRequest where the
+        workers of this host could not have their sockets."""
+        if self.one_host:
+            await asyncio.to_thread(runtime_folder)  # no worker could start
         self._starting = asyncio.create_task(asyncio.to_thread(self._start))
         await asyncio.shield(self._starting)
+        _take_back_signals()
 
     async def launch(self, role: Role, name: str) -> RayWorker:
         """Asks for one worker; it is there when its `address` returns. Unavailable where Ray's head is gone."""
@@ -169,6 +184,7 @@ class RayCluster:
             hint = " (where that Ray asks for a token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)" if joins else ""
             raise Unavailable(f"cannot {what}: {_last_line(error)}{hint}") from None
         _silence_raylet()
+        _log_as_others()
         self._head = ray.get_runtime_context().gcs_address
         if joins and self._config.threads is None:
             cores = ray.cluster_resources().get("CPU", 1)
@@ -182,6 +198,7 @@ class RayCluster:
             "include_dashboard": False,
             "num_cpus": max(usable_cores(), self.threads * self._config.workers),
             "object_store_memory": OBJECT_STORE_BYTES,
+            "labels": {OWN_LABEL: "own"},
         }
 
     def _launch(self, role: Role, name: str) -> RayWorker:
@@ -280,6 +297,29 @@ def _silence_raylet() -> None:
 
     if hasattr(ray._private.worker, "print_to_stdstream"):  # private: there is no setting for it
         ray._private.worker.print_to_stdstream = to_log
+
+
+def _death(error: BaseException) -> str:
+    """Why Ray says that an actor is gone, in a few words: of a process it does not know, and lists what might be."""
+    text = _last_line(error)
+    if "worker process has died" in text:
+        return "its process was killed (out of memory?) or crashed; Ray's log of it, on its node, may say why"
+    return text
+
+
+def _log_as_others() -> None:
+    """What Ray's Python logs goes the way of all logs; it has made a handler for it that writes text to stderr."""
+    logger = logging.getLogger("ray")
+    logger.handlers.clear()
+    logger.propagate = True
+
+
+def _take_back_signals() -> None:
+    """Ray has installed a handler of its own for SIGTERM, which prints a stack before it calls ours."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+        signal.siginterrupt(signal.SIGTERM, False)
 
 
 def _last_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import DrainResponse, ScaleResponse, WorkerRole
 from ...worker.service import Drained
 from ..fleet.registry import Fleet
-from ..fleet.report import ROLE_OF, Role
+from ..fleet.report import ROLE_OF, ROLES, Role
 from .launcher import Launcher, RunningWorker
 from .progress import SetActivity, with_activity
 
@@ -57,6 +57,10 @@ class WorkerGroup:
         self._workers: list[_Worker] = []
         self._died = asyncio.Event()  # a worker, since this was cleared
         self.launcher_lost = False  # no worker can be started
+
+    def wanted(self) -> dict[str, int]:
+        """How many workers of each role there shall be."""
+        return {role: sum(worker.role == role for worker in self._workers) for role in ROLES}
 
     @property
     def names(self) -> list[tuple[Role, str]]:
@@ -161,6 +165,8 @@ class WorkerGroup:
 
     async def _end(self, worker: _Worker, timeout_s: float) -> Drained:
         """Drains a worker, ends it and forgets it; one that is not there to be drained is ended all the same."""
+        if worker not in self._workers:
+            return Drained(0, 0)  # it was drained with its host meanwhile
         if worker.follower is not None:
             worker.follower.cancel()
         self._workers.remove(worker)
@@ -186,8 +192,10 @@ class WorkerGroup:
         while True:
             fields = {"worker": worker.running.name, "address": worker.address}
             if not worker.down:  # else an earlier try to have it back ended in an exception
-                await worker.running.wait_closed()
-                log.warning("a worker died", extra={"fields": fields})
+                drained = await worker.running.wait_closed()
+                if drained and self._launcher.one_host:
+                    return await self._leave(worker, fields)
+                log.warning("a worker %s", "was drained on its host" if drained else "died", extra={"fields": fields})
                 worker.restarts.ended(time.monotonic())
                 self._fleet.away_reasons[worker.address] = lambda: worker.restarts.reason(time.monotonic())
                 worker.down = True
@@ -203,6 +211,13 @@ class WorkerGroup:
                 await self._fleet.remove(worker.address)
                 worker.address = address
             log.warning("a worker is back", extra={"fields": {**fields, "address": address}})
+
+    async def _leave(self, worker: _Worker, fields: dict[str, str]) -> None:
+        """Forgets a worker that was drained for good by an order that came past this process."""
+        log.warning("a worker was drained on this host; `isthmus scale` starts another one", extra={"fields": fields})
+        self._workers.remove(worker)
+        await worker.running.stop()
+        await self._fleet.remove(worker.address)
 
     async def _back(self, worker: _Worker) -> str | None:
         """The new address of a worker that died, once it is started anew; None where nothing can be started."""

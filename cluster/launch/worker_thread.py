@@ -11,13 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
 from ...model.phases import current_phase
 from ...proto.errors import Unavailable
 from ..fleet.report import Role
 from .local_orders import LocalOrders
 from .role_host import RoleHost, settings_by_role
+
+End = Literal["drained", "ended"]  # by an order on its host, for good; of anything else
 
 TOLD_S = 0.2  # for whoever waits for its end to hear of it, before its process ends
 FAILED = 70  # exit code of a worker whose engine failed (EX_SOFTWARE)
@@ -128,17 +130,20 @@ class WorkerThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 
-    def wait_closed(self, timeout_s: float | None = None) -> bool:
-        """Returns when the worker has ended, or after `timeout_s`; whether it has."""
-        return self._closed.wait(timeout_s)
+    def wait_closed(self, timeout_s: float | None = None) -> End | None:
+        """Returns when the worker has ended, or after `timeout_s`; how it has, None where it has not."""
+        if not self._closed.wait(timeout_s):
+            return None
+        return "drained" if self._host.drained.is_set() else "ended"
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(_start(self._host, self._local, self.end_process))
+            self._loop.run_until_complete(_start(self._host, self._local))
         except BaseException as error:  # handed to whoever asks for the address
             self._address.set_exception(error)
             self._closed.set()
+            self._leave()
             return
         self._address.set_result(self._host.address)
         left = self._loop.create_task(_stop_once_left(self._host, self._loop))
@@ -150,6 +155,10 @@ class WorkerThread:
                 self._loop.run_until_complete(self._local.stop())
         finally:
             self._closed.set()  # whatever failed: who follows this worker would wait for ever
+        self._leave()
+
+    def _leave(self) -> None:
+        """Ends the process of a worker that was drained by order."""
         if self._host.drained.is_set() and self.end_process is not None:
             time.sleep(TOLD_S)
             self.end_process()
@@ -158,7 +167,7 @@ class WorkerThread:
 # No methods: a class with coroutines is to Ray an actor whose methods run in one event loop, and none may block that.
 
 
-async def _start(host: RoleHost, local: LocalOrders | None, end_process: Callable[[], None] | None) -> None:
+async def _start(host: RoleHost, local: LocalOrders | None) -> None:
     """Starts a worker; one that is drained by order before it serves ends here."""
     if local is not None:
         await local.start()
@@ -166,8 +175,6 @@ async def _start(host: RoleHost, local: LocalOrders | None, end_process: Callabl
     await asyncio.wait({starting, left}, return_when=asyncio.FIRST_COMPLETED)
     left.cancel()
     if not starting.done():
-        if end_process is not None:
-            end_process()
         raise Unavailable("the worker was drained before it served")
     starting.result()
 

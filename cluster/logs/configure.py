@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +60,22 @@ def configure_logs(level: str, form: LogFormat = "json", audit_file: str | None 
         old.close()
     audit_log.handlers[:] = [_audit_handler(audit_file)] if audit_file else []
     audit_log.setLevel(logging.INFO)
+
+
+def take_over() -> None:
+    """Has what libraries log from warnings on, Python's warnings and exceptions of threads go where our logs go. For a
+    process that does nothing else."""
+    root, handlers = logging.getLogger(), logging.getLogger("isthmus").handlers
+    root.handlers[:] = handlers
+    logging.captureWarnings(True)
+    threading.excepthook = _log_exception
+
+
+def _log_exception(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+        name = args.thread.name if args.thread is not None else "a thread"
+        trace = (args.exc_type, args.exc_value, args.exc_traceback)
+        logging.getLogger("isthmus").error("%s has raised", name, exc_info=trace)
 
 
 def _audit_handler(file: str) -> logging.Handler:

@@ -105,6 +105,16 @@ def address_for_others(bound: HostPort) -> HostPort:
     return HostPort(outward_host(families), bound.port)
 
 
+def is_own(host: str) -> bool:
+    """Whether an address, a name is none, is one of this host, or of this network namespace."""
+    with suppress(ValueError, OSError):
+        family = socket.AF_INET if ip_address(host).version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+        return not ip_address(host).is_unspecified
+    return False
+
+
 def outward_host(families: Sequence[socket.AddressFamily]) -> str:
     """This host's address on the interface that routes outward, of the first family that has such a route.
 

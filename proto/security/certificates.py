@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -114,9 +115,17 @@ def check(ca: bytes, pair: KeyPair | None) -> Certificate | None:
 
 def own_hosts() -> list[str]:
     """Names and addresses by which processes of this host reach it."""
-    name = socket.gethostname()
-    usable = [name] if name.isascii() and len(name) <= 253 else []
-    return [*usable, "localhost", "127.0.0.1", "::1"]
+    return [*with_host_names([socket.gethostname()]), "localhost", "127.0.0.1", "::1"]
+
+
+def with_host_names(hosts: Iterable[str]) -> list[str]:
+    """Those of them that a certificate can have: a host may be called what is no name of DNS."""
+    found = list[str]()
+    for host in hosts:
+        with suppress(InvalidRequest):
+            _host(host)
+            found.append(host)
+    return found
 
 
 def _name(common_name: str) -> x509.Name:
@@ -171,7 +180,8 @@ def _host(host: str) -> x509.GeneralName:
         return x509.IPAddress(ip_address(host))
     except ValueError:
         pass
-    if not host or len(host) > 253 or not all(part.replace("-", "").isalnum() for part in host.lstrip("*.").split(".")):
+    parts = host.lstrip("*.").split(".")
+    if not host.isascii() or len(host) > 253 or not all(part.replace("-", "").isalnum() for part in parts):
         raise InvalidRequest(f"{host!r} is no host name and no address")
     return x509.DNSName(host)
 

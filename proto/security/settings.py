@@ -65,16 +65,19 @@ WorkerTls = Annotated[_Word | _Files | _Memory, Discriminator(_kind), BeforeVali
 
 
 def security_of(
-    tls: Literal["auto", "off"] | TlsFiles | TlsMaterial, cluster_id: str | None, *roles: Role
+    tls: Literal["auto", "off"] | TlsFiles | TlsMaterial,
+    cluster_id: str | None,
+    *roles: Role,
+    listening: tuple[str, ...] = (),
 ) -> Security | None:
-    """What a process of these roles uses; None: plain text.
+    """What a process of these roles uses; None: plain text. `listening`: hosts that it listens on.
 
     InvalidRequest where its certificate cannot be used, is of another cluster, or is for none of `roles`.
     """
     if tls == "off":
         return None
     if tls == "auto":
-        return Security(auto_source(cluster_id or LOCAL, roles[0]))
+        return Security(auto_source(cluster_id or LOCAL, roles[0], listening))
     if isinstance(tls, TlsFiles):
         security = Security(Files(tls.ca, tls.cert, tls.key), client_certificates=tls.client_certificates)
     else:

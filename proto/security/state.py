@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from ..errors import InvalidRequest
-from .certificates import LEAF_DAYS, KeyPair, issue, make_ca, own_hosts
+from .certificates import LEAF_DAYS, KeyPair, describe, issue, make_ca, own_hosts
+from .hosts import reachable_hosts
 from .identity import ROLES, WORKERS, Identity, Role, checked_cluster, identity
 from .sources import Files, Known, Material
 
@@ -28,6 +29,7 @@ _PLAIN = "plain text"
 _RENEW_S = LEAF_DAYS * 86_400 * 2 / 3  # age from which on a certificate is made anew
 _LOOK_S = 3600.0  # between two looks at that age
 _LOCK_S = 30.0
+_MAX_HOSTS = 200  # of a certificate
 
 # Processes of these roles share a certificate, so that a worker may flip, and one process may do both.
 _TOGETHER: dict[Role, tuple[str, tuple[Role, ...]]] = {
@@ -57,16 +59,24 @@ def state_folder() -> Path:
     return user_state() / "tls"
 
 
-def auto_source(cluster: str, role: Role) -> "AutoFiles":
-    """The certificate of processes of this role, made where there is none. InvalidRequest where that fails."""
+def auto_source(cluster: str, role: Role, listening: tuple[str, ...] = ()) -> "AutoFiles":
+    """The certificate of processes of this role, made where there is none. InvalidRequest where that fails.
+
+    `listening`: hosts that a server of it listens on, for which its certificate shall be good too.
+    """
     folder = state_folder() / checked_cluster(cluster)
     name, roles = _TOGETHER[role]
     identities = tuple(identity(cluster, each, socket.gethostname() or "host") for each in roles)
     source = AutoFiles(
-        *(folder / "ca.crt", folder / f"{name}.crt", folder / f"{name}.key"), Known(identities), _Looks()
+        *(folder / "ca.crt", folder / f"{name}.crt", folder / f"{name}.key"), Known(identities), _Looks(), listening
     )
     source.renew()
     return source
+
+
+def ca_of(cluster: str) -> Path:
+    """The certificate of the CA of a cluster, for clients on other hosts."""
+    return state_folder() / checked_cluster(cluster) / "ca.crt"
 
 
 def hand_over(cluster: str, name: str) -> tuple[Material, tuple[Identity, ...]]:
@@ -88,25 +98,28 @@ class AutoFiles(Files):
     """Files of the state folder: made anew, by whoever notices first, before they end."""
 
     looks: _Looks = None  # pyright: ignore[reportAssignmentType]
+    listening: tuple[str, ...] = ()
 
     def stamp(self) -> Hashable:
         self.renew()
         return super().stamp()
 
     def renew(self) -> None:
-        """Makes the certificate where there is none, or it is old, or older than its CA."""
+        """Makes the certificate where there is none, it is old, older than its CA, or not good for all hosts."""
         now_s = time.monotonic()
         if now_s < self.looks.last_s + _LOOK_S:
             return
         self.looks.last_s = now_s
         assert self.certificate is not None and self.key is not None and self.known is not None
-        if _is_fresh(self.ca, self.certificate, self.key):
+        hosts = reachable_hosts(self.listening) if self.listening else ()
+        if _is_fresh(self.ca, self.certificate, self.key) and not set(hosts) - _hosts(self.certificate, hosts):
             return
         folder, identities = self.ca.parent, self.known.identities
         with _locked(folder):
             ca = _ca(folder, identities[0].cluster)
-            if not _is_fresh(self.ca, self.certificate, self.key):
-                pair = issue(ca, identities, own_hosts())
+            before = _hosts(self.certificate, hosts)  # of another process that shares it
+            if not _is_fresh(self.ca, self.certificate, self.key) or set(hosts) - before:
+                pair = issue(ca, identities, tuple(dict.fromkeys((*own_hosts(), *hosts, *before)))[:_MAX_HOSTS])
                 _write(self.key, pair.key)
                 _write(self.certificate, pair.certificate)
 
@@ -147,6 +160,13 @@ def _ca(folder: Path, cluster: str) -> KeyPair:
         _write(key, made.key)
         _write(certificate, made.certificate)
     return KeyPair(certificate.read_bytes(), key.read_bytes())
+
+
+def _hosts(certificate: Path, wanted: tuple[str, ...]) -> set[str]:
+    """For which a certificate is good; it is not looked into where none are wanted."""
+    with contextlib.suppress(OSError, InvalidRequest):
+        return set(describe(certificate.read_bytes())[0].hosts) if wanted else set()
+    return set()
 
 
 def _is_fresh(ca: Path, certificate: Path, key: Path) -> bool:

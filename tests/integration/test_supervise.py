@@ -1,6 +1,7 @@
 """The real thing apart: a Ray, `isthmus supervise`, and two gateways that follow it, while requests run."""
 
 import asyncio
+import json
 import os
 import secrets
 import signal
@@ -19,7 +20,7 @@ from ray_head import start_ray
 from support.processes import free_port
 
 from isthmus.cluster.client.client import Client, build_request
-from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, ClusterStatus, WorkerReport
+from isthmus.proto.worker_pb2 import WORKER_HEALTH_READY, WORKER_HEALTH_STARTING, ClusterStatus, WorkerReport
 
 PROGRAM = (sys.executable, "-m", "isthmus.cluster")
 START_S = 120  # of a loaded machine
@@ -36,6 +37,7 @@ class Apart:
     supervisor: str = field(default_factory=lambda: f"127.0.0.1:{free_port()}")
     gateways: list[tuple[str, str]] = field(default_factory=list)  # address, and that of its admin port
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    supervising: subprocess.Popen[bytes] | None = None
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """One command of the supervisor, to its end."""
@@ -53,7 +55,8 @@ class Apart:
     def supervise(self) -> subprocess.Popen[bytes]:
         own = ("--cluster-id", "apart", "--address", self.ray, "--listen", self.supervisor)
         model = ("--model", model_path("tiny-llama"), "--dtype", "float32", "--device", "cpu", "--threads", "1")
-        return self.begin("supervise", *own, *model)
+        self.supervising = self.begin("supervise", *own, *model)
+        return self.supervising
 
     def gateway(self) -> None:
         address, admin = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
@@ -89,6 +92,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     folder = tmp_path_factory.mktemp("apart")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("ISTHMUS_RUNTIME", str(folder / "sockets"))  # of this test's workers and no others
+        patched.setenv("ISTHMUS_LOG_FORMAT", "json")
         patched.setenv("RAY_AUTH_MODE", "token")
         patched.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
         with start_ray({"prefill": 1, "decode": 2}) as ray:
@@ -133,6 +137,13 @@ def pid_of(address: str) -> int:
         if listens and connection.pid:
             return connection.pid
     raise AssertionError(f"nobody listens at {address}")
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def pids(workers: dict[str, WorkerReport]) -> dict[str, int]:
@@ -202,19 +213,48 @@ async def test_a_pool_of_none_starts_again_for_a_request_that_waits(apart: Apart
     done = await asyncio.to_thread(apart.run, "scale", "decode=0")
     assert "drained decode-" in done.stdout, done.stderr
     await apart.ready({"prefill-0"})
+    status = apart.run("status")
+    assert (status.returncode, "cannot serve: no decode worker: none is wanted" in status.stdout) == (1, True), status
     async with Client(apart.gateways[0][0]) as client:
         assert len((await client.answer(REQUEST, timeout_s=60)).token_ids) == 40
     await apart.ready({"prefill-0", "decode-0"})
 
 
+async def test_without_prefill_workers_by_order_it_serves_and_says_so(apart: Apart) -> None:
+    assert apart.run("scale", "prefill=0").returncode == 0
+    await apart.ready({"decode-0"})
+    for admin in (apart.supervisor, apart.gateways[0][1]):
+        status = apart.run("status", "--admin", admin)
+        assert (status.returncode, "by order: no prefill worker, decode" in status.stdout) == (0, True), status
+    async with Client(apart.gateways[0][0]) as client:
+        assert len((await client.answer(REQUEST, timeout_s=60)).token_ids) == 40
+    assert apart.run("scale", "prefill=1").returncode == 0
+    await apart.ready({"prefill-0", "decode-0"})
+
+
+async def test_workers_are_ended_for_good_and_each_is_told(apart: Apart) -> None:
+    before = pids(await apart.ready({"prefill-0", "decode-0"}))
+    assert apart.supervising is not None
+    apart.supervising.terminate()
+    assert apart.supervising.wait(20) == 0
+    ending = ("supervise", "--cluster-id", "apart", "--address", apart.ray, "--stop-workers", "--drain-s", "5")
+    done = await asyncio.to_thread(apart.run, *ending)
+    assert (done.returncode, done.stdout) == (0, "ended decode-0, prefill-0\n"), done
+    told = {json.loads(line)["message"].partition(" (")[0] for line in done.stderr.splitlines()}
+    assert told == {"✓ ray", "✓ end prefill-0", "✓ end decode-0"}
+    assert not any(map(runs, before.values()))
+    apart.supervise()
+    await apart.ready({"prefill-0", "decode-0"})
+
+
 async def test_everything_of_this_host_is_drained(apart: Apart) -> None:
     before = pids(await apart.ready({"prefill-0", "decode-0"}))
-    done = await asyncio.to_thread(apart.run, "drain", "--local", "--timeout", "5", "--ray", apart.ray)
+    done = await asyncio.to_thread(apart.run, "drain", "--local", "--timeout", "5")
     assert (done.returncode, done.stdout) == (0, "2 workers of this host are drained: 0 requests finished\n"), (
         done.stderr
     )
     end_s = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in before.values()):
+    while any(map(runs, before.values())):
         assert time.monotonic() < end_s, apart.logs()
         await asyncio.sleep(0.1)
     begun_s = time.monotonic()
@@ -223,3 +263,16 @@ async def test_everything_of_this_host_is_drained(apart: Apart) -> None:
         done.stderr
     )
     assert time.monotonic() - begun_s < 10
+    log = (apart.folder / "supervise.log").read_text()
+    assert log.count('"why": "it was drained on its host, another one is asked for"') == 2
+    workers = (await apart.status(apart.supervisor)).workers
+    assert {worker.health for worker in workers} == {WORKER_HEALTH_STARTING} and all(one.reason for one in workers)
+
+
+def test_all_lines_of_all_processes_are_json(apart: Apart) -> None:
+    for process in apart.processes:
+        if process.poll() is None:
+            process.terminate()
+    assert [process.wait(30) for process in apart.processes[1:]] == [0] * (len(apart.processes) - 1)
+    lines = [line for path in apart.folder.glob("*.log") for line in path.read_text().splitlines()]
+    assert [line for line in lines if not line.startswith('{"time": ')] == []

@@ -127,6 +127,8 @@ def certs_show(
             (str(path), _holder(each), ", ".join(each.hosts), f"{each.not_after:%Y-%m-%d}", _left(each))
             for path, each in found
         ]
+        if not rows:
+            opt.say(f"no certificates in {state_folder()} yet: the first process of a cluster makes them")
         print_lines(table_lines(("file", "for", "hosts", "ends", "left"), rows))
     if any(each.days_left() < 0 for _, each in found):
         raise typer.Exit(1)

@@ -92,7 +92,7 @@ def keys_list(ctx: typer.Context, config: opt.ConfigFile = None, as_json: opt.Js
     """
     from ...access.key_file import read
 
-    now = datetime.now(UTC)
+    path, now = _existing(_file(ctx, config)), datetime.now(UTC)
     rows = [
         {
             "id": record.id,
@@ -104,13 +104,15 @@ def keys_list(ctx: typer.Context, config: opt.ConfigFile = None, as_json: opt.Js
             "revoked": record.revoked.isoformat() if record.revoked else None,
             "limits": record.limits.given,
         }
-        for record in read(_file(ctx, config)).keys
+        for record in read(path).keys
     ]
     if as_json:
         print(json.dumps(rows))
         return
     from ..terminal.columns import print_lines, table_lines
 
+    if not rows:
+        opt.say(f"{path} has no keys: nobody is let in")
     shown = [
         (
             *(row[name] for name in ("id", "tenant", "state", "created")),
@@ -150,7 +152,7 @@ def keys_revoke(
         )
         return KeyDocument(keys=tuple(changed))
 
-    change(_file(ctx, config), revoke)
+    change(_existing(_file(ctx, config)), revoke)
     for key_id in dict.fromkeys(ids):
         print(f"{key_id} is revoked")
 
@@ -164,6 +166,15 @@ def _file(ctx: typer.Context, config: Path | None) -> Path:
     if found is None:
         raise typer.BadParameter("which file? Name it with --keys-file, or as gateway.access.keys_file in the settings")
     return Path(found)
+
+
+def _existing(path: Path) -> Path:
+    """The same; NotFound where there is no such file."""
+    from ....proto.errors import NotFound
+
+    if not path.exists():
+        raise NotFound(f"there is no file {path}: isthmus keys add --keys-file {path} --tenant NAME makes it")
+    return path
 
 
 def _limits(asked: dict[str, Any]) -> "Limits":

@@ -28,6 +28,7 @@ class Flag:
     panel: str | None = None  # of the help
     choices: bool = False  # whether a value that is not one of the setting's is an error of usage
     parse: Callable[[Any], Any] | None = None  # from what was given to the value; typer.BadParameter
+    help: str | None = None  # where the setting's own description does not hold for the command
 
     @property
     def key(self) -> str:
@@ -141,7 +142,7 @@ def _annotation(flag: Flag) -> Any:
         kind | None,
         typer.Option(
             *(flag.names or (option,)),
-            help=field.description,
+            help=flag.help or field.description,
             show_default=default_text(field.default) is not None,
             metavar=_metavar(flag.setting, kind, field),
             rich_help_panel=flag.panel,

@@ -1,8 +1,7 @@
 """Options that several commands share, and what they do with them."""
 
-import os
-import sys
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,8 @@ import typer
 from ... import defaults
 from .connection import api_key, certificates
 from .flags import Flag
+from .lines import in_log, is_in_log
+from .lines import say as say
 
 if TYPE_CHECKING:
     from ....proto.rpc.transport import Transport
@@ -167,21 +168,35 @@ def address_for_others(text: str) -> str:
 
 
 def configure_logs(level: str, settings: "ClusterConfig | None" = None, *, audit: bool = True) -> None:
-    """Before anything imports gRPC, whose own lines on stderr (forks, ports) repeat what we say or help nobody; and
-    again once the settings are read, which say in what form. `audit`: whether this process has something to audit."""
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    """At the start, and again once the settings are read, which say in what form. `audit`: whether this process has
+    something to audit."""
     from ...logs.configure import LEVELS
     from ...logs.configure import configure_logs as configure
 
     if level not in LEVELS:
         raise typer.BadParameter(f"log level {level!r}; allowed: {', '.join(LEVELS)}")
     if settings is None:
+        in_log(False)
         configure(level)
     else:
+        in_log(settings.log_format == "json" and "log_format" in settings.model_fields_set)
         configure(level, settings.log_format, settings.audit_file if audit else None)
 
 
-def say(line: str) -> None:
-    """A line for the person who started the command."""
-    print(line, file=sys.stderr, flush=True)
+def line() -> "Callable[[str], None] | None":
+    """What takes lines of progress; None where nobody has asked for anything, so that a terminal may show more."""
+    return say if is_in_log() else None
+
+
+def run_process(
+    start: "Callable[[], Awaitable[None]]",
+    stop: "Callable[[float], Awaitable[None]]",
+    drain_s: float,
+    drained: "asyncio.Event | None" = None,
+) -> int:
+    """As `run_service`, in a process of its own: what libraries log or warn of goes to our log."""
+    from ...launch.foreground import run_service
+    from ...logs.configure import take_over
+
+    take_over()
+    return run_service(start, stop, drain_s, drained)

@@ -24,8 +24,10 @@ from ...fleet.registry import Fleet
 from ...frontend.admin import CLUSTER, listen_admin
 from ...frontend.cluster_service import ClusterService
 from ...frontend.operations import Operations
+from ..progress import ProgressStep, no_progress
+from .kept_worker import DetachedLauncher
 from .list_service import ListService
-from .worker_pool import DetachedLauncher, WorkerPool
+from .worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -103,10 +105,11 @@ class SupervisorServer:
         assert self._server is not None, "not started"
         return str(parse_address(self._config.supervisor.listen)._replace(port=self._server.port))
 
-    async def end_workers(self, timeout_s: float) -> list[str]:
+    async def end_workers(self, timeout_s: float, step: ProgressStep = no_progress) -> list[str]:
         """Instead of `start`: drains and ends all workers for good; their names."""
-        await self._ray.start()
-        return await self.pool.end_existing(timeout_s)
+        with step("ray"):
+            await self._ray.start()
+        return await self.pool.end_existing(timeout_s, step)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Ends all of this; the workers stay as they are."""
@@ -129,8 +132,9 @@ class SupervisorServer:
 
     def _fill_status(self, status: worker_pb2.ClusterStatus) -> None:
         status.cluster_id = self._config.cluster_id
-        status.workers.extend(self.pool.absent())
+        self.pool.fill_status(status)
         status.gateways = self._list.gateways
+        status.local_prefill = self._config.gateway.local_prefill != "never"
         if security := self.transport.security:
             status.tls, status.certificate_expires_unix_s = True, round(security.expires_unix_s() or 0)
         status.failing.extend([*self.fleet.tasks.failing, *self._tasks.failing])

@@ -11,83 +11,25 @@ import itertools
 import logging
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
 
-from ....proto.backoff import Restarts
 from ....proto.errors import Incompatible, IsthmusError, NotFound, Unavailable
 from ....proto.supervisor_pb2 import ListedWorker
 from ....proto.tasks import Tasks
-from ....proto.worker_pb2 import (
-    WORKER_ROLE_DECODE,
-    WORKER_ROLE_PREFILL,
-    DrainResponse,
-    ScaleResponse,
-    WorkerReport,
-    WorkerRole,
-)
+from ....proto.worker_pb2 import ClusterStatus, DrainResponse, ScaleResponse, WorkerReport, WorkerRole
 from ....worker.service import DRAIN_S, Drained
 from ...fleet.registry import Fleet
-from ...fleet.report import ROLE_OF, Role
-from ...fleet.supervised import absent_of
-from ..progress import with_activity
-from ..worker_group import GONE_S, HEALTHY_S, LAST_RESTART_PAUSE_S, RESTART_PAUSE_S
+from ...fleet.report import NUMBER_OF, ROLE_OF, ROLES, Role
+from ...fleet.supervised import fill_listed
+from ..progress import ProgressStep, no_progress, with_activity
+from ..worker_group import GONE_S
 from .desired import Desired, Wanted
+from .kept_worker import DetachedLauncher, KeptWorker
 
 log = logging.getLogger(__name__)
 
 ANSWER_S = 5.0  # for a worker that is placed to say where it is, and what it does
 RETRY_S = 1.0  # before what Ray could not keep is given to it again
-ROLES: tuple[Role, Role] = ("prefill", "decode")
-_NUMBER_OF = {"prefill": WORKER_ROLE_PREFILL, "decode": WORKER_ROLE_DECODE}
-
-
-class Detached(Protocol):
-    """A worker that outlives this process (`ray_cluster.RayWorker`)."""
-
-    name: str
-
-    async def address(self) -> str: ...
-    async def activity(self) -> str: ...
-    async def role(self) -> Role: ...
-    async def wait_closed(self) -> None: ...
-    async def drain(self, timeout_s: float) -> Drained: ...
-    async def stop(self) -> None: ...
-
-
-class DetachedLauncher(Protocol):
-    """Starts them, and finds them again (`ray_pool.RayPool`)."""
-
-    async def launch(self, role: Role, name: str) -> Any: ...
-    async def find(self, name: str) -> Any: ...
-    async def existing(self) -> list[str]: ...
-    async def waits_for(self, worker: Any, role: Role) -> str: ...
-    async def request(self, counts: Mapping[Role, int]) -> None: ...
-    async def load(self) -> Desired | None: ...
-    async def save(self, desired: Desired) -> None: ...
-
-
-@dataclass(eq=False)
-class _Worker:
-    """A worker that shall run."""
-
-    name: str
-    role: Role
-    running: Detached | None = None
-    address: str = ""  # while it is there, as far as is known
-    doing: str = ""  # why it is not there
-    ending: bool = False  # it is drained, to be ended
-    keeper: asyncio.Task[None] | None = None
-    launching: asyncio.Lock = field(default_factory=asyncio.Lock)
-    restarts: Restarts = field(default_factory=lambda: Restarts(RESTART_PAUSE_S, LAST_RESTART_PAUSE_S, HEALTHY_S))
-
-    def reason(self, now_s: float) -> str:
-        """Why it is not there, in one line; "" where it is."""
-        if self.address:
-            return ""
-        waiting = self.restarts.reason(now_s) if self.restarts.ends and self.running is None else ""
-        return ": ".join(filter(None, (waiting, self.doing))) or "is being started"
 
 
 class WorkerPool:
@@ -99,7 +41,7 @@ class WorkerPool:
         """`fleet` gets every worker; `tasks` owns what keeps them; `configured`: numbers of the settings file."""
         self._launcher, self._fleet, self._tasks = launcher, fleet, tasks
         self._configured = dict(configured)
-        self._workers: list[_Worker] = []
+        self._workers: list[KeptWorker] = []
         self._unsaved = asyncio.Event()
         self.change = asyncio.Event()  # is set at the next change; a new one replaces it
 
@@ -132,14 +74,19 @@ class WorkerPool:
         now_s = time.monotonic()
         return [
             ListedWorker(
-                name=worker.name, role=_NUMBER_OF[worker.role], address=worker.address, reason=worker.reason(now_s)
+                name=worker.name, role=NUMBER_OF[worker.role], address=worker.address, reason=worker.reason(now_s)
             )
             for worker in self._workers
         ]
 
-    def absent(self) -> list[WorkerReport]:
-        """Those that are not there, for the status."""
-        return absent_of(self.listed())
+    def fill_status(self, status: ClusterStatus) -> None:
+        """Says how many workers there shall be, and which of them are not there."""
+        fill_listed(status, self.listed())
+        status.wanted.update(self.wanted())
+
+    def wanted(self) -> dict[str, int]:
+        """How many workers of each role there shall be."""
+        return {role: len(self._of(role)) for role in ROLES}
 
     async def drain(self, address: str, timeout_s: float) -> DrainResponse:
         """Drains a worker and ends it for good. Incompatible where it is the last one of its role."""
@@ -174,27 +121,33 @@ class WorkerPool:
                 self._plan({role: 1})
                 self._changed()
 
-    async def end_existing(self, timeout_s: float) -> list[str]:
+    async def end_existing(self, timeout_s: float, step: ProgressStep = no_progress) -> list[str]:
         """Without `adopt`: drains and ends all workers that Ray has of this cluster, for good; their names."""
         names = await self._launcher.existing()
-        await asyncio.gather(*(self._end_found(name, timeout_s) for name in names))
+        await asyncio.gather(*(self._end_found(name, timeout_s, step) for name in names))
         await self._launcher.save(Desired())
         await self._launcher.request({})
         return names
 
-    async def _end_found(self, name: str, timeout_s: float) -> None:
+    async def _end_found(self, name: str, timeout_s: float, step: ProgressStep) -> None:
         with contextlib.suppress(NotFound):
-            worker = _Worker(name, _role_of(name), running=await self._launcher.find(name))
-            if not await self._launcher.waits_for(worker.running, worker.role):
-                await self._drain(worker, timeout_s)
-            await self._forget(worker)
+            worker = KeptWorker(name, _role_of(name), running=await self._launcher.find(name))
+            waits = await self._launcher.waits_for(worker.running, worker.role)
 
-    def _of(self, role: Role) -> list[_Worker]:
+            async def draining() -> str:
+                return f"its requests end, for at most {timeout_s:g} s"
+
+            with step(f"end {name}") as tell:
+                if not waits:
+                    await with_activity(self._drain(worker, timeout_s), draining, tell)
+                await self._forget(worker)
+
+    def _of(self, role: Role) -> list[KeptWorker]:
         return [worker for worker in self._workers if worker.role == role and not worker.ending]
 
-    def _plan(self, counts: Mapping[Role, int]) -> tuple[list[str], list[_Worker]]:
+    def _plan(self, counts: Mapping[Role, int]) -> tuple[list[str], list[KeptWorker]]:
         """Adds the workers that are missing; returns their names, and those too many, marked as ending."""
-        started, surplus = list[str](), list[_Worker]()
+        started, surplus = list[str](), list[KeptWorker]()
         for role, count in counts.items():
             have = self._of(role)
             names = {worker.name for worker in self._workers}
@@ -207,11 +160,11 @@ class WorkerPool:
             worker.ending = True
         return started, surplus
 
-    def _cheapest(self, workers: list[_Worker]) -> list[_Worker]:
+    def _cheapest(self, workers: list[KeptWorker]) -> list[KeptWorker]:
         """The cheapest to lose first: those not there, then by running requests, by pages held, and the newest."""
         reports = {report.address: report for report in self._fleet.statuses()}
 
-        def cost(item: tuple[int, _Worker]) -> tuple[bool, int, int, int]:
+        def cost(item: tuple[int, KeptWorker]) -> tuple[bool, int, int, int]:
             number, worker = item
             report = reports.get(worker.address, WorkerReport())
             requests = report.running_requests + report.waiting_requests
@@ -219,36 +172,39 @@ class WorkerPool:
 
         return [worker for _, worker in sorted(enumerate(workers), key=cost)]
 
-    def _add(self, role: Role, name: str, address: str) -> _Worker:
-        worker = _Worker(name, role, address=address)
+    def _add(self, role: Role, name: str, address: str) -> KeptWorker:
+        worker = KeptWorker(name, role, address=address)
         self._workers.append(worker)
         if address:
             self._fleet.add(address)
         worker.keeper = self._tasks.start("keep a worker", partial(self._keep, worker), about=name, vital=False)
         return worker
 
-    async def _keep(self, worker: _Worker) -> None:
+    async def _keep(self, worker: KeptWorker) -> None:
         """Has a worker run, until it is ended for good."""
         while True:
+            drained = False
             try:
                 await self._bring(worker)
                 assert worker.running is not None
-                await worker.running.wait_closed()
-                async with asyncio.timeout(ANSWER_S):
-                    await worker.running.address()
-                continue  # it was only out of reach
+                if not (drained := await worker.running.wait_closed()):
+                    async with asyncio.timeout(ANSWER_S):
+                        await worker.running.address()
+                    continue  # it was only out of reach
+                why = "it was drained on its host, another one is asked for"
             except (IsthmusError, OSError) as error:
                 why = str(error)
             if worker.ending:
                 return
             log.warning("a worker is gone", extra={"fields": {"worker": worker.name, "why": why}})
             await self._forget(worker)
-            worker.restarts.ended(time.monotonic())
+            if not drained:  # who orders that means this host: another one may have it at once
+                worker.restarts.ended(time.monotonic())
             worker.doing = why
             self._changed()
             await asyncio.sleep(worker.restarts.next_s - time.monotonic())
 
-    async def _bring(self, worker: _Worker) -> None:
+    async def _bring(self, worker: KeptWorker) -> None:
         """Returns once a worker is there; raises why its start failed."""
         async with worker.launching:  # an actor that is asked for is there afterwards: it must not be forgotten
             if worker.ending:
@@ -268,18 +224,18 @@ class WorkerPool:
             log.warning("a worker is there", extra={"fields": {"worker": worker.name, "address": address}})
         self._changed()
 
-    async def _doing(self, worker: _Worker) -> str:
+    async def _doing(self, worker: KeptWorker) -> str:
         assert worker.running is not None
         async with asyncio.timeout(ANSWER_S):
             waits = await self._launcher.waits_for(worker.running, worker.role)
             return waits or await worker.running.activity()
 
-    def _tell(self, worker: _Worker, doing: str) -> None:
+    def _tell(self, worker: KeptWorker, doing: str) -> None:
         if doing != worker.doing:
             worker.doing = doing
             self.tell()
 
-    async def _forget(self, worker: _Worker) -> None:
+    async def _forget(self, worker: KeptWorker) -> None:
         """Ends what is left of a worker, and lists its address no more: somebody else may have it next."""
         running, worker.running = worker.running, None
         address, worker.address = worker.address, ""
@@ -293,7 +249,7 @@ class WorkerPool:
         if address and not any(worker.address == address for worker in self._workers):
             await self._fleet.remove(address)
 
-    async def _end(self, worker: _Worker, timeout_s: float) -> Drained:
+    async def _end(self, worker: KeptWorker, timeout_s: float) -> Drained:
         """Drains a worker, ends it and forgets it; one that is not there to be drained is ended all the same."""
         drained = await self._drain(worker, timeout_s) if worker.address else Drained(0, 0)
         async with worker.launching:
@@ -304,10 +260,10 @@ class WorkerPool:
         self._changed()
         return drained
 
-    async def _end_by_itself(self, worker: _Worker) -> None:
+    async def _end_by_itself(self, worker: KeptWorker) -> None:
         await self._end(worker, DRAIN_S)
 
-    async def _drain(self, worker: _Worker, timeout_s: float) -> Drained:
+    async def _drain(self, worker: KeptWorker, timeout_s: float) -> Drained:
         try:
             if worker.running is not None:
                 async with asyncio.timeout(timeout_s + GONE_S):  # wait_for can swallow a cancellation
@@ -316,7 +272,7 @@ class WorkerPool:
             log.warning("a worker was not drained", extra={"fields": {"worker": worker.name, "why": str(error)}})
         return Drained(0, 0)
 
-    def _at(self, address: str) -> _Worker:
+    def _at(self, address: str) -> KeptWorker:
         found = next((worker for worker in self._workers if worker.address == address and not worker.ending), None)
         if found is None:
             raise NotFound(f"no worker at {address} is kept here any more")

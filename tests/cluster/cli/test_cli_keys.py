@@ -111,7 +111,7 @@ def test_the_file_may_be_that_of_the_settings(
         (("add", "--keys-file", "FILE", "--tenant", "a", "--weight", "nan"), 2, "finite number"),
         (("add", "--keys-file", "FILE", "--tenant", "a", "--expires", "soon"), 2, "'soon' is no time; allowed: 90d"),
         (("add", "--keys-file", "FILE", "--tenant", "a", "--expires", "2020-01-01"), 2, "is over already"),
-        (("revoke", "--keys-file", "FILE", "x"), 1, "NOT_FOUND: no key 'x' in the file; nothing was changed"),
+        (("revoke", "--keys-file", "EMPTY", "x"), 1, "NOT_FOUND: no key 'x' in the file; nothing was changed"),
         (("list", "--keys-file", "BAD"), 1, "is not a file of API keys"),
         (("add", "--keys-file", "BAD", "--tenant", "a"), 1, "is not a file of API keys"),
         (("add", "--keys-file", "BAD/x/keys.json", "--tenant", "a"), 1, "cannot be written: "),
@@ -121,8 +121,9 @@ def test_mistakes(
     arguments: tuple[str, ...], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad").write_text("nonsense")
-    places = {"FILE": str(tmp_path / "keys.json"), "BAD": str(tmp_path / "bad")}
-    words = [re.sub("^(FILE|BAD)", lambda found: places[found[1]], word) for word in arguments]
+    (tmp_path / "empty").touch()
+    places = {"FILE": str(tmp_path / "keys.json"), "BAD": str(tmp_path / "bad"), "EMPTY": str(tmp_path / "empty")}
+    words = [re.sub("^(FILE|BAD|EMPTY)", lambda found: places[found[1]], word) for word in arguments]
     found, out, err = outcome(capsys, "keys", *words)
     assert (found, out, message in err) == (code, "", True), err
     assert (tmp_path / "bad").read_text() == "nonsense"
@@ -236,3 +237,14 @@ def test_a_file_that_everybody_may_write_is_not_made_trusted(
     code, out, err = outcome(capsys, "keys", "add", "--keys-file", str(path), "--tenant", "x")
     assert (code, out, "may be written by everybody" in err) == (1, "", True)
     assert path.stat().st_mode & 0o777 == 0o666
+
+
+@pytest.mark.parametrize("command", [("list",), ("list", "--json"), ("revoke", "1f3a5c7e90b2d4f6")])
+def test_a_file_that_is_not_there_is_an_error_that_says_what_makes_one(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "folder" / "keys.json"
+    code, out, err = outcome(capsys, "keys", command[0], "--keys-file", str(path), *command[1:])
+    hint = f"isthmus keys add --keys-file {path} --tenant NAME makes it"
+    assert (code, out, err) == (1, "", f"error: NOT_FOUND: there is no file {path}: {hint}\n")
+    assert not path.parent.exists()

@@ -88,8 +88,53 @@ def test_status_is_a_line_for_each_worker(capsys: pytest.CaptureFixture[str]) ->
         "10.0.0.9:7001  ?        unspecified     0     0      -  10.0.0.9:7001",
         f"prefill-1: {LONG}",
         "decode-0: [bold]its canary failed[/]",
+        "cannot serve: no decode worker is ready",
         "isthmus 0.1.0 · cluster a1b2c3d4 · 0 active requests · up 0 s · plain text",
     ]
+
+
+ORDER = "none is wanted (scaled to 0, or drained with its host); isthmus scale"
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "local", "code", "line"),
+    [
+        ((), {}, True, 1, "cannot serve: there is no decode worker|cannot serve: there is no prefill worker"),
+        ((WORKER_ROLE_DECODE,), {}, True, 1, "cannot serve: there is no prefill worker"),
+        ((WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL), {"prefill": 1, "decode": 1}, True, 0, ""),
+        (
+            *((WORKER_ROLE_DECODE,), {"prefill": 0, "decode": 1}, True, 0),
+            f"by order: no prefill worker, decode workers compute the prompts: {ORDER} prefill=1 starts one",
+        ),
+        (
+            *((WORKER_ROLE_DECODE,), {"prefill": 0, "decode": 1}, False, 1),
+            f"cannot serve: no prefill worker: {ORDER} prefill=1 starts one",
+        ),
+        (
+            *((WORKER_ROLE_PREFILL,), {"prefill": 1, "decode": 0}, True, 1),
+            f"cannot serve: no decode worker: {ORDER} decode=1 starts one",
+        ),
+        ((WORKER_ROLE_DECODE,), {"prefill": 2, "decode": 1}, True, 1, "cannot serve: there is no prefill worker"),
+    ],
+)
+def test_a_status_that_exits_with_1_says_why(
+    there: tuple[int, ...],
+    wanted: dict[str, int],
+    local: bool,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cluster = ClusterStatus(workers=[worker(role) for role in there], wanted=wanted, local_prefill=local)
+
+    async def answered(admin: str) -> ClusterStatus:
+        return cluster
+
+    monkeypatch.setattr(status, "_status", answered)
+    assert run(["status"]) == code
+    lines = printed(capsys)[1 + len(there) : -1]
+    assert lines == (line.split("|") if line else [])
 
 
 def test_more_of_each_worker_is_below_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,14 +1,17 @@
 """Which certificates a client uses, and that it never takes plain text for granted."""
 
 import os
+import socket
 import stat
 from pathlib import Path
 
+import psutil
 import pytest
 from support.certificates import CertificateFiles
 
 from isthmus.cluster.client.security import Certificates, client_security, server_role
 from isthmus.proto.errors import InvalidRequest
+from isthmus.proto.security.certificates import describe, own_hosts
 from isthmus.proto.security.settings import security_of
 from isthmus.proto.security.state import forget_port, note_port, state_folder
 
@@ -86,3 +89,41 @@ def test_certificates_are_made_anew_before_they_end_and_with_their_ca() -> None:
     (folder / "ca.crt").unlink()
     other = security_of("auto", "prod", "gateway")
     assert other is not None and other.current()[1].ca != old.ca
+
+
+def test_a_certificate_is_good_for_where_its_server_listens_and_stays_good_for_others() -> None:
+    def hosts() -> set[str]:
+        return set(describe((state_folder() / "prod" / "gateway.crt").read_bytes())[0].hosts)
+
+    security_of("auto", "prod", "gateway", listening=("127.0.0.1", "localhost", "::1"))
+    usual = hosts()
+    assert usual == set(own_hosts()), "no address of this host is told to nobody's use"
+    security_of("auto", "prod", "gateway", listening=("0.0.0.0",))
+    every = hosts()
+    addresses = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries if entry.family == 2}
+    assert addresses <= every | {"127.0.0.1"} and usual <= every
+    security_of("auto", "prod", "gateway", listening=("llm.example.com",))
+    assert hosts() == every | {"llm.example.com"}
+    before = (state_folder() / "prod" / "gateway.crt").read_bytes()
+    security_of("auto", "prod", "gateway", listening=("0.0.0.0",))
+    assert (state_folder() / "prod" / "gateway.crt").read_bytes() == before, "it was good already"
+
+
+def test_a_host_whose_name_is_none_of_dns_has_a_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "my_box")
+    assert security_of("auto", "prod", "gateway", listening=("0.0.0.0",)) is not None
+
+
+def test_the_own_address_is_known_as_loopback_is_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.cluster.client.security.is_own", lambda host: host == "192.0.2.7")
+    security_of("auto", "prod", "gateway")
+    note_port(7001, "prod", "gateway")
+    found = client_security("192.0.2.7:7001")
+    assert found is not None and found.roles == {"admin", "client"}
+    with pytest.raises(InvalidRequest, match="no CA is known"):
+        client_security("192.0.2.8:7001")
+    note_port(7001, "", "gateway")
+    with pytest.raises(InvalidRequest, match="no CA is known"):
+        client_security("192.0.2.7:7001")
+    with pytest.raises(InvalidRequest, match=r"dial 127\.0\.0\.1:7001"):
+        client_security("0.0.0.0:7001")

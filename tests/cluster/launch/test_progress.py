@@ -63,6 +63,24 @@ def test_a_long_step_has_lines_without_a_terminal(
     assert len(lines) == 2 and re.fullmatch(r"✓ decode-0 \(0\.\d s\)", lines[1])
 
 
+async def test_an_order_that_takes_long_has_lines_and_a_short_one_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "POLL_S", 0.01)
+    monkeypatch.setattr(progress, "LINE_S", 0.05)
+    lines = list[str]()
+
+    async def doing() -> str:
+        return "decode-1 is draining, 3 requests"
+
+    async def work(seconds: float) -> str:
+        await asyncio.sleep(seconds)
+        return "done"
+
+    assert await progress.with_lines(work(0.02), doing, lines.append) == "done"
+    assert lines == []
+    assert await progress.with_lines(work(0.2), doing, lines.append) == "done"
+    assert lines and set(lines) == {"… decode-1 is draining, 3 requests"}
+
+
 def test_what_a_worker_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
     assert activity() == ""
     with phases.phase("imports"):

@@ -28,6 +28,7 @@ class FakeWorker:
     drained: bool = False
     ended: bool = False
     died: asyncio.Event = field(default_factory=asyncio.Event)
+    drained_here: bool = False  # by an order that went past the supervisor
     starting: Exception | None = None
     start_task: asyncio.Task[None] | None = None
 
@@ -42,8 +43,9 @@ class FakeWorker:
     async def activity(self) -> str:
         return "reading weights"
 
-    async def wait_closed(self) -> None:
+    async def wait_closed(self) -> bool:
         await self.died.wait()
+        return self.drained_here
 
     async def die(self) -> None:
         await self.worker.stop()
@@ -69,6 +71,7 @@ class FakeLauncher:
     workers: list[FakeWorker] = field(default_factory=list)
     failing: str = ""
     broken: int = 0  # launches that fail
+    one_host: bool = True
     closed: bool = False
     starts: int = 0
     head_died: asyncio.Event = field(default_factory=asyncio.Event)
@@ -144,6 +147,37 @@ async def test_a_worker_that_died_is_found_at_its_new_address() -> None:
     assert len(gateway.fleet.statuses()) == 2
     async with client_of(gateway) as client:
         assert (await client.answer(build_request(prompt="x"))).text == "hello"
+    await supervisor.stop(0)
+
+
+async def test_workers_that_were_drained_on_the_only_host_stay_away_until_they_are_scaled_up() -> None:
+    launcher = FakeLauncher()
+    supervisor = Supervisor(ClusterConfig(port=0, tls="off"), launcher)
+    gateway = await supervisor.start()
+    for worker in list(launcher.workers):
+        worker.drained_here = True
+        await worker.die()
+    async with asyncio.timeout(10):
+        while gateway.fleet.statuses():
+            await asyncio.sleep(0.02)
+    assert len(launcher.workers) == 2, "none was started anew"
+    async with client_of(gateway) as client:
+        assert dict((await client.status()).wanted) == {"prefill": 0, "decode": 0}
+        assert list((await gateway.operations.scale(1, 1, 5)).started) == ["prefill-0", "decode-0"]
+        assert (await client.answer(build_request(prompt="x"), timeout_s=10)).text == "hello"
+    await supervisor.stop(0)
+
+
+async def test_a_worker_that_was_drained_on_one_of_several_hosts_is_started_anew() -> None:
+    launcher = FakeLauncher(one_host=False)
+    supervisor = Supervisor(ClusterConfig(port=0, tls="off"), launcher)
+    gateway = await supervisor.start()
+    launcher.workers[1].drained_here = True
+    await launcher.workers[1].die()
+    async with asyncio.timeout(10):
+        while len(launcher.workers) == 2 or not gateway.fleet.table.routing.decode:
+            await asyncio.sleep(0.02)
+    assert launcher.workers[2].name == "decode-0"
     await supervisor.stop(0)
 
 

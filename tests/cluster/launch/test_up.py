@@ -60,6 +60,8 @@ class Up:
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     log = tmp_path_factory.mktemp("up") / "log"
+    sockets = pytest.MonkeyPatch()
+    sockets.setenv("ISTHMUS_RUNTIME", str(log.with_name("run")))  # of this test's workers and no others
     arguments = ("up", "--port", "0", "--model", model_path("tiny-llama"), "--dtype", "float32")
     with log.open("w") as stderr:
         process = subprocess.Popen(
@@ -68,6 +70,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     try:
         yield Up(process, log, *_wait_ready(process, log))
     finally:
+        sockets.undo()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -166,6 +169,24 @@ async def test_it_scales_and_flips_while_requests_run(up: Up, record_property: C
         done = await ordered(up, "scale", "prefill=1", "decode=1")
         assert done == ["drained prefill-1, decode-1"]
         await ready(up, {"prefill-0": "prefill", "decode-0": "decode"})
+
+
+async def test_drained_with_its_host_it_has_no_workers_until_it_is_scaled(up: Up) -> None:
+    """Its Ray has no other host. Its node is not closed, whoever names it: the gateway would lose it for good."""
+    raylets = [process for process in up.descendants() if process.name() == "raylet"]
+    words = [word for process in raylets for word in process.cmdline() if word.startswith("--gcs-address=")]
+    ray = f"127.0.0.1:{words[0].rpartition(':')[2]}"
+    for options in ((), ("--ray", ray)):
+        assert await ordered(up, "drain", "--local", "--timeout", "5", *options) == [
+            "2 workers of this host are drained: 0 requests finished"
+        ]
+        await ready(up, {})
+        status = await asyncio.to_thread(up.command, "status")
+        assert (status.returncode, status.stdout.count("none is wanted")) == (1, 2), status.stdout
+        assert await ordered(up, "scale", "prefill=1", "decode=1") == ["started prefill-0, decode-0"]
+        await ready(up, {"prefill-0": "prefill", "decode-0": "decode"})
+        assert (await asyncio.to_thread(up.command, "generate", "--max-tokens", "3", "hello")).returncode == 0
+    assert all(process.is_running() for process in raylets)
 
 
 async def test_without_rays_head_requests_go_on_and_the_cluster_is_whole_again(up: Up) -> None:

@@ -2,8 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from isthmus.cluster.config import ClusterConfig
 from isthmus.cluster.fleet.report import Role
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
-from isthmus.cluster.launch.detached import worker_pool
+from isthmus.cluster.launch.detached import kept_worker
 from isthmus.cluster.launch.detached.desired import Desired, Wanted
 from isthmus.cluster.launch.detached.server import SupervisorServer
 from isthmus.proto.errors import IllegalState, Incompatible, NotFound, Unavailable
@@ -43,6 +43,7 @@ class FakeActor:
     placed: asyncio.Event = field(default_factory=asyncio.Event)
     died: asyncio.Event = field(default_factory=asyncio.Event)
     drained: bool = False
+    drained_here: bool = False  # by an order that went past the supervisor
 
     async def address(self) -> str:
         if self.died.is_set():
@@ -58,8 +59,9 @@ class FakeActor:
     async def role(self) -> Role:
         return self.its_role
 
-    async def wait_closed(self) -> None:
+    async def wait_closed(self) -> bool:
         await self.died.wait()
+        return self.drained_here
 
     async def drain(self, timeout_s: float) -> Drained:
         self.drained = True
@@ -228,7 +230,7 @@ async def test_who_waits_for_a_host_keeps_nobody_waiting(ray: FakeRay) -> None:
 async def test_a_worker_that_died_is_listed_no_more_and_comes_back(
     ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_pool, "RESTART_PAUSE_S", 0.05)
+    monkeypatch.setattr(kept_worker, "RESTART_PAUSE_S", 0.05)
     async with supervised(ray) as running:
         await until(lambda: len(there(running)) == 2)
         before = there(running)["decode-0"]
@@ -236,10 +238,56 @@ async def test_a_worker_that_died_is_listed_no_more_and_comes_back(
         await ray.actors["decode-0"].stop()
         await until(lambda: "decode-0" not in there(running))
         assert before not in running.fleet.table
-        await until(lambda: "waits for a node with {decode: 1}" in running.pool.absent()[0].reason)
+        await until(lambda: "waits for a node with {decode: 1}" in "".join(one.reason for one in running.pool.listed()))
         ray.room["decode"] = 1
         ray.place()
         await until(lambda: "decode-0" in there(running))
+
+
+async def test_a_worker_that_was_drained_on_its_host_is_started_elsewhere_at_once_and_says_so(ray: FakeRay) -> None:
+    async with supervised(ray) as running:
+        await until(lambda: len(there(running)) == 2)
+        ray.room["decode"] = 0
+        ray.actors["decode-0"].drained_here = True
+        await ray.actors["decode-0"].stop()
+        await until(lambda: "decode-0" not in there(running))
+        reason = next(one.reason for one in running.pool.listed() if one.name == "decode-0")
+        assert reason == "it was drained on its host, another one is asked for"
+        await until(lambda: ray.launched.count("decode-0") == 2)
+        ray.room["decode"] = 1
+        ray.place()
+        await until(lambda: "decode-0" in there(running))
+
+
+async def test_a_status_tells_how_many_there_shall_be(ray: FakeRay) -> None:
+    async with supervised(ray, decode=2) as running, following(running.address) as gateway:
+        await until(lambda: len(there(running)) == 3)
+        await running.operations.scale(0, None, 5)
+        async with Client(running.address, admin=running.address) as client:
+            status = await client.status()
+            assert (dict(status.wanted), status.local_prefill) == ({"prefill": 0, "decode": 2}, True)
+        async with Client(gateway.address, admin=gateway.admin_address) as client:
+            async with asyncio.timeout(10):
+                while dict((status := await client.status()).wanted) != {"prefill": 0, "decode": 2}:
+                    await asyncio.sleep(0.05)
+            assert status.local_prefill
+
+
+async def test_ending_all_workers_tells_of_each(ray: FakeRay) -> None:
+    async with supervised(ray) as first:
+        await until(lambda: len(there(first)) == 2)
+    steps = list[str]()
+
+    @contextmanager
+    def step(name: str) -> Iterator[Callable[[str], None]]:
+        yield lambda activity: None
+        steps.append(name)
+
+    config = ClusterConfig(cluster_id="test", tls="off")
+    ending = SupervisorServer(config, ray)
+    assert sorted(await ending.end_workers(5, step)) == ["decode-0", "prefill-0"]
+    await ending.stop()
+    assert (steps[0], sorted(steps[1:])) == ("ray", ["end decode-0", "end prefill-0"])
 
 
 async def test_scaling_asks_for_room_and_gives_it_back_once_a_worker_is_drained(ray: FakeRay) -> None:

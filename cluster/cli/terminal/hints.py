@@ -1,0 +1,46 @@
+"""What a person who has started a gateway may try next, from here and from other hosts."""
+
+from typing import TYPE_CHECKING
+
+from ... import defaults
+
+if TYPE_CHECKING:
+    from ...config import ClusterConfig
+
+
+def hints(settings: "ClusterConfig", address: str) -> list[str]:
+    """Lines for a gateway that is bound at `address`. May take some seconds where the resolver does not answer."""
+    from ....proto.rpc.addresses import address_for_others, parse_address
+
+    bound = parse_address(address)
+    here = str(bound._replace(host=defaults.HOST)) if bound.is_any else address
+    server = [] if here == defaults.SERVER else ["--server", here]
+    key = ["--api-key", "@FILE"] if settings.gateway.access.guarded else []
+    here_ca = ["--ca", str(settings.tls.ca)] if not isinstance(settings.tls, str) else []
+    lines = [" ".join(["try: isthmus generate --chat", *server, *here_ca, *key, '"Why is the sky blue?"'])]
+    if key:
+        lines.append(f"@FILE is a file with {_credential(settings)}; ISTHMUS_API_KEY has the same")
+    if not bound.is_loopback:
+        options = ["--server", str(address_for_others(bound)), *_ca_options(settings), *key]
+        lines.append(f"from other hosts: {' '.join(options)}{_about_ca(settings)}")
+    return lines
+
+
+def _credential(settings: "ClusterConfig") -> str:
+    access = settings.gateway.access
+    if access.keys_file is None:
+        return "a token"
+    return f"a key, as `isthmus keys add --keys-file {access.keys_file} --tenant NAME` prints it"
+
+
+def _ca_options(settings: "ClusterConfig") -> list[str]:
+    return [] if settings.tls == "off" else ["--ca", "ca.crt"]
+
+
+def _about_ca(settings: "ClusterConfig") -> str:
+    from ....proto.security.state import LOCAL, ca_of
+
+    if settings.tls == "off":
+        return ", with ISTHMUS_TLS=off: in plain text"
+    file = ca_of(settings.named_cluster or LOCAL) if isinstance(settings.tls, str) else settings.tls.ca
+    return f", where ca.crt is a copy of {file} of this host"
