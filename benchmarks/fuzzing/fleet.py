@@ -172,22 +172,11 @@ def admin_of(cluster: ChaosCluster) -> str:
 @asynccontextmanager
 async def running_fleet(model: str, folder: Path) -> AsyncIterator[Fleet]:
     """Both clusters, ready, with what a fuzzer needs to know of them; logs and jobs are kept in `folder`."""
-    names = ("main", "spare")
     probes = {section: f"127.0.0.1:{free_port()}" for section in ("gateway", "prefill_worker", "decode_worker")}
-    address = f"127.0.0.1:{free_port()}"
-    apart = ChaosCluster([SupervisorNode("supervisor", "supervisor", address, (), folder / "main" / "apart.log")], "")
-    for name, gateway in zip(names, ({"restart_wait_s": 10, "jobs": JOBS}, {"restart_wait_s": 0.2}), strict=True):
-        (folder / name).mkdir()
-        worker: dict[str, float] = {"pool_tokens": POOL_TOKENS, "host_cache_gib": HOST_CACHE_GIB}
-        settings: dict[str, dict[str, Any]] = {
-            "gateway": gateway,
-            "prefill_worker": worker,
-            "decode_worker": {"pool_tokens": POOL_TOKENS},
-        }
-        if name == "main":
-            for section, address in probes.items():
-                settings[section]["health_listen"] = address
-        (folder / name / "settings.yaml").write_text(yaml.safe_dump(settings))
+    _write_settings(folder, probes)
+    supervisor = f"127.0.0.1:{free_port()}"
+    own = SupervisorNode("supervisor", "supervisor", supervisor, (), folder / "main" / "supervisor.log")
+    apart = ChaosCluster([own], "")
 
     def start(name: str, jobs: str) -> Any:
         config = ("--config", str(folder / name / "settings.yaml"))
@@ -224,7 +213,7 @@ async def running_fleet(model: str, folder: Path) -> AsyncIterator[Fleet]:
                 orders=admin_of(spare),
                 spares=[node.address for node in spare.workers],
                 sockets=[f"{SOCKET}{node.name}" for node in spare.workers],
-                supervisor=address,
+                supervisor=supervisor,
                 probes=list(fleet.probes),
             )
             report = fleet.reports[main.of("prefill")[0].name]
@@ -234,8 +223,22 @@ async def running_fleet(model: str, folder: Path) -> AsyncIterator[Fleet]:
             yield fleet
         finally:
             keeper.cancel()
-            for node in apart.nodes:
-                node.end()
+            own.end()
             if fleet is not None:
                 await fleet.close()
             await transport.close()
+
+
+def _write_settings(folder: Path, probes: Mapping[str, str]) -> None:
+    """A folder with settings for each cluster; `probes`: where the main one answers probes, by section."""
+    of_gateway = {"main": {"restart_wait_s": 10, "jobs": JOBS}, "spare": {"restart_wait_s": 0.2}}
+    for name, gateway in of_gateway.items():
+        settings: dict[str, dict[str, Any]] = {
+            "gateway": dict(gateway),
+            "prefill_worker": {"pool_tokens": POOL_TOKENS, "host_cache_gib": HOST_CACHE_GIB},
+            "decode_worker": {"pool_tokens": POOL_TOKENS},
+        }
+        for section, address in probes.items() if name == "main" else ():
+            settings[section]["health_listen"] = address
+        (folder / name).mkdir()
+        (folder / name / "settings.yaml").write_text(yaml.safe_dump(settings))
