@@ -18,9 +18,7 @@ import grpc.aio
 
 from ...proto.errors import InvalidRequest, Unavailable
 from ...proto.rpc.aio_server import aio_server
-from ...proto.rpc.health import HealthServicer
 from ...proto.rpc.interceptor import ErrorInterceptor
-from ...proto.rpc.server import Server
 from ...proto.worker_pb2 import DrainRequest, DrainResponse, FlipRequest, GetReportRequest, WatchRequest, WorkerReport
 from ...proto.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from ...worker.service import OrderServicer
@@ -156,31 +154,20 @@ class LocalOrders:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._path: Path | None = None
-        self._server: Server | None = None
+        self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
         """Listens; InvalidRequest where the folder cannot be used."""
         folder = await asyncio.to_thread(runtime_folder)
         path = folder / f"{os.getpid()}-{id(self):x}.sock"
+        self._server = aio_server(interceptors=[ErrorInterceptor()])
+        add_WorkerServicer_to_server(_Orders(self._host), self._server)
         try:
-            first = self._make(path)
-        except OSError as error:
+            self._server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
             raise _unusable(folder, f"holds no socket ({error})") from None
         self._path = path
-        self._server = Server(
-            grpc_server=first, again=lambda _: self._make(path), health=HealthServicer(), port=0, services=()
-        )
         await self._server.start()
-
-    def _make(self, path: Path) -> grpc.aio.Server:
-        """A server that is not started; OSError."""
-        server = aio_server(interceptors=[ErrorInterceptor()])
-        add_WorkerServicer_to_server(_Orders(self._host), server)
-        try:
-            server.add_insecure_port(f"unix:{path}")
-        except RuntimeError as error:
-            raise OSError(str(error)) from None
-        return server
 
     async def stop(self) -> None:
         """Ends the socket."""
