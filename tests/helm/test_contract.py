@@ -21,6 +21,7 @@ from helm.product import checked
 
 from isthmus.cluster.cli.main import app
 from isthmus.cluster.config import ClusterConfig, load_config
+from isthmus.cluster.frontend.gateway import GENERATION
 from isthmus.cluster.sources import PREFIX, VARIABLES, settings_of
 from isthmus.proto.rpc.health import LIVENESS
 
@@ -158,6 +159,8 @@ def test_ports_are_those_of_the_settings(values: Path, tmp_path: Path) -> None:
         if pod.role == "gateway" and pod.owner["kind"] == "Deployment":
             assert pod.ports() == {"grpc": 50051, "health": port("gateway", "health_listen")}
             assert "0.0.0.0:50051" in pod.spec["containers"][0]["args"]
+            ready = pod.spec["containers"][0]["readinessProbe"]["grpc"]
+            assert ready["service"] == GENERATION.full_name  # not all services: requests need no database of jobs
         elif pod.is_head:
             wanted = {"admin": port("supervisor", "listen"), "sv-health": port("supervisor", "health_listen")}
             assert wanted.items() <= pod.ports().items()
