@@ -36,9 +36,11 @@ from ..requests.generator import Generator
 from ..router.router import servable_codecs
 from ..text.served import ServedModel
 from .admin import CLUSTER, MAX_MESSAGE_BYTES, listen_admin
+from .answering import Answering
 from .cluster_service import ClusterService
 from .generation_service import GenerationService
 from .load import Load
+from .models import Models
 from .operations import Operations
 
 DEFAULTS = GatewayConfig()
@@ -103,13 +105,13 @@ class Gateway:
         self.generator = Generator(
             *(self._model, self.fleet, self._config, shortage if supervisor else None), log_content=self._log_content
         )
-        self._generation = GenerationService(
-            self._model, self.fleet.table, self.generator, self.load, self.access, self._config
-        )
+        self._answering = Answering(self.generator, self.load, self.access, self._config.sign_of_life_s)
+        models = Models(self._model, self.fleet.table, self._config.local_prefill)
+        generation = GenerationService(self._answering, models)
         self.operations = Operations(self.fleet, supervisor)
         cluster = ClusterService(self.fleet, self.operations, self.generator.explain, self._fill_status)
         services: Services = {
-            GENERATION: lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
+            GENERATION: lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
         }
         orders: Services = {CLUSTER: lambda server: worker_pb2_grpc.add_ClusterServicer_to_server(cluster, server)}
         if self._config.jobs_db is not None:
@@ -186,7 +188,7 @@ class Gateway:
         await self._server.set_serving(False)
         if timeout_s:
             await asyncio.sleep(self._config.propagation_s)
-        self._generation.draining = True
+        self._answering.draining = True
         if self._jobs is not None:
             await self._jobs.drain()
         with contextlib.suppress(TimeoutError):
