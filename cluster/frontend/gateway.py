@@ -24,12 +24,14 @@ from ...proto.tasks import Tasks
 from .. import defaults
 from ..access.access import Access, check_listen
 from ..access.interceptor import AccessInterceptor
+from ..access.refusals import Refusals
 from ..fleet.compatibility import Requirements
 from ..fleet.preflight import Preflight
 from ..fleet.registry import Fleet
 from ..fleet.shortage import Shortage
 from ..fleet.supervised import SupervisedWorkers
 from ..gateway_config import GatewayConfig
+from ..http.server import HttpServer
 from ..jobs.service.manager import Jobs
 from ..jobs.service.service import SERVICE as JOBS_SERVICE
 from ..requests.generator import Generator
@@ -38,6 +40,7 @@ from ..text.served import ServedModel
 from .admin import CLUSTER, MAX_MESSAGE_BYTES, listen_admin
 from .answering import Answering
 from .cluster_service import ClusterService
+from .doors import listen_http
 from .generation_service import GenerationService
 from .load import Load
 from .models import Models
@@ -77,6 +80,7 @@ class Gateway:
         self._config = config
         self._server: Server | None = None
         self._admin: Server | None = None
+        self._http: HttpServer | None = None
         self._jobs: Jobs | None = None
         self._supervised: SupervisedWorkers | None = None
         self._leaving = False
@@ -117,14 +121,17 @@ class Gateway:
         if self._config.jobs_db is not None:
             self._jobs = await self._open_jobs(self._config.jobs_db)
             services = {**services, JOBS_SERVICE: self._jobs.add_to}
-        security = self.transport.security
+        security, refusals = self.transport.security, Refusals(self.access)
         self._admin = await listen_admin(self.transport, self._admin_listen, orders, setting="gateway.admin_listen")
         self._server = await self.transport.listen(
             self._listen,
             services,
             max_request_bytes=MAX_MESSAGE_BYTES,
             client_certificates=security is not None and security.client_certificates,
-            interceptors=[AccessInterceptor(self.access)],
+            interceptors=[AccessInterceptor(self.access, refusals)],
+        )
+        self._http = await listen_http(
+            *(self._config, security, self._answering, self._model, models, self.access, refusals, self._is_healthy)
         )
         for server in (self._server, self._admin):
             note_port(server.port, security.cluster if security is not None else "", "gateway")
@@ -172,6 +179,11 @@ class Gateway:
         return str(parse_address(self._admin_listen)._replace(port=self._admin.port))
 
     @property
+    def http_url(self) -> str | None:
+        """Where HTTP is answered, as clients name it; None: nowhere."""
+        return self._http.url if self._http is not None else None
+
+    @property
     def _admin_listen(self) -> str:
         free = parse_address(self._listen).port == 0
         return self._config.admin_listen or (str(HostPort(defaults.HOST, 0)) if free else defaults.ADMIN)
@@ -199,6 +211,8 @@ class Gateway:
     async def stop(self) -> None:
         """Cancels what still runs and closes everything."""
         await self._tasks.stop()
+        if self._http is not None:
+            await self._http.stop(0.2)
         if self._server is not None:
             forget_port(self._server.port)
             await self._server.stop(0.2)
@@ -221,9 +235,10 @@ class Gateway:
         try:
             while True:
                 change = self.fleet.change
-                can_serve = bool(servable_codecs(self.fleet.table.routing, self._config.local_prefill))
-                healthy = can_serve and not self._leaving and not self._failing()
-                await server.set_serving(healthy, but=[JOBS_SERVICE.full_name] if self._jobs_failing() else [])
+                can_serve = self._can_serve()
+                await server.set_serving(
+                    self._is_healthy(), but=[JOBS_SERVICE.full_name] if self._jobs_failing() else []
+                )
                 if can_serve:
                     self.ready.set()
                 with contextlib.suppress(TimeoutError):
@@ -232,6 +247,12 @@ class Gateway:
         except Exception:
             await server.set_serving(False)
             raise
+
+    def _can_serve(self) -> bool:
+        return bool(servable_codecs(self.fleet.table.routing, self._config.local_prefill))
+
+    def _is_healthy(self) -> bool:
+        return self._can_serve() and not self._leaving and not self._failing()
 
     def _failing(self) -> list[str]:
         """Background tasks that fail again and again, and without which no request is served as it should be."""

@@ -1,0 +1,6 @@
+"""All that is answered as OpenAI's API does."""
+
+from ..door import Endpoint
+from .models import ENDPOINTS as MODELS
+
+ENDPOINTS: tuple[Endpoint, ...] = (*MODELS,)
