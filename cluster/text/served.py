@@ -5,8 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ...model.text.answers.call_syntax import PLAIN
+from ...proto.common_pb2 import Grammar
 from ...proto.errors import InvalidRequest, NotFound, shown
+from ...proto.generation_pb2 import Chat, Tool
+from .answer_parser import AnswerParser, ToolChoice
 from .tokenizing import TokenizerThreads
+from .tool_grammar import tool_grammar
 
 
 class TextEncoder(Protocol):
@@ -64,6 +69,16 @@ class ServedModel:
         """NotFound unless `name` is empty or this model's."""
         if name not in ("", self.name):
             raise NotFound(f"no model {shown(name)} here; available: {self.name}")
+
+    def new_answer_parser(self, chat: Chat, choice: ToolChoice, prompt_token_ids: Sequence[int] = ()) -> AnswerParser:
+        """For one answer to a chat. `prompt_token_ids`: what it was tokenized to, of which the end tells where in a
+        turn the answer begins (a template may open the reasoning itself)."""
+        return AnswerParser()
+
+    def tool_grammar(self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool = True) -> Grammar | None:
+        """What an answer must be where the choice is `required`, else None; InvalidRequest for tools or a choice that
+        are not valid. `parallel`: it may be several calls."""
+        return tool_grammar(tools, choice, PLAIN, parallel=parallel)
 
 
 def load_served_model(source: str, manifest: str | None = None) -> ServedModel:
