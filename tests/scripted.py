@@ -43,6 +43,9 @@ class ByteText:
 
     has_chat_template = True
 
+    def bytes_of(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
     def encode(self, text: str, *, most_tokens: int | None = None) -> list[int]:
         return list(text.encode())
 

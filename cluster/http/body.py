@@ -1,7 +1,6 @@
 """The body of a request: read within bounds of bytes and time, and checked against its model."""
 
 import asyncio
-from collections.abc import Collection
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,6 +13,11 @@ from ...proto.rpc.limits import REQUEST_S
 from .errors import BadField, BodyTooLarge, ClientGone
 
 M = TypeVar("M", bound=BaseModel)
+
+_MOST_ERRORS = 1000
+_MOST_BRACKETS = 100_000
+_SHOWN_BODY = 64 << 10  # bytes
+_TYPES = frozenset({"str", "int", "float", "bool", "list", "dict", "none"})  # as pydantic names members of unions
 
 
 class Body(BaseModel):
@@ -59,17 +63,24 @@ def parse_body(model: type[M], scope: Scope, body: bytes, *, strict_fields: bool
     kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # any other a page of any site may send without asking
         raise InvalidRequest(f"content-type is {shown(kind)}; allowed: application/json")
+    if body.count(b"[") + body.count(b"{") > _MOST_BRACKETS:  # each takes a hundred times its size once it is read
+        raise InvalidRequest(f"more than {_MOST_BRACKETS} lists and objects in the body; allowed: fewer")
     try:
         return model.model_validate_json(body, extra=None if strict_fields else "ignore")
     except ValidationError as error:
-        raise bad_field(error) from None
+        raise bad_field(error, show=len(body) < _SHOWN_BODY) from None
 
 
-def bad_field(error: ValidationError) -> BadField:
-    """The first thing that is wrong with a body, of those that stand deepest: of a union each member complains."""
-    errors = error.errors(include_url=False, include_context=True, include_input=True)
-    first = max(errors, key=lambda each: (_depth(each["loc"]), -errors.index(each)))
-    param = _path(first["loc"])
+def bad_field(error: ValidationError, *, show: bool) -> BadField:
+    """The first thing that is wrong with a body, of those that stand deepest: of a union each member complains.
+
+    `show`: whether its value may be shown. Those of a large body are large too, and made anew to be shown.
+    """
+    if error.error_count() > _MOST_ERRORS:  # to list them would take a while
+        return BadField(f"{error.error_count()} mistakes in the body", None)
+    errors = error.errors(include_url=False, include_context=True, include_input=show)
+    first = max(errors, key=lambda each: (len(_path(each)), -errors.index(each)))
+    param = ".".join(map(str, _path(first)))
     text, code = _explain(first, param)
     return BadField(text, param or None, code)
 
@@ -82,14 +93,16 @@ def _explain(error: ErrorDetails, param: str) -> tuple[str, str]:
         return f"{param} is not a field that is known here", "unknown_field"
     if kind == "missing":
         return f"{param} is missing", "missing_field"
+    if kind == "none_required":
+        return f"{param} is not supported here; allowed: null, or none", "unsupported"
     if kind == "literal_error":
-        return f"{param} is {_given(error['input'])}; allowed: {error.get('ctx', {})['expected']}", "invalid_value"
-    if kind == "unsupported":
-        return f"{param} is not supported here: {message}", "unsupported"
-    if kind in ("value_error", "assertion_error"):
-        message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        expected = error.get("ctx", {})["expected"].replace("True", "true").replace("False", "false")
+        given = f" is {_given(error['input'])}" if "input" in error else ""
+        return f"{param}{given}; allowed: {expected}", "invalid_value"
+    message = message.removeprefix("Value error, ")
+    if kind == "value_error":
         return (f"{param}: {message}" if param else message), "invalid_value"
-    given = error["input"]
+    given = error.get("input", ...)
     is_short = isinstance(given, str | int | float | bool | None)
     what = f"{param} is {_given(given)}" if is_short else (param or "the body")
     return f"{what}: {message[:1].lower()}{message[1:]}", "invalid_type" if kind.endswith("_type") else "invalid_value"
@@ -103,14 +116,15 @@ def _given(value: Any) -> str:
     return shown(str(value)).strip("'") if isinstance(value, int | float) else f"a {type(value).__name__}"
 
 
-def _path(loc: Collection[int | str]) -> str:
-    """`messages.0.content`: what pydantic adds of its own (names of models and branches of unions) left out."""
-    return ".".join(str(part) for part in loc if _is_field(part))
+def _path(error: ErrorDetails) -> list[int | str]:
+    """Where it is, as the body has it: what pydantic adds of its own (the members of unions) left out."""
+    *path, last = error["loc"] or ("",)
+    own = error["type"] in ("extra_forbidden", "missing")  # the last one is a field for sure, whatever its name
+    found = [part for part in (*path, *(() if own else (last,))) if not _is_member(part)]
+    return [part for part in (*found, *((last,) if own else ())) if part != ""]
 
 
-def _is_field(part: int | str) -> bool:
-    return isinstance(part, int) or (part.replace("_", "").replace("-", "").isalnum() and part[:1].islower())
-
-
-def _depth(loc: Collection[int | str]) -> int:
-    return sum(map(_is_field, loc))
+def _is_member(part: int | str) -> bool:
+    if isinstance(part, int):
+        return False
+    return part in _TYPES or part[:1].isupper() or any(mark in part for mark in "[]()-")

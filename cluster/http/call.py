@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -57,6 +57,7 @@ class Call:
     async def body(self, model: type[M]) -> M:
         """What was sent, as this model; raises as `read_body` and `parse_body`."""
         config, scope = self.door.config, self.request.scope
+        self.request.state.fields = model.model_fields  # that errors may be about
         body = await read_body(scope, self.request.receive, config.max_body_bytes)
         return parse_body(model, scope, body, strict_fields=config.strict_fields)
 
@@ -69,9 +70,17 @@ class Call:
         """Seconds to the deadline; None: there is none."""
         return None if self._deadline_s is None else self._deadline_s - time.monotonic()
 
-    async def answer(self, request: GenerateRequest, write: PassOn) -> None:
-        """Answers a request to the model, within `alive`; raises the IsthmusError that ended it."""
-        await self.door.answer(request, write, _accepted, time_left=self.time_left, trace=self.trace)
+    async def answer(
+        self, request: GenerateRequest, write: PassOn, accepted: Callable[[ResolvedRequest], object] | None = None
+    ) -> None:
+        """Answers a request to the model, within `alive`; raises the IsthmusError that ended it. `accepted` is told
+        what it was resolved to, before the first event."""
+
+        async def told(resolved: ResolvedRequest) -> None:
+            if accepted is not None:
+                accepted(resolved)
+
+        await self.door.answer(request, write, told, time_left=self.time_left, trace=self.trace)
 
     @contextlib.asynccontextmanager
     async def alive(self) -> AsyncIterator[None]:
@@ -99,10 +108,6 @@ class Call:
             found[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(left.remaining)))
             found[f"x-ratelimit-reset-{name}"] = f"{left.reset_s:.3f}s"
         return found
-
-
-async def _accepted(_: ResolvedRequest) -> None:
-    """An HTTP answer begins with its first event: until then a refusal has a status of its own."""
 
 
 @contextlib.asynccontextmanager

@@ -42,10 +42,11 @@ class _Uvicorn(uvicorn.Server):
         await self.lifespan.startup()
         assert sockets is not None
         make = partial(Connection, config=self.config, server_state=self.server_state, app_state={})
-        handshake = {"ssl_handshake_timeout": float(HANDSHAKE_S)} if self.tls is not None else {}
+        handshake_s = None if self.tls is None else float(HANDSHAKE_S)
         loop = asyncio.get_running_loop()
         self.servers = [
-            await loop.create_server(make, sock=each, ssl=self.tls, backlog=_BACKLOG, **handshake) for each in sockets
+            await loop.create_server(make, sock=each, ssl=self.tls, backlog=_BACKLOG, ssl_handshake_timeout=handshake_s)
+            for each in sockets
         ]
         self.started = True
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 from starlette.responses import Response
@@ -17,6 +18,7 @@ from .errors import ClientGone, body_of
 log = logging.getLogger(__name__)
 
 COMMENT = b": nothing new\n\n"
+SILENCE_S = 10.0  # after which a stream gets a comment
 DONE = b"data: [DONE]\n\n"
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -49,22 +51,29 @@ class EventStream(Response):
         last: bytes = DONE,
         failed: Callable[[Exception], bytes] = error_event,
     ) -> None:
-        """`produce` is given what to write events with, within `Call.alive`. An error before its first one is answered
-        with its status, a later one by the event of `failed`, and no `last`."""
+        """`produce` is given what to write events with, within `Call.alive`; nothing (b"") is a comment where there was
+        silence for SILENCE_S. An error before the first event is answered with its status, a later one by the event of
+        `failed`, and no `last`."""
         self._call, self._produce, self._last, self._failed = call, produce, last, failed
         self.status_code, self.background = 200, None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
+        started, last_s, one_at_once = False, self._call.arrived_s, asyncio.Lock()
 
         async def write(event: bytes) -> None:
-            nonlocal started
-            if not started:
-                headers = {**_HEADERS, **self._call.headers}
-                raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-                await send({"type": "http.response.start", "status": 200, "headers": raw})
-                started = True
-            await _in_time(send, event)
+            nonlocal started, last_s
+            if not event:
+                if time.monotonic() - last_s < SILENCE_S:
+                    return
+                event = COMMENT
+            async with one_at_once:
+                if not started:
+                    headers = {**_HEADERS, **self._call.headers}
+                    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+                    await send({"type": "http.response.start", "status": 200, "headers": raw})
+                    started = True
+                await _in_time(send, event)
+            last_s = time.monotonic()
 
         end = self._last
         try:
