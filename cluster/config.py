@@ -16,7 +16,7 @@ from ..kvtransfer.codecs.registry import codec_names
 from ..model.dtypes import Dtype
 from ..prefill.config import PrefillConfig
 from ..proto.errors import InvalidRequest
-from ..proto.rpc.addresses import HostPort, checked_address
+from ..proto.rpc.addresses import HostPort, checked_address, parse_address
 from ..proto.security.credentials import Security
 from ..proto.security.identity import CLUSTER_PATTERN
 from ..proto.security.identity import Role as HolderRole
@@ -146,6 +146,17 @@ class ClusterConfig(Settings):
     def security(self, *roles: HolderRole) -> Security | None:
         """The certificates of a process of these roles; None: plain text. InvalidRequest where there are none."""
         return security_of(self.tls, self.named_cluster, *roles)
+
+    def with_http(self, port: int | None, *, none: bool = False, by_default: bool = False) -> Self:
+        """With HTTP on a port of the gateway's host, or on none. Where neither is said, as the settings have it; where
+        they have nothing and it is answered `by_default`, on the usual port, or a free one beside a free one."""
+        listen = self.gateway.http_listen
+        if port is None and by_default and "http_listen" not in self.gateway.model_fields_set:
+            port = defaults.HTTP_PORT if self.port else 0
+        if port is not None:
+            listen = str(parse_address(self.listen)._replace(port=port))
+        gateway = self.gateway.model_copy(update={"http_listen": None if none else listen})
+        return self.model_copy(update={"gateway": gateway})
 
     def with_jobs(self) -> Self:
         """With the URL of the database of jobs in place of its name (`database_url`)."""

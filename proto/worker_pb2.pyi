@@ -733,6 +733,7 @@ class ClusterStatus(_message.Message):
     MEMORY_FIELD_NUMBER: _builtins.int
     ACCESS_FIELD_NUMBER: _builtins.int
     LOG_CONTENT_FIELD_NUMBER: _builtins.int
+    HTTP_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     active_requests: _builtins.int
     uptime_ms: _builtins.int
@@ -748,6 +749,8 @@ class ClusterStatus(_message.Message):
     """of a gateway that has one: its address, and why it is away"""
     log_content: _builtins.bool
     """prompts and outputs are logged"""
+    http: _builtins.str
+    """of a gateway: the URL where it answers HTTP; empty: nowhere"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerReport]: ...
     @_builtins.property
@@ -783,10 +786,11 @@ class ClusterStatus(_message.Message):
         memory: _abc.Iterable[Global___MemoryUse] | None = ...,
         access: Global___AccessStatus | None = ...,
         log_content: _builtins.bool = ...,
+        http: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "active_requests", b"active_requests", "certificate_expires_unix_s", b"certificate_expires_unix_s", "cluster_id", b"cluster_id", "failing", b"failing", "gateways", b"gateways", "log_content", b"log_content", "memory", b"memory", "supervisor", b"supervisor", "task_failures", b"task_failures", "tls", b"tls", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "active_requests", b"active_requests", "certificate_expires_unix_s", b"certificate_expires_unix_s", "cluster_id", b"cluster_id", "failing", b"failing", "gateways", b"gateways", "http", b"http", "log_content", b"log_content", "memory", b"memory", "supervisor", b"supervisor", "task_failures", b"task_failures", "tls", b"tls", "uptime_ms", b"uptime_ms", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,7 +41,9 @@ def isthmus(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[byte
 
     `variables`: of its environment, besides those of the benchmark.
     """
-    environment = {"ISTHMUS_JOBS_DB": "none", **os.environ, **variables}  # never the jobs of the person who measures
+    # Never the jobs of the person who measures, nor a port that something else of theirs may have.
+    own = {"ISTHMUS_JOBS_DB": "none", "ISTHMUS_GATEWAY__HTTP_LISTEN": "none"}
+    environment = {**own, **os.environ, **variables}
     process = subprocess.Popen([ISTHMUS, *arguments], stdout=subprocess.DEVNULL, env=environment)
     try:
         yield process

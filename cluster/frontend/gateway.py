@@ -80,7 +80,7 @@ class Gateway:
         self._config = config
         self._server: Server | None = None
         self._admin: Server | None = None
-        self._http: HttpServer | None = None
+        self.http: HttpServer | None = None
         self._jobs: Jobs | None = None
         self._supervised: SupervisedWorkers | None = None
         self._leaving = False
@@ -130,7 +130,7 @@ class Gateway:
             client_certificates=security is not None and security.client_certificates,
             interceptors=[AccessInterceptor(self.access, refusals)],
         )
-        self._http = await listen_http(
+        self.http = await listen_http(
             *(self._config, security, self._answering, self._model, models, self.access, refusals, self._is_healthy)
         )
         for server in (self._server, self._admin):
@@ -181,7 +181,7 @@ class Gateway:
     @property
     def http_url(self) -> str | None:
         """Where HTTP is answered, as clients name it; None: nowhere."""
-        return self._http.url if self._http is not None else None
+        return self.http.url if self.http is not None else None
 
     @property
     def _admin_listen(self) -> str:
@@ -211,8 +211,8 @@ class Gateway:
     async def stop(self) -> None:
         """Cancels what still runs and closes everything."""
         await self._tasks.stop()
-        if self._http is not None:
-            await self._http.stop(0.2)
+        if self.http is not None:
+            await self.http.stop(0.2)
         if self._server is not None:
             forget_port(self._server.port)
             await self._server.stop(0.2)
@@ -273,4 +273,4 @@ class Gateway:
         for name, count in self.failures.items():
             status.task_failures[name] = count
         self.access.fill_status(status.access)
-        status.log_content = self._log_content
+        status.log_content, status.http = self._log_content, self.http_url or ""

@@ -53,6 +53,11 @@ class Connection(H11Protocol):
         super().data_received(data)
         self._bound_headers()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.trailing_data[0]:  # the beginning of another request, which came before this answer's end
+            self._bound_headers()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_due()
         super().connection_lost(exc)

@@ -1,6 +1,7 @@
 """What stands before all handlers: who asks, under which id, and how it ended, whatever ended it."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -15,6 +16,8 @@ from .door import Door
 from .errors import CLIENT_GONE, ClientGone, response_of
 
 log = logging.getLogger(__name__)
+
+_LINGER_S = 1.0
 
 
 class Guard:
@@ -55,7 +58,7 @@ class _Answer:
         self.request_id, self.status, self.complete = "", 0, False
         headers = Headers(scope=scope)
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        self._read = not has_body  # whether all of the request's body was
+        self._read = not has_body or "expect" in headers  # whether all of the request's body was; who expects waits
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -71,8 +74,20 @@ class _Answer:
             if not self._read:  # what comes of it still would be taken for the next request
                 headers["connection"] = "close"
         elif not message.get("more_body", False):
+            if not self._read:
+                await self._send({**message, "more_body": True})
+                await self._linger()
+                message = {**message, "body": b""}
             self.complete = True
         await self._send(message)
+
+    async def _linger(self) -> None:
+        """Takes in what the client sends still, and forgets it: a connection that is closed on it is reset, and the
+        client never sees the answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while not self._read:
+                    await self.receive()
 
     def gone(self) -> None:
         """Ends the connection where its answer cannot be completed."""
