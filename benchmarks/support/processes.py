@@ -22,6 +22,7 @@ from isthmus.proto.worker_pb2_grpc import WorkerStub
 
 from .dialling import to_worker
 
+FAKE = Path(__file__).with_name("fake_worker.py")
 ISTHMUS = str(Path(sys.executable).with_name("isthmus"))
 
 
@@ -106,3 +107,16 @@ async def _report(address: str, end: float) -> WorkerReport:
             except grpc.aio.AioRpcError:
                 await asyncio.sleep(0.1)
     raise TimeoutError(f"no worker answers at {address}")
+
+
+@contextmanager
+def fake_workers(model: str, prefill_ms: float, step_ms: float, slots: int) -> Iterator[str]:
+    """Workers without a model (`fake_worker.py`); their addresses, as `isthmus gateway --workers` takes them."""
+    pace = ("--prefill-ms", str(prefill_ms), "--step-ms", str(step_ms), "--slots", str(slots))
+    process = subprocess.Popen([sys.executable, str(FAKE), "--model", model, *pace], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.wait()
