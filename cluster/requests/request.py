@@ -17,8 +17,8 @@ from ..router.policies import LocalPrefill
 from ..router.router import servable_codecs, token_limit
 from ..router.routing_table import Limit, RoutingTable
 from ..text.served import ServedModel
+from .chat_input import check_size, conversation_of
 
-ROLES = ("system", "user", "assistant")
 T = TypeVar("T", int, float)
 
 
@@ -132,7 +132,7 @@ async def _tokenize(request: GenerateRequest, model: ServedModel) -> list[int]:
     if kind == "prompt":
         tokens = await _encode(request.prompt, model)
     elif kind == "chat":
-        tokens = await _encode_chat(request.chat, model, continue_final=request.continue_final_message)
+        tokens = await encode_chat(request.chat, model, continue_final=request.continue_final_message)
     else:
         raise InvalidRequest("the request has no input; allowed: prompt, chat or tokens")
     if not tokens:
@@ -149,19 +149,17 @@ async def _encode(prompt: str, model: ServedModel) -> list[int]:
     return await model.tokenizer_threads.run(size, encode)
 
 
-async def _encode_chat(chat: Chat, model: ServedModel, *, continue_final: bool) -> list[int]:
-    most = model.limits.max_chat_messages
-    if len(chat.messages) > most:
-        raise InvalidRequest(f"chat.messages has {len(chat.messages)} messages; allowed: at most {most}")
-    size = chat.ByteSize()
-    _check_bytes("chat", size, model)
-    encode = functools.partial(
-        model.tokenizer.encode_chat,
-        _messages(chat, model),
-        most_tokens=model.context_length - 1,
-        continue_final=continue_final,
-        parse_special=model.limits.parse_special,
-    )
+async def encode_chat(chat: Chat, model: ServedModel, *, continue_final: bool) -> list[int]:
+    """The token ids of a chat; InvalidRequest for one that is not valid, too large, or too long for the context."""
+    size = check_size(chat, model)
+
+    def encode() -> list[int]:
+        return model.tokenizer.encode_chat(
+            conversation_of(chat, model, continue_final=continue_final),
+            most_tokens=model.context_length - 1,
+            parse_special=model.limits.parse_special,
+        )
+
     return await model.tokenizer_threads.run(size, encode)
 
 
@@ -190,17 +188,6 @@ def _check_vocabulary(what: str, ids: Sequence[int], vocab_size: int) -> None:
     bad = next((token for token in ids if token >= vocab_size), None)
     if bad is not None:
         raise InvalidRequest(f"{what} has token id {bad}; allowed: 0 to {vocab_size - 1}")
-
-
-def _messages(chat: Chat, model: ServedModel) -> list[dict[str, str]]:
-    if not chat.messages:
-        raise InvalidRequest("the chat has no messages; allowed: at least one")
-    for message in chat.messages:
-        if message.role not in ROLES:
-            raise InvalidRequest(f"unknown role {shown(message.role)} in a chat message; allowed: {', '.join(ROLES)}")
-    if not model.tokenizer.has_chat_template:
-        raise InvalidRequest(f"model {model.name} has no chat template; allowed: prompt or tokens")
-    return [{"role": message.role, "content": message.content} for message in chat.messages]
 
 
 def _fit(sampling: Sampling, prompt: int, context: int, limit: Limit) -> Sampling:

@@ -112,7 +112,7 @@ async def test_what_fits_the_bounds_is_let_in() -> None:
         (build_request(chat=[]), "the chat has no messages; allowed: at least one"),
         (
             build_request(chat=[{"role": "robot", "content": "x"}]),
-            "unknown role 'robot' in a chat message; allowed: system, user, assistant",
+            "unknown role 'robot' in a chat message; allowed: system, developer, user, assistant, tool",
         ),
         (
             build_request(prompt="x" * 1000),
