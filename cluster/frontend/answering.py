@@ -13,6 +13,7 @@ from ...proto.rpc.trace import TraceContext
 from ..access.access import Access
 from ..access.usage import Permit
 from ..requests.attempt import PassOn
+from ..requests.choices import run_choices
 from ..requests.dispatch import TimeLeft
 from ..requests.generator import Generator
 from ..requests.request import ResolvedRequest
@@ -55,7 +56,9 @@ class Answering:
                 heartbeat = partial(GenerateEvent, request_id=resolved.request_id)
                 counted = partial(_counted, write, permit)
                 async with with_heartbeat(counted, heartbeat, self._sign_of_life_s) as pass_on:
-                    await self._generator.run(resolved, pass_on, time_left=time_left, trace=trace, arrived_s=arrived_s)
+                    await run_choices(
+                        *(self._generator, resolved, pass_on), time_left=time_left, trace=trace, arrived_s=arrived_s
+                    )
             except Exhausted as error:
                 if error.retry_after_s is None:
                     error.retry_after_s = self._load.retry_after_s()
@@ -68,7 +71,8 @@ class Answering:
         request.tenant, request.priority = self._access.claimed(request.tenant, request.priority)
         permit = of_request.enter_context(self._access.running(caller))
         resolved = replace(await self._generator.resolve(request), limits=caller.limits)
-        permit.reserve(len(resolved.prompt_token_ids), resolved.sampling.max_tokens, time.monotonic())
+        self._generator.check_budget(resolved)
+        permit.reserve(len(resolved.prompt_token_ids), resolved.output_tokens, time.monotonic())
         return resolved, permit
 
 

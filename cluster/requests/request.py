@@ -11,7 +11,7 @@ from ...proto.common_pb2 import PRIORITY_STANDARD, Priority
 from ...proto.errors import InvalidRequest, NotFound, Unavailable, shown
 from ...proto.generation_pb2 import Chat, GenerateRequest, TokenIds
 from ...proto.names import check_name
-from ...proto.sampling import Sampling
+from ...proto.sampling import Sampling, check_token_ids
 from ..access.settings import NO_LIMITS, Limits
 from ..router.policies import LocalPrefill
 from ..router.router import servable_codecs, token_limit
@@ -35,12 +35,19 @@ class ResolvedRequest:
     tenant: str = ""
     prefix_scope: bytes = b""  # keeps its pages from all other requests; empty: its tenant shares them
     explain: bool = False
+    return_prompt_token_ids: bool = False
+    choice: int | None = None  # which of `sampling.n` answers this is the request for; None: for all of them
     limits: Limits = NO_LIMITS  # its caller's own, beside those of the gateway
 
     @property
+    def output_tokens(self) -> int:
+        """At most, of all answers that it is for."""
+        return self.sampling.max_tokens * (self.sampling.n if self.choice is None else 1)
+
+    @property
     def tokens(self) -> int:
-        """Prompt and output at most."""
-        return len(self.prompt_token_ids) + self.sampling.max_tokens
+        """Prompt and output at most. The answers to one prompt share it: it counts with the first."""
+        return self.output_tokens + (0 if self.choice else len(self.prompt_token_ids))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +105,7 @@ async def resolve(
         priority=_priority(request.priority),
         tenant=tenant,
         explain=request.explain,
+        return_prompt_token_ids=request.return_prompt_token_ids,
     )
 
 
@@ -108,8 +116,7 @@ def _priority(asked: Priority.ValueType) -> Priority.ValueType:
 
 
 def _sampling(request: GenerateRequest, model: ServedModel) -> Sampling:
-    sampling = Sampling.from_pb(request.sampling)
-    _check_vocabulary("stop_token_ids", sorted(sampling.stop_token_ids), model.vocab_size)
+    sampling = Sampling.from_pb(request.sampling).check_vocabulary(model.vocab_size)
     if not request.sampling.HasField("seed"):
         sampling = replace(sampling, seed=secrets.randbits(63))
     return sampling
@@ -173,7 +180,7 @@ def _token_ids(tokens: TokenIds, model: ServedModel) -> list[int]:
         raise InvalidRequest("the prompt has no token ids; allowed: at least one")
     _check_length(len(tokens.ids), model.context_length)
     ids = list(tokens.ids)
-    _check_vocabulary("tokens", ids, model.vocab_size)
+    check_token_ids("tokens", ids, model.vocab_size)
     return ids
 
 
@@ -182,12 +189,6 @@ def _check_length(prompt: int, context: int) -> None:
         raise InvalidRequest(
             f"prompt of {prompt} tokens; allowed: at most {context - 1} (the model's context is {context})"
         )
-
-
-def _check_vocabulary(what: str, ids: Sequence[int], vocab_size: int) -> None:
-    bad = next((token for token in ids if token >= vocab_size), None)
-    if bad is not None:
-        raise InvalidRequest(f"{what} has token id {bad}; allowed: 0 to {vocab_size - 1}")
 
 
 def _fit(sampling: Sampling, prompt: int, context: int, limit: Limit) -> Sampling:
