@@ -123,6 +123,8 @@ class HttpServer:
         if not done:
             log.warning("the HTTP server on port %d did not end within %.0f s", self._address.port, _STOP_LIMIT_S)
             self._serving.cancel()
+        for connection in set(connections):  # what waits there is read by nobody
+            connection.abort()
 
 
 def _bind(at: HostPort) -> socket.socket:

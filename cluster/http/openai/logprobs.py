@@ -10,10 +10,11 @@ from ...text.served import TextEncoder
 LEAST = -9999.0  # of a token that was ruled out: JSON has no infinity
 
 
-def token_text(data: bytes) -> str:
-    """A token as text; one that is no whole character by its bytes, so that no two look alike."""
+def token_text(tokenizer: TextEncoder, token_id: int) -> str:
+    """A token as text; one that is no whole character by its bytes, a special one, which has none, by its id."""
+    data = tokenizer.bytes_of(token_id)
     try:
-        return data.decode()
+        return data.decode() or f"token_id:{token_id}"
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
@@ -33,19 +34,18 @@ def chat_logprobs(
 
 
 def prompt_logprobs(
-    tokenizer: TextEncoder, token_ids: Sequence[int], logprobs: Iterable[TokenLogprobs]
+    tokenizer: TextEncoder, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
 ) -> list[dict[str, Any] | None]:
-    """Of the tokens of a prompt, by token id, each with the likeliest in its place; None of the first."""
-    found: list[dict[str, Any] | None] = []
-    for number, (token, each) in enumerate(zip(token_ids, logprobs, strict=False)):
+    """Of the tokens of a prompt, by token id, each with the likeliest in its place; None of the first. `logprobs`: from
+    the second one on."""
+    found: list[dict[str, Any] | None] = [None]
+    for token, each in zip(token_ids[1:], logprobs, strict=False):
         entries = {top.token_id: top.logprob for top in each.top} | {token: each.logprob}
         found.append(
             {
-                str(token_id): {"logprob": max(LEAST, logprob), "decoded_token": _text(tokenizer, token_id)}
+                str(token_id): {"logprob": max(LEAST, logprob), "decoded_token": token_text(tokenizer, token_id)}
                 for token_id, logprob in entries.items()
             }
-            if number
-            else None
         )
     return found
 
@@ -58,20 +58,25 @@ class TextLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def push(
-        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], *, first_has_none: bool = False
-    ) -> dict[str, list[Any]]:
-        """The lists of further tokens. `first_has_none`: it begins a prompt, and nothing stands before it."""
-        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for number, (token, each) in enumerate(zip(token_ids, logprobs, strict=False)):
-            known = number > 0 or not first_has_none
-            tops = {_text(self._tokenizer, top.token_id): max(LEAST, top.logprob) for top in each.top}
-            found["tokens"].append(_text(self._tokenizer, token))
-            found["token_logprobs"].append(max(LEAST, each.logprob) if known else None)
-            found["top_logprobs"].append(tops if known and tops else None)
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> dict[str, list[Any]]:
+        """The lists of further tokens; null where there is no log-probability."""
+        found = joined(())
+        for token, each in zip(token_ids, logprobs, strict=False):
+            tops: dict[str, float] = {}
+            for top in each.top if each else ():
+                tops.setdefault(
+                    token_text(self._tokenizer, top.token_id), max(LEAST, top.logprob)
+                )  # the likeliest first
+            found["tokens"].append(token_text(self._tokenizer, token))
+            found["token_logprobs"].append(None if each is None else max(LEAST, each.logprob))
+            found["top_logprobs"].append(tops or None)
             found["text_offset"].append(self._offset)
             self._offset += len(self._decoder.decode(self._tokenizer.bytes_of(token)))
         return found
+
+    def push_prompt(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, list[Any]]:
+        """The same of a prompt; `logprobs`: from its second token on, for nothing stands before the first."""
+        return self.push(token_ids, [None, *logprobs])
 
 
 def joined(pieces: Iterable[dict[str, list[Any]]]) -> dict[str, list[Any]]:
@@ -84,9 +89,8 @@ def joined(pieces: Iterable[dict[str, list[Any]]]) -> dict[str, list[Any]]:
 
 
 def _entry(tokenizer: TextEncoder, token_id: int, logprob: float) -> dict[str, Any]:
-    data = tokenizer.bytes_of(token_id)
-    return {"token": token_text(data), "logprob": max(LEAST, logprob), "bytes": list(data)}
-
-
-def _text(tokenizer: TextEncoder, token_id: int) -> str:
-    return token_text(tokenizer.bytes_of(token_id))
+    return {
+        "token": token_text(tokenizer, token_id),
+        "logprob": max(LEAST, logprob),
+        "bytes": list(tokenizer.bytes_of(token_id)),
+    }

@@ -45,7 +45,7 @@ class Texts:
         if begins and self._body.echo:
             text += self._prompt_text()
             if self._body.logprobs is not None:
-                found.append(lists.push(self._prompt, self.tally.prompt_logprobs, first_has_none=True))
+                found.append(lists.push_prompt(self._prompt, self.tally.prompt_logprobs))
         finish, stop = finish_of(event), event.stop_text
         if self._only_prompt:
             self.tally.output_tokens = 0

@@ -34,7 +34,7 @@ async def tokenize(call: Call) -> Response:
         tokens = (await validate(request, model)).prompt_token_ids
     found: dict[str, Any] = {"count": len(tokens), "max_model_len": model.context_length, "tokens": tokens}
     if body.return_token_strs:
-        found["token_strs"] = [token_text(model.tokenizer.bytes_of(token)) for token in tokens]
+        found["token_strs"] = [token_text(model.tokenizer, token) for token in tokens]
     return call.json(found)
 
 

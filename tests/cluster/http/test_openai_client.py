@@ -14,7 +14,6 @@ from served_http import served_http
 from isthmus.cluster.client.client import Answer, Client, build_request
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.http.openai.schema.responses import ChatChunk, ChatCompletion, Completion
-from isthmus.proto.generation_pb2 import Chat, ChatMessage
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sky blue?"}]
 PROMPT = "Once upon a time there was"
@@ -40,8 +39,7 @@ async def test_greedy_answers_are_those_of_grpc_token_for_token() -> None:
         model = (await client.models.list()).data[0].id
         assert (await client.models.retrieve(model)).id == model
         greedy: Any = {"model": model, "temperature": 0, "max_tokens": 24, "extra_body": {"return_token_ids": True}}
-        chat = Chat(messages=[ChatMessage(**message) for message in MESSAGES])
-        expected = await over_grpc(gateway, chat=chat, sampling={"temperature": 0, "max_tokens": 24})
+        expected = await over_grpc(gateway, chat=MESSAGES, sampling={"temperature": 0, "max_tokens": 24})
         whole: Any = await client.chat.completions.create(messages=MESSAGES, **greedy)
         assert whole.choices[0].token_ids == expected.token_ids
         assert whole.choices[0].message.content == expected.text
@@ -129,7 +127,7 @@ async def test_two_hundred_streams_that_are_left_hold_nothing() -> None:
                     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
                         lines = response.aiter_lines()
                         for _ in range(number % 7):
-                            await anext(lines)
+                            await anext(lines, "")
                 except httpx.HTTPError:
                     pass
 
@@ -142,3 +140,53 @@ async def test_two_hundred_streams_that_are_left_hold_nothing() -> None:
         async with asyncio.timeout(5):
             while gateway.http.connections:
                 await asyncio.sleep(0.05)
+
+
+async def test_several_answers_biases_and_stops() -> None:
+    async with served() as (gateway, client, plain):
+        model = (await client.models.list()).data[0].id
+        drawn: Any = {"model": model, "messages": MESSAGES, "max_tokens": 6, "temperature": 1, "seed": 3, "n": 3}
+        whole: Any = await client.chat.completions.create(**drawn, extra_body={"return_token_ids": True})
+        assert [choice.index for choice in whole.choices] == [0, 1, 2]
+        assert whole.usage.completion_tokens == sum(len(choice.token_ids) for choice in whole.choices)
+        for number, choice in enumerate(whole.choices):  # each is what a request with its seed gets
+            sampling = {"temperature": 1, "seed": 3 + number, "max_tokens": 6}
+            assert (await over_grpc(gateway, chat=MESSAGES, sampling=sampling)).token_ids == choice.token_ids
+        texts = {0: "", 1: "", 2: ""}
+        options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+        async for chunk in await client.chat.completions.create(**drawn, **options):
+            for piece in chunk.choices:
+                texts[piece.index] += piece.delta.content or ""
+            usage = chunk.usage
+        assert list(texts.values()) == [choice.message.content for choice in whole.choices]
+        assert usage == whole.usage
+        token = (await plain.post("/tokenize", json={"prompt": "a"})).json()["tokens"][-1]
+        biased: Any = await client.completions.create(
+            model=model, prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={str(token): 100}, logprobs=1
+        )
+        assert len(set(biased.choices[0].logprobs.tokens)) == 1
+        stop = biased.choices[0].logprobs.tokens[0]
+        stopped: Any = await client.completions.create(
+            model=model, prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={str(token): 100}, stop=[stop]
+        )
+        assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == ("", "stop")
+        assert stopped.choices[0].stop_reason == stop
+
+
+async def test_a_named_tool_is_a_matter_of_the_grammar_and_history_goes_through_the_template() -> None:
+    async with served() as (_, client, plain):
+        model = (await client.models.list()).data[0].id
+        called = {"id": "c1", "type": "function", "function": {"name": "sky", "arguments": '{"at": "noon"}'}}
+        history: Any = [
+            *MESSAGES,
+            {"role": "assistant", "content": None, "tool_calls": [called], "refusal": None, "annotations": []},
+            {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "blue"}]},
+        ]
+        tools: Any = [{"type": "function", "function": {"name": "sky", "parameters": {"type": "object"}}}]
+        answer = await client.chat.completions.create(model=model, messages=history, tools=tools, max_tokens=4)
+        assert answer.choices[0].message.role == "assistant"
+        without = await plain.post("/tokenize", json={"messages": MESSAGES})
+        assert answer.usage is not None and answer.usage.prompt_tokens > without.json()["count"]
+        with pytest.raises(openai.BadRequestError, match="tool_choice names 'sea'"):
+            named: Any = {"type": "function", "function": {"name": "sea"}}
+            await client.chat.completions.create(model=model, messages=history, tools=tools, tool_choice=named)
