@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from ....proto.common_pb2 import FINISH_REASON_LENGTH, FinishReason, TokenLogprobs
 from ....proto.generation_pb2 import GenerateEvent, Timings
-from ..sse import data
+from ..sse import COMMENT, data
 
 
 @dataclass
@@ -38,6 +38,11 @@ class Tally:
 def is_of_answer(event: GenerateEvent) -> bool:
     """Whether an event has something of an answer: not where it is a sign of life, or tells of the prompt."""
     return bool(event.token_ids or event.text or event.finish_reason)
+
+
+def silence_of(event: GenerateEvent) -> bytes:
+    """What a stream is given for an event that makes no chunk: a comment for a sign of life."""
+    return b"" if event.prompt_logprobs or is_of_answer(event) else COMMENT
 
 
 def usage_of(tallies: Sequence[Tally]) -> dict[str, Any]:

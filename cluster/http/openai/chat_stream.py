@@ -7,7 +7,7 @@ from ...requests.request import ResolvedRequest
 from ...text.answer_parser import AnswerParser, Delta, ToolChoice
 from ..call import Call
 from ..sse import Write
-from .answers import Chunks, Tally, dumps, explained, finish_of, is_of_answer, usage_of
+from .answers import Chunks, Tally, dumps, explained, finish_of, is_of_answer, silence_of, usage_of
 from .logprobs import chat_logprobs, prompt_logprobs
 from .schema.requests import ChatRequest
 
@@ -32,7 +32,7 @@ class ChatStream:
         """Writes all chunks; raises what ended the request."""
 
         async def push(event: GenerateEvent) -> None:
-            await write(self._told(event))
+            await write(self._told(event) or silence_of(event))
 
         await self._call.answer(self._request, push, self._accept)
         if self._last_usage:

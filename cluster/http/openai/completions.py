@@ -11,7 +11,7 @@ from ....proto.generation_pb2 import GenerateRequest, TokenIds
 from ..call import Call
 from ..door import Endpoint
 from ..sse import EventStream, Write
-from .answers import Chunks, dumps, explained, usage_of
+from .answers import Chunks, dumps, explained, silence_of, usage_of
 from .common import check_model, fingerprint_of
 from .sampling import check_completion, priority_of, sampling_of
 from .schema.requests import CompletionRequest
@@ -108,7 +108,7 @@ class _Stream:
         def told(event: Any) -> bytes:
             choice = texts.piece(event)
             if choice is None:
-                return b""
+                return silence_of(event)
             return self._chunks.chunk(dumps(choice), usage=self._usage() if self._every_usage else None)
 
         return told
