@@ -62,6 +62,7 @@ class HttpServer:
     async def listen(cls, listen: str, app: ASGIApp, security: Security | None) -> "HttpServer":
         """Starts to serve an ASGI application at host:port (port 0 picks one); OSError where it cannot be bound."""
         at = parse_address(listen)
+        tls = await asyncio.to_thread(context_of, security) if security is not None else None
         listening = await asyncio.to_thread(_bind, at)
         config = uvicorn.Config(
             app,
@@ -79,7 +80,7 @@ class HttpServer:
             reset_contextvars=True,
         )
         server = _Uvicorn(config)
-        server.tls = await asyncio.to_thread(context_of, security) if security is not None else None
+        server.tls = tls
         address = at._replace(port=listening.getsockname()[1])
         made = cls(server, listening, address, encrypted=security is not None)
         while not server.started:
