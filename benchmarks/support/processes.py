@@ -22,7 +22,7 @@ from isthmus.proto.worker_pb2_grpc import WorkerStub
 
 from .dialling import to_worker
 
-FAKE = Path(__file__).with_name("fake_worker.py")
+BENCHMARKS = Path(__file__).parents[1]
 ISTHMUS = str(Path(sys.executable).with_name("isthmus"))
 
 
@@ -113,10 +113,13 @@ async def _report(address: str, end: float) -> WorkerReport:
 def fake_workers(model: str, prefill_ms: float, step_ms: float, slots: int) -> Iterator[str]:
     """Workers without a model (`fake_worker.py`); their addresses, as `isthmus gateway --workers` takes them."""
     pace = ("--prefill-ms", str(prefill_ms), "--step-ms", str(step_ms), "--slots", str(slots))
-    process = subprocess.Popen([sys.executable, str(FAKE), "--model", model, *pace], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "support.fake_worker", "--model", model, *pace]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=BENCHMARKS)
     assert process.stdout is not None
     try:
-        yield process.stdout.readline().strip()
+        if not (addresses := process.stdout.readline().strip()):
+            raise RuntimeError("the fake workers did not start; what they say is above")
+        yield addresses
     finally:
         process.terminate()
         process.wait()
