@@ -24,7 +24,8 @@ async def served(**settings: Any) -> AsyncIterator[tuple[Gateway, openai.AsyncOp
     async with (
         served_http(**settings) as (gateway, _),
         http_client(gateway.http_url) as plain,
-        openai.AsyncOpenAI(base_url=f"{gateway.http_url}/v1", api_key="none", http_client=plain) as client,
+        openai.DefaultAsyncHttpxClient(trust_env=False) as own,  # no proxy of the environment stands between
+        openai.AsyncOpenAI(base_url=f"{gateway.http_url}/v1", api_key="none", http_client=own) as client,
     ):
         yield gateway, client, plain
 
@@ -154,6 +155,7 @@ async def test_several_answers_biases_and_stops() -> None:
             assert (await over_grpc(gateway, chat=MESSAGES, sampling=sampling)).token_ids == choice.token_ids
         texts = {0: "", 1: "", 2: ""}
         options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+        usage = None
         async for chunk in await client.chat.completions.create(**drawn, **options):
             for piece in chunk.choices:
                 texts[piece.index] += piece.delta.content or ""
