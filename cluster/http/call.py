@@ -52,14 +52,20 @@ class Call:
         self.trace: TraceContext = trace_of(request.headers.items())
         timeout_s = _timeout_s(request)
         self._deadline_s = None if timeout_s is None else self.arrived_s + timeout_s
+        self._fields: dict[str, str] = {}
+        request.state.fields = self._fields
         request.state.allowance = self._allowance  # for answers that are made elsewhere, of errors
 
     async def body(self, model: type[M]) -> M:
         """What was sent, as this model; raises as `read_body` and `parse_body`."""
         config, scope = self.door.config, self.request.scope
-        self.request.state.fields = model.model_fields  # that errors may be about
+        self.name_fields(**{name: name for name in model.model_fields})
         body = await read_body(scope, self.request.receive, config.max_body_bytes)
         return parse_body(model, scope, body, strict_fields=config.strict_fields)
+
+    def name_fields(self, **fields: str) -> None:
+        """Says how errors from below call what the request has under another name: `grammar="response_format"`."""
+        self._fields |= fields
 
     def generate_request(self, number: int | None = None, **fields: Any) -> GenerateRequest:
         """A request to the model with what the call's headers say; `number`: of several that one call makes."""

@@ -7,7 +7,7 @@
 
 import logging
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -56,7 +56,6 @@ _KINDS: tuple[tuple[type[Exception], int, ErrorType, str], ...] = (
     (Blamed, 500, "server_error", "blamed"),
     (Corrupt, 500, "server_error", "corrupt"),
 )
-_ALSO = {"prompt": ("messages",), "chat": ("messages",), "unknown": ("messages",)}  # what else a word may mean
 _LEAST_RETRY_S = 0.1
 
 
@@ -137,14 +136,14 @@ async def on_error(request: Request, error: Exception) -> Response:
     """The answer for what a handler raised."""
     allowance = getattr(request.state, "allowance", dict)
     if isinstance(error, InvalidRequest) and not hasattr(error, "param"):
-        error = BadField(str(error), _param_of(error, getattr(request.state, "fields", ())))
+        error = BadField(str(error), _param_of(error, getattr(request.state, "fields", {})))
     return response_of(error, allowance())
 
 
-def _param_of(error: Exception, fields: Container[str]) -> str | None:
-    """The field that an error from below the door is about, by its first words."""
-    words = str(error).removeprefix("the ").removeprefix("chat.").split(" ", 1)
-    return next((name for name in (words[0], *_ALSO.get(words[0], ())) if name in fields), None)
+def _param_of(error: Exception, fields: Mapping[str, str]) -> str | None:
+    """The field that an error from below the door is about, by its first word."""
+    word = str(error).removeprefix("the ").removeprefix("a ").partition(" ")[0].partition(".")[0]
+    return fields.get(word)
 
 
 async def on_routing(request: Request, error: Exception) -> Response:

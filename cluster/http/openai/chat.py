@@ -47,14 +47,16 @@ async def create(call: Call) -> Response:
 
 def _request(call: Call, body: ChatRequest) -> tuple[GenerateRequest, ToolChoice]:
     most = most_tokens(body, call.door.config.default_max_tokens)
-    sampling = sampling_of(body, max_tokens=most, logprobs=asked_logprobs(body))
+    sampling = sampling_of(call, body, max_tokens=most, logprobs=asked_logprobs(body))
     chat, choice = chat_of(body), tool_choice_of(body)
+    call.name_fields(**dict.fromkeys(("prompt", "chat", "unknown"), "messages"), template_kwargs="chat_template_kwargs")
     with in_field("tools" if choice.mode == "auto" else "tool_choice"):
         grammar = call.door.model.tool_grammar(chat.tools, choice, parallel=body.parallel_tool_calls is not False)
     if grammar is not None:
         if sampling.HasField("grammar"):
             raise BadField("tool_choice and another field both say what the output must be", "tool_choice")
         sampling.grammar.CopyFrom(grammar)
+        call.name_fields(grammar="tool_choice")
     request = call.generate_request(
         chat=chat,
         model=body.model or "",

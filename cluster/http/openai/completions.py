@@ -56,7 +56,7 @@ def _requests(call: Call, body: CompletionRequest) -> list[GenerateRequest]:
     most = MAX_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
     if body.max_tokens is None:
         most = max(most, body.min_tokens or 0)
-    sampling = sampling_of(body, max_tokens=most, logprobs=body.logprobs)
+    sampling = sampling_of(call, body, max_tokens=most, logprobs=body.logprobs)
     if body.echo and body.logprobs is not None and not sampling.HasField("prompt_logprobs"):
         sampling.prompt_logprobs = body.logprobs
     return [

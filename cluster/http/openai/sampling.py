@@ -14,6 +14,7 @@ from ....proto.common_pb2 import (
 )
 from ....proto.sampling import MAX_SEED
 from ...access.settings import PRIORITIES
+from ..call import Call
 from ..errors import BadField
 from .schema.fields import SamplingFields
 from .schema.requests import ChatRequest, CompletionRequest
@@ -25,8 +26,10 @@ _SAME = (
 )
 
 
-def sampling_of(body: SamplingFields, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
+def sampling_of(call: Call, body: SamplingFields, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
     """How the answers to a request are drawn. BadField where fields do not go together."""
+    field, grammar = grammar_of(body)
+    call.name_fields(grammar=field)
     sampling = SamplingParams(
         **{name: value for name in _SAME if (value := getattr(body, name)) is not None},
         max_tokens=max_tokens,
@@ -34,7 +37,7 @@ def sampling_of(body: SamplingFields, *, max_tokens: int, logprobs: int | None) 
         stop_token_ids=body.stop_token_ids or (),
         ignore_eos=bool(body.ignore_eos),
         logit_bias=_biases(body.logit_bias or {}),
-        grammar=grammar_of(body),
+        grammar=grammar,
     )
     if body.top_k is not None:
         sampling.top_k = max(0, body.top_k)
@@ -53,13 +56,13 @@ def priority_of(body: SamplingFields) -> Priority.ValueType:
     return PRIORITY_INTERACTIVE if number < 0 else PRIORITY_BATCH if number > 0 else PRIORITY_UNSPECIFIED
 
 
-def grammar_of(body: SamplingFields) -> Grammar | None:
-    """What the output must be, where the request says so; BadField where it says so twice."""
+def grammar_of(body: SamplingFields) -> tuple[str, Grammar | None]:
+    """What the output must be, and the field that says so; BadField where two do."""
     found = [(name, grammar) for name, grammar in _grammars(body) if grammar is not None]
     if len(found) > 1:
         names = " and ".join(name for name, _ in found)
         raise BadField(f"{names} both say what the output must be; allowed: one of them", found[1][0])
-    return found[0][1] if found else None
+    return found[0] if found else ("", None)
 
 
 def most_tokens(body: ChatRequest, default: int) -> int:
