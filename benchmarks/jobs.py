@@ -18,16 +18,15 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from support.help import Paragraphs
-from support.processes import ISTHMUS, free_port, ready, worker
+from support.processes import ISTHMUS, fake_workers, free_port, ready, worker
 from support.report import Count, Report, conditions
 
 from isthmus.cluster.client.client import Client, build_request
@@ -38,7 +37,6 @@ from isthmus.proto.generation_pb2 import GenerateRequest
 from isthmus.proto.jobs_pb2 import JOB_STATE_SUCCEEDED, SubmitJobRequest
 from isthmus.proto.worker_pb2 import WORKER_ROLE_DECODE
 
-FAKE = Path(__file__).with_name("support") / "fake_worker.py"
 MODEL = "smollm2-135m"
 WAIT_S = 120.0
 
@@ -49,19 +47,6 @@ async def real_workers() -> AsyncIterator[str]:
     with worker("prefill", MODEL, "auto", 1) as prefill, worker("decode", MODEL, "auto", 1) as decode:
         await ready([prefill, decode], within_s=600)
         yield f"{prefill},{decode}"
-
-
-@contextmanager
-def fake_workers(prefill_ms: float, step_ms: float, slots: int) -> Iterator[str]:
-    """Workers without a model; their addresses, as `isthmus gateway --workers` takes them."""
-    pace = ("--prefill-ms", str(prefill_ms), "--step-ms", str(step_ms), "--slots", str(slots))
-    process = subprocess.Popen([sys.executable, str(FAKE), "--model", MODEL, *pace], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.wait()
 
 
 class GatewayProcess:
@@ -151,7 +136,7 @@ async def crashes(workers: str, jobs: int, tokens: int, kills: int) -> dict[str,
 async def submissions(count: int) -> float:
     """Jobs accepted each second, from 4 connections with 16 callers each; nothing else runs meanwhile."""
     bar = Count("submissions", count)
-    with fake_workers(0, 500, 1) as workers:
+    with fake_workers(MODEL, 0, 500, 1) as workers:
         async with gateway(workers) as running, AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(JobsClient(running.address, patience_s=10)) for _ in range(4)]
             numbers = iter(range(count))
@@ -171,7 +156,7 @@ async def watching(jobs: int) -> float:
     """Events each second that reach watchers, one for each of so many jobs, from the first token to the last."""
     tokens = 200
     bar = Count("watch events", jobs * tokens)
-    with fake_workers(0, 20, jobs) as workers:
+    with fake_workers(MODEL, 0, 20, jobs) as workers:
         async with gateway(workers) as running, JobsClient(running.address, patience_s=10) as client:
             times = list[float]()
 
@@ -189,7 +174,7 @@ async def watching(jobs: int) -> float:
 async def interactive(requests: int, batch: int) -> dict[str, float]:
     """TTFT p99 of interactive requests, 4 a second, alone and with a queue of batch requests behind them."""
     bar = Count("TTFT beside batch", 2 * requests)
-    with fake_workers(60, 25, 16) as workers:
+    with fake_workers(MODEL, 60, 25, 16) as workers:
         async with (
             gateway(workers) as running,
             Client(running.address) as client,
@@ -271,7 +256,7 @@ async def without_model(report: Report, options: argparse.Namespace) -> None:
     """The parts that stand-ins for workers answer."""
     only = options.only
     if only in (None, "crash"):
-        with fake_workers(5, 50, 64) as workers:
+        with fake_workers(MODEL, 5, 50, 64) as workers:
             report.put(**await crashes(workers, options.jobs, 60, options.kills))
     if only in (None, "submit"):
         report.put(submits_per_s=round(await submissions(options.submissions), 1))

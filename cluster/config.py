@@ -149,6 +149,17 @@ class ClusterConfig(Settings):
         hosts = tuple(parse_address(address).host for address in listening if address)
         return security_of(self.tls, self.named_cluster, *roles, listening=hosts)
 
+    def with_http(self, port: int | None, *, none: bool = False, by_default: bool = False) -> Self:
+        """With HTTP on a port of the gateway's host, or on none. Where neither is said, as the settings have it; where
+        they have nothing and it is answered `by_default`, on the usual port, or a free one beside a free one."""
+        listen = self.gateway.http_listen
+        if port is None and by_default and "http_listen" not in self.gateway.model_fields_set:
+            port = defaults.HTTP_PORT if self.port else 0
+        if port is not None:
+            listen = str(parse_address(self.listen)._replace(port=port))
+        gateway = self.gateway.model_copy(update={"http_listen": None if none else listen})
+        return self.model_copy(update={"gateway": gateway})
+
     def with_jobs(self) -> Self:
         """With the URL of the database of jobs in place of its name (`database_url`)."""
         gateway = self.gateway.model_copy(update={"jobs_db": database_url(self.gateway.jobs_db)})

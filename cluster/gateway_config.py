@@ -8,6 +8,7 @@ from ..proto.rpc.addresses import checked_address
 from ..worker.config import Names, Settings
 from . import defaults
 from .access.settings import AccessSettings
+from .http_config import HttpConfig
 from .jobs.settings import JobsSettings
 from .router.policies import LocalPrefill, Policy
 from .text.served import InputLimits
@@ -48,6 +49,12 @@ class GatewayConfig(Settings):
     health_listen: str | None = Field(
         default=None, description="host:port for health probes in plain text; default: on its port only."
     )
+    http_listen: str | None = Field(
+        default=None,
+        description=f"host:port of the HTTP API; none: no HTTP; default of `isthmus up`: {defaults.HTTP_PORT} on its "
+        "host, or a free port beside a free one.",
+    )
+    http: HttpConfig = Field(default=HttpConfig(), description="The HTTP API.")
     policy: Policy = Field(
         default="cost", description=f"How workers are chosen: cost; for comparison {', '.join(get_args(Policy)[1:])}."
     )
@@ -126,7 +133,12 @@ class GatewayConfig(Settings):
     def _can_be_dialled(cls, value: str | None) -> str | None:
         return value if value is None else checked_address(value, to_dial=True)
 
-    @field_validator("admin_listen", "health_listen")
+    @field_validator("http_listen", mode="before")
+    @classmethod
+    def _or_none(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @field_validator("admin_listen", "health_listen", "http_listen")
     @classmethod
     def _can_be_bound(cls, value: str | None) -> str | None:
         return value if value is None else checked_address(value)

@@ -151,7 +151,7 @@ class DecodeWorker(DecodeServicer):
             sequence = DecodeSequence(
                 id=SequenceId(next(self._ids)),
                 prompt=list(request.prompt_token_ids),
-                sampling=Sampling.from_pb(request.sampling),
+                sampling=Sampling.from_pb(request.sampling).check_vocabulary(self._model.vocab_size),
                 codec=codec,
                 stream=TokenStream(),
                 output=list(request.emitted_token_ids),
@@ -248,9 +248,10 @@ class DecodeWorker(DecodeServicer):
         return self._codecs.get(request.codec)
 
     def _addresses(self, request: DecodeRequest, codec: PageCodec) -> PageAddresses | None:
-        if checked_scope(request.prefix_scope):
-            return None
-        salt = page_salt(self._model.fingerprint, codec.name, codec.params_hash, request.tenant)
+        scope = checked_scope(request.prefix_scope)
+        if scope and request.sampling.n <= 1:
+            return None  # nobody else would find them
+        salt = page_salt(self._model.fingerprint, codec.name, codec.params_hash, request.tenant, scope)
         return PageAddresses(salt, self.config.page_tokens)
 
     def _fill_report(self, report: WorkerReport) -> None:

@@ -20,7 +20,7 @@ import xxhash
 from ..proto.errors import Corrupt
 from ..proto.prefill_pb2 import FirstToken, KvCommit, KvFrame
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MIN_FRAME_BYTES = 256 << 10  # many small messages kill throughput
 MAX_FRAME_BYTES = 4 << 20

@@ -2,7 +2,8 @@
 
 The steps, in the order that transformers' `generate` has them:
 
-1. penalties: repetition (Keskar et al., CTRL, arXiv 1909.05858, section 4.1), then presence and frequency;
+1. penalties: repetition (Keskar et al., CTRL, arXiv 1909.05858, section 4.1), then presence and frequency; then the
+   request's own biases (`logit_bias`) are added;
 2. tokens that would end the output before min_tokens are ruled out;
 3. temperature 0 takes the most likely token; otherwise logits are divided by the temperature;
 4. top_k keeps the k most likely tokens;
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from ..proto.common_pb2 import TokenLogprobs, TopLogprob
 from ..proto.sampling import Sampling
+from .biases import add_biases
 from .noise import gumbel, place_key
 from .penalties import PenalisedRow, SeenTokens, penalise, penalises
 
@@ -75,7 +77,7 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Natural logarithms of probabilities in the model's own distribution: no penalties, no temperature."""
+    """Natural logarithms of probabilities in the model's own distribution: no penalties, biases or temperature."""
 
     logprob: float  # of the token that was chosen
     top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
@@ -133,12 +135,15 @@ def _choose_extreme(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 def _adjust(logits_RV: Tensor, rows: Sequence[SampleRow], *, rule_out: bool = True) -> Tensor:
     """Steps 1 and 2, or 1 alone; the same tensor where there is nothing to do."""
     penalised = [_penalised(index, row) for index, row in enumerate(rows) if penalises(row.sampling)]
+    biased = [(index, row.sampling) for index, row in enumerate(rows) if row.sampling.logit_bias]
     ruled_out = [(index, token) for index, row in enumerate(rows) for token in sorted(row.ruled_out) if rule_out]
-    if not penalised and not ruled_out:
+    if not penalised and not biased and not ruled_out:
         return logits_RV
     adjusted_RV = logits_RV.clone(memory_format=torch.contiguous_format)
     if penalised:
         penalise(adjusted_RV, penalised)
+    if biased:
+        add_biases(adjusted_RV, biased)
     vocabulary = logits_RV.shape[1]
     pairs = [(index, token) for index, token in ruled_out if token < vocabulary]
     if pairs:

@@ -207,7 +207,7 @@ class PrefillWorker(PrefillServicer):
             worker=self.server.name,
             attempt=request.attempt,
             prompt=prompt,
-            sampling=Sampling.from_pb(request.sampling),
+            sampling=Sampling.from_pb(request.sampling).check_vocabulary(self._model.vocab_size),
             sender=KvSender(form, hashes, len(token_ids), request.held_pages * form.page_tokens),
             outbox=Outbox(asyncio.get_running_loop(), binding),
             rank=rank_of(request.priority, resumes=request.resumes),

@@ -25,35 +25,39 @@ _sym_db = _symbol_database.Default()
 from . import common_pb2 as isthmus_dot_proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eisthmus/proto/generation.proto\x12\nisthmus.v1\x1a\x1aisthmus/proto/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.isthmus.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xbf\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.isthmus.v1.ChatH\x00\x12&\n\x06tokens\x18\x05 \x01(\x0b\x32\x14.isthmus.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.isthmus.v1.SamplingParams\x12\r\n\x05\x63odec\x18\x07 \x01(\t\x12&\n\x08priority\x18\x08 \x01(\x0e\x32\x14.isthmus.v1.Priority\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x0f\n\x07\x65xplain\x18\n \x01(\x08\x12\x1e\n\x16\x63ontinue_final_message\x18\x0b \x01(\x08\x42\x07\n\x05input\"5\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\"\xba\x01\n\x07Timings\x12\x0f\n\x07ttft_ms\x18\x01 \x01(\x01\x12\x10\n\x08total_ms\x18\x02 \x01(\x01\x12+\n\x08transfer\x18\x03 \x01(\x0b\x32\x19.isthmus.v1.TransferStats\x12\x15\n\rdecode_worker\x18\x04 \x01(\t\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x0f\n\x07replays\x18\x06 \x01(\r\x12)\n\ncandidates\x18\x07 \x03(\x0b\x32\x15.isthmus.v1.Candidate\"\xf9\x01\n\rGenerateEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\r\n\x05index\x18\x04 \x01(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.isthmus.v1.FinishReason\x12 \n\x05usage\x18\x07 \x01(\x0b\x32\x11.isthmus.v1.Usage\x12$\n\x07timings\x18\x08 \x01(\x0b\x32\x13.isthmus.v1.Timings\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"\xca\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x0e\n\x06\x63odecs\x18\x07 \x03(\t\x12\x15\n\rdefault_codec\x18\x08 \x01(\t\x12\x1a\n\x12max_request_tokens\x18\t \x01(\r\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.isthmus.v1.Model2\xdb\x01\n\nGeneration\x12\x44\n\x08Generate\x12\x1b.isthmus.v1.GenerateRequest\x1a\x19.isthmus.v1.GenerateEvent0\x01\x12:\n\x08GetModel\x12\x1b.isthmus.v1.GetModelRequest\x1a\x11.isthmus.v1.Model\x12K\n\nListModels\x12\x1d.isthmus.v1.ListModelsRequest\x1a\x1e.isthmus.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eisthmus/proto/generation.proto\x12\nisthmus.v1\x1a\x1aisthmus/proto/common.proto\"\x8d\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12(\n\ntool_calls\x18\x04 \x03(\x0b\x32\x14.isthmus.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12\x11\n\treasoning\x18\x06 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"\xa9\x01\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.isthmus.v1.ChatMessage\x12\x1f\n\x05tools\x18\x02 \x03(\x0b\x32\x10.isthmus.v1.Tool\x12\x17\n\x0ftemplate_kwargs\x18\x03 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe0\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.isthmus.v1.ChatH\x00\x12&\n\x06tokens\x18\x05 \x01(\x0b\x32\x14.isthmus.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.isthmus.v1.SamplingParams\x12\r\n\x05\x63odec\x18\x07 \x01(\t\x12&\n\x08priority\x18\x08 \x01(\x0e\x32\x14.isthmus.v1.Priority\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x0f\n\x07\x65xplain\x18\n \x01(\x08\x12\x1e\n\x16\x63ontinue_final_message\x18\x0b \x01(\x08\x12\x1f\n\x17return_prompt_token_ids\x18\x0c \x01(\x08\x42\x07\n\x05input\"5\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\"\xba\x01\n\x07Timings\x12\x0f\n\x07ttft_ms\x18\x01 \x01(\x01\x12\x10\n\x08total_ms\x18\x02 \x01(\x01\x12+\n\x08transfer\x18\x03 \x01(\x0b\x32\x19.isthmus.v1.TransferStats\x12\x15\n\rdecode_worker\x18\x04 \x01(\t\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x0f\n\x07replays\x18\x06 \x01(\r\x12)\n\ncandidates\x18\x07 \x03(\x0b\x32\x15.isthmus.v1.Candidate\"\xea\x02\n\rGenerateEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\r\n\x05index\x18\x04 \x01(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.isthmus.v1.FinishReason\x12 \n\x05usage\x18\x07 \x01(\x0b\x32\x11.isthmus.v1.Usage\x12$\n\x07timings\x18\x08 \x01(\x0b\x32\x13.isthmus.v1.Timings\x12\x0e\n\x06\x63hoice\x18\t \x01(\r\x12\x18\n\x10prompt_token_ids\x18\n \x03(\r\x12\x32\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12\x11\n\tstop_text\x18\x0c \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"\xca\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x0e\n\x06\x63odecs\x18\x07 \x03(\t\x12\x15\n\rdefault_codec\x18\x08 \x01(\t\x12\x1a\n\x12max_request_tokens\x18\t \x01(\r\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.isthmus.v1.Model2\xdb\x01\n\nGeneration\x12\x44\n\x08Generate\x12\x1b.isthmus.v1.GenerateRequest\x1a\x19.isthmus.v1.GenerateEvent0\x01\x12:\n\x08GetModel\x12\x1b.isthmus.v1.GetModelRequest\x1a\x11.isthmus.v1.Model\x12K\n\nListModels\x12\x1d.isthmus.v1.ListModelsRequest\x1a\x1e.isthmus.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'isthmus.proto.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHATMESSAGE']._serialized_start=74
-  _globals['_CHATMESSAGE']._serialized_end=118
-  _globals['_CHAT']._serialized_start=120
-  _globals['_CHAT']._serialized_end=169
-  _globals['_TOKENIDS']._serialized_start=171
-  _globals['_TOKENIDS']._serialized_end=194
-  _globals['_GENERATEREQUEST']._serialized_start=197
-  _globals['_GENERATEREQUEST']._serialized_end=516
-  _globals['_USAGE']._serialized_start=518
-  _globals['_USAGE']._serialized_end=571
-  _globals['_TIMINGS']._serialized_start=574
-  _globals['_TIMINGS']._serialized_end=760
-  _globals['_GENERATEEVENT']._serialized_start=763
-  _globals['_GENERATEEVENT']._serialized_end=1012
-  _globals['_GETMODELREQUEST']._serialized_start=1014
-  _globals['_GETMODELREQUEST']._serialized_end=1045
-  _globals['_LISTMODELSREQUEST']._serialized_start=1047
-  _globals['_LISTMODELSREQUEST']._serialized_end=1066
-  _globals['_MODEL']._serialized_start=1069
-  _globals['_MODEL']._serialized_end=1271
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1273
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1328
-  _globals['_GENERATION']._serialized_start=1331
-  _globals['_GENERATION']._serialized_end=1550
+  _globals['_CHATMESSAGE']._serialized_start=75
+  _globals['_CHATMESSAGE']._serialized_end=216
+  _globals['_TOOLCALL']._serialized_start=218
+  _globals['_TOOLCALL']._serialized_end=273
+  _globals['_TOOL']._serialized_start=275
+  _globals['_TOOL']._serialized_end=336
+  _globals['_CHAT']._serialized_start=339
+  _globals['_CHAT']._serialized_end=508
+  _globals['_TOKENIDS']._serialized_start=510
+  _globals['_TOKENIDS']._serialized_end=533
+  _globals['_GENERATEREQUEST']._serialized_start=536
+  _globals['_GENERATEREQUEST']._serialized_end=888
+  _globals['_USAGE']._serialized_start=890
+  _globals['_USAGE']._serialized_end=943
+  _globals['_TIMINGS']._serialized_start=946
+  _globals['_TIMINGS']._serialized_end=1132
+  _globals['_GENERATEEVENT']._serialized_start=1135
+  _globals['_GENERATEEVENT']._serialized_end=1497
+  _globals['_GETMODELREQUEST']._serialized_start=1499
+  _globals['_GETMODELREQUEST']._serialized_end=1530
+  _globals['_LISTMODELSREQUEST']._serialized_start=1532
+  _globals['_LISTMODELSREQUEST']._serialized_end=1551
+  _globals['_MODEL']._serialized_start=1554
+  _globals['_MODEL']._serialized_end=1756
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1758
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1813
+  _globals['_GENERATION']._serialized_start=1816
+  _globals['_GENERATION']._serialized_end=2035
 # @@protoc_insertion_point(module_scope)

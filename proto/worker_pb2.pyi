@@ -755,6 +755,7 @@ class ClusterStatus(_message.Message):
     MEMORY_FIELD_NUMBER: _builtins.int
     ACCESS_FIELD_NUMBER: _builtins.int
     LOG_CONTENT_FIELD_NUMBER: _builtins.int
+    HTTP_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     active_requests: _builtins.int
     uptime_ms: _builtins.int
@@ -772,6 +773,8 @@ class ClusterStatus(_message.Message):
     """whether decode workers compute prompts where there is no prefill worker"""
     log_content: _builtins.bool
     """prompts and outputs are logged"""
+    http: _builtins.str
+    """of a gateway: the URL where it answers HTTP; empty: nowhere"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerReport]: ...
     @_builtins.property
@@ -813,10 +816,11 @@ class ClusterStatus(_message.Message):
         memory: _abc.Iterable[Global___MemoryUse] | None = ...,
         access: Global___AccessStatus | None = ...,
         log_content: _builtins.bool = ...,
+        http: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "active_requests", b"active_requests", "certificate_expires_unix_s", b"certificate_expires_unix_s", "cluster_id", b"cluster_id", "failing", b"failing", "gateways", b"gateways", "local_prefill", b"local_prefill", "log_content", b"log_content", "memory", b"memory", "supervisor", b"supervisor", "task_failures", b"task_failures", "tls", b"tls", "uptime_ms", b"uptime_ms", "version", b"version", "wanted", b"wanted", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "active_requests", b"active_requests", "certificate_expires_unix_s", b"certificate_expires_unix_s", "cluster_id", b"cluster_id", "failing", b"failing", "gateways", b"gateways", "http", b"http", "local_prefill", b"local_prefill", "log_content", b"log_content", "memory", b"memory", "supervisor", b"supervisor", "task_failures", b"task_failures", "tls", b"tls", "uptime_ms", b"uptime_ms", "version", b"version", "wanted", b"wanted", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,6 +14,7 @@ from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.cluster.text.served import ServedModel
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
+from isthmus.model.text.conversation import Conversation
 from isthmus.proto import decode_pb2, worker_pb2
 from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, TransferStats
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
@@ -43,19 +44,17 @@ class ByteText:
 
     has_chat_template = True
 
+    def bytes_of(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
     def encode(self, text: str, *, most_tokens: int | None = None) -> list[int]:
         return list(text.encode())
 
     def encode_chat(
-        self,
-        messages: Sequence[dict[str, str]],
-        *,
-        most_tokens: int | None = None,
-        continue_final: bool = False,
-        parse_special: bool = False,
+        self, conversation: Conversation, *, most_tokens: int | None = None, parse_special: bool = False
     ) -> list[int]:
-        text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
-        return list((text + ("..." if continue_final else "")).encode())
+        text = "".join(f"<{message['role']}>{message['content']}" for message in conversation.messages)
+        return list((text + ("..." if conversation.continue_final else "")).encode())
 
 
 class ByteDecoder:

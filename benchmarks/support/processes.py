@@ -22,6 +22,7 @@ from isthmus.proto.worker_pb2_grpc import WorkerStub
 
 from .dialling import to_worker
 
+BENCHMARKS = Path(__file__).parents[1]
 ISTHMUS = str(Path(sys.executable).with_name("isthmus"))
 
 
@@ -41,7 +42,9 @@ def isthmus(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[byte
 
     `variables`: of its environment, besides those of the benchmark.
     """
-    environment = {"ISTHMUS_JOBS_DB": "none", **os.environ, **variables}  # never the jobs of the person who measures
+    # Never the jobs of the person who measures, nor a port that something else of theirs may have.
+    own = {"ISTHMUS_JOBS_DB": "none", "ISTHMUS_GATEWAY__HTTP_LISTEN": "none"}
+    environment = {**own, **os.environ, **variables}
     process = subprocess.Popen([ISTHMUS, *arguments], stdout=subprocess.DEVNULL, env=environment)
     try:
         yield process
@@ -104,3 +107,19 @@ async def _report(address: str, end: float) -> WorkerReport:
             except grpc.aio.AioRpcError:
                 await asyncio.sleep(0.1)
     raise TimeoutError(f"no worker answers at {address}")
+
+
+@contextmanager
+def fake_workers(model: str, prefill_ms: float, step_ms: float, slots: int) -> Iterator[str]:
+    """Workers without a model (`fake_worker.py`); their addresses, as `isthmus gateway --workers` takes them."""
+    pace = ("--prefill-ms", str(prefill_ms), "--step-ms", str(step_ms), "--slots", str(slots))
+    command = [sys.executable, "-m", "support.fake_worker", "--model", model, *pace]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=BENCHMARKS)
+    assert process.stdout is not None
+    try:
+        if not (addresses := process.stdout.readline().strip()):
+            raise RuntimeError("the fake workers did not start; what they say is above")
+        yield addresses
+    finally:
+        process.terminate()
+        process.wait()

@@ -25,7 +25,7 @@ from ...proto.worker_pb2 import AccessStatus
 from . import key_file, tokens
 from .caller import ANYBODY, Caller, Refused, calling
 from .settings import NO_LIMITS, OTHERS, PRIORITIES, AccessSettings, Limits
-from .usage import Accounts, OverLimit, Permit, reserve_for_job
+from .usage import Accounts, Allowance, OverLimit, Permit, reserve_for_job
 from .watched_file import WatchedFile
 
 log = logging.getLogger(__name__)
@@ -116,6 +116,11 @@ class Access:
             return Claimed(caller.tenant, most)
         self.refused["priority"] += 1
         raise PermissionDenied(f"your largest priority is {caller.limits.max_priority}")
+
+    def allowance(self) -> dict[str, Allowance]:
+        """What is left to this call's caller of requests and tokens in a minute; nothing where it has no such limit."""
+        caller = self.caller()
+        return self._accounts.left(caller.account, caller.limits, time.monotonic())
 
     def own_tenant(self) -> str | None:
         """The tenant whose things this call's caller may see; None: everybody's."""

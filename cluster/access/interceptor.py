@@ -1,17 +1,15 @@
 """Lets in who may ask: before a request's message is looked at."""
 
-import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from ..logs.audit import audit
 from .access import Access
 from .caller import Refused, calling
-from .peers import PeerFailures, address_of
+from .peers import address_of
+from .refusals import Refusals
 
 # Probes of load balancers and kubelets have no keys. Reflection is for callers: it needs one, as all else does.
 OPEN = frozenset({"grpc.health.v1.Health"})
@@ -20,9 +18,10 @@ OPEN = frozenset({"grpc.health.v1.Health"})
 class AccessInterceptor(grpc.aio.ServerInterceptor):
     """Stands behind the interceptor that makes statuses of errors (`proto/rpc/interceptor.py`)."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, refusals: Refusals | None = None) -> None:
+        """`refusals`: those of the gateway, where it has other doors too."""
         self._access = access
-        self._failures = PeerFailures()
+        self._refusals = refusals or Refusals(access)
 
     async def intercept_service(
         self,
@@ -42,17 +41,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         """Ends the call, whatever its kind, without reading what it sends."""
 
         async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
-            self._access.refused[refused.reason] += 1
-            peer = address_of(context.peer())
-            wait_s = self._failures.failed(peer, time.monotonic())
-            if not self._failures.is_noisy(peer):
-                audit("refused", who=peer, what=method, reason=refused.reason, key_id=refused.key_id)
-            if wait_s:
-                self._failures.held += 1
-                try:
-                    await asyncio.sleep(wait_s)
-                finally:
-                    self._failures.held -= 1
+            await self._refusals.note(refused, address_of(context.peer()), method)
             raise refused
 
         return grpc.stream_stream_rpc_method_handler(refuse)

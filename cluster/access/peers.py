@@ -47,11 +47,15 @@ def address_of(peer: str) -> str:
     kind, _, rest = unquote(peer).partition(":")
     if kind not in ("ipv4", "ipv6"):
         return kind
-    host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
+    return network_of(rest.rpartition(":")[0].strip("[]")) or kind
+
+
+def network_of(host: str) -> str:
+    """The same of an IP address; "" for what is none."""
     with suppress(ValueError):
-        address = ipaddress.ip_address(host)
+        address = ipaddress.ip_address(host.partition("%")[0])
         if isinstance(address, ipaddress.IPv6Address):
             mapped = address.ipv4_mapped
             return str(mapped) if mapped else str(ipaddress.ip_network((address, 64), strict=False).network_address)
         return str(address)
-    return kind
+    return ""

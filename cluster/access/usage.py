@@ -7,6 +7,7 @@ when it begins, prompt and the most that it may put out; what it did not use is 
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ...proto.errors import Exhausted, InvalidRequest
 from .settings import Limits
@@ -68,6 +69,14 @@ class Bucket:
         self.filled_s = max(self.filled_s, now_s)
 
 
+class Allowance(NamedTuple):
+    """What is left of a limit for a minute."""
+
+    limit: int
+    remaining: float
+    reset_s: float  # until all of it is there again, if nothing more is used
+
+
 @dataclass
 class Account:
     """What one key, or one tenant, uses."""
@@ -80,6 +89,15 @@ class Account:
         """Makes its buckets those of these limits."""
         self.requests = _fitted(self.requests, limits.requests_per_min, now_s)
         self.tokens = _fitted(self.tokens, limits.tokens_per_min, now_s)
+
+    def left(self, now_s: float) -> dict[str, Allowance]:
+        """What is left, by what is counted; nothing of what has no limit."""
+        found: dict[str, Allowance] = {}
+        for name, bucket in (("requests", self.requests), ("tokens", self.tokens)):
+            if bucket is not None:
+                reset_s = bucket.wait_s(bucket.size, now_s)
+                found[name] = Allowance(round(bucket.size), bucket.level, reset_s)
+        return found
 
     def is_idle(self, now_s: float) -> bool:
         """Whether a new one in its place would be no other."""
@@ -157,6 +175,12 @@ class Accounts:
             account.requests.take(1, now_s)
         account.running += 1
         return Permit(account)
+
+    def left(self, name: str, limits: Limits, now_s: float) -> dict[str, Allowance]:
+        """What is left to an account."""
+        if (limits.requests_per_min, limits.tokens_per_min) == (None, None):
+            return {}
+        return self._account(name, limits, now_s).left(now_s)
 
     def _account(self, name: str, limits: Limits, now_s: float) -> Account:
         account = self._accounts.setdefault(name, Account())

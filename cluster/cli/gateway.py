@@ -54,6 +54,8 @@ def gateway(
         str | None,
         typer.Option(help="host:port; port 0 picks a free one; default: host and port of the settings."),
     ] = None,
+    http_port: opt.HttpPort = None,
+    no_http: opt.NoHttp = False,
     config: opt.ConfigFile = None,
     log_level: opt.LogLevel = opt.DEFAULT_LOG_LEVEL,
 ) -> None:
@@ -82,7 +84,7 @@ def gateway(
     if listen is not None:
         host, port = parse_address(opt.address(listen, option="--listen"))
         flags |= {"host": host, "port": port}
-    settings = load_config(config, flags).with_jobs()
+    settings = load_config(config, flags).with_jobs().with_http(http_port, none=no_http)
     opt.configure_logs(log_level, settings)
     check_listen(settings.gateway.access, settings.listen)
     supervisor = settings.gateway.supervisor
@@ -96,7 +98,8 @@ def gateway(
 
     async def start() -> None:
         await running.start()
-        where = f"{running.address} (admin: {running.admin_address})"
+        http = f", HTTP: {running.http_url}" if running.http_url else ""
+        where = f"{running.address} (admin: {running.admin_address}{http})"
         whose = f"workers of {supervisor}" if supervisor else f"{len(workers)} workers"
         opt.say(f"gateway for {served.name} on {where}, {whose}")
         for line in hints(settings, running.address):

@@ -130,8 +130,11 @@ def _tls_lines(cluster: "ClusterStatus") -> "Iterator[Text]":
     """Plain text, and certificates that end soon, or have ended."""
     from rich.text import Text
 
+    from ...proto.rpc.addresses import parse_address
     from ...proto.security.certificates import WARN_DAYS
 
+    if cluster.http.startswith("http:") and not parse_address(cluster.http.partition("//")[2]).is_loopback:
+        yield Text("plain text: ", style="yellow").append(f"{cluster.http} (gateway.http.tls: off)", style="default")
     plain = [worker.worker_id for worker in cluster.workers if worker.version and not worker.tls]
     if cluster.tls and plain:
         yield Text("plain text: ", style="yellow").append(f"{', '.join(plain)} (tls: off)", style="default")
@@ -152,6 +155,11 @@ def _tls_part(cluster: "ClusterStatus") -> str:
     ends = [each.certificate_expires_unix_s for each in (cluster, *cluster.workers) if each.certificate_expires_unix_s]
     until = f", certificates until {time.strftime('%Y-%m-%d', time.gmtime(min(ends)))}" if ends else ""
     return f"TLS{until}"
+
+
+def _http_part(cluster: "ClusterStatus") -> str:
+    """Where HTTP is answered, and whether it can be read on the way."""
+    return f"{cluster.http} ({'TLS' if cluster.http.startswith('https:') else 'plain text'})"
 
 
 def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text | str]":
@@ -189,6 +197,7 @@ def _status_lines(cluster: "ClusterStatus", *, verbose: bool) -> "Iterator[Text 
         f"up {cluster.uptime_ms / 1e3:.0f} s",
         *([f"access: {_access(cluster)}"] if cluster.access.mode else []),
         _tls_part(cluster),
+        *([_http_part(cluster)] if cluster.http else []),
     ]
     yield " · ".join(parts)
 

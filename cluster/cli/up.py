@@ -32,7 +32,13 @@ UP_FLAGS = (
 )
 
 
-def up(ctx: typer.Context, config: opt.ConfigFile = None, log_level: opt.LogLevel = opt.DEFAULT_LOG_LEVEL) -> None:
+def up(
+    ctx: typer.Context,
+    http_port: opt.HttpPort = None,
+    no_http: opt.NoHttp = False,
+    config: opt.ConfigFile = None,
+    log_level: opt.LogLevel = opt.DEFAULT_LOG_LEVEL,
+) -> None:
     """Start a cluster and run it until Ctrl-C, which drains and stops everything.
 
     [bold]Examples[/]
@@ -47,6 +53,8 @@ def up(ctx: typer.Context, config: opt.ConfigFile = None, log_level: opt.LogLeve
 
       isthmus up --prefill 2 --decode 2 --local-prefill never --tenant-weights research=3,web=1
 
+      isthmus up --http-port 0    # HTTP on a free port
+
       isthmus up --address auto    # on the Ray that runs here already
     """
     begun_s = time.monotonic()
@@ -54,7 +62,7 @@ def up(ctx: typer.Context, config: opt.ConfigFile = None, log_level: opt.LogLeve
     from ..access.access import check_listen
     from ..config import load_config
 
-    settings = load_config(config, given(ctx)).with_jobs()
+    settings = load_config(config, given(ctx)).with_jobs().with_http(http_port, none=no_http, by_default=True)
     opt.configure_logs(log_level, settings)
     check_listen(settings.gateway.access, settings.listen)
     if not settings.prefill or not settings.decode:
@@ -109,5 +117,7 @@ def _welcome(settings: "ClusterConfig", running: "Gateway", took_s: float) -> No
     opt.say(f"ready on {running.address}: {settings.model}, {workers}, codec {settings.codec} ({took_s:.1f} s)")
     admin = f"export ISTHMUS_ADMIN={running.admin_address}; " if running.admin_address != opt.DEFAULT_ADMIN else ""
     opt.say(f"status and orders on {running.admin_address}: {admin}isthmus status")
+    if running.http_url is not None:
+        opt.say(f"HTTP, as OpenAI's API: {running.http_url}/v1")
     for line in hints(settings, running.address):
         opt.say(line)

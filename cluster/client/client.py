@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
-from ...proto.common_pb2 import FINISH_REASON_UNSPECIFIED, FinishReason, SamplingParams
+from ...proto.common_pb2 import FINISH_REASON_UNSPECIFIED, FinishReason, SamplingParams, TokenLogprobs
 from ...proto.errors import InvalidRequest
 from ...proto.generation_pb2 import (
     Chat,
@@ -89,16 +89,22 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     arrivals_unix_ns: list[int] = field(default_factory=list)  # one for each token
     finish_reason: FinishReason.ValueType = FINISH_REASON_UNSPECIFIED
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage = field(default_factory=Usage)  # of all answers to the request
     timings: Timings = field(default_factory=Timings)
+    stop_text: str = ""  # the stop string that ended it
+    prompt_token_ids: list[int] = field(default_factory=list)  # where asked for; of the first answer only
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # the same, from the prompt's second token on
 
     def take(self, event: GenerateEvent, now_unix_ns: int) -> None:
         """Adds an event that arrived at `now_unix_ns`."""
         self.text += event.text
         self.token_ids.extend(event.token_ids)
         self.arrivals_unix_ns.extend([now_unix_ns] * len(event.token_ids))
+        self.prompt_token_ids.extend(event.prompt_token_ids)
+        self.prompt_logprobs.extend(event.prompt_logprobs)
         if event.finish_reason != FINISH_REASON_UNSPECIFIED:
             self.finish_reason, self.usage, self.timings = event.finish_reason, event.usage, event.timings
+            self.stop_text = event.stop_text
 
     @property
     def finish(self) -> str:
@@ -183,17 +189,31 @@ class Client:
         on_event: Callable[[GenerateEvent], object] | None = None,
         timeout_s: float | None = None,
     ) -> Answer:
-        """Runs one request to its end; `on_event` sees each event at once."""
-        answer = Answer(sent_unix_ns=time.time_ns())
+        """Runs one request to its end; `on_event` sees each event at once. Of several answers it returns the first."""
+        return (await self.answers(request, on_event=on_event, timeout_s=timeout_s))[0]
+
+    async def answers(
+        self,
+        request: GenerateRequest,
+        *,
+        on_event: Callable[[GenerateEvent], object] | None = None,
+        timeout_s: float | None = None,
+    ) -> list[Answer]:
+        """The same; returns all answers, `sampling.n` of them."""
+        sent_ns = time.time_ns()
+        answers = [Answer(sent_unix_ns=sent_ns) for _ in range(request.sampling.n or 1)]
         call = self._generation.Generate(request, timeout=timeout_s)
         try:
             while isinstance(event := await call.read(), GenerateEvent):
-                answer.take(event, time.time_ns())
+                answers[event.choice].take(event, time.time_ns())
+                if event.HasField("usage"):
+                    for answer in answers:
+                        answer.usage = event.usage
                 if on_event is not None:
                     on_event(event)
         finally:
             call.cancel()
-        return answer
+        return answers
 
     async def model(self, name: str = "", *, timeout_s: float | None = 10) -> Model:
         """The model that the cluster serves."""

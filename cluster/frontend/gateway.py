@@ -24,21 +24,26 @@ from ...proto.tasks import Tasks
 from .. import defaults
 from ..access.access import Access, check_listen
 from ..access.interceptor import AccessInterceptor
+from ..access.refusals import Refusals
 from ..fleet.compatibility import Requirements
 from ..fleet.preflight import Preflight
 from ..fleet.registry import Fleet
 from ..fleet.shortage import Shortage
 from ..fleet.supervised import SupervisedWorkers
 from ..gateway_config import GatewayConfig
+from ..http.server import HttpServer
 from ..jobs.service.manager import Jobs
 from ..jobs.service.service import SERVICE as JOBS_SERVICE
 from ..requests.generator import Generator
 from ..router.router import servable_codecs
 from ..text.served import ServedModel
 from .admin import CLUSTER, MAX_MESSAGE_BYTES, listen_admin
+from .answering import Answering
 from .cluster_service import ClusterService
+from .doors import listen_http
 from .generation_service import GenerationService
 from .load import Load
+from .models import Models
 from .operations import Operations
 
 DEFAULTS = GatewayConfig()
@@ -75,6 +80,7 @@ class Gateway:
         self._config = config
         self._server: Server | None = None
         self._admin: Server | None = None
+        self.http: HttpServer | None = None
         self._jobs: Jobs | None = None
         self._supervised: SupervisedWorkers | None = None
         self._leaving = False
@@ -103,26 +109,29 @@ class Gateway:
         self.generator = Generator(
             *(self._model, self.fleet, self._config, shortage if supervisor else None), log_content=self._log_content
         )
-        self._generation = GenerationService(
-            self._model, self.fleet.table, self.generator, self.load, self.access, self._config
-        )
+        self._answering = Answering(self.generator, self.load, self.access, self._config.sign_of_life_s)
+        models = Models(self._model, self.fleet.table, self._config.local_prefill)
+        generation = GenerationService(self._answering, models)
         self.operations = Operations(self.fleet, supervisor)
         cluster = ClusterService(self.fleet, self.operations, self.generator.explain, self._fill_status)
         services: Services = {
-            GENERATION: lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
+            GENERATION: lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
         }
         orders: Services = {CLUSTER: lambda server: worker_pb2_grpc.add_ClusterServicer_to_server(cluster, server)}
         if self._config.jobs_db is not None:
             self._jobs = await self._open_jobs(self._config.jobs_db)
             services = {**services, JOBS_SERVICE: self._jobs.add_to}
-        security = self.transport.security
+        security, refusals = self.transport.security, Refusals(self.access)
         self._admin = await listen_admin(self.transport, self._admin_listen, orders, setting="gateway.admin_listen")
         self._server = await self.transport.listen(
             self._listen,
             services,
             max_request_bytes=MAX_MESSAGE_BYTES,
             client_certificates=security is not None and security.client_certificates,
-            interceptors=[AccessInterceptor(self.access)],
+            interceptors=[AccessInterceptor(self.access, refusals)],
+        )
+        self.http = await listen_http(
+            *(self._config, security, self._answering, self._model, models, self.access, refusals, self._is_healthy)
         )
         for server in (self._server, self._admin):
             note_port(server.port, security.cluster if security is not None else "", "gateway")
@@ -170,6 +179,11 @@ class Gateway:
         return str(parse_address(self._admin_listen)._replace(port=self._admin.port))
 
     @property
+    def http_url(self) -> str | None:
+        """Where HTTP is answered, as clients name it; None: nowhere."""
+        return self.http.url if self.http is not None else None
+
+    @property
     def _admin_listen(self) -> str:
         free = parse_address(self._listen).port == 0
         return self._config.admin_listen or (str(HostPort(defaults.HOST, 0)) if free else defaults.ADMIN)
@@ -186,7 +200,7 @@ class Gateway:
         await self._server.set_serving(False)
         if timeout_s:
             await asyncio.sleep(self._config.propagation_s)
-        self._generation.draining = True
+        self._answering.draining = True
         if self._jobs is not None:
             await self._jobs.drain()
         with contextlib.suppress(TimeoutError):
@@ -197,6 +211,8 @@ class Gateway:
     async def stop(self) -> None:
         """Cancels what still runs and closes everything."""
         await self._tasks.stop()
+        if self.http is not None:
+            await self.http.stop(0.2)
         if self._server is not None:
             forget_port(self._server.port)
             await self._server.stop(0.2)
@@ -219,9 +235,10 @@ class Gateway:
         try:
             while True:
                 change = self.fleet.change
-                can_serve = bool(servable_codecs(self.fleet.table.routing, self._config.local_prefill))
-                healthy = can_serve and not self._leaving and not self._failing()
-                await server.set_serving(healthy, but=[JOBS_SERVICE.full_name] if self._jobs_failing() else [])
+                can_serve = self._can_serve()
+                await server.set_serving(
+                    self._is_healthy(), but=[JOBS_SERVICE.full_name] if self._jobs_failing() else []
+                )
                 if can_serve:
                     self.ready.set()
                 with contextlib.suppress(TimeoutError):
@@ -230,6 +247,12 @@ class Gateway:
         except Exception:
             await server.set_serving(False)
             raise
+
+    def _can_serve(self) -> bool:
+        return bool(servable_codecs(self.fleet.table.routing, self._config.local_prefill))
+
+    def _is_healthy(self) -> bool:
+        return self._can_serve() and not self._leaving and not self._failing()
 
     def _failing(self) -> list[str]:
         """Background tasks that fail again and again, and without which no request is served as it should be."""
@@ -252,4 +275,4 @@ class Gateway:
         for name, count in self.failures.items():
             status.task_failures[name] = count
         self.access.fill_status(status.access)
-        status.log_content = self._log_content
+        status.log_content, status.http = self._log_content, self.http_url or ""

@@ -35,7 +35,7 @@ class AdmissionQueue:
         Exhausted where too many wait, Expired where its deadline cannot be met, InvalidRequest where it asks for more
         than a request may have.
         """
-        self._check_budget(request)
+        self.check_budget(request)
         claim = Claim(
             priority=request.priority,
             tenant=request.tenant,
@@ -80,7 +80,8 @@ class AdmissionQueue:
         overcommit = min(self._config.overcommit, max(1.0, self._config.overcommit / self._workers.gateways))
         return round(overcommit * sum(load.capacity_tokens for load in self._workers.routing.decode))
 
-    def _check_budget(self, request: ResolvedRequest) -> None:
+    def check_budget(self, request: ResolvedRequest) -> None:
+        """InvalidRequest where a request, for one answer or for several, asks for more than it may have."""
         config, own, tokens = self._config, request.limits, request.tokens
         most_tokens = smaller(config.max_request_tokens, own.max_request_tokens)
         if most_tokens is not None and tokens > most_tokens:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ...kvtransfer.frame import PROTOCOL_VERSION
 from ...proto.common_pb2 import Candidate
@@ -21,6 +22,7 @@ from ...proto.errors import (
     Exhausted,
     Expired,
     Incompatible,
+    InvalidRequest,
     IsthmusError,
     Unavailable,
 )
@@ -45,6 +47,14 @@ LOST = (Unavailable, Exhausted, Corrupt, Incompatible)  # another decode worker 
 RETRY_S = 0.25  # while nothing can be placed and no worker's health changes
 
 TimeLeft = Callable[[], float | None]  # seconds to the request's deadline, None without one
+
+
+@dataclass(frozen=True)
+class Near:
+    """Where the prompt of a request is already."""
+
+    decode: str  # address of the worker that holds its pages
+    by_transfer: bool  # from a prefill worker, which has them too: as computed, where the decode worker's are packed
 
 
 class Dispatcher:
@@ -83,17 +93,19 @@ class Dispatcher:
         time_left: TimeLeft,
         trace: TraceContext = (),
         suspicion: Suspicion | None = None,
+        near: Near | None = None,
     ) -> None:
         """Brings a session to its end; `pass_on` gets every event for the client, and no token twice.
 
-        `prepared` is its request, as of when it came, and `suspicion` what is known of it from earlier runs.
+        `prepared` is its request, as of when it came, and `suspicion` what is known of it from earlier runs. `near`:
+        where its prompt is, which is preferred to all other places as long as there is room.
 
         A decode worker that is lost, full or of no use costs nothing but time: the request goes on on another one,
         or on the same one once that is back. One that engines die of ends with Blamed (`suspicion.py`). Raises the
         IsthmusError that ended the request; the inner call is cancelled in every case.
         """
         try:
-            await self._run(session, prepared, pass_on, time_left, trace, suspicion or Suspicion())
+            await self._run(session, prepared, pass_on, time_left, trace, suspicion or Suspicion(), near)
         finally:
             self._fleet.replays.end(session.request.call_id)
 
@@ -105,13 +117,14 @@ class Dispatcher:
         time_left: TimeLeft,
         trace: TraceContext,
         suspicion: Suspicion,
+        near: Near | None,
     ) -> None:
         failures = Failures(limit=self._config.replays, wait_s=self._config.restart_wait_s)
         pages, demand = prepared.pages, prepared.demand
         while True:
             if (end := session.missing_end()) is not None:
                 return await pass_on(session.push(end, time.monotonic()))
-            placement = await self._place(demand, failures, time_left, started=bool(session.token_ids))
+            placement = await self._place(demand, failures, time_left, near, started=bool(session.token_ids))
             if session.request.explain and not failures.count:
                 session.candidates = self._candidates(demand, placement)
             if (layout := (placement.page_tokens, placement.codec_hash)) != pages.layout:
@@ -137,7 +150,9 @@ class Dispatcher:
         prices = explain(demand, self._fleet.table.routing, placement, local_prefill=self._config.local_prefill)
         return tuple(Candidate(**price._asdict()) for price in prices)
 
-    async def _place(self, demand: Demand, failures: Failures, time_left: TimeLeft, *, started: bool) -> Placement:
+    async def _place(
+        self, demand: Demand, failures: Failures, time_left: TimeLeft, near: Near | None, *, started: bool
+    ) -> Placement:
         """A place for the request, as soon as there is one; raises what failed last where there is none in time."""
         config, table = self._config, self._fleet.table
         unplaced = Unavailable("the request was placed too often")
@@ -145,7 +160,7 @@ class Dispatcher:
             now, change = time.monotonic(), self._fleet.change
             for avoid in failures.avoid(now, table.incarnation):
                 try:
-                    placement = route(
+                    placement = self._near(demand, near, avoid) or route(
                         *(demand, table.routing), avoid=avoid, policy=config.policy, local_prefill=config.local_prefill
                     )
                 except Unavailable as error:
@@ -163,6 +178,18 @@ class Dispatcher:
             with waiting, contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(RETRY_S, left)):  # wait_for can swallow a cancellation
                     await change.wait()
+
+    def _near(self, demand: Demand, near: Near | None, avoid: set[str]) -> Placement | None:
+        """A place where the prompt is already, if there is room and nothing failed there."""
+        config, table = self._config, self._fleet.table.routing
+        row = None if near is None or near.decode in avoid else table.decode.row_of.get(near.decode)
+        if near is None or row is None or table.decode.room.item(row) < demand.max_tokens:
+            return None
+        others = table.decode.row_of.keys() - {near.decode}
+        local = "never" if near.by_transfer else config.local_prefill
+        with contextlib.suppress(Unavailable, InvalidRequest):
+            return route(demand, table, avoid=avoid | others, policy=config.policy, local_prefill=local)
+        return None
 
     def _record_failure(self, session: Session, worker: str, error: IsthmusError, failures: Failures) -> None:
         table = self._fleet.table

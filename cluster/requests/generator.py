@@ -5,7 +5,7 @@ import contextlib
 import functools
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ...kvtransfer.hashing import SCOPE_BYTES
@@ -21,7 +21,7 @@ from ..router.routing_table import RoutingTable
 from ..text.served import ServedModel
 from .admission_queue import AdmissionQueue
 from .attempt import PassOn
-from .dispatch import Dispatcher, TimeLeft
+from .dispatch import Dispatcher, Near, TimeLeft
 from .request import ResolvedRequest, resolve, smaller
 from .request_log import RequestLog
 from .session import Session, new_session
@@ -64,6 +64,10 @@ class Generator:
             return replace(resolved, prefix_scope=secrets.token_bytes(SCOPE_BYTES))
         return resolved
 
+    def check_budget(self, request: ResolvedRequest) -> None:
+        """InvalidRequest where a request, for one answer or for several, asks for more than it may have."""
+        self._admission.check_budget(request)
+
     async def explain(self, request: GenerateRequest) -> Explanation:
         """What a request would cost on which workers; raises as `resolve`, and where nothing fits."""
         resolved = await self.resolve(request)
@@ -85,24 +89,29 @@ class Generator:
         trace: TraceContext = (),
         arrived_s: float | None = None,
         suspicion: Suspicion | None = None,
+        begun: Callable[[Session], object] | None = None,
+        near: Near | None = None,
     ) -> Session:
         """Answers a request: `pass_on` gets every event as it comes, the last one with usage and timings.
 
         `emitted` are tokens of the output that were passed on before, under the same seed: the answer goes on
         after them, in text, stop strings and indexes too, and none of them is passed on again. `arrived_s` is on
-        the clock of time.monotonic(). `suspicion` is what earlier runs of the request have shown. Raises the
+        the clock of time.monotonic(). `suspicion` is what earlier runs of the request have shown. `begun` gets the
+        session before anything is passed on. `near`: see `Dispatcher.run`. Raises the
         IsthmusError that ended the request, and what `pass_on` raises; cancelling the task cancels the request
         everywhere.
         """
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
         session = new_session(request, self._model, arrived_s)
         session.resume(emitted)
+        if begun is not None:
+            begun(session)
         with self.log.run(session):
             left = self._bounded(time_left, arrived_s, request.limits.max_request_s)
             prepared = functools.cache(lambda: self._dispatcher.prepare(request))
             async with self._admission.admit(request, left, lambda: self._dispatcher.estimate(request, prepared())):
                 await self._dispatcher.run(
-                    session, prepared(), pass_on, time_left=left, trace=trace, suspicion=suspicion
+                    session, prepared(), pass_on, time_left=left, trace=trace, suspicion=suspicion, near=near
                 )
         return session
 

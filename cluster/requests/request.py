@@ -11,14 +11,14 @@ from ...proto.common_pb2 import PRIORITY_STANDARD, Priority
 from ...proto.errors import InvalidRequest, NotFound, Unavailable, shown
 from ...proto.generation_pb2 import Chat, GenerateRequest, TokenIds
 from ...proto.names import check_name
-from ...proto.sampling import Sampling
+from ...proto.sampling import Sampling, check_token_ids
 from ..access.settings import NO_LIMITS, Limits
 from ..router.policies import LocalPrefill
 from ..router.router import servable_codecs, token_limit
 from ..router.routing_table import Limit, RoutingTable
 from ..text.served import ServedModel
+from .chat_input import check_size, conversation_of
 
-ROLES = ("system", "user", "assistant")
 T = TypeVar("T", int, float)
 
 
@@ -35,12 +35,19 @@ class ResolvedRequest:
     tenant: str = ""
     prefix_scope: bytes = b""  # keeps its pages from all other requests; empty: its tenant shares them
     explain: bool = False
+    return_prompt_token_ids: bool = False
+    choice: int | None = None  # which of `sampling.n` answers this is the request for; None: for all of them
     limits: Limits = NO_LIMITS  # its caller's own, beside those of the gateway
 
     @property
+    def output_tokens(self) -> int:
+        """At most, of all answers that it is for."""
+        return self.sampling.max_tokens * (self.sampling.n if self.choice is None else 1)
+
+    @property
     def tokens(self) -> int:
-        """Prompt and output at most."""
-        return len(self.prompt_token_ids) + self.sampling.max_tokens
+        """Prompt and output at most. The answers to one prompt share it: it counts with the first."""
+        return self.output_tokens + (0 if self.choice else len(self.prompt_token_ids))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +105,7 @@ async def resolve(
         priority=_priority(request.priority),
         tenant=tenant,
         explain=request.explain,
+        return_prompt_token_ids=request.return_prompt_token_ids,
     )
 
 
@@ -108,8 +116,7 @@ def _priority(asked: Priority.ValueType) -> Priority.ValueType:
 
 
 def _sampling(request: GenerateRequest, model: ServedModel) -> Sampling:
-    sampling = Sampling.from_pb(request.sampling)
-    _check_vocabulary("stop_token_ids", sorted(sampling.stop_token_ids), model.vocab_size)
+    sampling = Sampling.from_pb(request.sampling).check_vocabulary(model.vocab_size)
     if not request.sampling.HasField("seed"):
         sampling = replace(sampling, seed=secrets.randbits(63))
     return sampling
@@ -132,7 +139,7 @@ async def _tokenize(request: GenerateRequest, model: ServedModel) -> list[int]:
     if kind == "prompt":
         tokens = await _encode(request.prompt, model)
     elif kind == "chat":
-        tokens = await _encode_chat(request.chat, model, continue_final=request.continue_final_message)
+        tokens = await encode_chat(request.chat, model, continue_final=request.continue_final_message)
     else:
         raise InvalidRequest("the request has no input; allowed: prompt, chat or tokens")
     if not tokens:
@@ -149,19 +156,17 @@ async def _encode(prompt: str, model: ServedModel) -> list[int]:
     return await model.tokenizer_threads.run(size, encode)
 
 
-async def _encode_chat(chat: Chat, model: ServedModel, *, continue_final: bool) -> list[int]:
-    most = model.limits.max_chat_messages
-    if len(chat.messages) > most:
-        raise InvalidRequest(f"chat.messages has {len(chat.messages)} messages; allowed: at most {most}")
-    size = chat.ByteSize()
-    _check_bytes("chat", size, model)
-    encode = functools.partial(
-        model.tokenizer.encode_chat,
-        _messages(chat, model),
-        most_tokens=model.context_length - 1,
-        continue_final=continue_final,
-        parse_special=model.limits.parse_special,
-    )
+async def encode_chat(chat: Chat, model: ServedModel, *, continue_final: bool) -> list[int]:
+    """The token ids of a chat; InvalidRequest for one that is not valid, too large, or too long for the context."""
+    size = check_size(chat, model)
+
+    def encode() -> list[int]:
+        return model.tokenizer.encode_chat(
+            conversation_of(chat, model, continue_final=continue_final),
+            most_tokens=model.context_length - 1,
+            parse_special=model.limits.parse_special,
+        )
+
     return await model.tokenizer_threads.run(size, encode)
 
 
@@ -175,7 +180,7 @@ def _token_ids(tokens: TokenIds, model: ServedModel) -> list[int]:
         raise InvalidRequest("the prompt has no token ids; allowed: at least one")
     _check_length(len(tokens.ids), model.context_length)
     ids = list(tokens.ids)
-    _check_vocabulary("tokens", ids, model.vocab_size)
+    check_token_ids("tokens", ids, model.vocab_size)
     return ids
 
 
@@ -184,23 +189,6 @@ def _check_length(prompt: int, context: int) -> None:
         raise InvalidRequest(
             f"prompt of {prompt} tokens; allowed: at most {context - 1} (the model's context is {context})"
         )
-
-
-def _check_vocabulary(what: str, ids: Sequence[int], vocab_size: int) -> None:
-    bad = next((token for token in ids if token >= vocab_size), None)
-    if bad is not None:
-        raise InvalidRequest(f"{what} has token id {bad}; allowed: 0 to {vocab_size - 1}")
-
-
-def _messages(chat: Chat, model: ServedModel) -> list[dict[str, str]]:
-    if not chat.messages:
-        raise InvalidRequest("the chat has no messages; allowed: at least one")
-    for message in chat.messages:
-        if message.role not in ROLES:
-            raise InvalidRequest(f"unknown role {shown(message.role)} in a chat message; allowed: {', '.join(ROLES)}")
-    if not model.tokenizer.has_chat_template:
-        raise InvalidRequest(f"model {model.name} has no chat template; allowed: prompt or tokens")
-    return [{"role": message.role, "content": message.content} for message in chat.messages]
 
 
 def _fit(sampling: Sampling, prompt: int, context: int, limit: Limit) -> Sampling:

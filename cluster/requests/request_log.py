@@ -79,6 +79,7 @@ class RequestLog:
             "ms": _ms_since(session.arrived_s),
             "prompt_tokens": usage.prompt_tokens,
             "output_tokens": usage.output_tokens,
+            **({"choice": request.choice} if request.choice is not None else {}),
             "decode_worker": session.decode_worker,
             "replays": session.replays,
             **(self._content(session) if self.content else {}),

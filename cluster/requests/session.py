@@ -36,6 +36,12 @@ class Session:
     first_token_s: float | None = None
     transfer: TransferStats | None = None
     candidates: tuple[Candidate, ...] = ()  # of the first placement, where the request asks for them
+    told: bool = False  # an event was made
+
+    @property
+    def has_kv(self) -> bool:
+        """Whether the prompt's KV is on the decode worker in full, or nobody waits for it any more."""
+        return self.finished or (self.transfer is not None and not self.transfer.partial)
 
     @property
     def finished(self) -> bool:
@@ -66,8 +72,13 @@ class Session:
             index=index,
             logprobs=event.logprobs[: len(tokens)],
             finish_reason=self.finish_reason,
+            choice=self.request.choice or 0,
         )
+        if self.request.return_prompt_token_ids and not self.told:
+            made.prompt_token_ids.extend(self.request.prompt_token_ids)
+        self.told = True
         if self.finished:
+            made.stop_text = self._stop_text()
             made.usage.CopyFrom(self.usage())
             made.timings.CopyFrom(self._timings(now_s))
         return made
@@ -86,6 +97,10 @@ class Session:
     def usage(self) -> Usage:
         """Tokens so far."""
         return Usage(prompt_tokens=len(self.request.prompt_token_ids), output_tokens=len(self.token_ids))
+
+    def _stop_text(self) -> str:
+        """The stop string that ended the output, if one did."""
+        return (self.stops.matched if self.stops is not None else None) or ""
 
     def _note(self, transfer: TransferStats) -> None:
         """Keeps the statistics of the first transfer that was completed; until one is, what is known so far.

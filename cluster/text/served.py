@@ -5,7 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ...model.text.conversation import Conversation
+from ...proto.common_pb2 import Grammar
 from ...proto.errors import InvalidRequest, NotFound, shown
+from ...proto.generation_pb2 import Chat, Tool
+from .answer_parser import AnswerParser, ToolChoice
+from .answers import Answers
 from .tokenizing import TokenizerThreads
 
 
@@ -14,10 +19,9 @@ class TextEncoder(Protocol):
 
     @property
     def has_chat_template(self) -> bool: ...
+    def bytes_of(self, token_id: int, /) -> bytes: ...
     def encode(self, text: str, /, *, most_tokens: int) -> list[int]: ...
-    def encode_chat(
-        self, messages: list[dict[str, str]], /, *, most_tokens: int, continue_final: bool, parse_special: bool
-    ) -> list[int]: ...
+    def encode_chat(self, conversation: Conversation, /, *, most_tokens: int, parse_special: bool) -> list[int]: ...
 
 
 class TextDecoder(Protocol):
@@ -59,11 +63,22 @@ class ServedModel:
     new_stops: Callable[[Sequence[str]], StopMatcher]
     limits: InputLimits = InputLimits()
     tokenizer_threads: TokenizerThreads = field(default_factory=TokenizerThreads)
+    answers: Answers = field(default_factory=Answers)
 
     def check_name(self, name: str) -> None:
         """NotFound unless `name` is empty or this model's."""
         if name not in ("", self.name):
             raise NotFound(f"no model {shown(name)} here; available: {self.name}")
+
+    def new_answer_parser(self, chat: Chat, choice: ToolChoice, prompt_token_ids: Sequence[int] = ()) -> AnswerParser:
+        """For one answer to a chat. `prompt_token_ids`: what it was tokenized to, of which the end tells where in a
+        turn the answer begins (a template may open the reasoning itself)."""
+        return self.answers.parser(chat, choice, prompt_token_ids)
+
+    def tool_grammar(self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool = True) -> Grammar | None:
+        """What an answer must be where the choice is `required`, else None; InvalidRequest for tools or a choice that
+        are not valid. `parallel`: it may be several calls."""
+        return self.answers.grammar(tools, choice, parallel=parallel)
 
 
 def load_served_model(source: str, manifest: str | None = None) -> ServedModel:
@@ -77,7 +92,7 @@ def load_served_model(source: str, manifest: str | None = None) -> ServedModel:
     _ = tokenizer.bound  # takes a while once, as the first chat does; no client should wait for them
     if tokenizer.has_chat_template:
         with contextlib.suppress(InvalidRequest):
-            tokenizer.encode_chat([{"role": "user", "content": "hello"}])
+            tokenizer.encode_chat(Conversation(messages=[{"role": "user", "content": "hello"}]))
     return ServedModel(
         name=described.name,
         fingerprint=described.fingerprint,
@@ -87,4 +102,5 @@ def load_served_model(source: str, manifest: str | None = None) -> ServedModel:
         tokenizer=tokenizer,
         new_decoder=lambda: Detokenizer(tokenizer),
         new_stops=StopStrings,
+        answers=Answers(tokenizer),
     )

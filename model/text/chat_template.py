@@ -4,26 +4,27 @@ Templates are Jinja, in a sandbox like the one that transformers makes for them.
 they run depends on the conversation too. Python cannot stop a thread: so each loop, macro, call and operator of a
 template counts what it takes (`template_environment.py`), and a rendering that takes too much ends as refused.
 
-Control tokens that the text of a message spells are wrapped in two private characters, as transformers does for
-`sanitize_control_tokens`: what is rendered tells them from those that the template writes itself.
+Control tokens that any text of a conversation spells (messages, tools, variables) are wrapped in two private
+characters, as transformers does for `sanitize_control_tokens`: what is rendered tells them from those that the template
+writes itself.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jinja2 import TemplateError, nodes
 
 from ...proto.errors import InvalidRequest
+from .conversation import Conversation, check_variables
+from .marks import END, START
 from .template_budget import MAX_TEXT, Budget, TooMuch, spending
 from .template_environment import BoundedEnvironment
+from .template_traits import TemplateTraits
 
 MAX_STEPS = 200_000  # turns of all loops and macros of one rendering: some tenths of a second
 _SHOWN = 300  # characters of a reason that a template gives
 _FINAL = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where the last message ends
-START, END = "\U000f0000", "\U000f0001"  # around a control token that is text
-
-Messages = Sequence[dict[str, str]]
 
 
 class ChatTemplate:
@@ -34,32 +35,46 @@ class ChatTemplate:
         a text before it does anything else, and whether it is a special one. InvalidRequest for no valid template.
         """
         self._special = special
+        environment = BoundedEnvironment()
         try:
-            self._template, tree = BoundedEnvironment().load(source)
+            self._template, tree = environment.load(source)
         except TemplateError as error:
             raise InvalidRequest(f"the model's chat template is not valid: {error}") from None
+        self.traits = TemplateTraits.of(tree)
+        self._taken = frozenset(special) | frozenset(environment.globals)
         literals = _literals(tree)
         control = [token for token, is_special in added if is_special or (token in literals and not token.isspace())]
         self.control_tokens = tuple(sorted(control, key=len, reverse=True))  # one that contains another comes first
 
-    def render(self, messages: Messages, *, continue_final: bool = False, parse_special: bool = False) -> str:
-        """The conversation as text: up to where the assistant's next message begins, or with `continue_final` to where
-        the last message ends.
+    def render(self, conversation: Conversation, *, parse_special: bool = False) -> str:
+        """The conversation as text.
 
-        Control tokens in messages are wrapped in START and END, unless `parse_special`. InvalidRequest where the
-        template refuses the conversation, fails, or takes too many steps or more than MAX_TEXT characters.
+        Control tokens in what it says are wrapped in START and END, unless `parse_special`. InvalidRequest where the
+        template has no place for what it says, refuses it, fails, or takes too many steps or more than MAX_TEXT
+        characters.
         """
-        messages = [dict(message) for message in messages] if parse_special else self._marked(messages)
+        conversation.check(self.traits)
+        check_variables(conversation.variables, self._taken)
+        given = [conversation.for_template(self.traits), list(conversation.tools), dict(conversation.variables)]
+        messages, tools, variables = given if parse_special else self._marked(given)
         final = messages[-1]["content"]
-        if continue_final:
-            messages[-1]["content"] += _FINAL
-        text = self._run(messages, not continue_final)
-        return self._cut(text, final) if continue_final else text
+        if conversation.continue_final:
+            messages[-1] = {**messages[-1], "content": final + _FINAL}
+        prompted = conversation.add_generation_prompt and not conversation.continue_final
+        text = self._run({
+            **self._special,
+            "documents": None,
+            **variables,
+            "messages": messages,
+            "tools": tools or None,
+            "add_generation_prompt": prompted,
+        })  # fmt: skip
+        return self._cut(text, final) if conversation.continue_final else text
 
-    def _run(self, messages: Messages, add_generation_prompt: bool) -> str:
+    def _run(self, variables: dict[str, Any]) -> str:
         try:
             with spending(Budget(MAX_STEPS)):
-                return self._rendered(messages, add_generation_prompt)
+                return self._rendered(variables)
         except TemplateError as error:
             reason = str(error)[:_SHOWN]
             raise InvalidRequest(f"the model's chat template refuses the conversation: {reason}") from None
@@ -75,15 +90,9 @@ class ChatTemplate:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0][:_SHOWN]
             raise InvalidRequest(f"the model's chat template fails on the conversation: {reason}") from None
 
-    def _rendered(self, messages: Messages, add_generation_prompt: bool) -> str:
+    def _rendered(self, variables: dict[str, Any]) -> str:
         pieces, length = [], 0
-        for piece in self._template.generate(
-            **self._special,
-            messages=messages,
-            tools=[],
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-        ):
+        for piece in self._template.generate(variables):
             pieces.append(piece)
             length += len(piece)
             if length > MAX_TEXT:
@@ -97,13 +106,34 @@ class ChatTemplate:
             raise InvalidRequest("continue_final_message: the model's chat template leaves the last message out")
         return text[:mark] if text.startswith(_FINAL, mark) else text[:mark].rstrip()
 
-    def _marked(self, messages: Messages) -> list[dict[str, str]]:
-        everything = "\0".join(message["content"] for message in messages)
+    def _marked(self, given: Any) -> Any:
+        everything = "\0".join(_texts(given))
         found = [token for token in self.control_tokens if token in everything]
         if not found and START not in everything and END not in everything:
-            return [dict(message) for message in messages]
-        pattern = re.compile("|".join([*map(re.escape, found), START, END]))
-        return [{**message, "content": pattern.sub(_mark, message["content"])} for message in messages]
+            return given
+        return _with_marks(given, re.compile("|".join([*map(re.escape, found), START, END])))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value of JSON, keys too: a template may write them."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            pending += [*item, *item.values()]
+        elif isinstance(item, list):
+            pending += item
+
+
+def _with_marks(value: Any, pattern: re.Pattern[str]) -> Any:
+    """The same with control tokens marked; as deep as the JSON that clients may send."""
+    if isinstance(value, str):
+        return pattern.sub(_mark, value)
+    if isinstance(value, dict):
+        return {pattern.sub(_mark, key): _with_marks(item, pattern) for key, item in value.items()}
+    return [_with_marks(item, pattern) for item in value] if isinstance(value, list) else value
 
 
 def _mark(found: re.Match[str]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from tokenizers import Tokenizer as Backend
 
 from ...proto.errors import InvalidRequest
-from .chat_template import END, START
+from .marks import END, START
 
 _BATCH = 512  # pieces encoded in one call; their results are made into Python objects under the interpreter's lock
 

@@ -18,6 +18,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.utils import Namespace
 from markupsafe import escape
 
+from .marks import after_ascii, after_repr, hides_marks
 from .template_budget import CALL, MAX_BITS, TooMuch, budget
 
 _FACTOR = 12  # how much longer a character may get that is written as JSON or by repr
@@ -28,8 +29,8 @@ _NUMBER, _QUOTED = re.compile(r"\d+"), re.compile(r"%[^%]{0,20}?[ra]|![ra]")
 _SHALLOW = ("attr", "count", "d", "default", "first", "items", "last", "length", "list", "map", "random", "reject")
 _SHALLOW += ("rejectattr", "reverse", "select", "selectattr")
 # Filters that may look at everything in what they are given.
-_DEEP = ("abs", "capitalize", "dictsort", "float", "groupby", "int", "lower", "max", "min", "sort", "title", "trim")
-_DEEP += ("truncate", "unique", "upper")
+_DEEP = ("abs", "dictsort", "float", "groupby", "int", "max", "min", "sort", "unique")
+_OF_TEXT = ("capitalize", "lower", "title", "trim", "truncate", "upper")  # the same, of what they are given as text
 
 
 def _counted(value: Any) -> Any:
@@ -66,11 +67,24 @@ def _deep(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _of_text(function: Callable[..., Any]) -> Callable[..., Any]:
+    counted = _deep(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        """The text is the first argument, after an environment."""
+        place = 1 if args and isinstance(args[0], Environment) else 0
+        return counted(*args[:place], *map(to_text, args[place : place + 1]), *args[place + 1 :], **kwargs)
+
+    return call
+
+
 def to_text(value: Any) -> str:
     """What a template writes for a value."""
-    if not isinstance(value, str):
-        budget().make_text(_FACTOR * budget().weigh(value))
-    return str(value)
+    if isinstance(value, str):
+        return str(value)
+    budget().make_text(_FACTOR * budget().weigh(value))
+    return after_repr(str(value))
 
 
 def concat(*values: Any) -> str:
@@ -87,7 +101,7 @@ def _text_of(value: Any) -> str:
 
 
 def _replace(value: Any, old: str, new: str, count: int | None = None) -> str:
-    return _method("replace", _text_of(value), (str(old), str(new), -1 if count is None else count), {})
+    return _method("replace", _text_of(value), (to_text(old), to_text(new), -1 if count is None else count), {})
 
 
 def _center(value: Any, width: int = 80) -> str:
@@ -141,7 +155,8 @@ def _tojson(
     step = len(indent) if isinstance(indent, str) else int(indent or 0)
     depth = _depth(x) if step else 0
     budget().make_text(_FACTOR * length + length * (extra + max(step, 0) * depth))
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return after_ascii(text) if ensure_ascii else text
 
 
 def _depth(value: Any) -> int:
@@ -164,6 +179,7 @@ def _escape(value: Any) -> str:
 _FILTERS: dict[str, Callable[..., Any]] = {
     **{name: _shallow(jinja2.filters.FILTERS[name]) for name in _SHALLOW},
     **{name: _deep(jinja2.filters.FILTERS[name]) for name in _DEEP},
+    **{name: _of_text(jinja2.filters.FILTERS[name]) for name in _OF_TEXT},
     "center": _center,
     "e": _escape,
     "escape": _escape,
@@ -310,6 +326,8 @@ def check_format(text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     factor = 1 if plain and not _QUOTED.search(text) else _FACTOR
     fields, widths = text.count("{") + text.count("%"), sum(map(int, _NUMBER.findall(text)))
     budget().make_text(len(text) + widths + fields * factor * _weigh_all(args, kwargs))
+    if factor != 1 and any(hides_marks(repr(value)) for value in (*args, *kwargs.values())):
+        raise SecurityError("a format by `repr` of a value with control tokens in it")
 
 
 def _percent(text: str, values: Any) -> str:

@@ -11,21 +11,26 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as Backend
 
 from ...proto.errors import InvalidRequest
 from ..cache import Note
 from ..files.reading import reading, reason_of
-from .chat_template import END, START, ChatTemplate
+from .chat_template import ChatTemplate
+from .conversation import Conversation
 from .marked_text import MarkedText
+from .marks import END, START
 from .text_bounds import BYTE_OF, TextBound, bound_of
+
+if TYPE_CHECKING:
+    from .answers.form import AnswerForm
 
 # One text at a time uses one core, and a process that used its threads once warns at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-ROLES = ("system", "user", "assistant")
+_TOOL_USE = "tool_use"  # of several templates that one for conversations with tools, as transformers takes it
 
 
 class Tokenizer:
@@ -34,7 +39,7 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         """InvalidRequest where the folder has no tokenizer that can be used."""
         read = _read_converted if Note.read(folder) else _read_by_transformers
-        self._backend, self._template, self._special = read(folder)
+        self._backend, self._templates, self._special, self._response_template = read(folder)
         self._bytes_of: dict[int, bytes] = {}
         self._file = folder / "tokenizer.json"
         with reading(self._file):
@@ -50,7 +55,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return bool(self._templates)
 
     @functools.cached_property
     def bound(self) -> TextBound | None:
@@ -67,29 +72,16 @@ class Tokenizer:
         return self._encode(text, most_tokens, add_special_tokens=True)
 
     def encode_chat(
-        self,
-        messages: Sequence[dict[str, str]],
-        *,
-        most_tokens: int | None = None,
-        continue_final: bool = False,
-        parse_special: bool = False,
+        self, conversation: Conversation, *, most_tokens: int | None = None, parse_special: bool = False
     ) -> list[int]:
-        """The token ids of a conversation, up to where the assistant's next message begins, or with `continue_final`
-        up to the end of the last message, which the model continues.
+        """The token ids of a conversation.
 
-        Messages: {"role": "system" | "user" | "assistant", "content": text}. A control token that a message spells is
-        text, unless `parse_special`. InvalidRequest where there is no chat template, a role is not one of these, the
-        template refuses the conversation, or it has more than `most_tokens` for sure.
+        A control token that any text of it spells is text, unless `parse_special`. InvalidRequest where there is no
+        chat template, the template refuses the conversation or has no place for its tools, or it has more than
+        `most_tokens` for sure.
         """
-        if self._template is None:
-            raise InvalidRequest("the model has no chat template; allowed: a prompt, or token ids")
-        if not messages:
-            raise InvalidRequest("a conversation with no messages; allowed: at least one")
-        for message in messages:
-            if message["role"] not in ROLES:
-                raise InvalidRequest(f"a message with role {message['role']!r}; allowed: {', '.join(ROLES)}")
-        template, marked = self._chat()
-        text = template.render(messages, continue_final=continue_final, parse_special=parse_special)
+        template, marked = self.chat_template(bool(conversation.tools))
+        text = template.render(conversation, parse_special=parse_special)
         if parse_special or not (START in text or END in text):
             return self._encode(text, most_tokens, add_special_tokens=False)
         self._check_length(text, most_tokens)
@@ -110,21 +102,57 @@ class Tokenizer:
                 f"prompt of {len(text)} characters, {fewest} tokens or more; allowed: at most {most_tokens}"
             )
 
-    def _chat(self) -> tuple[ChatTemplate, MarkedText]:
-        if isinstance(self._compiled, InvalidRequest):
-            raise InvalidRequest(str(self._compiled))
-        return self._compiled
+    def chat_template(self, with_tools: bool) -> tuple[ChatTemplate, MarkedText]:
+        """The template of conversations with or without tools; InvalidRequest where there is none, or no valid one."""
+        if not self._templates:
+            raise InvalidRequest("the model has no chat template; allowed: a prompt, or token ids")
+        name = _TOOL_USE if with_tools and _TOOL_USE in self._templates else "default"
+        compiled = self._compiled.get(name)
+        if compiled is None:
+            raise InvalidRequest("the model's chat template is for conversations with tools only; allowed: with tools")
+        if isinstance(compiled, InvalidRequest):
+            raise InvalidRequest(str(compiled))
+        return compiled
 
     @functools.cached_property
-    def _compiled(self) -> tuple[ChatTemplate, MarkedText] | InvalidRequest:
-        """The template, or what is wrong with it: found out once, for it may take a while."""
+    def _compiled(self) -> dict[str, tuple[ChatTemplate, MarkedText] | InvalidRequest]:
+        """The templates, or what is wrong with one: found out once, for it may take a while."""
+        return {name: self._compile(source) for name, source in self._templates.items()}
+
+    def _compile(self, source: str) -> tuple[ChatTemplate, MarkedText] | InvalidRequest:
         added = [(token.content, token.special) for token in self._backend.get_added_tokens_decoder().values()]
         try:
             with reading("the chat template"):
-                template = ChatTemplate(self._template or "", self._special, added)
+                template = ChatTemplate(source, self._special, added)
         except InvalidRequest as error:
             return error
         return template, MarkedText(self._backend, template.control_tokens)
+
+    @functools.cached_property
+    def answer_form(self) -> "AnswerForm | None":
+        """How answers to chats are read; None: they are text. Takes a while once, where the chat template has tools.
+
+        InvalidRequest where the model comes with a response template that is not valid.
+        """
+        try:
+            plain, with_tools = (self.chat_template(tools)[0] for tools in (False, True))
+        except InvalidRequest:
+            return None
+        if self._response_template is None and not (with_tools.traits.tools or plain.traits.thinks):
+            return None
+        from .answers.recognition import answer_form  # imports transformers
+
+        return answer_form(self._response_template, plain, with_tools, self.special_tokens)
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of tokens that have no text in an output, by their names."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
+    def end_of(self, token_ids: Sequence[int], most: int) -> str:
+        """The text of the last tokens, at most `most`, with that of special tokens."""
+        return self._backend.decode(list(token_ids[-most:]), skip_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens in the middle of a text; special tokens have none."""
@@ -203,19 +231,26 @@ class StopStrings:
         return 0
 
 
-def _read_converted(folder: Path) -> tuple[Backend, str | None, dict[str, Any]]:
-    """Backend, chat template and special tokens of a folder that `load/convert.py` wrote."""
+# Chat templates by name, special tokens by name, and the response template.
+_Read = tuple[Backend, dict[str, str], dict[str, Any], dict[str, Any] | None]
+
+
+def _read_converted(folder: Path) -> _Read:
+    """What stands in a folder that `load/convert.py` wrote."""
     with reading(folder / "tokenizer_config.json"):
         config = json.loads((folder / "tokenizer_config.json").read_text())
         special = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
-    template = folder / "chat_template.jinja"
+        response_template = config.get("response_template")
+    files = {"default": folder / "chat_template.jinja"}
+    files[_TOOL_USE] = folder / "additional_chat_templates" / f"{_TOOL_USE}.jinja"
     with reading(folder / "tokenizer.json"):
         backend = Backend.from_file(str(folder / "tokenizer.json"))
-    with reading(template):
-        return backend, template.read_text() if template.exists() else None, special
+    with reading("the chat template"):
+        templates = {name: file.read_text() for name, file in files.items() if file.exists()}
+    return backend, templates, special, response_template
 
 
-def _read_by_transformers(folder: Path) -> tuple[Backend, str | None, dict[str, Any]]:
+def _read_by_transformers(folder: Path) -> _Read:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
@@ -229,9 +264,10 @@ def _read_by_transformers(folder: Path) -> tuple[Backend, str | None, dict[str, 
         raise
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InvalidRequest(f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no tokenizer.json")
-    template = tokenizer.chat_template
-    if isinstance(template, dict):  # several, by name
-        template = template.get("default")
-    if not isinstance(template, str | None):
+    found = tokenizer.chat_template
+    named = found if isinstance(found, dict) else {"default": found}
+    if not isinstance(named.get("default"), str | None):
         raise InvalidRequest(f"chat_template is no text in {folder / 'tokenizer_config.json'}")
-    return tokenizer.backend_tokenizer, template, dict(tokenizer.special_tokens_map)
+    templates = {name: named[name] for name in ("default", _TOOL_USE) if isinstance(named.get(name), str)}
+    response_template = getattr(tokenizer, "response_template", None)
+    return tokenizer.backend_tokenizer, templates, dict(tokenizer.special_tokens_map), response_template

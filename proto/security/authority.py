@@ -45,20 +45,21 @@ class Authority:
     def check(self, method: str, context: Any) -> None:
         """PermissionDenied unless the peer of `context`, a `grpc.aio.ServicerContext`, may call `method`
         ("/isthmus.v1.Worker/Drain")."""
+        self.check_identities(method, identities_of(context.auth_context()), context.peer())
+
+    def check_identities(self, method: str, identities: Collection[Identity], peer: str) -> None:
+        """The same for a peer whose certificate has these names."""
         allowed = CALLERS.get(method, frozenset())
-        identities = identities_of(context.auth_context())
         if not identities and ANYBODY in allowed:
             return
         if any(each.cluster == self._cluster and each.role in allowed for each in identities):
             return
-        raise _refused(method, allowed, identities, context)
+        raise _refused(method, allowed, identities, peer)
 
 
-def _refused(
-    method: str, allowed: Collection[Caller], identities: Collection[Identity], context: Any
-) -> PermissionDenied:
+def _refused(method: str, allowed: Collection[Caller], identities: Collection[Identity], peer: str) -> PermissionDenied:
     who = ", ".join(map(str, identities)) or "no certificate of a cluster"
     roles = " or ".join(sorted(set(allowed) - {ANYBODY})) or "nobody"
     error = PermissionDenied(f"{who} may not call {method}: that is for {roles} of this cluster")
-    error.private = f"from {context.peer()}"
+    error.private = f"from {peer}"
     return error

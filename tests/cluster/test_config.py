@@ -78,3 +78,25 @@ def test_worker_settings_from_file_and_flags(tmp_path: Path) -> None:
     assert (settings["max_batch"], settings["threads"], settings["listen"]) == (4, 3, "h:1")
     with pytest.raises(InvalidRequest, match="unknown key 'port'"):
         load_config(None, {"decode_worker": {"port": 1}})
+
+
+def test_where_http_is_answered(tmp_path: Path) -> None:
+    """A flag wins over the settings; what they have not, `isthmus up` has by default, a free port beside a free one."""
+    here = "gateway: {http_listen: '10.0.0.1:8080', http: {tls: off}}"
+    for text, flags, port, by_default, none, expected in (
+        ("", {}, None, False, False, None),
+        ("", {}, None, True, False, "127.0.0.1:8000"),
+        ("", {"port": 0}, None, True, False, "127.0.0.1:0"),
+        ("host: '::1'", {}, 0, False, False, "[::1]:0"),
+        (here, {}, None, True, False, "10.0.0.1:8080"),
+        (here, {}, 9000, True, False, "127.0.0.1:9000"),
+        (here, {}, 9000, True, True, None),
+        ("gateway: {http_listen: none}", {}, None, True, False, None),
+        ("gateway: {http_listen: null, replays: 1}", {}, None, True, False, None),
+    ):
+        settings = load_config(written(tmp_path, text), flags).with_http(port, none=none, by_default=by_default)
+        assert settings.gateway.http_listen == expected, (text, flags, port)
+    assert load_config(written(tmp_path, here), {}).gateway.http.tls == "off"
+    for wrong, words in (("http_listen: 8000", "http_listen"), ("http: {cors_origins: [x.example]}", "is no origin")):
+        with pytest.raises(InvalidRequest, match=words):
+            load_config(written(tmp_path, f"gateway: {{{wrong}}}"), {})

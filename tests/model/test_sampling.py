@@ -256,3 +256,34 @@ def test_a_replay_draws_the_same_wherever_the_prompt_ends() -> None:
     whole = make_row([1, 2, 3], [4, 5], seed=9)
     replayed = make_row([1, 2, 3, 4], [5], seed=9)
     assert sample(logits, [whole]) == sample(logits, [replayed])
+
+
+def test_a_bias_comes_after_penalties_and_before_what_is_ruled_out() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0, -4.0], [0.0, 0.0, 9.0, 8.5]])
+    rows = [
+        make_row(output=[1], temperature=0, repetition_penalty=2.0, logit_bias=((1, 1.5), (3, 6.9))),
+        make_row(temperature=0, min_tokens=1, logit_bias=((0, 1.0), (2, 100.0), (3, -9.0))),
+    ]
+    assert [t.token_id for t in sample(logits, rows)] == [2, 0]  # 2 / 2 + 1.5 < 3; the end is not drawn for a bias
+    rows[0] = make_row(output=[1], temperature=0, repetition_penalty=2.0, logit_bias=((1, 2.1), (3, 6.9)))
+    assert [t.token_id for t in sample(logits, rows)] == [1, 0]
+    assert torch.equal(logits[0], torch.tensor([1.0, 2.0, 3.0, -4.0]))
+
+
+def test_biased_draws_follow_the_biased_distribution_and_rows_beside_do_not_change() -> None:
+    logits = log(0.5, 0.3, 0.2).expand(4000, -1)
+    shift = math.log(0.2 / 0.5)
+    rows = [make_row(output=[9] * place, logit_bias=((0, shift), (2, -100.0))) for place in range(4000)]
+    plain = [make_row(output=[9] * place) for place in range(4000)]
+    mixed = [row for pair in zip(rows, plain, strict=True) for row in pair]
+    drawn = [t.token_id for t in sample(logits.repeat_interleave(2, 0), mixed)]
+    assert drawn[1::2] == [t.token_id for t in sample(logits, plain)]
+    assert drawn[::2].count(0) / 4000 == pytest.approx(0.2 / 0.5, abs=0.03)
+    assert 2 not in drawn[::2]
+
+
+def test_log_probabilities_are_those_without_a_bias() -> None:
+    (token,) = sample(log(0.5, 0.3, 0.2), [make_row(temperature=0, logprobs=1, logit_bias=((2, 50.0),))])
+    assert token.token_id == 2 and token.logprobs is not None
+    assert token.logprobs.logprob == pytest.approx(math.log(0.2), rel=1e-5)
+    assert token.logprobs.top[0][0] == 0

@@ -92,6 +92,17 @@ JOBS_DB = Flag("gateway.jobs_db", ("--jobs-db",))
 KEYS_FILE = Flag("gateway.access.keys_file", ("--keys-file",))
 LOG_FORMAT = Flag("log_format", choices=True)
 
+HttpPort = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=65535,
+        help="Port of the HTTP API on the gateway's host; 0 picks a free one; default of `isthmus up`: "
+        f"{defaults.HTTP_PORT}.",
+    ),
+]
+NoHttp = Annotated[bool, typer.Option("--no-http", help="Answer no HTTP.")]
+
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what memory it would take, read no weights, serve nothing.")
 ]

@@ -72,6 +72,7 @@ async def _request(
 ) -> NewRequest:
     await asyncio.sleep(0)  # thousands of requests with token ids would be checked in one go
     try:
+        _check_told_once(request)
         validated = await validate(request, model)
         most = smaller(limits.max_request_tokens, limits.tokens_per_min)
         tokens = len(validated.prompt_token_ids) + validated.sampling.max_tokens
@@ -89,6 +90,18 @@ async def _request(
         prompt_tokens=len(validated.prompt_token_ids),
         max_tokens=validated.sampling.max_tokens,
     )
+
+
+def _check_told_once(request: GenerateRequest) -> None:
+    """InvalidRequest where a request asks for what is not recorded."""
+    if request.sampling.HasField("n") and request.sampling.n != 1:
+        raise InvalidRequest(f"n is {request.sampling.n}; allowed in a job: 1, and as many requests as answers")
+    for name, asked in (
+        ("prompt_logprobs", request.sampling.HasField("prompt_logprobs")),
+        ("return_prompt_token_ids", request.return_prompt_token_ids),
+    ):
+        if asked:
+            raise InvalidRequest(f"{name} is set; allowed: not in a job, whose results have no place for it")
 
 
 def _body_hash(submission: SubmitJobRequest) -> bytes:

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from keyed import Keys
 from scripted import Script, ScriptedCluster, hangs, says, scripted_cluster
 
-from isthmus.cluster.access import interceptor
+from isthmus.cluster.access import refusals
 from isthmus.cluster.access.access import MAX_CREDENTIALS, REFRESH_S, Access, check_listen
 from isthmus.cluster.access.key_file import KeyDocument, change
-from isthmus.cluster.access.keys import KeyRecord, new_key
-from isthmus.cluster.access.settings import AccessSettings, Limits
+from isthmus.cluster.access.keys import new_key
+from isthmus.cluster.access.settings import AccessSettings
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.proto.common_pb2 import PRIORITY_BATCH, PRIORITY_INTERACTIVE, PRIORITY_STANDARD
@@ -30,21 +30,6 @@ from isthmus.proto.generation_pb2 import GenerateRequest, ListModelsRequest
 from isthmus.proto.generation_pb2_grpc import GenerationStub
 from isthmus.proto.rpc.statuses import RETRY_KEY
 from isthmus.proto.rpc.transport import Transport
-
-
-@dataclass
-class Keys:
-    """A file of keys and, by name, the keys themselves."""
-
-    path: Path
-    keys: dict[str, str] = field(default_factory=dict)
-    records: dict[str, KeyRecord] = field(default_factory=dict)
-
-    def add(self, name: str, tenant: str = "", **limits: Any) -> str:
-        key, record = new_key(tenant or name, limits=Limits(**limits))
-        change(self.path, lambda document: KeyDocument(keys=(*document.keys, record)))
-        self.keys[name], self.records[name] = key, record
-        return key
 
 
 @asynccontextmanager
@@ -354,7 +339,7 @@ async def test_budgets_are_the_smaller_of_the_key_s_and_the_gateway_s(keys: Keys
 async def test_failures_are_counted_slowed_and_audited(
     keys: Keys, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interceptor, "time", _Clock())  # no time passes between the failures
+    monkeypatch.setattr(refusals, "time", _Clock())  # no time passes between the failures
     key = keys.add("acme")
     caplog.set_level(logging.INFO, "isthmus.audit")
     async with guarded(keys) as cluster:

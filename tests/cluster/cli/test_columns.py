@@ -305,3 +305,22 @@ def test_certificates_that_end_soon_are_warned_of(capsys: pytest.CaptureFixture[
     first = time.strftime("%Y-%m-%d", time.gmtime(now - 86_400))
     assert lines[-1].endswith(f"TLS, certificates until {first}")
     assert f"  certificate: until {first}" in lines
+
+
+@pytest.mark.parametrize(
+    ("http", "shown", "warned"),
+    [
+        ("", "", False),
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000 (plain text)", False),
+        ("http://[::1]:8000", "http://[::1]:8000 (plain text)", False),
+        ("https://0.0.0.0:8000", "https://0.0.0.0:8000 (TLS)", False),
+        ("http://10.0.0.7:8000", "http://10.0.0.7:8000 (plain text)", True),
+    ],
+)
+def test_status_says_where_http_is_and_whether_others_can_read_it(
+    http: str, shown: str, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_lines(status._status_lines(ClusterStatus(version="0.1.0", tls=True, http=http), verbose=False))
+    lines = printed(capsys)
+    assert lines[-1].endswith(shown or "TLS")
+    assert ("plain text: http://10.0.0.7:8000 (gateway.http.tls: off)" in lines) == warned

@@ -112,7 +112,7 @@ async def test_what_fits_the_bounds_is_let_in() -> None:
         (build_request(chat=[]), "the chat has no messages; allowed: at least one"),
         (
             build_request(chat=[{"role": "robot", "content": "x"}]),
-            "unknown role 'robot' in a chat message; allowed: system, user, assistant",
+            "unknown role 'robot' in a chat message; allowed: system, developer, user, assistant, tool",
         ),
         (
             build_request(prompt="x" * 1000),
@@ -123,8 +123,26 @@ async def test_what_fits_the_bounds_is_let_in() -> None:
         (build_request(prompt="x", sampling={"min_p": 1.5}), "min_p is 1.5; allowed: [0, 1]"),
         (build_request(prompt="x", sampling={"temperature": float("nan")}), "temperature is nan; allowed: [0, 100]"),
         (build_request(prompt="x", sampling={"max_tokens": 0}), "max_tokens is 0; allowed: 1 or more"),
-        (build_request(prompt="x", sampling={"n": 2}), "n is 2; allowed: 1"),
+        (build_request(prompt="x", sampling={"n": 0}), "n is 0; allowed: 1 to 64"),
+        (build_request(prompt="x", sampling={"n": 65}), "n is 65; allowed: 1 to 64"),
         (build_request(prompt="x", sampling={"logprobs": 21}), "logprobs is 21; allowed: at most 20"),
+        (build_request(prompt="x", sampling={"prompt_logprobs": 21}), "prompt_logprobs is 21; allowed: at most 20"),
+        (
+            build_request(prompt="x", sampling={"logit_bias": {7: 1.0, 256: -1.0}}),
+            "logit_bias has token id 256; allowed: 0 to 255",
+        ),
+        (
+            build_request(prompt="x", sampling={"logit_bias": {7: 100.5}}),
+            "logit_bias of token 7 is 100.5; allowed: [-100, 100]",
+        ),
+        (
+            build_request(prompt="x", sampling={"logit_bias": {7: float("nan")}}),
+            "logit_bias of token 7 is nan; allowed: [-100, 100]",
+        ),
+        (
+            build_request(prompt="x", sampling={"logit_bias": dict.fromkeys(range(1025), 1.0)}),
+            "1025 tokens in logit_bias; allowed: at most 1024",
+        ),
         (build_request(prompt="x", sampling={"stop": [""]}), "a stop string of 0 characters; allowed: 1 to 256"),
         (
             build_request(prompt="x", sampling={"stop_token_ids": [256]}),

@@ -1,6 +1,7 @@
 """Text, stop strings and the last event of one answer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from scripted import served
@@ -92,3 +93,22 @@ def test_logprobs_are_those_of_the_tokens_that_count() -> None:
     logprobs = [TokenLogprobs(logprob=-value) for value in (1, 2, 3)]
     event = answer.push(DecodeEvent(token_ids=b"abc", logprobs=logprobs), 10.5)
     assert [entry.logprob for entry in event.logprobs] == [-1, -2]
+
+
+def test_the_last_event_tells_which_stop_string_ended_the_output() -> None:
+    events = run(session("EN", "END", "never"), "one END two")
+    assert [event.stop_text for event in events] == [""] * (len(events) - 1) + ["EN"]
+    assert (events[-1].finish_reason, text_of(events)) == (FINISH_REASON_STOP, "one ")
+    assert run(session("never"), "one")[-1].stop_text == ""
+
+
+def test_a_stop_token_has_no_text() -> None:
+    last = session("END").push(DecodeEvent(token_ids=[65], finish_reason=FINISH_REASON_STOP), 10.5)
+    assert (last.finish_reason, last.stop_text) == (FINISH_REASON_STOP, "")
+
+
+def test_the_prompt_is_told_once_and_only_where_asked_for() -> None:
+    asks = session()
+    asks.request = replace(asks.request, return_prompt_token_ids=True)
+    assert [list(event.prompt_token_ids) for event in run(asks, "ab")] == [[1, 2, 3], [], []]
+    assert not any(event.prompt_token_ids for event in run(session(), "ab"))

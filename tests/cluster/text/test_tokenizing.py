@@ -15,6 +15,7 @@ from support.tiny_model import make_byte_tokenizer
 from isthmus.cluster.client.client import Client, build_request
 from isthmus.cluster.text.served import ServedModel
 from isthmus.cluster.text.tokenizing import LONG, MAX_WAITING, TokenizerThreads
+from isthmus.model.text.conversation import Conversation
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.proto.errors import Exhausted
 from isthmus.proto.generation_pb2 import GenerateRequest
@@ -27,7 +28,7 @@ STILL_S = 0.25
 def smollm2(**changes: object) -> ServedModel:
     tokenizer = Tokenizer(Path(model_path("smollm2-135m")))
     assert tokenizer.bound
-    tokenizer.encode_chat([{"role": "user", "content": "hello"}])
+    tokenizer.encode_chat(Conversation(messages=[{"role": "user", "content": "hello"}]))
     return served(**{"tokenizer": tokenizer, "vocab_size": tokenizer.vocab_size, "context_length": 8192, **changes})
 
 

@@ -22,6 +22,7 @@ from isthmus.model.files.folder import check_folder
 from isthmus.model.files.safetensors_header import check_safetensors
 from isthmus.model.load.describe import describe_model
 from isthmus.model.load.loader import load_model
+from isthmus.model.text.conversation import Conversation
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.proto.errors import InvalidRequest
 
@@ -197,7 +198,7 @@ def test_tokenizer_files_that_are_no_such_are_refused_not_crashed_on(folder: Pat
         (folder / name).write_bytes(text)
         try:
             check_folder(folder)
-            Tokenizer(folder).encode_chat([{"role": "user", "content": "x"}])
+            Tokenizer(folder).encode_chat(Conversation(messages=[{"role": "user", "content": "x"}]))
         except InvalidRequest:
             continue
         assert text == b"{}" or name == "chat_template.jinja"

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from isthmus.model.text.chat_template import ChatTemplate
+from isthmus.model.text.conversation import Conversation
 from isthmus.proto.errors import InvalidRequest
 
 # Each is a whole attack: what grows, and by which of Jinja's ways.
@@ -104,13 +105,14 @@ HOSTILE = {
 _ALONE = """
 import json, sys, time
 from isthmus.model.text.chat_template import ChatTemplate
+from isthmus.model.text.conversation import Conversation
 from isthmus.proto.errors import InvalidRequest
 messages = [{"role": "user", "content": "x" * 1000}]
 found = {}
 for name, source in json.load(sys.stdin).items():
     began = time.thread_time()
     try:
-        said = "it gave " + ChatTemplate(source, {}, []).render(messages)[:100]
+        said = "it gave " + ChatTemplate(source, {}, []).render(Conversation(messages=messages))[:100]
     except InvalidRequest as error:
         said = str(error)
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -138,7 +140,9 @@ def test_hostile_templates_are_refused_in_bounded_time_and_memory() -> None:
 
 async def test_the_event_loop_lives_while_a_hostile_template_runs() -> None:
     template = ChatTemplate(HOSTILE["laughs"], {}, [])
-    rendering = asyncio.create_task(asyncio.to_thread(template.render, [{"role": "user", "content": "x"}]))
+    rendering = asyncio.create_task(
+        asyncio.to_thread(template.render, Conversation(messages=[{"role": "user", "content": "x"}]))
+    )
     longest, last = 0.0, time.monotonic()
     while not rendering.done():
         await asyncio.sleep(0.005)
@@ -183,7 +187,7 @@ def test_sound_templates_give_what_transformers_gives(source: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     theirs, _ = render_jinja_template([MESSAGES], chat_template=source, add_generation_prompt=True, tools=[])
-    assert ChatTemplate(source, {}, []).render(MESSAGES) == theirs[0]
+    assert ChatTemplate(source, {}, []).render(Conversation(messages=MESSAGES)) == theirs[0]
 
 
 def test_a_chat_as_long_as_can_be_is_rendered_by_a_common_template() -> None:
@@ -195,9 +199,9 @@ def test_a_chat_as_long_as_can_be_is_rendered_by_a_common_template() -> None:
     )
     template = ChatTemplate(source, {}, [])
     few = [{"role": "assistant", "content": "<think>x</think>" + "y" * (1 << 19)}] * 2
-    assert len(template.render(few)) > 1 << 20
+    assert len(template.render(Conversation(messages=few))) > 1 << 20
     many = [{"role": "user", "content": "y" * 250}] * 4096
-    assert len(template.render(many)) > 1 << 20
+    assert len(template.render(Conversation(messages=many))) > 1 << 20
 
 
 def test_no_template_is_in_the_way_of_another_thread() -> None:
@@ -208,11 +212,13 @@ def test_no_template_is_in_the_way_of_another_thread() -> None:
 
     def fails() -> None:
         with pytest.raises(InvalidRequest):
-            hostile.render(MESSAGES)
+            hostile.render(Conversation(messages=MESSAGES))
 
     with ThreadPoolExecutor(4) as threads:
         tasks = [
-            threads.submit(fails if number % 2 else sound.render, *([] if number % 2 else [MESSAGES]))
+            threads.submit(
+                fails if number % 2 else sound.render, *([] if number % 2 else [Conversation(messages=MESSAGES)])
+            )
             for number in range(8)
         ]
         assert {task.result() for task in tasks} == {None, "Be x., axyb , z"}

@@ -8,6 +8,7 @@ from models import REAL_MODELS, model_path
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from isthmus.model.text.conversation import Conversation
 from isthmus.model.text.text_bounds import TextBound, bound_of
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.proto.errors import InvalidRequest
@@ -46,11 +47,11 @@ def test_a_hopeless_prompt_is_refused_before_it_is_tokenized(monkeypatch: pytest
     tokenizer = Tokenizer(Path(model_path("smollm2-135m")))
     text = " " * 81 * 100
     assert len(tokenizer.encode(text, most_tokens=100)) > 100  # known only once it is tokenized
-    tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    tokenizer.encode_chat(Conversation(messages=[{"role": "user", "content": "hi"}]))
     monkeypatch.setattr(tokenizer, "_backend", None)
     for refused in (
         lambda: tokenizer.encode(text + " " * 81, most_tokens=100),
-        lambda: tokenizer.encode_chat([{"role": "user", "content": text}], most_tokens=100),
+        lambda: tokenizer.encode_chat(Conversation(messages=[{"role": "user", "content": text}]), most_tokens=100),
     ):
         with pytest.raises(
             InvalidRequest, match=r"prompt of \d+ characters, 10\d tokens or more; allowed: at most 100"

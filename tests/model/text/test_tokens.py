@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from isthmus.model.text.conversation import Conversation
 from isthmus.model.text.tokenizer import Detokenizer, StopStrings, Tokenizer
 from isthmus.proto.errors import InvalidRequest
 
@@ -59,7 +60,9 @@ def test_ids_of_smollm2_are_the_published_ones() -> None:
     assert tokenizer.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
     assert tokenizer.encode("x  42") == [104, 256, 36, 34]  # digits stand apart, so the spaces stay together
     assert tokenizer.encode("<|im_start|>user") == [1, 4093]
-    chat = tokenizer.encode_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    chat = tokenizer.encode_chat(
+        Conversation(messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    )
     assert chat == tokenizer.encode(
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -72,7 +75,7 @@ def test_ids_of_gemma_begin_with_bos_and_know_its_turns() -> None:
     assert tokenizer.encode("<end_of_turn>") == [2, 106]
     assert not tokenizer.has_chat_template
     with pytest.raises(InvalidRequest, match="no chat template"):
-        tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+        tokenizer.encode_chat(Conversation(messages=[{"role": "user", "content": "Hi"}]))
 
 
 @pytest.mark.parametrize("converted", [False, True])
@@ -145,17 +148,20 @@ def test_a_template_has_the_special_tokens_and_asks_for_an_answer(tmp_path: Path
         "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}",
     )
     assert tokenizer.has_chat_template
-    assert tokenizer.encode_chat([{"role": "user", "content": "hi"}]) == [1, *tokenizer.encode("hi>")]
+    assert tokenizer.encode_chat(Conversation(messages=[{"role": "user", "content": "hi"}])) == [
+        1,
+        *tokenizer.encode("hi>"),
+    ]
 
 
 def test_bad_conversations_are_refused_with_the_reason(tmp_path: Path) -> None:
     tokenizer = make_chatting(tmp_path, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidRequest, match="refuses the conversation: roles must alternate"):
-        tokenizer.encode_chat([{"role": "user", "content": "hi"}])
-    with pytest.raises(InvalidRequest, match="role 'tool'; allowed: system, user, assistant"):
-        tokenizer.encode_chat([{"role": "tool", "content": "hi"}])
+        tokenizer.encode_chat(Conversation(messages=[{"role": "user", "content": "hi"}]))
+    with pytest.raises(InvalidRequest, match="role 'robot'; allowed: system, developer, user, assistant, tool"):
+        tokenizer.encode_chat(Conversation(messages=[{"role": "robot", "content": "hi"}]))
     with pytest.raises(InvalidRequest, match="no messages"):
-        tokenizer.encode_chat([])
+        tokenizer.encode_chat(Conversation(messages=[]))
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -169,7 +175,8 @@ def test_a_converted_model_needs_no_torch_for_its_text() -> None:
         "import sys; from isthmus.model.load.describe import describe_model\n"
         "from isthmus.model.text.tokenizer import Tokenizer\n"
         "tokenizer = Tokenizer(describe_model('smollm2-135m').path)\n"
-        "tokenizer.encode_chat([{'role': 'user', 'content': 'hi'}])\n"
+        "from isthmus.model.text.conversation import Conversation\n"
+        "tokenizer.encode_chat(Conversation(messages=[{'role': 'user', 'content': 'hi'}]))\n"
         "assert 'torch' not in sys.modules"
     )
     model_path("smollm2-135m")

@@ -1,0 +1,105 @@
+"""A response of server-sent events: begins with the first event, ends with `[DONE]`, and never waits for long."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ...proto.errors import Unavailable
+from ...proto.rpc.streams import STALL_S, Stalled
+from .call import Call
+from .errors import ClientGone, body_of
+
+log = logging.getLogger(__name__)
+
+COMMENT = b": nothing new\n\n"
+SILENCE_S = 10.0  # after which a stream gets a comment
+DONE = b"data: [DONE]\n\n"
+_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # of nginx
+}
+_LAST_WORD_S = 1.0  # for the error of a stream that the server ends
+
+Write = Callable[[bytes], Awaitable[None]]
+
+
+def data(text: str) -> bytes:
+    """An event with this JSON."""
+    return f"data: {text}\n\n".encode()
+
+
+def error_event(error: Exception) -> bytes:
+    """The event that ends a stream that has failed: it has a name, and the object that any answer has of an error."""
+    return f"event: error\ndata: {json.dumps(body_of(error))}\n\n".encode()
+
+
+class EventStream(Response):
+    """What a handler returns for a stream: `produce` makes its events, and returns after the last one."""
+
+    def __init__(
+        self,
+        call: Call,
+        produce: Callable[[Write], Awaitable[None]],
+        *,
+        last: bytes = DONE,
+        failed: Callable[[Exception], bytes] = error_event,
+    ) -> None:
+        """`produce` is given what to write events with, within `Call.alive`; nothing (b"") is a comment where there was
+        silence for SILENCE_S. An error before the first event is answered with its status, a later one by the event of
+        `failed`, and no `last`."""
+        self._call, self._produce, self._last, self._failed = call, produce, last, failed
+        self.status_code, self.background = 200, None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started, last_s, one_at_once = False, self._call.arrived_s, asyncio.Lock()
+
+        async def write(event: bytes) -> None:
+            nonlocal started, last_s
+            if not event:
+                if time.monotonic() - last_s < SILENCE_S:
+                    return
+                event = COMMENT
+            async with one_at_once:
+                if not started:
+                    headers = {**_HEADERS, **self._call.headers}
+                    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+                    await send({"type": "http.response.start", "status": 200, "headers": raw})
+                    started = True
+                await _in_time(send, event)
+            last_s = time.monotonic()
+
+        end = self._last
+        try:
+            async with self._call.alive():
+                await self._produce(write)
+        except Stalled as error:
+            log.warning("a stream is ended: %s", error)
+            raise ClientGone from None
+        except asyncio.CancelledError:  # the server stops
+            if started:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LAST_WORD_S):
+                        await write(self._failed(Unavailable("the gateway stops")))
+            raise
+        except Exception as error:
+            if not started:
+                raise
+            end = self._failed(error)
+        await write(end)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _in_time(send: Send, event: bytes) -> None:
+    """Sends an event; Stalled where the client has taken nothing for STALL_S and no more of it may wait here."""
+    try:
+        async with asyncio.timeout(STALL_S):
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+    except TimeoutError:
+        raise Stalled(f"nothing was read from this stream for {STALL_S:g} s") from None

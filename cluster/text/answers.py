@@ -1,0 +1,69 @@
+"""How one model's answers to chats are read, and how it writes calls of tools."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ...proto.common_pb2 import Grammar
+from ...proto.generation_pb2 import Chat, Tool
+from .answer_parser import AnswerParser, ToolChoice
+from .tool_grammar import tool_grammar
+from .tools import for_template
+
+if TYPE_CHECKING:
+    from ...model.text.answers.form import AnswerForm
+    from ...model.text.tokenizer import Tokenizer
+
+_LOOKED_AT = (64, 512, 4096)  # last tokens of a prompt in which the assistant's turn begins
+
+
+class Answers:
+    """Parsers and grammars for one model. One that has no response template writes calls only where it must, in the
+    syntax that most models know."""
+
+    def __init__(self, tokenizer: "Tokenizer | None" = None) -> None:
+        """InvalidRequest where the model comes with a response template that is not valid."""
+        self._tokenizer = tokenizer
+        self._form = tokenizer.answer_form if tokenizer else None
+
+    def parser(self, chat: Chat, choice: ToolChoice, prompt_token_ids: Sequence[int]) -> AnswerParser:
+        """For one answer to a chat that was checked."""
+        tools = [] if choice.mode == "none" else for_template(chat.tools)
+        forced = bool(tools) and choice.mode == "required"
+        form = self._for_grammars if forced else self._form
+        if form is None:
+            return AnswerParser()
+        from ...model.text.answers.reader import AnswerReader
+
+        # What must be a call is one, wherever the template left off.
+        prefix = "" if forced else self._prefix(form, prompt_token_ids)
+        reader = AnswerReader(form, prefix=prefix, tools=tools)
+        if self._tokenizer is None or not form.markers:
+            return AnswerParser(reader)
+        from ...model.text.answers.markers import MarkedOutput
+
+        return AnswerParser(reader, MarkedOutput(self._tokenizer, form.markers))
+
+    def grammar(self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> Grammar | None:
+        """What an answer must be where a call is required, else None; InvalidRequest for tools or a choice that are
+        not valid."""
+        return tool_grammar(tools, choice, lambda: self._for_grammars, parallel=parallel)
+
+    def _prefix(self, form: "AnswerForm", token_ids: Sequence[int]) -> str:
+        """What the prompt has of the assistant's turn."""
+        for most in _LOOKED_AT:
+            if self._tokenizer is None:
+                break
+            found = form.prefix(self._tokenizer.end_of(token_ids, most))
+            if found is not None or len(token_ids) <= most:
+                return found or ""
+        return ""
+
+    @cached_property
+    def _for_grammars(self) -> "AnswerForm":
+        """Reads calls in a syntax that a grammar can have."""
+        if self._form is not None and self._form.syntax is not None:
+            return self._form
+        from ...model.text.answers.recognition import plain_form
+
+        return plain_form(self._tokenizer.special_tokens if self._tokenizer else {})
