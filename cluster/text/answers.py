@@ -24,7 +24,7 @@ class Answers:
     def __init__(self, tokenizer: "Tokenizer | None" = None) -> None:
         """InvalidRequest where the model comes with a response template that is not valid."""
         self._tokenizer = tokenizer
-        self._form = tokenizer.answer_form if tokenizer else None
+        self._form = _form_of(tokenizer) if tokenizer else None
 
     def parser(self, chat: Chat, choice: ToolChoice, prompt_token_ids: Sequence[int]) -> AnswerParser:
         """For one answer to a chat that was checked."""
@@ -67,3 +67,12 @@ class Answers:
         from ...model.text.answers.recognition import plain_form
 
         return plain_form(self._tokenizer.special_tokens if self._tokenizer else {})
+
+
+def _form_of(tokenizer: "Tokenizer") -> "AnswerForm | None":
+    """Imports transformers where there may be one."""
+    if tokenizer.response_template is None and not tokenizer.may_tell_apart:
+        return None
+    from ...model.text.answers.recognition import answer_form
+
+    return answer_form(tokenizer)

@@ -17,6 +17,7 @@ from transformers.utils.chat_parsing.response_templates import (
 
 from ....proto.errors import InvalidRequest
 from .call_syntax import CallSyntax
+from .forms import AFTER_CALLS
 
 SEARCH_S = 0.25  # of one search for a delimiter
 _MAX_PATTERN = 1000  # characters
@@ -53,7 +54,7 @@ class AnswerForm:
             raise InvalidRequest(f"the model's response template is not valid: {str(error)[:200]}") from None
         fields = {name: _bounded(field, name == loaded.implicit) for name, field in loaded.fields.items()}
         self._with_tools = replace(loaded, fields=fields, start_anchor_re=BoundedPattern(loaded.start_anchor_re))
-        kept = {name: field for name, field in fields.items() if name != TOOL_CALLS}
+        kept = {name: field for name, field in fields.items() if name not in (TOOL_CALLS, AFTER_CALLS)}
         self._without_tools = replace(self._with_tools, fields=kept)
         said = "\0".join(_texts({name: field for name, field in spec["fields"].items() if name != loaded.implicit}))
         said += "\0" + said.replace("\\", "")  # as patterns spell it
