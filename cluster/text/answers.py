@@ -1,10 +1,12 @@
 """How one model's answers to chats are read, and how it writes calls of tools."""
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ...proto.common_pb2 import Grammar
+from ...proto.errors import InvalidRequest
 from ...proto.generation_pb2 import Chat, Tool
 from .answer_parser import AnswerParser, ToolChoice
 from .tool_grammar import tool_grammar
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from ...model.text.answers.form import AnswerForm
     from ...model.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 _LOOKED_AT = (64, 512, 4096)  # last tokens of a prompt in which the assistant's turn begins
 
 
@@ -22,7 +25,6 @@ class Answers:
     syntax that most models know."""
 
     def __init__(self, tokenizer: "Tokenizer | None" = None) -> None:
-        """InvalidRequest where the model comes with a response template that is not valid."""
         self._tokenizer = tokenizer
         self._form = _form_of(tokenizer) if tokenizer else None
 
@@ -75,4 +77,8 @@ def _form_of(tokenizer: "Tokenizer") -> "AnswerForm | None":
         return None
     from ...model.text.answers.recognition import answer_form
 
-    return answer_form(tokenizer)
+    try:
+        return answer_form(tokenizer)
+    except InvalidRequest as error:
+        log.warning("answers are not told apart: %s", error)
+        return None

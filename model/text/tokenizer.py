@@ -32,10 +32,13 @@ _TOOL_USE = "tool_use"  # of several templates that one for conversations with t
 class Tokenizer:
     """The tokenizer and the chat template of a model's folder. Any thread may use it."""
 
-    def __init__(self, folder: Path) -> None:
-        """InvalidRequest where the folder has no tokenizer that can be used."""
+    def __init__(self, folder: Path, chat_template: str | None = None) -> None:
+        """`chat_template`: instead of what the folder has. InvalidRequest where the folder has no tokenizer that can
+        be used."""
         read = _read_converted if Note.read(folder) else _read_by_transformers
         self._backend, self._templates, self._special, self.response_template = read(folder)
+        if chat_template is not None:
+            self._templates, self.response_template = {"default": chat_template}, None
         self._backend.no_truncation()  # of the text that it was made on, not of prompts
         self._backend.no_padding()
         self._bytes_of: dict[int, bytes] = {}
