@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from ...model.text.conversation import NO_TOOLS
 from ...proto.common_pb2 import Grammar
 from ...proto.errors import InvalidRequest
 from ...proto.generation_pb2 import Chat, Tool
@@ -27,11 +28,13 @@ class Answers:
     def __init__(self, tokenizer: "Tokenizer | None" = None) -> None:
         self._tokenizer = tokenizer
         self._form = _form_of(tokenizer) if tokenizer else None
+        if tokenizer and tokenizer.has_tools:
+            _ = self._for_grammars  # imports what no request should wait for
 
     def parser(self, chat: Chat, choice: ToolChoice, prompt_token_ids: Sequence[int]) -> AnswerParser:
         """For one answer to a chat that was checked."""
-        tools = [] if choice.mode == "none" else for_template(chat.tools)
-        forced = bool(tools) and choice.mode == "required"
+        calls = bool(chat.tools) and choice.mode != "none"
+        forced = calls and choice.mode == "required"
         form = self._for_grammars if forced else self._form
         if form is None:
             return AnswerParser()
@@ -39,7 +42,8 @@ class Answers:
 
         # What must be a call is one, wherever the template left off.
         prefix = "" if forced else self._prefix(form, prompt_token_ids)
-        reader = AnswerReader(form, prefix=prefix, tools=tools)
+        tools = for_template(chat.tools) if calls and form.wants_schemas else []
+        reader = AnswerReader(form, prefix=prefix, calls=calls, tools=tools)
         if self._tokenizer is None or not form.markers:
             return AnswerParser(reader)
         from ...model.text.answers.markers import MarkedOutput
@@ -49,6 +53,8 @@ class Answers:
     def grammar(self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> Grammar | None:
         """What an answer must be where a call is required, else None; InvalidRequest for tools or a choice that are
         not valid."""
+        if choice.mode == "required" and self._tokenizer and not self._tokenizer.has_tools:
+            raise InvalidRequest(NO_TOOLS)
         return tool_grammar(tools, choice, lambda: self._for_grammars, parallel=parallel)
 
     def _prefix(self, form: "AnswerForm", token_ids: Sequence[int]) -> str:

@@ -119,6 +119,12 @@ class Tokenizer:
         return template, MarkedText(self._backend, template.control_tokens)
 
     @property
+    def has_tools(self) -> bool:
+        """Whether its chat template has a place for tools."""
+        found = self._compiled.get(_TOOL_USE, self._compiled.get("default"))
+        return isinstance(found, tuple) and found[0].traits.tools
+
+    @property
     def may_tell_apart(self) -> bool:
         """Whether a chat template has tools, or marks what the model thinks."""
         sound = [found[0].traits for found in self._compiled.values() if not isinstance(found, InvalidRequest)]

@@ -16,6 +16,7 @@ from transformers.utils.chat_parsing.response_templates import (
 )
 
 from ....proto.errors import InvalidRequest
+from .arguments import head_keys
 from .call_syntax import CallSyntax
 from .forms import AFTER_CALLS
 
@@ -70,6 +71,11 @@ class AnswerForm:
     def tools(self) -> bool:
         """Whether it knows calls of tools."""
         return TOOL_CALLS in self._with_tools.fields
+
+    @property
+    def wants_schemas(self) -> bool:
+        """Whether arguments are no JSON that is passed on as it is: their types are those of the tool's schema."""
+        return self.tools and head_keys(self._with_tools.fields[TOOL_CALLS]) is None
 
     def prefix(self, prompt: str) -> str | None:
         """Of a prompt what stands after the beginning of the assistant's turn; None where that is not in it."""

@@ -23,10 +23,11 @@ class Part:
 class AnswerReader:
     """Reads one output. What cannot be parsed is content; nothing that a model writes raises an error."""
 
-    def __init__(self, form: AnswerForm, *, prefix: str, tools: Sequence[dict[str, Any]]) -> None:
-        """`prefix`: what stands in the prompt after the beginning of the assistant's turn. `tools`: those that it may
-        call, as templates have them; none: what looks like a call is content."""
-        template = form.template(bool(tools))
+    def __init__(self, form: AnswerForm, *, prefix: str, calls: bool, tools: Sequence[dict[str, Any]] = ()) -> None:
+        """`prefix`: what stands in the prompt after the beginning of the assistant's turn. `calls`: whether it may call
+        tools; if not, what looks like a call is content. `tools`: as templates have them, for a form that wants their
+        schemas: arguments that it has as text become what their schema says."""
+        template = form.template(calls)
         self._parser: TolerantParser | None = TolerantParser(template, prefix, tools)
         self._of_prompt = self._parser.held  # characters of the prefix that the parser has not let go: no output
         field = template.fields.get(TOOL_CALLS)

@@ -66,7 +66,7 @@ def _read(form: AnswerForm, text: str) -> list[Part]:
     """What a form makes of a text; neighbouring parts of a kind are one."""
     if not form.tools:
         return []
-    reader = AnswerReader(form, prefix="", tools=[_TOOL])
+    reader = AnswerReader(form, prefix="", calls=True, tools=[_TOOL])
     return merged([*reader.push(text), *reader.finish()])
 
 

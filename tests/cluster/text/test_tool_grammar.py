@@ -11,6 +11,7 @@ import jsonschema
 import llguidance
 import pytest
 from chat_templates import CHATS
+from models import model_path
 from scripted import served
 
 from isthmus.cluster.text.answer_parser import Delta, ToolChoice
@@ -175,3 +176,12 @@ def test_the_prompt_tells_where_in_its_turn_an_answer_begins() -> None:
     ):
         parser = model.new_answer_parser(chat, ToolChoice(), tokenizer.encode(prompt))
         assert parser.push("Hm.") == [first]
+
+
+def test_a_model_without_tools_refuses_what_requires_a_call() -> None:
+    tokenizer = Tokenizer(Path(model_path("smollm2-135m")))
+    model = served(tokenizer=tokenizer, answers=Answers(tokenizer))
+    with pytest.raises(InvalidRequest, match="the model's chat template has no tools"):
+        model.tool_grammar(TOOLS, ToolChoice("required"))
+    parser = model.new_answer_parser(Chat(), ToolChoice())
+    assert parser.push("<think> x <tool_call> ") == [Delta(content="<think> x <tool_call> ")]

@@ -87,8 +87,8 @@ def cut(text: str, places: list[int]) -> Iterator[str]:
         yield text[start:end]
 
 
-def read(form: AnswerForm, pieces: Any, *, tools: Any = TOOLS, prefix: str = "") -> list[Part]:
-    reader = AnswerReader(form, prefix=prefix, tools=tools)
+def read(form: AnswerForm, pieces: Any, *, calls: bool = True, prefix: str = "") -> list[Part]:
+    reader = AnswerReader(form, prefix=prefix, calls=calls, tools=TOOLS)
     return [*(part for piece in pieces for part in reader.push(piece)), *reader.finish()]
 
 
@@ -116,7 +116,7 @@ def test_models_without_tools_have_a_form_if_they_think() -> None:
     prompt = tokenizer("r1").chat_template(False)[0].render(Conversation(messages=[USER]))
     prefix = found.prefix(prompt)
     assert prefix == "<think>\n"
-    parts = read(found, ["Hm. \n", "\n</thi", "nk>\n\nIt is", " so.\n"], tools=[], prefix=prefix)
+    parts = read(found, ["Hm. \n", "\n</thi", "nk>\n\nIt is", " so.\n"], calls=False, prefix=prefix)
     assert merged(parts) == [Part("reasoning", "Hm."), Part("content", "It is so.\n")]
 
 
@@ -207,7 +207,7 @@ def test_any_split_of_an_output_gives_the_same(name: str, places: list[int]) -> 
 
 
 def test_calls_are_passed_on_while_they_are_written() -> None:
-    reader = AnswerReader(form_of("hermes"), prefix="", tools=TOOLS)
+    reader = AnswerReader(form_of("hermes"), prefix="", calls=True)
     output = '<tool_call>\n{"name": "look-up", "arguments": {"deep": {"a": "b, c"}}}\n</tool_call>'
     found = [[*reader.push(piece)] for piece in (output[:45], output[45:52], output[52:60], output[60:])]
     assert found == [
@@ -234,7 +234,7 @@ def test_what_is_no_call_is_content() -> None:
     ):
         assert merged(read(form, [text])) == [Part("content", text)]
     output = '<tool_call>\n{"name": "look-up", "arguments": {}}\n</tool_call>'
-    assert merged(read(form, [output], tools=[])) == [Part("content", output)]  # no tools, no calls
+    assert merged(read(form, [output], calls=False)) == [Part("content", output)]  # no tools, no calls
 
 
 NOISE = st.lists(

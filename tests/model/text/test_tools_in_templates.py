@@ -1,5 +1,6 @@
 """Tools, calls and variables reach a chat template as transformers hands them over, and what they spell is text."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,13 @@ def test_a_file_takes_the_place_of_the_model_s_template(tmp_path: Path) -> None:
     ]
     with pytest.raises(InvalidRequest, match="cannot be read: No such file"):
         load_served_model("smollm2-135m", None, str(tmp_path / "none.jinja"))
+
+
+def test_as_many_tools_as_are_allowed_fit_the_budget(folder: Path) -> None:
+    """128 tools of 2 KiB, and a conversation of 200 calls."""
+    text = "what this is for, in a sentence or two. " * 8
+    tools = [tool(text, f"tool_{number}") for number in range(128)]
+    assert len(json.dumps(tools)) > 128 * 1500
+    tokenizer = Tokenizer(folder)
+    rendered = tokenizer.chat_template(True)[0].render(Conversation(messages=said("x" * 99) * 200, tools=tools))
+    assert rendered.count("x" * 99) >= 800
