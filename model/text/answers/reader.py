@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from .arguments import ArgumentsStream, calls_of, head_keys
 from .form import REASONING, TOOL_CALLS, AnswerForm
+from .forms import AFTER_CALLS
 from .parser import TolerantParser
 
 _SLICE = 4096  # characters that are parsed at once
@@ -34,6 +35,7 @@ class AnswerReader:
         self._keys = head_keys(field) if field else None
         self._stream: ArgumentsStream | None = None
         self._streamed = False  # the call in this region was begun
+        self._called = False
         self._content, self._reasoning = _Trimmed(), _Trimmed(begins=True)
 
     def push(self, text: str) -> Iterator[Part]:
@@ -69,6 +71,8 @@ class AnswerReader:
             self._reasoning = _Trimmed(begins=True)
             self._content.interrupt()
             self._of_prompt = 0
+        elif kind == "region_open" and field == AFTER_CALLS and not self._called:  # there are none that it could end
+            yield from self._part("content", self._content.push(event["opening"]))
         elif kind == "region_chunk" and field in REASONING:
             yield from self._part("reasoning", self._reasoning.push(event["text"]))
         elif kind == "region_chunk":
@@ -105,7 +109,7 @@ class AnswerReader:
 
     def _begin(self, name: str) -> Iterator[Part]:
         self._content.interrupt()
-        self._of_prompt = 0
+        self._of_prompt, self._called = 0, True
         yield Part("call", name)
 
     @staticmethod
