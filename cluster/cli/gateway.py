@@ -36,7 +36,7 @@ GATEWAY_FLAGS = tuple(
         *("overcommit", "propagation_s", "tenant_weights", "prefix_sharing", "max_request_tokens"),
         "max_request_kv_mib",
         *("max_request_s", "sign_of_life_s"),
-        *("max_prompt_bytes", "max_chat_messages", "parse_special", "preflight"),
+        *("max_prompt_bytes", "max_chat_messages", "parse_special", "chat_template", "preflight"),
     )
 )
 
@@ -89,7 +89,7 @@ def gateway(
     check_listen(settings.gateway.access, settings.listen)
     supervisor = settings.gateway.supervisor
     workers = () if supervisor else _workers(settings.gateway)
-    served = load_served_model(settings.model, settings.model_manifest)
+    served = load_served_model(settings.model, settings.model_manifest, settings.gateway.chat_template)
     running = Gateway(
         *(settings.listen, served, list(workers), settings.gateway),
         log_content=settings.log_content,
