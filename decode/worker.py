@@ -21,6 +21,7 @@ from ..kvtransfer.codecs.registry import PageCodec
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..kvtransfer.hashing import PageAddresses, checked_scope, page_salt
 from ..kvtransfer.pairing import CodecSet, require_same
+from ..model.grammar.compiler import GrammarCompiler
 from ..model.memory import require_memory, size_of
 from ..model.model import Model
 from ..proto import decode_pb2
@@ -95,6 +96,7 @@ class DecodeWorker(DecodeServicer):
         self._codecs = CodecSet(names, config.default_codec, model.layers, config.page_tokens, balance)
         self._memory = plan_memory(config, size_of(model))
         require_memory(self._memory.budgets, model.device)
+        self._grammars = GrammarCompiler(model)
         self._is_prepared = True
 
     async def start(self, model: Model | None = None) -> None:
@@ -148,16 +150,18 @@ class DecodeWorker(DecodeServicer):
         """One request, from its pages to its last token."""
         with self.server.request():
             codec = self._check(request)
+            sampling = Sampling.from_pb(request.sampling)
             sequence = DecodeSequence(
                 id=SequenceId(next(self._ids)),
                 prompt=list(request.prompt_token_ids),
-                sampling=Sampling.from_pb(request.sampling),
+                sampling=sampling,
                 codec=codec,
                 stream=TokenStream(),
                 output=list(request.emitted_token_ids),
                 rank=rank_of(request.priority),
                 addresses=self._addresses(request, codec),
                 alone=request.alone,
+                constraint=await self._grammars.constraint(sampling.grammar),
             )
             sequence.check_emitted(self._model.eos_token_ids, self._model.context_length)
             check_fits(

@@ -29,6 +29,7 @@ from ..kvtransfer.pool.dense import DensePool
 from ..kvtransfer.sender import KvSender
 from ..kvtransfer.storage.private import make_private, read_secret
 from ..kvtransfer.storage.store import PageStore
+from ..model.grammar.compiler import GrammarCompiler
 from ..model.memory import GIB, require_memory, size_of
 from ..model.model import Model
 from ..proto import prefill_pb2
@@ -99,6 +100,7 @@ class PrefillWorker(PrefillServicer):
         self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens, balance)
         self._memory = plan_memory(config, size_of(model))
         require_memory(self._memory.budgets, model.device)
+        self._grammars = GrammarCompiler(model)
         self._is_prepared = True
 
     async def start(self, model: Model | None = None) -> None:
@@ -150,6 +152,7 @@ class PrefillWorker(PrefillServicer):
             reservation = self._buffer.reserve(self._host_bytes(job.prompt), rank=job.rank, tokens=len(job.token_ids))
             try:
                 await context.write(PrefillEvent(accepted=accepted))
+                job.constraint = await self._grammars.constraint(job.sampling.grammar)
                 await _wait_granted(reservation, context, accepted)
                 await self._prefixes.fetch(job)
                 self._engine.submit(job)

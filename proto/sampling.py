@@ -6,6 +6,7 @@ from typing import Self
 
 from .common_pb2 import SamplingParams
 from .errors import InvalidRequest
+from .grammar import Grammar
 
 MAX_SEED = (1 << 64) - 1
 MAX_STOPS, MAX_STOP_IDS = 16, 256
@@ -29,6 +30,7 @@ class Sampling:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None  # how many top log-probabilities to report
+    grammar: Grammar | None = None  # what the output must be
 
     def check(self) -> Self:
         """Returns itself; InvalidRequest where a value is out of its range."""
@@ -51,6 +53,8 @@ class Sampling:
             raise InvalidRequest(f"{len(self.stop_token_ids)} stop token ids; allowed: at most {MAX_STOP_IDS}")
         if self.logprobs is not None and self.logprobs > 20:
             raise InvalidRequest(f"logprobs is {self.logprobs}; allowed: at most 20")
+        if self.grammar is not None:
+            self.grammar.check()
         return self
 
     @classmethod
@@ -75,6 +79,7 @@ class Sampling:
             stop=tuple(pb.stop),
             stop_token_ids=frozenset(pb.stop_token_ids),
             ignore_eos=pb.ignore_eos,
+            grammar=Grammar.from_pb(pb.grammar) if pb.HasField("grammar") else None,
         ).check()
 
     def to_pb(self) -> SamplingParams:
@@ -84,6 +89,7 @@ class Sampling:
             stop=self.stop,
             stop_token_ids=sorted(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            grammar=self.grammar.to_pb() if self.grammar is not None else None,
         )
 
 

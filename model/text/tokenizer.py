@@ -126,6 +126,16 @@ class Tokenizer:
             known = self._bytes_of[token_id] = self._find_bytes(token_id)
         return known
 
+    @functools.cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """The tokens that are no text, by their ids: what they are called."""
+        added = self._backend.get_added_tokens_decoder()
+        return {number: token.content for number, token in added.items() if token.special}
+
+    def vocabulary(self) -> list[bytes]:
+        """The bytes of every token, as `bytes_of` has them; those of special tokens are none."""
+        return [self.bytes_of(token) for token in range(self.vocab_size)]
+
     def _find_bytes(self, token_id: int) -> bytes:
         # Decoded after an ordinary token, for decoders drop the space that a text's first token begins with.
         text = self._backend.decode([*self._anchor, token_id], skip_special_tokens=True)
