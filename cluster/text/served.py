@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ...proto.errors import InvalidRequest, NotFound, shown
+from ...proto.grammar import Grammar
+from .grammar_trials import GrammarTrials
 from .tokenizing import TokenizerThreads
 
 
@@ -36,6 +38,12 @@ class StopMatcher(Protocol):
     def finish(self) -> str: ...
 
 
+class GrammarCheck(Protocol):
+    """Finds out whether a grammar can be compiled (`grammar_trials.py`)."""
+
+    async def check(self, grammar: Grammar, /) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputLimits:
     """What a gateway takes as text (`cluster/gateway_config.py` says more)."""
@@ -57,6 +65,7 @@ class ServedModel:
     tokenizer: TextEncoder
     new_decoder: Callable[[], TextDecoder]
     new_stops: Callable[[Sequence[str]], StopMatcher]
+    grammars: GrammarCheck
     limits: InputLimits = InputLimits()
     tokenizer_threads: TokenizerThreads = field(default_factory=TokenizerThreads)
 
@@ -64,6 +73,10 @@ class ServedModel:
         """NotFound unless `name` is empty or this model's."""
         if name not in ("", self.name):
             raise NotFound(f"no model {shown(name)} here; available: {self.name}")
+
+    async def check_grammar(self, grammar: Grammar) -> None:
+        """InvalidRequest, with the reason, where it cannot be compiled or takes too much."""
+        await self.grammars.check(grammar)
 
 
 def load_served_model(source: str, manifest: str | None = None) -> ServedModel:
@@ -87,4 +100,5 @@ def load_served_model(source: str, manifest: str | None = None) -> ServedModel:
         tokenizer=tokenizer,
         new_decoder=lambda: Detokenizer(tokenizer),
         new_stops=StopStrings,
+        grammars=GrammarTrials(tokenizer.special_tokens, described.eos_token_ids),
     )
