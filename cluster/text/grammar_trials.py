@@ -48,6 +48,11 @@ class GrammarTrials:
         if (reason := self._known[digest]) is not None:
             raise InvalidRequest(reason)
 
+    def close(self) -> None:
+        """Ends the process; a later check starts another."""
+        self._end_process()
+        self._process = None
+
     def _note(self, digest: bytes, reason: str | None) -> None:
         self._known[digest] = reason
         if len(self._known) > KEPT:

@@ -3,12 +3,15 @@
 So a request that a lost decode worker had begun goes on elsewhere, and one whose step failed is asked once more.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from .matcher import Matcher
+
+log = logging.getLogger(__name__)
 
 
 class Constraint:
@@ -19,7 +22,7 @@ class Constraint:
         self._matcher, self._on_failure = matcher, on_failure
         self._lock = threading.Lock()
         self._consumed = 0  # tokens of the output
-        self._known = -1  # of how many tokens `_bits_W` is the answer
+        self._known = -1  # of how many tokens `_bits_W` is the answer: the same, but for the beginning
         self._bits_W = np.zeros(-(-vocab_size // 32), dtype=np.int32)
         self._failure: str | None = None
 
@@ -46,12 +49,15 @@ class Constraint:
 
     def _follow(self, output: Sequence[int]) -> None:
         assert self._consumed <= len(output), "an output does not become shorter"
-        if self._consumed < len(output):
-            self._matcher.consume(list(output[self._consumed :]))
-            self._consumed = len(output)
-        if self._matcher.error() is None:
-            self._matcher.fill(self._bits_W)
-        self._failure = self._matcher.error()
-        self._known = len(output)
+        try:
+            if self._consumed < len(output):
+                self._matcher.consume(list(output[self._consumed :]))
+            if self._matcher.error() is None:
+                self._matcher.fill(self._bits_W)
+            self._failure = self._matcher.error()
+        except Exception as error:  # of foreign code, over the grammar of one request
+            log.exception("a grammar failed")
+            self._failure = f"the output cannot go on within the grammar: {type(error).__name__}"
+        self._consumed = self._known = len(output)
         if self._failure is not None:
             self._on_failure()

@@ -16,10 +16,10 @@ from .source import lark_of, refused
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# A step's fuel is spent in some 15 ms, and that of a grammar's beginning in 20. 20,000 states of a lexer are 40 MB at
-# most; grammars of JSON schemas have some hundreds.
+# 20,000 states of a lexer are 40 MB at most. A step's items are what makes a mask of an ambiguous grammar slow.
 MAX_LEXER_STATES = 20_000
 MAX_GRAMMAR_SIZE = 100_000
+MAX_STEP_ITEMS = 10_000
 
 
 class LlgMatcher:
@@ -83,7 +83,10 @@ def compile_grammar(tokenizer: "LLTokenizer", grammar: Grammar) -> LlgMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(
-        max_lexer_states=MAX_LEXER_STATES, max_grammar_size=MAX_GRAMMAR_SIZE, verbose_errors=False
+        max_lexer_states=MAX_LEXER_STATES,
+        max_grammar_size=MAX_GRAMMAR_SIZE,
+        step_max_items=MAX_STEP_ITEMS,
+        verbose_errors=False,
     )
     matcher = LLMatcher(tokenizer, lark_of(grammar), limits=limits, log_level=0)
     if matcher.is_error():

@@ -19,8 +19,8 @@ _JSON_OPTIONS = {
     "coerce_one_of": False,
     "lenient": False,
 }
-# llguidance would have forced text tokenized anew, by a tokenizer that may read control tokens into it: every token that
-# is a beginning of what must come is allowed instead. The last such line counts.
+# llguidance would have forced text tokenized anew, by a tokenizer that may read control tokens into it: every token
+# that is a beginning of what must come is allowed instead. The last such line counts.
 _END = '\n%llguidance {"no_forcing": true}\n'
 _MAX_REASON = 300
 
@@ -61,15 +61,22 @@ def _json(schema: dict[str, object]) -> str:
 
 def _schema(text: str) -> dict[str, object]:
     try:
-        schema = json.loads(text, parse_constant=_no_number)
+        schema = json.loads(text, parse_constant=_no_number, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)
-        raise InvalidRequest(f"grammar.json_schema is no JSON: {reason}") from None
+        raise InvalidRequest(f"grammar.json_schema cannot be read: {reason}") from None
     if not isinstance(schema, dict):
         raise InvalidRequest("grammar.json_schema is no JSON object; allowed: a schema, {} for any JSON")
     if "x-guidance" in schema:
         raise InvalidRequest("x-guidance in grammar.json_schema; allowed: keywords of JSON Schema")
     return schema
+
+
+def _integer(digits: str) -> int:
+    """llguidance would round a larger one."""
+    if len(digits) > 20 or not -(1 << 63) <= (number := int(digits)) < 1 << 64:
+        raise ValueError(f"{digits[:30]} is an integer of more than 64 bits")
+    return number
 
 
 def _no_number(name: str) -> float:
