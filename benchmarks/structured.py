@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kill-every", type=float, help="seconds between two kills of a decode worker; default: none")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=40, help="decode steps of each kind; 0: no measurement of masks")
+    parser.add_argument("--steps", type=int, default=60, help="decode steps of each kind; 0: no measurement of masks")
     parser.add_argument("--work", type=Path, default=Path("/tmp/isthmus-structured"), help="for the small model")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -144,7 +144,7 @@ async def ask_one(running: InProcess, schema: Schema, number: int) -> str:
         return "refused"
     if answer.finish_reason != FINISH_REASON_EOS:
         return "unfinished"
-    checker = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+    checker = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
     try:
         return "valid" if checker.is_valid(json.loads(answer.text)) else "invalid"
     except ValueError:

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..proto.common_pb2 import TokenLogprobs, TopLogprob
 from ..proto.sampling import Sampling
 from .grammar.constraint import Constraint
-from .grammar.masking import rule_out
+from .grammar.masking import mask
 from .noise import gumbel, place_key
 from .penalties import PenalisedRow, SeenTokens, penalise, penalises
 
@@ -142,9 +142,9 @@ def _adjust(logits_RV: Tensor, rows: Sequence[SampleRow], *, may_end: bool = Fal
     constrained = [
         (index, row.constraint, row.output_token_ids) for index, row in enumerate(rows) if row.constraint is not None
     ]
-    if not penalised and not ruled_out and not constrained:
-        return logits_RV
-    adjusted_RV = logits_RV.clone(memory_format=torch.contiguous_format)
+    adjusted_RV = logits_RV
+    if penalised or ruled_out:
+        adjusted_RV = logits_RV.clone(memory_format=torch.contiguous_format)
     if penalised:
         penalise(adjusted_RV, penalised)
     vocabulary = logits_RV.shape[1]
@@ -152,9 +152,7 @@ def _adjust(logits_RV: Tensor, rows: Sequence[SampleRow], *, may_end: bool = Fal
     if pairs:
         row_N, token_N = torch.tensor(pairs, device=logits_RV.device).unbind(1)
         adjusted_RV[row_N, token_N] = -torch.inf
-    if constrained:
-        rule_out(adjusted_RV, constrained)
-    return adjusted_RV
+    return mask(adjusted_RV, constrained) if constrained else adjusted_RV
 
 
 def _penalised(index: int, row: SampleRow) -> PenalisedRow:

@@ -33,20 +33,21 @@ def _compute(rows: Sequence[Constrained]) -> None:
         constraint.allowed(output)
 
 
-def rule_out(logits_RV: Tensor, rows: Sequence[tuple[int, Constraint, Sequence[int]]]) -> None:
-    """Sets what grammars do not allow to -inf, in place. `rows`: place, grammar and output so far of some rows.
+def mask(logits_RV: Tensor, rows: Sequence[tuple[int, Constraint, Sequence[int]]]) -> Tensor:
+    """The logits, -inf where a grammar does not allow a token. `rows`: place, grammar and output so far of some rows.
 
     A row whose grammar has failed stays as it is: its token will be refused (`Constraint.refusal`).
     """
     known = [(index, bits_W) for index, of, output in rows if (bits_W := of.allowed(output)) is not None]
     if not known:
-        return
-    index_N = torch.tensor([index for index, _ in known], device=logits_RV.device)
-    ruled_out_NV = ~_as_booleans(np.stack([bits_W for _, bits_W in known]), logits_RV)
+        return logits_RV
+    allowed_NV = _as_booleans(np.stack([bits_W for _, bits_W in known]), logits_RV)
     if len(known) == logits_RV.shape[0]:
-        logits_RV.masked_fill_(ruled_out_NV, -torch.inf)
-    else:
-        logits_RV[index_N] = logits_RV[index_N].masked_fill(ruled_out_NV, -torch.inf)
+        return torch.where(allowed_NV, logits_RV, -torch.inf)
+    index_N = torch.tensor([index for index, _ in known], device=logits_RV.device)
+    masked_RV = logits_RV.clone()
+    masked_RV[index_N] = torch.where(allowed_NV, logits_RV[index_N], -torch.inf)
+    return masked_RV
 
 
 def _as_booleans(bits_NW: np.ndarray, like_RV: Tensor) -> Tensor:

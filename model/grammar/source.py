@@ -23,6 +23,7 @@ _JSON_OPTIONS = {
 # that is a beginning of what must come is allowed instead. The last such line counts.
 _END = '\n%llguidance {"no_forcing": true}\n'
 _MAX_REASON = 300
+MAX_INTEGER = 1 << 53  # in a schema; what an answer has may be larger
 
 
 def lark_of(grammar: Grammar) -> str:
@@ -73,9 +74,9 @@ def _schema(text: str) -> dict[str, object]:
 
 
 def _integer(digits: str) -> int:
-    """llguidance would round a larger one."""
-    if len(digits) > 20 or not -(1 << 63) <= (number := int(digits)) < 1 << 64:
-        raise ValueError(f"{digits[:30]} is an integer of more than 64 bits")
+    """llguidance rounds larger ones, and dies of the least that has 64 bits."""
+    if len(digits) > 17 or abs(number := int(digits)) > MAX_INTEGER:
+        raise ValueError(f"{digits[:30]} is too large an integer; allowed: {-MAX_INTEGER} to {MAX_INTEGER}")
     return number
 
 

@@ -70,9 +70,13 @@ def _try(tokenizer: "LLTokenizer", grammar: Grammar) -> str | None:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status == 0:
         return json.loads(answer)
-    too_long = status in (-signal.SIGPROF, -signal.SIGALRM)
-    most = f"{CPU_S * 1e3:g} ms" if too_long else f"{MEMORY_BYTES >> 20} MiB"
-    return str(refused(grammar, f"it takes more than {most}; allowed: less size, nesting, and counts of repetition"))
+    if status in (-signal.SIGPROF, -signal.SIGALRM):
+        why = f"it takes more than {CPU_S * 1e3:g} ms"
+    elif status == -signal.SIGABRT:
+        why = f"it takes more than {MEMORY_BYTES >> 20} MiB"
+    else:
+        why = "llguidance fails over it"
+    return str(refused(grammar, f"{why}; allowed: less size, nesting, and counts of repetition"))
 
 
 def _limit() -> None:

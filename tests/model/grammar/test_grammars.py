@@ -8,7 +8,7 @@ import torch
 
 from isthmus.model.grammar.constraint import Constraint
 from isthmus.model.grammar.llg import compile_grammar, make_tokenizer
-from isthmus.model.grammar.masking import MaskThread, rule_out
+from isthmus.model.grammar.masking import MaskThread, mask
 from isthmus.model.sampling import SampleRow, sample
 from isthmus.proto.errors import InvalidRequest
 from isthmus.proto.grammar import Grammar
@@ -120,8 +120,9 @@ def test_what_cannot_be_compiled_is_refused_with_its_reason(kind: str, text: obj
         ("true", "grammar.json_schema is no JSON object; allowed: a schema, {} for any JSON"),
         ('{"const": NaN}', "grammar.json_schema cannot be read: NaN is no number of JSON"),
         (
-            '{"const": 18446744073709551616}',
-            "grammar.json_schema cannot be read: 18446744073709551616 is an integer of more than 64 bits",
+            '{"const": 9007199254740993}',
+            "grammar.json_schema cannot be read: 9007199254740993 is too large an integer; "
+            "allowed: -9007199254740992 to 9007199254740992",
         ),
         ('{"x-guidance": {}}', "x-guidance in grammar.json_schema; allowed: keywords of JSON Schema"),
     ],
@@ -214,8 +215,7 @@ def test_numbers_that_are_none_lead_to_a_refusal_and_to_no_invalid_token() -> No
 def test_masks_computed_ahead_are_those_that_are_asked_for() -> None:
     thread, rows = MaskThread("test"), [(constraint("regex", f"[{letter}x]+"), list(b"xx")) for letter in "abc"]
     thread.begin([*rows, (None, [])])
-    table = torch.zeros(4, VOCABULARY)
-    rule_out(table, [(index, of, output) for index, (of, output) in enumerate(rows)])
+    table = mask(torch.zeros(4, VOCABULARY), [(index, of, output) for index, (of, output) in enumerate(rows)])
     for index, letter in enumerate(b"abc"):
         assert torch.nonzero(table[index] == 0)[:, 0].tolist() == sorted({letter, ord("x"), END})
     assert (table[3] == 0).all()
