@@ -25,7 +25,13 @@ def _leaf(**keywords: Any) -> st.SearchStrategy[Schema]:
     return st.fixed_dictionaries({first: drawn.pop(first)}, optional=drawn)
 
 
-_SCALARS = {"anyOf": [{"type": ["null", "boolean", "integer"]}, {"type": "string", "maxLength": 8}]}
+_SCALARS = {
+    "anyOf": [
+        {"type": ["null", "boolean"]},
+        {"type": "integer", "minimum": -(2**53), "maximum": 2**53},
+        {"type": "string", "maxLength": 8},
+    ]
+}
 _LEAVES = st.one_of(
     _leaf(type={"enum": ["null", "boolean", "string", "number", "integer"]}),
     _leaf(
