@@ -41,7 +41,6 @@ from isthmus.decode.pool.dense import DenseKvPool
 from isthmus.decode.runner import DecodeRunner
 from isthmus.decode.sequence import DecodeSequence, TokenStream
 from isthmus.kvtransfer.codecs.registry import build_codec
-from isthmus.model.grammar.compiler import GrammarCompiler
 from isthmus.model.grammar.constraint import Constraint
 from isthmus.model.grammar.masking import MaskThread
 from isthmus.model.load.loader import load_model
@@ -50,6 +49,7 @@ from isthmus.model.sampling import SampledToken, sample
 from isthmus.proto.common_pb2 import FINISH_REASON_EOS, Grammar
 from isthmus.proto.grammar import Grammar as GrammarValue
 from isthmus.proto.sampling import Sampling
+from isthmus.worker.grammars import GrammarCompiler
 from isthmus.worker.step_plan import SequenceId, SequencePlan, StepBatch
 
 _PERSON = {

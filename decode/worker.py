@@ -21,7 +21,6 @@ from ..kvtransfer.codecs.registry import PageCodec
 from ..kvtransfer.frame import PROTOCOL_VERSION
 from ..kvtransfer.hashing import PageAddresses, checked_scope, page_salt
 from ..kvtransfer.pairing import CodecSet, require_same
-from ..model.grammar.compiler import GrammarCompiler
 from ..model.memory import require_memory, size_of
 from ..model.model import Model
 from ..proto import decode_pb2
@@ -40,6 +39,7 @@ from ..proto.sampling import Sampling
 from ..proto.security.settings import security_of
 from ..proto.worker_pb2 import WorkerReport, WorkerRole
 from ..worker.config import chunk_tokens_for
+from ..worker.grammars import GrammarCompiler
 from ..worker.model_setup import load_balance, load_configured, report_model
 from ..worker.server import Drained, WorkerServer
 from ..worker.start import gently

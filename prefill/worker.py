@@ -29,7 +29,6 @@ from ..kvtransfer.pool.dense import DensePool
 from ..kvtransfer.sender import KvSender
 from ..kvtransfer.storage.private import make_private, read_secret
 from ..kvtransfer.storage.store import PageStore
-from ..model.grammar.compiler import GrammarCompiler
 from ..model.memory import GIB, require_memory, size_of
 from ..model.model import Model
 from ..proto import prefill_pb2
@@ -44,6 +43,7 @@ from ..proto.sampling import Sampling
 from ..proto.security.settings import security_of
 from ..proto.worker_pb2 import PageCounts, WorkerReport, WorkerRole
 from ..worker.config import chunk_tokens_for
+from ..worker.grammars import GrammarCompiler
 from ..worker.model_setup import load_balance, load_configured, report_model
 from ..worker.server import Drained, WorkerServer
 from ..worker.step_plan import SequenceId

@@ -53,7 +53,7 @@ def _tokenizer(about: dict[str, Any]) -> "LLTokenizer":
 
 
 def _grammar(values: dict[str, Any]) -> Grammar:
-    return Grammar(**values | {"choices": tuple(values["choices"])})
+    return Grammar(kind=values["kind"], text=values["text"], choices=tuple(values["choices"]))
 
 
 def _try(tokenizer: "LLTokenizer", grammar: Grammar) -> str | None:

@@ -5,11 +5,12 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from ...proto.grammar import Grammar
-from ..model import Model
-from .constraint import Constraint
-from .llg import compile_grammar, make_tokenizer
-from .matcher import Matcher
+from ..model.grammar.constraint import Constraint
+from ..model.grammar.llg import compile_grammar, make_tokenizer
+from ..model.grammar.matcher import Matcher
+from ..model.model import Model
+from ..model.text.tokenizer import Tokenizer
+from ..proto.grammar import Grammar
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -48,8 +49,6 @@ class GrammarCompiler:
     def _ready(self) -> "LLTokenizer":
         with self._making:
             if self._tokenizer is None:
-                from ..text.tokenizer import Tokenizer
-
                 model, text = self._model, Tokenizer(self._model.path)
                 special = text.special_tokens
                 self._tokenizer = make_tokenizer(text.vocabulary(), special, model.eos_token_ids, model.vocab_size)
