@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
+from ..model.grammar.masking import MaskThread
 from ..model.model import Model
 from ..model.sampling import SampledToken, sample
-from ..proto.errors import EngineFailed, Exhausted, IsthmusError, Unavailable, without_paths
+from ..proto.errors import EngineFailed, Exhausted, InvalidRequest, IsthmusError, Unavailable, without_paths
 from ..worker.engine import EngineThread, is_out_of_memory, no_memory
 from ..worker.rates import Rates
 from ..worker.step_plan import SequenceId, SequencePages, SequencePlan, StepBatch, StepPlan
@@ -64,6 +65,7 @@ class DecodeEngine:
         )
         self.rates = Rates()
         self.failure: str | None = None
+        self._masks = MaskThread("decode")
         self.thread = EngineThread("decode-engine", self._step, self._fail)
         self._runner = DecodeRunner(model, pool, padded, before_layer=self.thread.begin_part)
 
@@ -237,6 +239,7 @@ class DecodeEngine:
         eos = self._model.eos_token_ids
         sampling = [self._sequences[part.sequence] for part in plan.sequences if part.samples]
         try:
+            self._masks.begin((sequence.constraint, sequence.output) for sequence in sampling)
             logits_RV = self._runner.run(self._batch(plan))
             return sample(logits_RV, [sequence.sample_row(eos) for sequence in sampling]) if sampling else []
         except Exception as error:
@@ -265,6 +268,7 @@ class DecodeEngine:
         ]
         for sequence, error in self._pool.finish_step(stored):
             self._end(self._sequences[sequence.id], error)
+        self._refuse(sampling, drawn)
         tokens = [
             self._deliver(sequence, token)
             for sequence, token in zip(sampling, drawn, strict=True)
@@ -274,6 +278,13 @@ class DecodeEngine:
         self.counters["steps"] += 1
         self.counters["graph_steps"] = self._runner.graph_steps
         self.counters["output_tokens"] += len(tokens)
+
+    def _refuse(self, sampling: Sequence[DecodeSequence], drawn: Sequence[SampledToken]) -> None:
+        """Ends requests whose grammar came to an end before their output."""
+        for sequence, token in zip(sampling, drawn, strict=True):
+            of = sequence.constraint if sequence.id in self._sequences else None
+            if of is not None and (refusal := of.refusal(sequence.output, token.token_id)) is not None:
+                self._end(sequence, InvalidRequest(refusal))
 
     def _deliver(self, sequence: DecodeSequence, token: SampledToken) -> tuple[TokenStream, Token]:
         """Notes a drawn token; ends the request where it is the last one."""

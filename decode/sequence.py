@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..kvtransfer.codecs.registry import PageCodec
 from ..kvtransfer.hashing import PageAddresses
+from ..model.grammar.constraint import Constraint
 from ..model.penalties import SeenTokens, penalises
 from ..model.sampling import SampleRow
 from ..proto.common_pb2 import FinishReason, TokenLogprobs
@@ -97,6 +98,7 @@ class DecodeSequence:
     arrived_s: float = field(default_factory=time.monotonic)
     dropped: bool = False  # its call has ended
     alone: bool = False  # in steps of its own: an engine died that computed it
+    constraint: Constraint | None = None  # of its grammar
 
     def max_tokens(self, context_length: int) -> int:
         """How many tokens it can come to hold."""
@@ -118,7 +120,7 @@ class DecodeSequence:
         """What its next token is drawn by."""
         if self.seen is None and penalises(self.sampling):
             self.seen = SeenTokens(self.sampling, self.prompt)
-        return SampleRow(self.sampling, self.prompt, self.output, eos_token_ids, self.seen)
+        return SampleRow(self.sampling, self.prompt, self.output, eos_token_ids, self.seen, self.constraint)
 
     def page_addresses(self, pages: int, page_tokens: int) -> list[bytes]:
         """Of the first pages, which hold known tokens; none where it shares none."""
@@ -161,7 +163,8 @@ class DecodeSequence:
         self, token: int, count: int, eos_token_ids: frozenset[int], context_length: int
     ) -> FinishReason.ValueType | None:
         """Why the output ends with `token` as its `count`-th token, or None where it goes on."""
-        if token in eos_token_ids and not self.sampling.ignore_eos:
+        goes_on = self.sampling.ignore_eos and self.sampling.grammar is None  # nothing can follow a grammar's end
+        if token in eos_token_ids and not goes_on:
             return FinishReason.FINISH_REASON_EOS
         if token in self.sampling.stop_token_ids:
             return FinishReason.FINISH_REASON_STOP

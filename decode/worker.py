@@ -39,6 +39,7 @@ from ..proto.sampling import Sampling
 from ..proto.security.settings import security_of
 from ..proto.worker_pb2 import WorkerReport, WorkerRole
 from ..worker.config import chunk_tokens_for
+from ..worker.grammars import GrammarCompiler
 from ..worker.model_setup import load_balance, load_configured, report_model
 from ..worker.server import Drained, WorkerServer
 from ..worker.start import gently
@@ -95,6 +96,7 @@ class DecodeWorker(DecodeServicer):
         self._codecs = CodecSet(names, config.default_codec, model.layers, config.page_tokens, balance)
         self._memory = plan_memory(config, size_of(model))
         require_memory(self._memory.budgets, model.device)
+        self._grammars = GrammarCompiler(model)
         self._is_prepared = True
 
     async def start(self, model: Model | None = None) -> None:
@@ -148,16 +150,18 @@ class DecodeWorker(DecodeServicer):
         """One request, from its pages to its last token."""
         with self.server.request():
             codec = self._check(request)
+            sampling = Sampling.from_pb(request.sampling).check_vocabulary(self._model.vocab_size)
             sequence = DecodeSequence(
                 id=SequenceId(next(self._ids)),
                 prompt=list(request.prompt_token_ids),
-                sampling=Sampling.from_pb(request.sampling).check_vocabulary(self._model.vocab_size),
+                sampling=sampling,
                 codec=codec,
                 stream=TokenStream(),
                 output=list(request.emitted_token_ids),
                 rank=rank_of(request.priority),
                 addresses=self._addresses(request, codec),
                 alone=request.alone,
+                constraint=await self._grammars.constraint(sampling.grammar),
             )
             sequence.check_emitted(self._model.eos_token_ids, self._model.context_length)
             check_fits(

@@ -4,7 +4,7 @@ The steps, in the order that transformers' `generate` has them:
 
 1. penalties: repetition (Keskar et al., CTRL, arXiv 1909.05858, section 4.1), then presence and frequency; then the
    request's own biases (`logit_bias`) are added;
-2. tokens that would end the output before min_tokens are ruled out;
+2. tokens that would end the output before min_tokens are ruled out, and what the request's grammar does not allow;
 3. temperature 0 takes the most likely token; otherwise logits are divided by the temperature;
 4. top_k keeps the k most likely tokens;
 5. top_p keeps the fewest tokens that reach probability p (Holtzman et al., arXiv 1904.09751), of what top_k left;
@@ -33,6 +33,8 @@ from torch import Tensor
 from ..proto.common_pb2 import TokenLogprobs, TopLogprob
 from ..proto.sampling import Sampling
 from .biases import add_biases
+from .grammar.constraint import Constraint
+from .grammar.masking import mask
 from .noise import gumbel, place_key
 from .penalties import PenalisedRow, SeenTokens, penalise, penalises
 
@@ -51,6 +53,7 @@ class SampleRow:
     output_token_ids: Sequence[int]
     eos_token_ids: frozenset[int]
     seen: SeenTokens | None = None  # kept by the caller from step to step, so that a step counts its own token only
+    constraint: Constraint | None = None  # of its grammar
 
     @property
     def greedy(self) -> bool:
@@ -63,11 +66,12 @@ class SampleRow:
 
     @property
     def ruled_out(self) -> frozenset[int]:
-        """Tokens that would end the output too early."""
+        """Tokens that would end the output too early; where a grammar allows no other, one of them is taken."""
         s = self.sampling
         if len(self.output_token_ids) >= s.min_tokens:
-            return frozenset()
-        return s.stop_token_ids if s.ignore_eos else s.stop_token_ids | self.eos_token_ids
+            return self.eos_token_ids if s.ignore_eos and self.constraint is not None else frozenset()
+        goes_on = s.ignore_eos and self.constraint is None
+        return s.stop_token_ids if goes_on else s.stop_token_ids | self.eos_token_ids
 
     @property
     def key(self) -> int:
@@ -125,21 +129,25 @@ def _choose(adjusted_RV: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Ten
 
 
 def _choose_extreme(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """All steps in fp64: token ids [R]. Where step 2 leaves no token at all, it is left out."""
-    penalised_RV, adjusted_RV = _adjust(logits_RV, rows, rule_out=False), _adjust(logits_RV, rows)
+    """All steps in fp64: token ids [R]. Where step 2 leaves no token at all, the output may end."""
+    penalised_RV, adjusted_RV = _adjust(logits_RV, rows, may_end=True), _adjust(logits_RV, rows)
     greatest_R1 = adjusted_RV.amax(-1, keepdim=True)
     adjusted_RV = torch.where(greatest_R1 == -torch.inf, penalised_RV, adjusted_RV)
     return _choose(adjusted_RV - adjusted_RV.amax(-1, keepdim=True), rows)[0]
 
 
-def _adjust(logits_RV: Tensor, rows: Sequence[SampleRow], *, rule_out: bool = True) -> Tensor:
-    """Steps 1 and 2, or 1 alone; the same tensor where there is nothing to do."""
+def _adjust(logits_RV: Tensor, rows: Sequence[SampleRow], *, may_end: bool = False) -> Tensor:
+    """Steps 1 and 2, of which `may_end` leaves out what would end the output; the same tensor where there is nothing to
+    do."""
     penalised = [_penalised(index, row) for index, row in enumerate(rows) if penalises(row.sampling)]
     biased = [(index, row.sampling) for index, row in enumerate(rows) if row.sampling.logit_bias]
-    ruled_out = [(index, token) for index, row in enumerate(rows) for token in sorted(row.ruled_out) if rule_out]
-    if not penalised and not biased and not ruled_out:
-        return logits_RV
-    adjusted_RV = logits_RV.clone(memory_format=torch.contiguous_format)
+    ruled_out = [(index, token) for index, row in enumerate(rows) for token in sorted(row.ruled_out) if not may_end]
+    constrained = [
+        (index, row.constraint, row.output_token_ids) for index, row in enumerate(rows) if row.constraint is not None
+    ]
+    adjusted_RV = logits_RV
+    if penalised or biased or ruled_out:
+        adjusted_RV = logits_RV.clone(memory_format=torch.contiguous_format)
     if penalised:
         penalise(adjusted_RV, penalised)
     if biased:
@@ -149,7 +157,7 @@ def _adjust(logits_RV: Tensor, rows: Sequence[SampleRow], *, rule_out: bool = Tr
     if pairs:
         row_N, token_N = torch.tensor(pairs, device=logits_RV.device).unbind(1)
         adjusted_RV[row_N, token_N] = -torch.inf
-    return adjusted_RV
+    return mask(adjusted_RV, constrained) if constrained else adjusted_RV
 
 
 def _penalised(index: int, row: SampleRow) -> PenalisedRow:

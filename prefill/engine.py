@@ -8,9 +8,18 @@ from collections.abc import Callable, Sequence
 from ..kvtransfer.encoded import EncodedSection
 from ..kvtransfer.page import Section
 from ..kvtransfer.pool.dense import DensePool
+from ..model.grammar.masking import MaskThread
 from ..model.model import Model
 from ..model.sampling import SampledToken, SampleRow, sample
-from ..proto.errors import EngineFailed, Exhausted, Expired, IsthmusError, Unavailable, without_paths
+from ..proto.errors import (
+    EngineFailed,
+    Exhausted,
+    Expired,
+    InvalidRequest,
+    IsthmusError,
+    Unavailable,
+    without_paths,
+)
 from ..proto.prefill_pb2 import FirstToken
 from ..proto.priority import RESUMED_RANK
 from ..worker.engine import EngineThread, is_out_of_memory
@@ -51,6 +60,7 @@ class PrefillEngine:
         self.counters: Counter[str] = Counter()
         self.rates = Rates()
         self.failure: str | None = None
+        self._masks = MaskThread("prefill")
         self.thread = EngineThread("prefill-engine", self._step, self._fail)
 
     @property
@@ -175,9 +185,11 @@ class PrefillEngine:
             for job, sections in zip(jobs, due, strict=True):
                 self._send_layer(job, layer, sections)
 
+        rows = [SampleRow(job.sampling, job.token_ids, [], eos, constraint=job.constraint) for job in done]
         try:
+            self._masks.begin((row.constraint, row.output_token_ids) for row in rows)
             logits_RV = self._runner.run(batch, send)
-            return sample(logits_RV, [SampleRow(job.sampling, job.token_ids, [], eos) for job in done]) if done else []
+            return sample(logits_RV, rows) if rows else []
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -228,6 +240,9 @@ class PrefillEngine:
         sampled_s, sampled_ns = time.monotonic(), time.time_ns()
         for job, token in zip(done, tokens, strict=True):
             if job.failure:
+                continue
+            if job.constraint is not None and (refusal := job.constraint.refusal([], token.token_id)) is not None:
+                self._end(job, InvalidRequest(refusal))
                 continue
             written = job.outbox.written_bytes
             job.outbox.put_first(

@@ -11,6 +11,7 @@ from ..kvtransfer.page import Section, packed_range
 from ..kvtransfer.pool.allocator import Run
 from ..kvtransfer.pool.table import runs_of
 from ..kvtransfer.sender import KvSender
+from ..model.grammar.constraint import Constraint
 from ..proto.common_pb2 import TransferStats
 from ..proto.errors import IsthmusError
 from ..proto.priority import STANDARD_RANK
@@ -89,6 +90,7 @@ class PrefillJob:
     cached_tokens: int = 0  # sent and not computed: the pages were here,
     stored_tokens: int = 0  # or in the store
     alone: bool = False  # in steps of its own: an engine died that computed it
+    constraint: Constraint | None = None  # of its grammar
     due: list[Section] | None = None  # sections of the chunk in work,
     layers_sent: int = 0  # and how many layers of these are in the outbox already
     failure: IsthmusError | None = None  # its KV cannot be sent (a NaN, say)

@@ -43,6 +43,7 @@ from ..proto.sampling import Sampling
 from ..proto.security.settings import security_of
 from ..proto.worker_pb2 import PageCounts, WorkerReport, WorkerRole
 from ..worker.config import chunk_tokens_for
+from ..worker.grammars import GrammarCompiler
 from ..worker.model_setup import load_balance, load_configured, report_model
 from ..worker.server import Drained, WorkerServer
 from ..worker.step_plan import SequenceId
@@ -99,6 +100,7 @@ class PrefillWorker(PrefillServicer):
         self._codecs = CodecSet(config.codecs, config.default_codec, model.layers, config.page_tokens, balance)
         self._memory = plan_memory(config, size_of(model))
         require_memory(self._memory.budgets, model.device)
+        self._grammars = GrammarCompiler(model)
         self._is_prepared = True
 
     async def start(self, model: Model | None = None) -> None:
@@ -150,6 +152,7 @@ class PrefillWorker(PrefillServicer):
             reservation = self._buffer.reserve(self._host_bytes(job.prompt), rank=job.rank, tokens=len(job.token_ids))
             try:
                 await context.write(PrefillEvent(accepted=accepted))
+                job.constraint = await self._grammars.constraint(job.sampling.grammar)
                 await _wait_granted(reservation, context, accepted)
                 await self._prefixes.fetch(job)
                 self._engine.submit(job)

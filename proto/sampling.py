@@ -9,6 +9,7 @@ from typing import Self
 
 from .common_pb2 import SamplingParams
 from .errors import InvalidRequest
+from .grammar import Grammar
 
 MAX_SEED = (1 << 64) - 1
 MAX_STOPS, MAX_STOP_IDS = 16, 256
@@ -38,6 +39,7 @@ class Sampling:
     n: int = 1  # answers to the prompt; each has sampling of its own, with a seed of its own, and the same n
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
     prompt_logprobs: int | None = None  # the same as `logprobs` of the prompt's own tokens
+    grammar: Grammar | None = None  # what the output must be
 
     def check(self) -> Self:
         """Returns itself; InvalidRequest where a value is out of its range."""
@@ -64,6 +66,8 @@ class Sampling:
         _check_count("tokens in logit_bias", len(self.logit_bias), MAX_BIASES)
         for token, bias in self.logit_bias:
             _in_range(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
+        if self.grammar is not None:
+            self.grammar.check()
         return self
 
     def check_vocabulary(self, vocab_size: int) -> Self:
@@ -95,6 +99,7 @@ class Sampling:
             stop_token_ids=frozenset(pb.stop_token_ids),
             ignore_eos=pb.ignore_eos,
             logit_bias=tuple(sorted(pb.logit_bias.items())),
+            grammar=Grammar.from_pb(pb.grammar) if pb.HasField("grammar") else None,
         ).check()
 
     def to_pb(self) -> SamplingParams:
@@ -105,6 +110,7 @@ class Sampling:
             stop_token_ids=sorted(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logit_bias=dict(self.logit_bias),
+            grammar=self.grammar.to_pb() if self.grammar is not None else None,
         )
 
 

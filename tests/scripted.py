@@ -12,6 +12,7 @@ import grpc.aio
 from isthmus.cluster.client.client import Client
 from isthmus.cluster.frontend.gateway import Gateway
 from isthmus.cluster.gateway_config import GatewayConfig
+from isthmus.cluster.text.grammar_trials import GrammarTrials
 from isthmus.cluster.text.served import ServedModel
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.model.text.conversation import Conversation
@@ -86,6 +87,7 @@ def served(**changes: Any) -> ServedModel:
         "tokenizer": ByteText(),
         "new_decoder": ByteDecoder,
         "new_stops": StopStrings,
+        "grammars": GrammarTrials({}, frozenset({255})),
     }
     return ServedModel(**{**fields, **changes})
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .terminal import options as opt
-from .terminal.prompt import decoded, read_prompt
+from .terminal.prompt import decoded, read_grammar, read_prompt
 
 if TYPE_CHECKING:
     from ...proto.generation_pb2 import GenerateEvent, GenerateRequest
@@ -42,6 +42,8 @@ def generate(
     stop_token_id: opt.StopTokenId = None,
     ignore_eos: opt.IgnoreEos = False,
     logprobs: opt.Logprobs = None,
+    json_schema: opt.JsonSchema = None,
+    regex: opt.Regex = None,
     codec: opt.RequestCodec = "",
     model: opt.RequestModel = "",
     request_id: Annotated[str, typer.Option(help="Your own id of the request, for the logs.")] = "",
@@ -83,6 +85,7 @@ def generate(
         "stop_token_ids": stop_token_id or [],
         "ignore_eos": ignore_eos,
         "logprobs": logprobs,
+        "grammar": read_grammar(json_schema, regex),
     }
     request = build_request(
         prompt=None if chat else text,

@@ -70,6 +70,7 @@ async def validate(request: GenerateRequest, model: ServedModel) -> ValidatedReq
     sampling = _sampling(request, model)
     if request.codec and request.codec not in codec_names():
         raise NotFound(f"no codec {shown(request.codec)}; allowed: {', '.join(sorted(codec_names()))}")
+    await _check_grammar(sampling, model)
     tokens = await _tokenize(request, model)
     limit = (model.context_length, model.context_length)
     return ValidatedRequest(prompt_token_ids=tokens, sampling=_fit(sampling, len(tokens), model.context_length, limit))
@@ -94,6 +95,7 @@ async def resolve(
     if request.codec and request.codec not in known:
         allowed = ", ".join(servable_codecs(table, local_prefill) or sorted(known))
         raise NotFound(f"no codec {shown(request.codec)}; allowed: {allowed}")
+    await _check_grammar(sampling, model)
     tokens = await _tokenize(request, model)
     codec = _codec(request.codec or default_codec, servable_codecs(table, local_prefill))
     return ResolvedRequest(
@@ -120,6 +122,11 @@ def _sampling(request: GenerateRequest, model: ServedModel) -> Sampling:
     if not request.sampling.HasField("seed"):
         sampling = replace(sampling, seed=secrets.randbits(63))
     return sampling
+
+
+async def _check_grammar(sampling: Sampling, model: ServedModel) -> None:
+    if sampling.grammar is not None:
+        await model.check_grammar(sampling.grammar)
 
 
 def _codec(name: str, servable: Sequence[str]) -> str:

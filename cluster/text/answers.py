@@ -74,7 +74,7 @@ class Answers:
             return self._form
         from ...model.text.answers.recognition import plain_form
 
-        return plain_form(self._tokenizer.special_tokens if self._tokenizer else {})
+        return plain_form(self._tokenizer.special_ids if self._tokenizer else {})
 
 
 def _form_of(tokenizer: "Tokenizer") -> "AnswerForm | None":

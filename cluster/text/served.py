@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Protocol
 
 from ...model.text.conversation import Conversation
-from ...proto.common_pb2 import Grammar
+from ...proto import common_pb2
 from ...proto.errors import InvalidRequest, NotFound, shown
 from ...proto.generation_pb2 import Chat, Tool
+from ...proto.grammar import Grammar
 from .answer_parser import AnswerParser, ToolChoice
 from .answers import Answers
+from .grammar_trials import GrammarTrials
 from .tokenizing import TokenizerThreads
 
 
@@ -41,6 +43,12 @@ class StopMatcher(Protocol):
     def finish(self) -> str: ...
 
 
+class GrammarCheck(Protocol):
+    """Finds out whether a grammar can be compiled (`grammar_trials.py`)."""
+
+    async def check(self, grammar: Grammar, /) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputLimits:
     """What a gateway takes as text (`cluster/gateway_config.py` says more)."""
@@ -62,6 +70,7 @@ class ServedModel:
     tokenizer: TextEncoder
     new_decoder: Callable[[], TextDecoder]
     new_stops: Callable[[Sequence[str]], StopMatcher]
+    grammars: GrammarCheck
     limits: InputLimits = InputLimits()
     tokenizer_threads: TokenizerThreads = field(default_factory=TokenizerThreads)
     answers: Answers = field(default_factory=Answers)
@@ -76,7 +85,13 @@ class ServedModel:
         turn the answer begins (a template may open the reasoning itself)."""
         return self.answers.parser(chat, choice, prompt_token_ids)
 
-    def tool_grammar(self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool = True) -> Grammar | None:
+    async def check_grammar(self, grammar: Grammar) -> None:
+        """InvalidRequest, with the reason, where it cannot be compiled or takes too much."""
+        await self.grammars.check(grammar)
+
+    def tool_grammar(
+        self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool = True
+    ) -> common_pb2.Grammar | None:
         """What an answer must be where the choice is `required`, else None; InvalidRequest for tools or a choice that
         are not valid. `parallel`: it may be several calls."""
         return self.answers.grammar(tools, choice, parallel=parallel)
@@ -105,4 +120,5 @@ def load_served_model(source: str, manifest: str | None = None, chat_template: s
         new_decoder=lambda: Detokenizer(tokenizer),
         new_stops=StopStrings,
         answers=Answers(tokenizer),
+        grammars=GrammarTrials(tokenizer.special_tokens, described.eos_token_ids),
     )

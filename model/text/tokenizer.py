@@ -146,10 +146,9 @@ class Tokenizer:
         return str(self._special.get("eos_token") or "")
 
     @functools.cached_property
-    def special_tokens(self) -> dict[str, int]:
+    def special_ids(self) -> dict[str, int]:
         """The ids of tokens that have no text in an output, by their names."""
-        added = self._backend.get_added_tokens_decoder()
-        return {token.content: token_id for token_id, token in added.items() if token.special}
+        return {name: token_id for token_id, name in self.special_tokens.items()}
 
     def end_of(self, token_ids: Sequence[int], most: int) -> str:
         """The text of the last tokens, at most `most`, with that of special tokens."""
@@ -164,6 +163,16 @@ class Tokenizer:
         if (known := self._bytes_of.get(token_id)) is None:
             known = self._bytes_of[token_id] = self._find_bytes(token_id)
         return known
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """The tokens that are no text, by their ids: what they are called."""
+        added = self._backend.get_added_tokens_decoder()
+        return {number: token.content for number, token in added.items() if token.special}
+
+    def vocabulary(self) -> list[bytes]:
+        """The bytes of every token, as `bytes_of` has them; those of special tokens are none."""
+        return [self.bytes_of(token) for token in range(self.vocab_size)]
 
     def _find_bytes(self, token_id: int) -> bytes:
         # Decoded after an ordinary token, for decoders drop the space that a text's first token begins with.

@@ -84,6 +84,15 @@ StopTokenId = Annotated[
 ]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end.", rich_help_panel=SAMPLING)]
 Logprobs = Annotated[int | None, typer.Option(min=0, help="Top log-probabilities in --json.", rich_help_panel=SAMPLING)]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option(
+        "--json-schema", help="The answer is JSON, valid for the schema in this file.", rich_help_panel=SAMPLING
+    ),
+]
+Regex = Annotated[
+    str | None, typer.Option("--regex", help="The answer matches this pattern.", rich_help_panel=SAMPLING)
+]
 RequestCodec = Annotated[str, typer.Option("--codec", help="Of this request's KV; default: the cluster's.")]
 RequestModel = Annotated[str, typer.Option("--model", help="Fails unless the cluster serves this one.")]
 Timeout = Annotated[float | None, typer.Option(min=0.001, help="Give up after so many seconds.")]

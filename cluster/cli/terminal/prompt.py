@@ -1,9 +1,13 @@
-"""Prompts from where people have them: an argument, a file, a pipe."""
+"""Prompts and grammars from where people have them: an argument, a file, a pipe."""
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from ....proto.common_pb2 import Grammar
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:
@@ -17,6 +21,17 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     if argument is None and sys.stdin.isatty():
         raise typer.BadParameter("no prompt; give it as an argument, with --file, or on stdin")
     return decoded(sys.stdin.buffer.read(), "stdin")
+
+
+def read_grammar(schema: Path | None, regex: str | None) -> "Grammar | None":
+    """What an answer must be; a usage error where two ways are given."""
+    from ....proto.common_pb2 import Grammar
+
+    if schema is not None and regex is not None:
+        raise typer.BadParameter("give --json-schema or --regex, not both")
+    if schema is not None:
+        return Grammar(json_schema=decoded(_bytes_of(schema), str(schema)))
+    return Grammar(regex=regex) if regex is not None else None
 
 
 def _bytes_of(file: Path) -> bytes:

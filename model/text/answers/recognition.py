@@ -39,7 +39,7 @@ def answer_form(tokenizer: Tokenizer) -> AnswerForm | None:
         plain, with_tools = (tokenizer.chat_template(tools)[0] for tools in (False, True))
     except InvalidRequest:  # it answers no chats
         return None
-    special = tokenizer.special_tokens
+    special = tokenizer.special_ids
     if tokenizer.response_template is not None:
         return _with_syntax(AnswerForm(tokenizer.response_template, special))
     if with_tools.traits.tools and (rendered := _rendered_call(with_tools)):

@@ -37,7 +37,7 @@ class Vocabulary:
     bos_token_id, eos_token_id = None, 2
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        names = {token: name for name, token in tokenizer.special_tokens.items()}
+        names = {token: name for name, token in tokenizer.special_ids.items()}
         self.special_token_ids = list(names)
         self.tokens = [
             names[token].encode() if token in names else tokenizer.bytes_of(token)
