@@ -48,6 +48,10 @@ class GatewayConfig(Settings):
     health_listen: str | None = Field(
         default=None, description="host:port for health probes in plain text; default: on its port only."
     )
+    engine_protocol: Literal["vllm"] | None = Field(
+        default=None,
+        description="vllm: the client port serves the vLLM engine protocol too, for SMG (needs isthmus[smg]).",
+    )
     policy: Policy = Field(
         default="cost", description=f"How workers are chosen: cost; for comparison {', '.join(get_args(Policy)[1:])}."
     )

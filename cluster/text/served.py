@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from ...proto.errors import InvalidRequest, NotFound, shown
@@ -59,6 +60,8 @@ class ServedModel:
     new_stops: Callable[[Sequence[str]], StopMatcher]
     limits: InputLimits = InputLimits()
     tokenizer_threads: TokenizerThreads = field(default_factory=TokenizerThreads)
+    eos_token_ids: frozenset[int] = frozenset()
+    folder: Path | None = None  # of its files on this host; None: it has none
 
     def check_name(self, name: str) -> None:
         """NotFound unless `name` is empty or this model's."""
@@ -87,4 +90,6 @@ def load_served_model(source: str, manifest: str | None = None) -> ServedModel:
         tokenizer=tokenizer,
         new_decoder=lambda: Detokenizer(tokenizer),
         new_stops=StopStrings,
+        eos_token_ids=described.eos_token_ids,
+        folder=described.path,
     )
