@@ -33,6 +33,10 @@ from .tokenizer_files import TokenizerFiles
 ENGINE = vllm.DESCRIPTOR.services_by_name["VllmEngine"]
 add_to = vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server
 
+# SMG looks for a folder, then for a repository of the Hugging Face hub of this name before it asks GetTokenizer: there
+# is none of either. By the model's name it might find a stranger's.
+NO_PATH = "isthmus:///"
+
 Key = tuple[str, str]  # who asks, and the request's id: nobody ends what is another's
 
 
@@ -100,7 +104,8 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
     async def GetModelInfo(self, request: vllm.GetModelInfoRequest, context: object) -> vllm.GetModelInfoResponse:
         model = self._behind.describe()
         return vllm.GetModelInfoResponse(
-            model_path=model.name,  # its folder is nobody's business: GetTokenizer has the files
+            model_path=model.name,
+            tokenizer_path=NO_PATH,
             served_model_name=model.name,
             is_generation=True,
             architectures=[model.architecture],
