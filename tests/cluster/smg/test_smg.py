@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import openai
 import pytest
 from clusters import wait_ready
@@ -154,6 +155,16 @@ def test_a_prompt_is_completed_as_by_our_own_door(fronted: Fronted) -> None:
     made = fronted.client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=24)
     assert made.choices[0].text == fronted.ours(prompt=prompt, max_tokens=24)
     assert (made.choices[0].finish_reason, made.usage and made.usage.completion_tokens) == ("length", 24)
+
+
+def test_smg_s_other_apis_give_the_same_text(fronted: Fronted) -> None:
+    expected = fronted.ours(chat=QUESTION, max_tokens=16)
+    made = fronted.client.responses.create(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=16)
+    assert made.output_text == expected
+    url = str(fronted.client.base_url)
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 16}
+    answer = httpx.post(f"{url}messages", json=asked, timeout=60).raise_for_status().json()  # Anthropic's
+    assert answer["content"][0]["text"] == expected
 
 
 def test_a_stop_string_ends_the_text_before_it(fronted: Fronted) -> None:
