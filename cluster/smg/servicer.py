@@ -79,6 +79,9 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):
 
     @contextlib.contextmanager
     def _abortable(self, request_id: str, scope: asyncio.Timeout) -> Iterator[None]:
+        if not request_id:  # one that was not given names nobody's
+            yield
+            return
         key = _key(request_id)
         self._running.setdefault(key, []).append(scope)
         try:

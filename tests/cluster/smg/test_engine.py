@@ -17,6 +17,7 @@ from scripted import Script, ScriptedCluster, client_of, hangs, says, scripted_c
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto.generated.common_pb2 import FlushCacheRequest, GetTokenizerRequest, SubscribeKvEventsRequest
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
+from support.certificates import CLUSTER, CertificateFiles
 
 from isthmus.cluster.access.key_file import KeyDocument, change
 from isthmus.cluster.access.keys import new_key
@@ -27,6 +28,8 @@ from isthmus.cluster.gateway_config import GatewayConfig
 from isthmus.proto.common_pb2 import FINISH_REASON_EOS, FINISH_REASON_LENGTH, TokenLogprobs, TopLogprob
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.errors import InvalidRequest
+from isthmus.proto.rpc.transport import Transport
+from isthmus.proto.security.settings import TlsFiles, security_of
 
 PROMPT = list(b"prompt")
 
@@ -231,6 +234,21 @@ async def test_who_has_no_key_is_not_let_in_and_ends_nobody_s_answer(tmp_path: P
         assert cluster.gateway.load.active == 1
         await stub.Abort(vllm.AbortRequest(request_ids=["r"]), metadata=a)
         assert (await call.read()).complete.finish_reason == "abort"
+
+
+async def test_over_tls_it_is_what_clients_may_call(tmp_path: Path) -> None:
+    folder = CertificateFiles(tmp_path)
+    security = security_of(TlsFiles(**folder.files("gateway")), CLUSTER, "gateway")
+    gateway = Gateway("127.0.0.1:0", served(), (), GatewayConfig(engine_protocol="vllm"), security=security)
+    await gateway.start()
+    client = Transport(security_of(TlsFiles(**folder.files("client")), CLUSTER, "client"))
+    try:
+        stub: Any = VllmEngineStub(client.dial(gateway.address, "gateway"))
+        assert not (await stub.HealthCheck(vllm.HealthCheckRequest())).healthy  # there are no workers
+        assert (await failure(stub.Generate(request())))[0] is grpc.StatusCode.UNAVAILABLE
+    finally:
+        await client.close()
+        await gateway.stop()
 
 
 async def test_it_is_off_by_default() -> None:
