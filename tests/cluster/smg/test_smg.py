@@ -103,9 +103,8 @@ def fronted() -> Iterator[Fronted]:
         running_worker("decode", *own) as first,
         running_worker("decode", *own) as second,
         isthmus(
-            *("gateway", "--listen", gateway, "--admin-listen", admin, "--model", MODEL),
+            *("gateway", "--listen", gateway, "--admin-listen", admin, "--model", MODEL, "--engine-protocol", "vllm"),
             *("--workers", ",".join(worker.address for worker in (prefill, first, second))),
-            ISTHMUS_GATEWAY__ENGINE_PROTOCOL="vllm",
         ),
     ):
         wait_ready(admin, 3, 300)
