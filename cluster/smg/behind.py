@@ -4,15 +4,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ...proto.generation_pb2 import GenerateEvent, GenerateRequest, Model
+from ...proto.generation_pb2 import GenerateRequest, Model
 from ...proto.rpc.trace import TraceContext
 from ...proto.worker_pb2 import WorkerReport
 from ..requests.attempt import PassOn
 from ..requests.dispatch import TimeLeft
 from ..requests.request import ResolvedRequest
 from ..text.served import ServedModel
-
-Write = Callable[[GenerateEvent], Awaitable[None]]
 
 
 class Answer(Protocol):
