@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-integration test-chaos test-fuzz test-postgres test-pods test-lanes \
+.PHONY: help setup demo test test-unit test-integration test-chaos test-fuzz test-postgres test-pods test-lanes test-smg \
   test-lane-avx2 test-lane-plain lint format stubs clean gpu-check image image-check
 .NOTPARALLEL:
 
@@ -49,6 +49,9 @@ test-fuzz: .venv/.installed  ## A minute of bytes, calls, pages and files that n
 test-postgres: .venv/.installed  ## The tests of jobs on PostgreSQL, from Debian's packages
 	@tests/with-postgres $(BIN)/pytest $(foreach name,service/test_service store/test_store \
     runner/test_runner test_crash database/test_database,tests/cluster/jobs/$(name).py)
+
+test-smg: .venv/.installed .venv/.smg  ## SGLang's gateway in front of a cluster of processes
+	@$(BIN)/pytest tests/cluster/smg
 
 test-pods: .venv/.installed .venv/.kuberay .venv/.helm  ## The rendered chart as pods in network namespaces (root only)
 	@tests/with-pods $(BIN)/pytest --suite=pods
@@ -114,6 +117,13 @@ clean:  ## Remove .venv and all caches of the build and the tests (converted mod
 .venv/.kuberay: constraints-cpu.txt | .venv/.installed
 	@echo "Installing Ray's dashboard, as the image has it, for the tests of pods"
 	@$(BIN)/pip install $(CONSTRAINTS) --prefix .venv/kuberay "ray[default]"
+	@touch $@
+
+# Beside the environment, which needs nothing of it.
+.venv/.smg: | .venv/.installed
+	@echo "Installing SGLang's gateway for its tests"
+	@$(BIN)/python -m venv .venv/smg
+	@.venv/smg/bin/pip install smg==1.13.0
 	@touch $@
 
 gpu-check: .venv/.installed  ## Check kernels, CUDA graphs and chunks on this machine's GPU against references; time them

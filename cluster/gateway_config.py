@@ -55,6 +55,10 @@ class GatewayConfig(Settings):
         "host, or a free port beside a free one.",
     )
     http: HttpConfig = Field(default=HttpConfig(), description="The HTTP API.")
+    engine_protocol: Literal["vllm"] | None = Field(
+        default=None,
+        description="vllm: the client port serves the vLLM engine protocol too, for SMG (needs isthmus[smg]).",
+    )
     policy: Policy = Field(
         default="cost", description=f"How workers are chosen: cost; for comparison {', '.join(get_args(Policy)[1:])}."
     )

@@ -4,6 +4,7 @@ import grpc
 import grpc.aio
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
+from smg_grpc_proto import vllm_engine_pb2
 from support.certificates import CLUSTER, certificate
 
 from isthmus.proto import decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, supervisor_pb2, worker_pb2
@@ -14,7 +15,7 @@ from isthmus.proto.security.credentials import Security
 from isthmus.proto.security.identity import Identity, Role
 from isthmus.proto.security.sources import Known, Material, Memory
 
-FILES = (decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, supervisor_pb2, worker_pb2)
+FILES = (decode_pb2, generation_pb2, jobs_pb2, prefill_pb2, supervisor_pb2, vllm_engine_pb2, worker_pb2)
 SERVICES: list[ServiceDescriptor] = [service for file in FILES for service in file.DESCRIPTOR.services_by_name.values()]
 
 

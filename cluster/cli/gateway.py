@@ -32,7 +32,16 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {"tenant_weights": _weights, "health
 GATEWAY_FLAGS = tuple(
     Flag(f"gateway.{name}", panel="Gateway", parse=_PARSERS.get(name))
     for name in (
-        *("admin_listen", "health_listen", "policy", "local_prefill", "replays", "restart_wait_s", "max_waiting"),
+        *(
+            "admin_listen",
+            "health_listen",
+            "engine_protocol",
+            "policy",
+            "local_prefill",
+            "replays",
+            "restart_wait_s",
+            "max_waiting",
+        ),
         *("overcommit", "propagation_s", "tenant_weights", "prefix_sharing", "max_request_tokens"),
         "max_request_kv_mib",
         *("max_request_s", "sign_of_life_s"),

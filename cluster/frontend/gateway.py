@@ -36,6 +36,8 @@ from ..jobs.service.manager import Jobs
 from ..jobs.service.service import SERVICE as JOBS_SERVICE
 from ..requests.generator import Generator
 from ..router.router import servable_codecs
+from ..smg.behind import Behind
+from ..smg.offered import vllm_engine
 from ..text.served import ServedModel
 from .admin import CLUSTER, MAX_MESSAGE_BYTES, listen_admin
 from .answering import Answering
@@ -117,6 +119,8 @@ class Gateway:
         services: Services = {
             GENERATION: lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
         }
+        if self._config.engine_protocol == "vllm":
+            services = {**services, **vllm_engine(self._behind(models))}
         orders: Services = {CLUSTER: lambda server: worker_pb2_grpc.add_ClusterServicer_to_server(cluster, server)}
         if self._config.jobs_db is not None:
             self._jobs = await self._open_jobs(self._config.jobs_db)
@@ -147,6 +151,17 @@ class Gateway:
         if self._jobs is not None:
             await self._jobs.start(self._name)
         self._tasks.start("health", partial(self._follow_health, self._server))
+
+    def _behind(self, models: Models) -> Behind:
+        """What the door for others' gateways needs of this one."""
+        return Behind(
+            answer=self._answering.answer,
+            model=self._model,
+            describe=models.describe,
+            reports=self.fleet.statuses,
+            active=lambda: self.load.active,
+            serving=lambda: self._server is not None and self._server.health.serves(GENERATION.full_name),
+        )
 
     async def _open_jobs(self, url: str) -> Jobs:
         return await Jobs.open(

@@ -74,6 +74,8 @@ class ServedModel:
     limits: InputLimits = InputLimits()
     tokenizer_threads: TokenizerThreads = field(default_factory=TokenizerThreads)
     answers: Answers = field(default_factory=Answers)
+    eos_token_ids: frozenset[int] = frozenset()
+    folder: Path | None = None  # of its files on this host; None: it has none
 
     def check_name(self, name: str) -> None:
         """NotFound unless `name` is empty or this model's."""
@@ -121,4 +123,6 @@ def load_served_model(source: str, manifest: str | None = None, chat_template: s
         new_stops=StopStrings,
         answers=Answers(tokenizer),
         grammars=GrammarTrials(tokenizer.special_tokens, described.eos_token_ids),
+        eos_token_ids=described.eos_token_ids,
+        folder=described.path,
     )

@@ -29,6 +29,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def serves(self, service: str) -> bool:
+        """Whether a service of that name serves now."""
+        return self._serving.get(service, False)
+
     async def Check(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, request: HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> HealthCheckResponse:

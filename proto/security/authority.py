@@ -25,6 +25,12 @@ def _methods(service: str, names: str, callers: Collection[Caller]) -> dict[str,
 CALLERS: Final[Mapping[str, frozenset[Caller]]] = {
     **_methods("isthmus.v1.Generation", "Generate GetModel ListModels", _CLIENTS),
     **_methods("isthmus.v1.Jobs", "SubmitJob GetJob ListJobs WatchJob GetResult CancelJob DeleteJob", _CLIENTS),
+    **_methods(  # of a gateway too, for others' gateways
+        "vllm.grpc.engine.VllmEngine",
+        "Generate Embed HealthCheck FlushCache StartProfile StopProfile Abort GetModelInfo GetServerInfo GetLoads "
+        "GetTokenizer SubscribeKvEvents",
+        _CLIENTS,
+    ),
     **_methods("isthmus.v1.Cluster", "GetStatus DrainWorker FlipWorker Scale Explain", _ADMIN),
     **_methods("isthmus.v1.Supervisor", "WatchWorkers", {"gateway", "admin"}),
     **_methods("isthmus.v1.Prefill", "Prefill", {"decode"}),

@@ -27,6 +27,7 @@ EVERYBODY = {NOBODY, *ALL_ROLES, OTHER_CA, OTHER_CLUSTER}
 MAY: dict[str, set[str]] = {
     "isthmus.v1.Generation": {CLIENT, ADMIN},
     "isthmus.v1.Jobs": {CLIENT, ADMIN},
+    "vllm.grpc.engine.VllmEngine": {CLIENT, ADMIN},
     "isthmus.v1.Cluster": {ADMIN},
     "isthmus.v1.Supervisor": {GATEWAY, ADMIN},
     "isthmus.v1.Prefill": {DECODE},
@@ -38,6 +39,7 @@ MAY: dict[str, set[str]] = {
 PUBLIC = {
     "isthmus.v1.Generation",
     "isthmus.v1.Jobs",
+    "vllm.grpc.engine.VllmEngine",
     "grpc.health.v1.Health",
     "grpc.reflection.v1alpha.ServerReflection",
 }
@@ -87,7 +89,7 @@ async def port(*, client_certificates: bool) -> AsyncIterator[tuple[str, dict[st
 def test_every_method_has_its_row_and_every_row_a_method() -> None:
     known = {method for method, _, _ in methods()}
     assert known <= set(CALLERS)
-    ours = {method for method in CALLERS if method.startswith("/isthmus.")}
+    ours = {method for method in CALLERS if method.startswith(("/isthmus.", "/vllm."))}
     assert ours <= known
 
 
