@@ -3,7 +3,9 @@
 It is installed beside the environment (.venv/smg), never in it: nothing here depends on it.
 """
 
+import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,6 +17,7 @@ from typing import Any
 
 import grpc
 import httpx
+import jsonschema
 import openai
 import pytest
 from clusters import wait_ready
@@ -29,6 +32,13 @@ from isthmus.proto.worker_pb2_grpc import ClusterStub
 SMG = Path(__file__).parents[3] / ".venv" / "smg" / "bin" / "smg"
 MODEL = "smollm2-135m"
 QUESTION = "What is the capital of France? Tell me about it."
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 
 pytestmark = pytest.mark.skipif(not SMG.is_file(), reason="SMG is not installed: make test-smg")
 
@@ -181,11 +191,56 @@ def test_log_probabilities_are_told_for_each_token(fronted: Fronted) -> None:
         assert each.logprob == each.top_logprobs[0].logprob >= each.top_logprobs[1].logprob
 
 
+def test_several_answers_to_one_prompt(fronted: Fronted) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 12}
+    fields |= {"n": 3, "temperature": 1, "seed": 7}
+    whole = fronted.client.chat.completions.create(**fields)
+    texts = {choice.index: choice.message.content for choice in whole.choices}
+    assert len(set(texts.values())) == len(texts) == 3
+    streamed: dict[int, str] = {}
+    for chunk in fronted.client.chat.completions.create(**fields, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] = streamed.get(choice.index, "") + (choice.delta.content or "")
+    assert streamed == texts
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}, None),
+        ({"extra_body": {"regex": "[0-9]{3}-[a-z]{4}"}}, "[0-9]{3}-[a-z]{4}"),
+        ({"extra_body": {"ebnf": 'root ::= "yes" | "no"'}}, "yes|no"),
+    ],
+)
+def test_an_answer_is_what_it_must_be(fronted: Fronted, fields: dict[str, Any], pattern: str | None) -> None:
+    made = fronted.ask("Tell me about a city.", max_tokens=100, **fields).choices[0]
+    assert made.finish_reason == "stop"
+    if pattern is None:
+        jsonschema.validate(json.loads(made.message.content), SCHEMA)
+    else:
+        assert re.fullmatch(pattern, made.message.content)
+
+
+def test_a_tool_that_must_be_called_is(fronted: Fronted) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": SCHEMA}}
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        made = fronted.ask("The weather in Paris?", max_tokens=100, tools=[tool], tool_choice=choice).choices[0]
+        assert made.finish_reason == "tool_calls"
+        (call,) = made.message.tool_calls
+        assert call.function.name == "weather"
+        jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+
+
 def test_a_mistake_is_a_400_with_our_reason(fronted: Fronted) -> None:
     with pytest.raises(openai.BadRequestError, match="generates"):
         fronted.client.embeddings.create(model=MODEL, input="x")
     with pytest.raises(openai.BadRequestError, match="a stop string of 300 characters; allowed: 1 to 256"):
         fronted.ask(max_tokens=5, stop=["x" * 300])
+    with pytest.raises(openai.BadRequestError, match=r"json_schema cannot be compiled"):
+        fronted.ask(
+            max_tokens=5,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}},
+        )
 
 
 def test_a_client_that_goes_away_frees_everything(fronted: Fronted) -> None:
