@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
+from ..model.hidden import HiddenStates
 from ..model.model import Model
-from ..model.sampling import SampledToken, sample
+from ..model.prompt_logprobs import ScoredTokens, score_chunk
+from ..model.sampling import SampledToken, sample, sample_forks
 from ..proto.errors import EngineFailed, Exhausted, IsthmusError, Unavailable, without_paths
 from ..worker.engine import EngineThread, is_out_of_memory, no_memory
 from ..worker.rates import Rates
@@ -19,6 +21,7 @@ from .graphs import PaddedSteps
 from .inbox import Inbox, ReceivedKv, Start
 from .page_manager import PageManager
 from .pool.base import KvPool
+from .pool.forks import ForkedPrompts
 from .pool.local import needs_raw
 from .runner import DecodeRunner
 from .scheduler import DecodeScheduler, State
@@ -49,12 +52,15 @@ class DecodeEngine:
     ) -> None:
         self._model, self._pool, self._scheduler = model, pool, scheduler
         self._sequences: dict[SequenceId, DecodeSequence] = {}
+        self.counters: Counter[str] = Counter()
+        self._scored: list[tuple[DecodeSequence, ScoredTokens]] = []  # of prompts, in the step that runs
+        self._for_forks: list[tuple[DecodeSequence, tuple[SampledToken, ...]]] = []  # drawn in it
+        self._prompts = ForkedPrompts(pool, len(model.layers), self.counters)
         self._in_step: list[DecodeSequence] = []  # whom a failure of the engine now is put down to
         self._on_failure = on_failure
         self._decode_bytes = config.decode_mib_per_step * MIB
         self.inbox = Inbox(config.inbox_mib * MIB)
         self._loop = asyncio.get_running_loop()
-        self.counters: Counter[str] = Counter()
         self.pages = PageManager(
             *(scheduler, pool, self._sequences),
             headroom_tokens=config.headroom_tokens,
@@ -82,13 +88,14 @@ class DecodeEngine:
         self.inbox.count(sum(kv.nbytes for kv in received))
         self.thread.post(lambda: self.inbox.add(received))
 
-    def complete(self, sequence: DecodeSequence, first: int) -> None:
+    def complete(self, sequence: DecodeSequence, first: int, for_forks: tuple[SampledToken, ...] = ()) -> None:
         """The prompt's KV was delivered in full: the request joins the batch.
 
-        `first` is its first token, which a request with output of a lost decode worker has in that output already.
+        `first` is its first token, which a request with output of a lost decode worker has in that output already;
+        `for_forks` are those of the answers that follow.
         """
         drawn = None if sequence.output else first
-        self._start_later(Start(sequence, len(sequence.prompt), drawn))
+        self._start_later(Start(sequence, len(sequence.prompt), drawn, for_forks))
 
     def compute(self, sequence: DecodeSequence, first: int | None) -> None:
         """Has the engine compute the prompt itself. `first`: its first token, where a prefill worker drew it."""
@@ -110,6 +117,8 @@ class DecodeEngine:
             self._loop.call_soon_threadsafe(sequence.stream.put, Unavailable(self.failure))
             return
         if not sequence.dropped:
+            if sequence.fork_of:
+                self._prompts.follow(sequence)
             self._sequences[sequence.id] = sequence
             self._scheduler.add_request(
                 sequence.id,
@@ -134,6 +143,7 @@ class DecodeEngine:
             with self.thread.computing(sum(self._sequences[id].length for id in queue), measured=False):
                 allocated = self.pages.allocate_waiting()
             for sequence in allocated:
+                self._prompts.begin(sequence)
                 self._loop.call_soon_threadsafe(sequence.stream.mark_allocated)
         took_in = self._take_in(self._decode_bytes if self._scheduler.count(State.RUNNING) else IDLE_DECODE_BYTES)
         plan = self._scheduler.plan(time.monotonic(), self.pages.allocate_step)
@@ -199,6 +209,7 @@ class DecodeEngine:
         raw_tokens = 0
         if sequence.computed == prompt:
             self._pool.publish(sequence, prompt)
+            self._prompts.keep(sequence, start.for_forks)
         else:
             self.counters["local_prompts"] += 1
             self.counters["local_prompt_tokens"] += prompt - sequence.computed
@@ -236,15 +247,38 @@ class DecodeEngine:
         """The tokens of those that sample, in order; None where there is no memory for the step."""
         eos = self._model.eos_token_ids
         sampling = [self._sequences[part.sequence] for part in plan.sequences if part.samples]
+        self._scored = []
         try:
-            logits_RV = self._runner.run(self._batch(plan))
-            return sample(logits_RV, [sequence.sample_row(eos) for sequence in sampling]) if sampling else []
+            logits_RV = self._runner.run(self._batch(plan), self._scorer(plan))
+            rows = [sequence.sample_row(eos) for sequence in sampling]
+            self._for_forks = [
+                (sequence, sample_forks(logits_RV[index], rows[index], sequence.forks))
+                for index, sequence in enumerate(sampling)
+                if sequence.forks and not sequence.output
+            ]
+            return sample(logits_RV, rows) if sampling else []
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             fields = {"requests": len(plan.sequences), "why": str(error)}
             log.warning("no memory for a step", extra={"fields": fields})
             return None
+
+    def _scorer(self, plan: StepPlan) -> Callable[[HiddenStates, Sequence[int]], None] | None:
+        """What finds the log-probabilities of prompts that ask for them in a step; None where none does."""
+        sequences = [self._sequences[part.sequence] for part in plan.sequences]
+        if all(sequence.sampling.prompt_logprobs is None for sequence in sequences):
+            return None
+
+        def score(hidden: HiddenStates, rows: Sequence[int]) -> None:
+            for sequence, part, row in zip(sequences, plan.sequences, rows, strict=True):
+                top = sequence.sampling.prompt_logprobs
+                if part.in_prompt and top is not None:
+                    self.thread.begin_part()
+                    span = (row, sequence.prompt, part.start, part.end)
+                    self._scored.append((sequence, score_chunk(hidden, *span, top, self._model.vocab_size)))
+
+        return score if any(part.in_prompt for part in plan.sequences) else None
 
     def _batch(self, plan: StepPlan) -> StepBatch:
         token_ids, pages = list[tuple[int, ...]](), list[SequencePages]()
@@ -265,12 +299,16 @@ class DecodeEngine:
         ]
         for sequence, error in self._pool.finish_step(stored):
             self._end(self._sequences[sequence.id], error)
+        for sequence, drawn_for_forks in self._for_forks:
+            if sequence.id in self._sequences:
+                self._prompts.keep(sequence, drawn_for_forks)
+        scored = [(sequence.stream, part) for sequence, part in self._scored if sequence.id in self._sequences]
         tokens = [
             self._deliver(sequence, token)
             for sequence, token in zip(sampling, drawn, strict=True)
             if sequence.id in self._sequences
         ]
-        self._loop.call_soon_threadsafe(_put_all, tokens)
+        self._loop.call_soon_threadsafe(_put_all, [*scored, *tokens])
         self.counters["steps"] += 1
         self.counters["graph_steps"] = self._runner.graph_steps
         self.counters["output_tokens"] += len(tokens)
@@ -326,11 +364,16 @@ class DecodeEngine:
         """Of prompts that are computed here, beside the pool."""
         return self._runner.local_bytes
 
+    @property
+    def fork_bytes(self) -> int:
+        """Of prompts whose other answers have not begun, in host memory."""
+        return self._prompts.nbytes
+
     def running(self) -> int:
         """Sequences that hold pages, in the pool or in host memory."""
         return self._scheduler.count(State.RECEIVING, State.RUNNING, State.PREEMPTED)
 
 
-def _put_all(tokens: list[tuple[TokenStream, Token]]) -> None:
-    for stream, token in tokens:
-        stream.put(token)
+def _put_all(items: list[tuple[TokenStream, Token | ScoredTokens]]) -> None:
+    for stream, item in items:
+        stream.put(item)

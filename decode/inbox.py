@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
+from ..model.sampling import SampledToken
 from .sequence import DecodeSequence
 
 
@@ -35,6 +36,7 @@ class Start:
     sequence: DecodeSequence
     computed: int
     drawn: int | None
+    for_forks: tuple[SampledToken, ...] = ()  # first tokens of the answers that follow
 
 
 class Inbox:

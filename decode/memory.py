@@ -22,12 +22,14 @@ from ..worker.config import chunk_tokens_for
 from .config import DecodeConfig
 from .pool.base import KvPool
 from .pool.dense import DenseKvPool
+from .pool.forks import FORK_BYTES
 from .pool.packed import PackedKvPool
 from .pool.packed_pages import raw_pages
 
 log = logging.getLogger(__name__)
 
-PAGES, RAW, LOCAL, SAVED, INBOX = "KV pages", "raw pages", "local prompts", "preempted", "inbox"
+PAGES, RAW, LOCAL = "KV pages", "raw pages", "local prompts"
+SAVED, INBOX, FORKS = "preempted", "inbox", "forks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +59,9 @@ class DecodeMemory:
     kv: KvBudget
     budgets: Sequence[Budget]
 
-    def uses(self, *, pages: tuple[int, int], local: int, inbox: int, saved: int) -> list[MemoryUse]:
+    def uses(self, *, pages: tuple[int, int], local: int, inbox: int, saved: int, forks: int) -> list[MemoryUse]:
         """For reports: bytes in use of what grows with requests. `pages`: of the pool, and of its raw pages."""
-        used = {PAGES: pages[0], RAW: pages[1], LOCAL: local, INBOX: inbox, SAVED: saved}
+        used = {PAGES: pages[0], RAW: pages[1], LOCAL: local, INBOX: inbox, SAVED: saved, FORKS: forks}
         return [
             MemoryUse(name=budget.name, used_bytes=used[budget.name], budget_bytes=budget.nbytes)
             for budget in self.budgets
@@ -81,6 +83,7 @@ def plan_memory(config: DecodeConfig, size: ModelSize) -> DecodeMemory:
         Budget(name="activations", nbytes=size.activation_bytes(tokens, kv.max_batch), lower="max_batch"),
         Budget(name=SAVED, nbytes=int(config.preempt_gib * GIB), lower="preempt_gib", on_device=False),
         Budget(name=INBOX, nbytes=config.inbox_mib << 20, lower="inbox_mib", on_device=False),
+        Budget(name=FORKS, nbytes=FORK_BYTES, on_device=False),
     ]
     return DecodeMemory(kv=kv, budgets=[budget for budget in budgets if budget.nbytes])
 

@@ -1,12 +1,13 @@
 """Computes a step: the newest token of each running request, and chunks of those with a backlog."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..kvtransfer.page import Section, packed_range
 from ..model.attention import Attend
+from ..model.hidden import HiddenStates
 from ..model.model import Model
 from ..proto.errors import IsthmusError
 from ..worker.step_plan import SequenceId, SequencePages, SequencePlan, StepBatch
@@ -62,13 +63,15 @@ class DecodeRunner:
         """Frees what `open_prompt` has made; harmless where that is nothing."""
         self._local.pop(sequence, None)
 
-    def run(self, batch: StepBatch) -> Tensor:
+    def run(self, batch: StepBatch, on_hidden: Callable[[HiddenStates, Sequence[int]], None] | None = None) -> Tensor:
         """Stores the KV of the tokens; returns the logits [R, vocabulary] of the R that sample, in order.
 
-        Prompts in it are open. The logits are good until the next step.
+        Prompts in it are open. The logits are good until the next step. `on_hidden` gets the final hidden states, and
+        in which row of them the tokens of each sequence begin.
         """
         is_local = [plan.in_prompt and plan.sequence in self._local for plan in batch.sequences]
-        shape = self._padded.shape_of(batch) if self._padded and not any(is_local) else None
+        is_eager = any(is_local) or on_hidden is not None
+        shape = self._padded.shape_of(batch) if self._padded and not is_eager else None
         if self._padded and shape:
             self.graph_steps += 1
             return self._padded.run(batch, shape)
@@ -81,12 +84,14 @@ class DecodeRunner:
             positions += range(plan.start, plan.end)
             last_row[plan.sequence] = len(token_ids) - 1
         rows = [last_row[plan.sequence] for plan in batch.sequences if plan.samples]
+        first_rows = [last_row[plan.sequence] + 1 - plan.tokens for plan in batch.sequences]
         device = self._model.device
         return self._model.forward(
             torch.tensor(token_ids, device=device),
             torch.tensor(positions, device=device),
             torch.tensor(rows, device=device, dtype=torch.long),
             self._attend(batch, is_local),
+            None if on_hidden is None else lambda hidden: on_hidden(hidden, first_rows),
         )
 
     def _attend(self, batch: StepBatch, is_local: list[bool]) -> Attend:

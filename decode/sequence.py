@@ -3,12 +3,15 @@
 import asyncio
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..kvtransfer.codecs.registry import PageCodec
+from ..kvtransfer.frame import MAX_SCORED_TOKENS
 from ..kvtransfer.hashing import PageAddresses
 from ..model.penalties import SeenTokens, penalises
-from ..model.sampling import SampleRow
+from ..model.prompt_logprobs import ScoredTokens
+from ..model.sampling import SampledToken, SampleRow
 from ..proto.common_pb2 import FinishReason, TokenLogprobs
 from ..proto.decode_pb2 import DecodeEvent
 from ..proto.errors import InvalidRequest, IsthmusError
@@ -16,6 +19,7 @@ from ..proto.priority import STANDARD_RANK
 from ..proto.sampling import Sampling
 from ..worker.step_plan import SequenceId
 from .pool.base import reusable_tokens
+from .pool.forks import Fork
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,11 @@ class TokenStream:
     """Tokens on their way from the engine to the request's handler. The event loop's thread alone uses it."""
 
     def __init__(self) -> None:
-        self._items: deque[Token | IsthmusError] = deque()
+        self._items: deque[Token | ScoredTokens | IsthmusError] = deque()
         self._filled = asyncio.Event()
         self._has_pages = asyncio.Event()  # or an error
 
-    def put(self, item: Token | IsthmusError) -> None:
+    def put(self, item: Token | ScoredTokens | IsthmusError) -> None:
         self._items.append(item)
         self._filled.set()
         self._has_pages.set()
@@ -58,8 +62,9 @@ class TokenStream:
         if self._items and isinstance(self._items[0], IsthmusError):
             raise self._items[0]
 
-    async def get(self) -> Token:
-        """The next token; raises the error that ended the request."""
+    async def get(self) -> Token | ScoredTokens:
+        """The next token, or log-probabilities of a prompt that is computed here; raises the error that ended the
+        request."""
         while not self._items:
             self._filled.clear()
             await self._filled.wait()
@@ -67,6 +72,23 @@ class TokenStream:
         if isinstance(item, IsthmusError):
             raise item
         return item
+
+
+class PromptReport:
+    """Passes the log-probabilities of a prompt on to the gateway: each once, in order, however many compute it,
+    one after the other."""
+
+    def __init__(self, write: Callable[[DecodeEvent], Awaitable[None]]) -> None:
+        self._write = write
+        self._told = 0  # tokens of the prompt, from its second on
+
+    async def pass_on(self, first: int, logprobs: Sequence[TokenLogprobs]) -> None:
+        """Those of the tokens from position `first` on, which is at most one after those that were told."""
+        fresh = logprobs[max(0, self._told - (first - 1)) :]
+        for at in range(0, len(fresh), MAX_SCORED_TOKENS):
+            part = fresh[at : at + MAX_SCORED_TOKENS]
+            self._told += len(part)
+            await self._write(DecodeEvent(prompt_logprobs=part))
 
 
 @dataclass
@@ -97,6 +119,11 @@ class DecodeSequence:
     arrived_s: float = field(default_factory=time.monotonic)
     dropped: bool = False  # its call has ended
     alone: bool = False  # in steps of its own: an engine died that computed it
+    request_id: str = ""
+    forks: int = 0  # answers that follow, and begin with what is kept of its prompt
+    fork_of: str = ""  # id of the request that this one follows
+    fork: Fork | None = None  # what is kept of that one, until this one has its pages
+    first: SampledToken | None = None  # of that: with it the output begins, and the prompt's KV is here
 
     def max_tokens(self, context_length: int) -> int:
         """How many tokens it can come to hold."""
@@ -131,10 +158,15 @@ class DecodeSequence:
     def reusable_addresses(self, page_tokens: int) -> list[bytes]:
         """Of the pages of its prompt that it may take from others.
 
-        None for a replay where the codec packs: shared pages may stem from a conversation, whose numbers differ a
-        little from those of the prompt as it was computed for the lost worker.
+        None where its own tokens are scored: it is computed whole. None for a replay where the codec packs: shared
+        pages may stem from a conversation, whose numbers differ a little from those of the prompt as it was computed
+        for the lost worker. None, for the same reason, for one that follows another where nothing is kept of that.
         """
-        if self.output and self.codec.packs:
+        if self.sampling.prompt_logprobs is not None or (self.output and self.codec.packs):
+            return []
+        if self.fork is not None:
+            return self.page_addresses(self.fork.start // page_tokens, page_tokens)
+        if self.fork_of and self.codec.packs:
             return []
         tokens = reusable_tokens(len(self.prompt), page_tokens, self.codec.packs)
         return self.page_addresses(tokens // page_tokens, page_tokens)
@@ -145,7 +177,7 @@ class DecodeSequence:
         None where it may take none: no token would be left to compute, the codec packs nothing, or it is a replay.
         """
         page, rest = divmod(len(self.prompt), page_tokens)
-        if cached_pages != page - 1 or not cached_pages or not rest or not self.codec.packs or self.output:
+        if cached_pages != page - 1 or not cached_pages or not rest or not self.codec.packs or self.output or self.fork:
             return None
         return self.page_addresses(page, page_tokens)[-1]
 

@@ -17,6 +17,7 @@ from ..kvtransfer.encoded import raw_bytes
 from ..kvtransfer.frame import BF16, PROTOCOL_VERSION, Binding
 from ..kvtransfer.hashing import page_salt, prompt_hash
 from ..kvtransfer.receiver import KvReceiver, ReceivedSection
+from ..model.sampling import SampledToken
 from ..proto.common_pb2 import TransferStats
 from ..proto.decode_pb2 import DecodeRequest
 from ..proto.errors import (
@@ -40,7 +41,7 @@ from ..proto.rpc.transport import Transport
 if TYPE_CHECKING:
     from ..proto.prefill_pb2_grpc import PrefillAsyncStub
 from .engine import DecodeEngine
-from .sequence import DecodeSequence
+from .sequence import DecodeSequence, PromptReport
 
 # Answers of a prefill worker as they are told: the first two are final, for another one would say the same; after the
 # rest, as after everything else, the next one is asked.
@@ -102,6 +103,7 @@ class Transfer:
     page_tokens: int
     counters: Counter[str]
     trace: TraceContext  # of the request, for the next hop
+    prompt_report: PromptReport
     # Passes it on, with what is known of the transfer by then; returns whether the output ends with it.
     on_first_token: Callable[[FirstToken, TransferStats], Awaitable[bool]]
 
@@ -171,6 +173,8 @@ class Transfer:
             self.page_tokens,
             len(self.sequence.prompt),
             self.sequence.cached_tokens,
+            self.sequence.sampling.prompt_logprobs,
+            self.sequence.forks,
         )
         known = TransferStats(partial=True, attempt=attempt, held_tokens=self.sequence.cached_tokens)
         call = stub.Prefill(self._request(attempt), timeout=timeout_s, metadata=self.trace or None)
@@ -186,6 +190,9 @@ class Transfer:
                     self._count(known, event.frame, sections)
                     await self.engine.deliver(self.sequence, receiver, sections)
                     tail_bytes += len(event.frame.payload)
+                elif event.HasField("prompt_logprobs"):
+                    receiver.check_prompt_logprobs(event.prompt_logprobs)
+                    await self.prompt_report.pass_on(event.prompt_logprobs.first, event.prompt_logprobs.logprobs)
                 elif event.HasField("first_token"):
                     receiver.check_first(event.first_token)
                     tail_s, tail_bytes = time.monotonic(), 0
@@ -196,7 +203,7 @@ class Transfer:
                     self.engine.rates.add_transfer(address, tail_bytes, time.monotonic() - tail_s)
                     if not first:
                         raise Corrupt("the commit came before the first token")
-                    self.engine.complete(self.sequence, first[0].token_id)
+                    self.engine.complete(self.sequence, first[0].token_id, _for_forks(first[0]))
                     stats = event.commit.stats
                     stats.held_tokens = self.sequence.cached_tokens
                     stats.first_token_unix_ns = first[0].sampled_unix_ns  # of the attempt whose token was passed on
@@ -258,7 +265,13 @@ class Transfer:
             prefix_scope=self.request.prefix_scope,
             resumes=bool(self.request.emitted_token_ids),
             alone=self.request.alone,
+            forks=self.sequence.forks,
         )
+
+
+def _for_forks(first: FirstToken) -> tuple[SampledToken, ...]:
+    drawn = ((token.token_id, token.logprobs if token.HasField("logprobs") else None) for token in first.of_forks)
+    return tuple(SampledToken.from_pb(*token) for token in drawn)
 
 
 def finish_local(stats: TransferStats, sequence: DecodeSequence) -> None:

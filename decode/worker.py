@@ -14,6 +14,7 @@ The life of a request here:
 import asyncio
 import itertools
 from collections import Counter
+from functools import partial
 
 import grpc.aio
 
@@ -23,6 +24,8 @@ from ..kvtransfer.hashing import PageAddresses, checked_scope, page_salt
 from ..kvtransfer.pairing import CodecSet, require_same
 from ..model.memory import require_memory, size_of
 from ..model.model import Model
+from ..model.prompt_logprobs import ScoredTokens, check_scored
+from ..model.sampling import SampledToken
 from ..proto import decode_pb2
 from ..proto.common_pb2 import TransferStats
 from ..proto.decode_pb2 import DecodeEvent, DecodeRequest
@@ -35,7 +38,7 @@ from ..proto.rpc.addresses import parse_address
 from ..proto.rpc.streams import write_in_time
 from ..proto.rpc.trace import trace_context
 from ..proto.rpc.transport import Transport
-from ..proto.sampling import Sampling
+from ..proto.sampling import Sampling, checked_forks
 from ..proto.security.settings import security_of
 from ..proto.worker_pb2 import WorkerReport, WorkerRole
 from ..worker.config import chunk_tokens_for
@@ -49,7 +52,7 @@ from .graphs import record_steps
 from .memory import keeps_packed, make_pool, plan_memory
 from .page_manager import check_fits
 from .scheduler import DecodeScheduler
-from .sequence import DecodeSequence, Token, TokenStream
+from .sequence import DecodeSequence, PromptReport, Token, TokenStream
 from .transfer import PrefillPeers, Transfer, finish_local
 
 MAX_PREFILL_ADDRESSES = 64  # that a request may name: a gateway names eight
@@ -158,6 +161,9 @@ class DecodeWorker(DecodeServicer):
                 rank=rank_of(request.priority),
                 addresses=self._addresses(request, codec),
                 alone=request.alone,
+                request_id=request.request_id,
+                forks=checked_forks(request.forks),
+                fork_of="" if request.emitted_token_ids else request.fork_of,
             )
             sequence.check_emitted(self._model.eos_token_ids, self._model.context_length)
             check_fits(
@@ -189,11 +195,14 @@ class DecodeWorker(DecodeServicer):
             await write_in_time(context, event)
             return finish is not None
 
+        report = PromptReport(partial(write_in_time, context))
         self._waiting += 1
         try:
             await sequence.stream.wait_for_pages()
         finally:
             self._waiting -= 1
+        if sequence.first is not None:
+            return await self._serve_fork(sequence, sequence.first, context)
         transfer = Transfer(
             engine=self._engine,
             peers=self._peers,
@@ -204,13 +213,38 @@ class DecodeWorker(DecodeServicer):
             page_tokens=self.config.page_tokens,
             counters=self._counters,
             trace=trace_context(context),
+            prompt_report=report,
             on_first_token=on_first_token,
         )
         stats = await transfer.run(context.time_remaining)
-        if stats is None:
-            return
+        if stats is not None:
+            await self._stream(sequence, stats, report, context)
+
+    async def _serve_fork(
+        self, sequence: DecodeSequence, first: SampledToken, context: grpc.aio.ServicerContext
+    ) -> None:
+        """A request that holds all of its prompt's KV, and has its first token."""
+        finish = sequence.finish_reason(first.token_id, 1, self._model.eos_token_ids, self._model.context_length)
+        event = Token(first.token_id, first.logprobs_pb(), finish).to_pb()
+        event.transfer.held_tokens = len(sequence.prompt)
+        await write_in_time(context, event)
+        if finish is None:
+            self._engine.complete(sequence, first.token_id)
+            await self._stream(sequence, None, PromptReport(partial(write_in_time, context)), context)
+
+    async def _stream(
+        self,
+        sequence: DecodeSequence,
+        stats: TransferStats | None,
+        report: PromptReport,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        """Passes on what the engine draws, with the statistics at first, to the end of the output."""
         while True:
             token = await sequence.stream.get()
+            if isinstance(token, ScoredTokens):
+                await report.pass_on(token.first, token.logprobs)
+                continue
             event: DecodeEvent = token.to_pb()
             if stats is not None:
                 finish_local(stats, sequence)
@@ -245,11 +279,12 @@ class DecodeWorker(DecodeServicer):
             raise InvalidRequest(f"{len(request.emitted_token_ids)} emitted tokens are more than the model's context")
         if max((*request.prompt_token_ids, *request.emitted_token_ids)) >= model.vocab_size:
             raise InvalidRequest(f"a token id is out of the vocabulary of {model.vocab_size}")
+        check_scored(request.sampling, model)
         return self._codecs.get(request.codec)
 
     def _addresses(self, request: DecodeRequest, codec: PageCodec) -> PageAddresses | None:
         scope = checked_scope(request.prefix_scope)
-        if scope and request.sampling.n <= 1:
+        if scope and not (request.forks or request.fork_of):
             return None  # nobody else would find them
         salt = page_salt(self._model.fingerprint, codec.name, codec.params_hash, request.tenant, scope)
         return PageAddresses(salt, self.config.page_tokens)
@@ -269,6 +304,7 @@ class DecodeWorker(DecodeServicer):
                 local=self._engine.local_bytes,
                 inbox=self._engine.inbox.nbytes,
                 saved=report.host_buffer_bytes,
+                forks=self._engine.fork_bytes,
             )
         )
         self._engine.rates.fill_report(report)

@@ -18,12 +18,13 @@ import msgpack
 import xxhash
 
 from ..proto.errors import Corrupt
-from ..proto.prefill_pb2 import FirstToken, KvCommit, KvFrame
+from ..proto.prefill_pb2 import FirstToken, KvCommit, KvFrame, PromptLogprobs
 
 PROTOCOL_VERSION = 3
 
 MIN_FRAME_BYTES = 256 << 10  # many small messages kill throughput
 MAX_FRAME_BYTES = 4 << 20
+MAX_SCORED_TOKENS = 512  # of a prompt, in one message of log-probabilities
 
 PACKED, BF16, F32 = "packed", "bf16", "f32"
 RAW_BYTES = {BF16: 2, F32: 4}  # per value
@@ -125,9 +126,21 @@ def first_token_checksum(binding: Binding, first: FirstToken) -> int:
     bare = FirstToken()
     bare.CopyFrom(first)
     bare.checksum = 0
-    packed = msgpack.packb(binding.fields())
+    return _bound_checksum(binding.fields(), bare.SerializeToString(deterministic=True))
+
+
+def prompt_logprobs_checksum(binding: Binding, scored: PromptLogprobs) -> int:
+    """The same of log-probabilities of its prompt."""
+    bare = PromptLogprobs()
+    bare.CopyFrom(scored)
+    bare.checksum = 0
+    return _bound_checksum([*binding.fields(), "prompt log-probabilities"], bare.SerializeToString(deterministic=True))
+
+
+def _bound_checksum(binding: list[Any], message: bytes) -> int:
+    packed = msgpack.packb(binding)
     assert packed is not None
-    return xxhash.xxh3_64_intdigest(packed + bare.SerializeToString(deterministic=True))
+    return xxhash.xxh3_64_intdigest(packed + message)
 
 
 class FrameWriter:

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from ..kernels.shapes import LayerShape
 from ..proto.errors import Corrupt
-from ..proto.prefill_pb2 import FirstToken, KvCommit, KvFrame
+from ..proto.prefill_pb2 import FirstToken, KvCommit, KvFrame, PromptLogprobs
 from .codecs.registry import PageCodec
 from .encoded import decode_raw, raw_bytes
 from .frame import (
     BF16,
     F32,
     MAX_FRAME_BYTES,
+    MAX_SCORED_TOKENS,
     PACKED,
     Binding,
     Digest,
@@ -22,6 +23,7 @@ from .frame import (
     SectionHeader,
     first_token_checksum,
     frame_checksum,
+    prompt_logprobs_checksum,
 )
 from .page import packed_range
 
@@ -49,13 +51,19 @@ class KvReceiver:
         page_tokens: int,
         prompt_tokens: int,
         cached_tokens: int,
+        prompt_logprobs: int | None = None,
+        forks: int = 0,
     ) -> None:
-        """`cached_tokens`: the first tokens of the prompt, which are here already and are not sent."""
+        """`cached_tokens`: the first tokens of the prompt, which are here already and are not sent. `prompt_logprobs`:
+        how many log-probabilities of each token of the prompt are asked for beside its own, if any. `forks`: how
+        many more first tokens."""
         self._asked, self._binding, self._codec, self._layers = binding, binding.fields(), codec, layers
         self._page_tokens, self._prompt_tokens = page_tokens, prompt_tokens
         self._packed = packed_range(prompt_tokens, page_tokens, codec.packs)
         self._received = [cached_tokens] * len(layers)  # tokens from the start, per layer: sections come in order
         self._digest = Digest()
+        self._top, self._forks = prompt_logprobs, forks
+        self._scored = 0  # tokens of the prompt whose log-probabilities came: its first has none
         # A section is a page at least, however large that is.
         self._max_bytes = max(MAX_FRAME_BYTES, *(raw_bytes(layer, page_tokens, F32) for layer in layers))
 
@@ -87,6 +95,25 @@ class KvReceiver:
         """Corrupt where a first token was damaged, or is of another transfer."""
         if first_token_checksum(self._asked, first) != first.checksum:
             raise Corrupt("the first token does not match its checksum")
+        if len(first.of_forks) != self._forks:
+            raise Corrupt(f"{len(first.of_forks)} more first tokens came; asked for {self._forks}")
+        if self._top is not None and self._scored != self._prompt_tokens - 1:
+            raise Corrupt(
+                f"the first token came after {self._scored} log-probabilities of {self._prompt_tokens} tokens"
+            )
+
+    def check_prompt_logprobs(self, scored: PromptLogprobs) -> None:
+        """Corrupt where log-probabilities of the prompt were damaged, are of another transfer, or not what is due."""
+        count, due = len(scored.logprobs), self._scored + 1
+        if self._top is None:
+            raise Corrupt("log-probabilities of the prompt came that were not asked for")
+        if prompt_logprobs_checksum(self._asked, scored) != scored.checksum:
+            raise Corrupt("log-probabilities of the prompt do not match their checksum")
+        if scored.first != due or not 1 <= count <= min(MAX_SCORED_TOKENS, self._prompt_tokens - due):
+            raise Corrupt(f"log-probabilities of {count} tokens from {scored.first} on came where token {due} was due")
+        if any(len(token.top) > self._top for token in scored.logprobs):
+            raise Corrupt(f"more log-probabilities of a token came than the {self._top} that were asked for")
+        self._scored += count
 
     def finish(self, commit: KvCommit) -> None:
         """Corrupt where the commit does not match what came, or a token of any layer is missing."""

@@ -1,4 +1,4 @@
-"""Penalties for tokens that were seen before: repetition, presence, frequency.
+"""Penalties for tokens that were seen before: repetition, presence, frequency; and biases that a request asks for.
 
 What a request has seen is counted once and then token by token, so that a step costs it one look-up and not its whole
 length in Python; all requests of a batch are changed in one pass.
@@ -76,6 +76,15 @@ def penalise(logits_RV: Tensor, rows: Sequence[PenalisedRow]) -> None:
     logits = logits_RV.view(-1)
     value_N = logits[place_N]
     logits[place_N] = torch.where(value_N > 0, value_N / factor_N, value_N * factor_N) - once_N
+
+
+def add_biases(logits_RV: Tensor, rows: Sequence[tuple[int, Sampling]]) -> None:
+    """Adds the biases of some rows (index, options), in place and in one pass; their tokens are in the vocabulary."""
+    vocabulary = logits_RV.shape[1]
+    arrays = [(index, *map(np.asarray, sampling.bias_arrays)) for index, sampling in rows]
+    place_N = torch.from_numpy(np.concatenate([tokens + index * vocabulary for index, tokens, _ in arrays]))
+    bias_N = torch.from_numpy(np.concatenate([biases for _, _, biases in arrays]))
+    logits_RV.view(-1).index_add_(0, place_N.to(logits_RV.device), bias_N.to(logits_RV.device, logits_RV.dtype))
 
 
 def _longer(array: np.ndarray, size: int) -> np.ndarray:

@@ -25,16 +25,16 @@ Letters of tensor shapes: R rows, V vocabulary, K most likely tokens, N tokens o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from ..proto.common_pb2 import TokenLogprobs, TopLogprob
-from ..proto.sampling import Sampling
-from .biases import add_biases
+from ..proto.sampling import Sampling, fork_sampling
 from .noise import gumbel, place_key
-from .penalties import PenalisedRow, SeenTokens, penalise, penalises
+from .penalties import PenalisedRow, SeenTokens, add_biases, penalise, penalises
 
 # Above it fp32 adds Gumbel numbers to logits in steps of 2 or more, and may have overflowed on the way.
 _MOST = 2.0**24
@@ -82,6 +82,11 @@ class Logprobs:
     logprob: float  # of the token that was chosen
     top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
 
+    def to_pb(self) -> TokenLogprobs:
+        """As the wire has them."""
+        top = [TopLogprob(token_id=token, logprob=value) for token, value in self.top]
+        return TokenLogprobs(logprob=self.logprob, top=top)
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
@@ -90,12 +95,16 @@ class SampledToken:
     token_id: int
     logprobs: Logprobs | None = None
 
+    @classmethod
+    def from_pb(cls, token_id: int, logprobs: TokenLogprobs | None) -> Self:
+        """As another worker drew it."""
+        if logprobs is None:
+            return cls(token_id)
+        return cls(token_id, Logprobs(logprobs.logprob, tuple((top.token_id, top.logprob) for top in logprobs.top)))
+
     def logprobs_pb(self) -> TokenLogprobs | None:
         """The log-probabilities as the wire has them; None where they were not asked for."""
-        if self.logprobs is None:
-            return None
-        top = [TopLogprob(token_id=token, logprob=value) for token, value in self.logprobs.top]
-        return TokenLogprobs(logprob=self.logprobs.logprob, top=top)
+        return None if self.logprobs is None else self.logprobs.to_pb()
 
 
 def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
@@ -111,6 +120,12 @@ def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
                 tokens[index] = token
         logprobs = _logprobs(logits_RV, rows, tokens)
     return [SampledToken(token, logprobs.get(index)) for index, token in enumerate(tokens)]
+
+
+def sample_forks(logits_V: Tensor, row: SampleRow, forks: int) -> tuple[SampledToken, ...]:
+    """The first tokens of so many answers that follow a first one to the same prompt."""
+    rows = [replace(row, sampling=fork_sampling(row.sampling, number), seen=None) for number in range(1, forks + 1)]
+    return tuple(sample(logits_V.expand(forks, -1), rows)) if forks else ()
 
 
 def _choose(adjusted_RV: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
@@ -265,12 +280,19 @@ def _logprobs(logits_RV: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int
     if not asked:
         return {}
     some = torch.tensor(list(asked), device=logits_RV.device)
-    logprob_RV = logits_RV[some].log_softmax(-1).clamp_min(_LEAST_LOGPROB)
-    chosen_R1 = torch.tensor([[tokens[index]] for index in asked], device=logits_RV.device)
+    made = logprobs_of(logits_RV[some], [tokens[index] for index in asked], list(asked.values()))
+    return dict(zip(asked, made, strict=True))
+
+
+def logprobs_of(logits_RV: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Logprobs]:
+    """Of one token of each row, and of so many of its most likely ones."""
+    logprob_RV = logits_RV.log_softmax(-1).clamp_min(_LEAST_LOGPROB)
+    chosen_R1 = torch.tensor(tokens, device=logits_RV.device)[:, None]
     chosen = logprob_RV.gather(1, chosen_R1)[:, 0].tolist()
-    best = logprob_RV.topk(min(max(asked.values()), logits_RV.shape[1]))
-    values, ids = best.values.tolist(), best.indices.tolist()
-    return {
-        index: Logprobs(chosen[place], tuple(zip(ids[place][:count], values[place][:count], strict=True)))
-        for place, (index, count) in enumerate(asked.items())
-    }
+    best = logprob_RV.topk(min(max(counts), logits_RV.shape[1]))
+    return [
+        Logprobs(logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+        for logprob, ids, values, count in zip(
+            *(chosen, best.indices.tolist(), best.values.tolist(), counts), strict=True
+        )
+    ]

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from ..kvtransfer.encoded import EncodedSection
 from ..kvtransfer.page import Section
 from ..kvtransfer.pool.dense import DensePool
+from ..model.hidden import HiddenStates
 from ..model.model import Model
-from ..model.sampling import SampledToken, SampleRow, sample
+from ..model.prompt_logprobs import score_chunk
+from ..model.sampling import SampledToken, SampleRow, sample, sample_forks
 from ..proto.errors import EngineFailed, Exhausted, Expired, IsthmusError, Unavailable, without_paths
-from ..proto.prefill_pb2 import FirstToken
+from ..proto.prefill_pb2 import DrawnToken, FirstToken
 from ..proto.priority import RESUMED_RANK
 from ..worker.engine import EngineThread, is_out_of_memory
 from ..worker.rates import Rates
@@ -175,9 +177,21 @@ class PrefillEngine:
             for job, sections in zip(jobs, due, strict=True):
                 self._send_layer(job, layer, sections)
 
+        def score(hidden: HiddenStates, rows: Sequence[int]) -> None:
+            for (job, part), row in zip(parts, rows, strict=True):
+                if (top := job.sampling.prompt_logprobs) is not None:
+                    self.thread.begin_part()
+                    job.scored = score_chunk(
+                        *(hidden, row, job.token_ids, part.start, part.end, top, self._model.vocab_size)
+                    )
+
+        scores = any(job.prompt.is_scored for job in jobs)
         try:
-            logits_RV = self._runner.run(batch, send)
-            return sample(logits_RV, [SampleRow(job.sampling, job.token_ids, [], eos) for job in done]) if done else []
+            logits_RV = self._runner.run(batch, send, score if scores else None)
+            rows = [SampleRow(job.sampling, job.token_ids, [], eos) for job in done]
+            for index, job in enumerate(done):
+                job.drawn_for_forks = sample_forks(logits_RV[index], rows[index], job.forks) if job.forks else ()
+            return sample(logits_RV, rows) if done else []
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -220,6 +234,9 @@ class PrefillEngine:
             self.counters["prompts_failed"] += 1
             self._end(job, job.failure)
         else:
+            if job.scored is not None:
+                job.outbox.put_scored(job.scored)
+                job.scored = None
             self._prefixes.store_computed(job, part.start, part.end)
             job.outbox.put((), flush=True)
 
@@ -231,7 +248,14 @@ class PrefillEngine:
                 continue
             written = job.outbox.written_bytes
             job.outbox.put_first(
-                FirstToken(token_id=token.token_id, sampled_unix_ns=sampled_ns, logprobs=token.logprobs_pb())
+                FirstToken(
+                    token_id=token.token_id,
+                    sampled_unix_ns=sampled_ns,
+                    logprobs=token.logprobs_pb(),
+                    of_forks=[
+                        DrawnToken(token_id=own.token_id, logprobs=own.logprobs_pb()) for own in job.drawn_for_forks
+                    ],
+                )
             )
             self._remove(job)
             self.counters["prompts"] += 1

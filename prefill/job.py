@@ -11,6 +11,8 @@ from ..kvtransfer.page import Section, packed_range
 from ..kvtransfer.pool.allocator import Run
 from ..kvtransfer.pool.table import runs_of
 from ..kvtransfer.sender import KvSender
+from ..model.prompt_logprobs import ScoredTokens
+from ..model.sampling import SampledToken
 from ..proto.common_pb2 import TransferStats
 from ..proto.errors import IsthmusError
 from ..proto.priority import STANDARD_RANK
@@ -31,11 +33,13 @@ class Prompt:
     tenant: str = ""
     is_shared: bool = True  # other requests may find its pages; else only this one, where it is replayed, and in memory
     receiver_pages: int = 0  # from the start, that the receiver holds already
+    is_scored: bool = False  # its own tokens' log-probabilities are asked for
 
     @property
     def reusable_pages(self) -> int:
-        """Full pages that need not be computed if they are there: the last token always is, for its logits."""
-        return (len(self.token_ids) - 1) // self.form.page_tokens
+        """Full pages that need not be computed if they are there: the last token always is, for its logits, and all
+        are where the prompt is scored."""
+        return 0 if self.is_scored else (len(self.token_ids) - 1) // self.form.page_tokens
 
     def page_hash(self, page: int) -> bytes:
         return hash_of_page(self.page_hashes, page)
@@ -88,9 +92,12 @@ class PrefillJob:
     fetched: frozenset[bytes] = frozenset()  # hashes of pages that came from the store for this request
     cached_tokens: int = 0  # sent and not computed: the pages were here,
     stored_tokens: int = 0  # or in the store
+    forks: int = 0  # answers that follow with the seeds after its own, and have the first token drawn too
     alone: bool = False  # in steps of its own: an engine died that computed it
     due: list[Section] | None = None  # sections of the chunk in work,
     layers_sent: int = 0  # and how many layers of these are in the outbox already
+    drawn_for_forks: tuple[SampledToken, ...] = ()
+    scored: ScoredTokens | None = None  # log-probabilities that the chunk in work has made
     failure: IsthmusError | None = None  # its KV cannot be sent (a NaN, say)
 
     @property

@@ -9,10 +9,17 @@ from collections import deque
 from collections.abc import Sequence
 
 from ..kvtransfer.encoded import EncodedSection
-from ..kvtransfer.frame import Binding, FrameWriter, first_token_checksum
+from ..kvtransfer.frame import (
+    MAX_SCORED_TOKENS,
+    Binding,
+    FrameWriter,
+    first_token_checksum,
+    prompt_logprobs_checksum,
+)
+from ..model.prompt_logprobs import ScoredTokens
 from ..proto.common_pb2 import TransferStats
 from ..proto.errors import IsthmusError
-from ..proto.prefill_pb2 import FirstToken, KvFrame, PrefillEvent
+from ..proto.prefill_pb2 import FirstToken, KvFrame, PrefillEvent, PromptLogprobs
 
 
 class Outbox:
@@ -25,6 +32,7 @@ class Outbox:
         self._sections: deque[EncodedSection] = deque()
         self._frames: deque[KvFrame] = deque()  # made, not yet written
         self._flush = False  # what is collected leaves, even if it makes a small frame
+        self._scored: deque[PromptLogprobs] = deque()
         self._first: FirstToken | None = None
         self._closing: TransferStats | None = None
         self._error: IsthmusError | None = None
@@ -40,6 +48,14 @@ class Outbox:
     def put_first(self, first: FirstToken) -> None:
         """The first token, which overtakes all that waits. From the engine thread."""
         self._loop.call_soon_threadsafe(self._deliver_first, first)
+
+    def put_scored(self, scored: ScoredTokens) -> None:
+        """Log-probabilities of the prompt, which overtake frames as the first token does. From the engine thread."""
+        for at in range(0, len(scored.logprobs), MAX_SCORED_TOKENS):
+            part = scored.logprobs[at : at + MAX_SCORED_TOKENS]
+            self._loop.call_soon_threadsafe(
+                self._deliver_scored, PromptLogprobs(first=scored.first + at, logprobs=part)
+            )
 
     def close(self, stats: TransferStats) -> None:
         """Has the commit follow the last section. From the engine thread."""
@@ -65,6 +81,10 @@ class Outbox:
     def _next(self) -> PrefillEvent | None:
         if self._error:
             raise self._error
+        if self._scored:
+            scored = self._scored.popleft()
+            scored.checksum = prompt_logprobs_checksum(self._binding, scored)
+            return PrefillEvent(prompt_logprobs=scored)
         if self._first:
             first, self._first = self._first, None
             first.checksum = first_token_checksum(self._binding, first)
@@ -94,6 +114,10 @@ class Outbox:
 
     def _deliver_first(self, first: FirstToken) -> None:
         self._first = first
+        self._filled.set()
+
+    def _deliver_scored(self, scored: PromptLogprobs) -> None:
+        self._scored.append(scored)
         self._filled.set()
 
     def _deliver_close(self, stats: TransferStats) -> None:

@@ -1,6 +1,6 @@
 """Runs chunks of several prompts through the model, and says when each layer's KV is there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from ..kvtransfer.pool.allocator import Run
 from ..kvtransfer.pool.dense import DensePool
 from ..kvtransfer.pool.table import runs_of
 from ..model.attention import Attend
+from ..model.hidden import HiddenStates
 from ..model.model import Model
 from ..worker.step_plan import StepBatch
 
@@ -21,10 +22,16 @@ class PrefillRunner:
         """`before_layer` is called before each layer's attention, and may run other chunks meanwhile."""
         self._model, self._pool, self._before_layer = model, pool, before_layer
 
-    def run(self, batch: StepBatch, after_layer: Callable[[int], None]) -> Tensor:
+    def run(
+        self,
+        batch: StepBatch,
+        after_layer: Callable[[int], None],
+        on_hidden: Callable[[HiddenStates, Sequence[int]], None] | None = None,
+    ) -> Tensor:
         """Computes the chunks and stores their KV; `after_layer` is called as soon as that of a layer is in the pool.
 
-        Returns the logits [R, vocabulary] of the R prompts that are complete now, in order.
+        `on_hidden` gets the final hidden states, and in which row of them each chunk begins. Returns the logits [R,
+        vocabulary] of the R prompts that are complete now, in order.
         """
         token_ids, positions, spans, rows = list[int](), list[int](), list[Span](), list[int]()
         runs = [runs_of(pages.slots) for pages in batch.pages]
@@ -40,6 +47,7 @@ class PrefillRunner:
             torch.tensor(positions, device=device),
             torch.tensor(rows, device=device, dtype=torch.long),
             self._attend(spans, runs, after_layer),
+            None if on_hidden is None else lambda hidden: on_hidden(hidden, [span.row for span in spans]),
         )
 
     def _attend(self, spans: list[Span], runs: list[tuple[Run, ...]], after_layer: Callable[[int], None]) -> Attend:

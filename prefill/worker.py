@@ -31,6 +31,7 @@ from ..kvtransfer.storage.private import make_private, read_secret
 from ..kvtransfer.storage.store import PageStore
 from ..model.memory import GIB, require_memory, size_of
 from ..model.model import Model
+from ..model.prompt_logprobs import check_scored, host_bytes
 from ..proto import prefill_pb2
 from ..proto.errors import Exhausted, InvalidRequest
 from ..proto.names import MAX_CALL_NAME, check_name
@@ -39,7 +40,7 @@ from ..proto.prefill_pb2_grpc import PrefillServicer, add_PrefillServicer_to_ser
 from ..proto.priority import rank_of
 from ..proto.rpc.streams import write_in_time
 from ..proto.rpc.transport import Transport
-from ..proto.sampling import Sampling
+from ..proto.sampling import Sampling, checked_forks
 from ..proto.security.settings import security_of
 from ..proto.worker_pb2 import PageCounts, WorkerReport, WorkerRole
 from ..worker.config import chunk_tokens_for
@@ -147,7 +148,8 @@ class PrefillWorker(PrefillServicer):
             job = self._job(request, context.time_remaining())
             accepted = PrefillAccepted(worker_id=self.server.name, queued_tokens=self._scheduler.waiting_tokens)
             self._open.add(job)
-            reservation = self._buffer.reserve(self._host_bytes(job.prompt), rank=job.rank, tokens=len(job.token_ids))
+            needed = self._host_bytes(job.prompt, job.sampling)
+            reservation = self._buffer.reserve(needed, rank=job.rank, tokens=len(job.token_ids))
             try:
                 await context.write(PrefillEvent(accepted=accepted))
                 await _wait_granted(reservation, context, accepted)
@@ -159,9 +161,10 @@ class PrefillWorker(PrefillServicer):
                 self._engine.drop(job)
                 self._end_reservation(reservation)
 
-    def _host_bytes(self, prompt: Prompt) -> int:
+    def _host_bytes(self, prompt: Prompt, sampling: Sampling) -> int:
         """What a prompt holds in host memory at most; from a store it may bring pages in other forms than it sends."""
-        return prompt.encoded_bytes * (2 if self._store else 1)
+        scored = host_bytes(len(prompt.token_ids), sampling.prompt_logprobs)
+        return prompt.encoded_bytes * (2 if self._store else 1) + scored
 
     def _end_reservation(self, reservation: Reservation) -> None:
         """Ends it once the engine has freed the pages."""
@@ -193,6 +196,7 @@ class PrefillWorker(PrefillServicer):
         )
         # Our own hashes, not the caller's: what others are answered with must be what these tokens give.
         hashes = page_hashes(token_ids, form.page_tokens, salt)
+        sampling = Sampling.from_pb(request.sampling).check_vocabulary(self._model.vocab_size)
         prompt = Prompt(
             token_ids=token_ids,
             form=form,
@@ -200,17 +204,19 @@ class PrefillWorker(PrefillServicer):
             tenant=request.tenant,
             is_shared=not scope,
             receiver_pages=request.held_pages,
+            is_scored=sampling.prompt_logprobs is not None,
         )
-        self._buffer.check(self._host_bytes(prompt))
+        self._buffer.check(self._host_bytes(prompt, sampling))
         return PrefillJob(
             id=SequenceId(next(self._ids)),
             worker=self.server.name,
             attempt=request.attempt,
             prompt=prompt,
-            sampling=Sampling.from_pb(request.sampling).check_vocabulary(self._model.vocab_size),
+            sampling=sampling,
             sender=KvSender(form, hashes, len(token_ids), request.held_pages * form.page_tokens),
             outbox=Outbox(asyncio.get_running_loop(), binding),
             rank=rank_of(request.priority, resumes=request.resumes),
+            forks=checked_forks(request.forks),
             alone=request.alone,
             deadline_s=None if time_left_s is None else time.monotonic() + time_left_s,
         )
@@ -238,6 +244,9 @@ class PrefillWorker(PrefillServicer):
             raise InvalidRequest(f"a token id is out of the vocabulary of {model.vocab_size}")
         if request.held_pages * config.page_tokens > tokens:
             raise InvalidRequest(f"held_pages {request.held_pages} is more than the prompt has")
+        check_scored(request.sampling, model)
+        if request.held_pages and request.sampling.HasField("prompt_logprobs"):
+            raise InvalidRequest(f"held_pages is {request.held_pages}; allowed with prompt_logprobs: 0")
         waiting = sum(len(job.token_ids) for job in self._open)
         if waiting + tokens > config.max_waiting_tokens:
             raise Exhausted(f"{waiting} prompt tokens are in work here already; try again later")

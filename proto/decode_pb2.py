@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from . import common_pb2 as isthmus_dot_proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aisthmus/proto/decode.proto\x12\nisthmus.v1\x1a\x1aisthmus/proto/common.proto\"\xf4\x02\n\rDecodeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12\x13\n\x0bpage_hashes\x18\x06 \x01(\x0c\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.isthmus.v1.SamplingParams\x12\x19\n\x11prefill_addresses\x18\x08 \x03(\t\x12\x19\n\x11\x65mitted_token_ids\x18\t \x03(\r\x12\x1b\n\x13\x61llow_local_prefill\x18\n \x01(\x08\x12&\n\x08priority\x18\x0b \x01(\x0e\x32\x14.isthmus.v1.Priority\x12\x0e\n\x06tenant\x18\x0c \x01(\t\x12\r\n\x05\x61lone\x18\r \x01(\x08\x12\x14\n\x0cprefix_scope\x18\x0e \x01(\x0c\"\xdf\x01\n\x0b\x44\x65\x63odeEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12+\n\x08logprobs\x18\x02 \x03(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.isthmus.v1.FinishReason\x12+\n\x08transfer\x18\x04 \x01(\x0b\x32\x19.isthmus.v1.TransferStats\x12\x32\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x19.isthmus.v1.TokenLogprobs2J\n\x06\x44\x65\x63ode\x12@\n\x08Generate\x12\x19.isthmus.v1.DecodeRequest\x1a\x17.isthmus.v1.DecodeEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aisthmus/proto/decode.proto\x12\nisthmus.v1\x1a\x1aisthmus/proto/common.proto\"\x94\x03\n\rDecodeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12\x13\n\x0bpage_hashes\x18\x06 \x01(\x0c\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.isthmus.v1.SamplingParams\x12\x19\n\x11prefill_addresses\x18\x08 \x03(\t\x12\x19\n\x11\x65mitted_token_ids\x18\t \x03(\r\x12\x1b\n\x13\x61llow_local_prefill\x18\n \x01(\x08\x12&\n\x08priority\x18\x0b \x01(\x0e\x32\x14.isthmus.v1.Priority\x12\x0e\n\x06tenant\x18\x0c \x01(\t\x12\r\n\x05\x61lone\x18\r \x01(\x08\x12\x14\n\x0cprefix_scope\x18\x0e \x01(\x0c\x12\r\n\x05\x66orks\x18\x0f \x01(\r\x12\x0f\n\x07\x66ork_of\x18\x10 \x01(\t\"\xdf\x01\n\x0b\x44\x65\x63odeEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12+\n\x08logprobs\x18\x02 \x03(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.isthmus.v1.FinishReason\x12+\n\x08transfer\x18\x04 \x01(\x0b\x32\x19.isthmus.v1.TransferStats\x12\x32\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x19.isthmus.v1.TokenLogprobs2J\n\x06\x44\x65\x63ode\x12@\n\x08Generate\x12\x19.isthmus.v1.DecodeRequest\x1a\x17.isthmus.v1.DecodeEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,9 +33,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'isthmus.proto.decode_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DECODEREQUEST']._serialized_start=71
-  _globals['_DECODEREQUEST']._serialized_end=443
-  _globals['_DECODEEVENT']._serialized_start=446
-  _globals['_DECODEEVENT']._serialized_end=669
-  _globals['_DECODE']._serialized_start=671
-  _globals['_DECODE']._serialized_end=745
+  _globals['_DECODEREQUEST']._serialized_end=475
+  _globals['_DECODEEVENT']._serialized_start=478
+  _globals['_DECODEEVENT']._serialized_end=701
+  _globals['_DECODE']._serialized_start=703
+  _globals['_DECODE']._serialized_end=777
 # @@protoc_insertion_point(module_scope)

@@ -37,6 +37,8 @@ class DecodeRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     ALONE_FIELD_NUMBER: _builtins.int
     PREFIX_SCOPE_FIELD_NUMBER: _builtins.int
+    FORKS_FIELD_NUMBER: _builtins.int
+    FORK_OF_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     request_id: _builtins.str
     model_fingerprint: _builtins.str
@@ -52,6 +54,12 @@ class DecodeRequest(_message.Message):
     """An engine died that computed it: it is computed in steps of its own, here and at prefill, until it has gone on."""
     prefix_scope: _builtins.bytes
     """16 random bytes of this request, which keep its pages from all others; empty: its tenant shares them."""
+    forks: _builtins.int
+    """So many requests follow that have its prompt and its sampling, with the seeds after its own: what they need of the
+    prompt is kept for them.
+    """
+    fork_of: _builtins.str
+    """id of the request that this one follows; where nothing is kept of it: ignored"""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -83,10 +91,12 @@ class DecodeRequest(_message.Message):
         tenant: _builtins.str = ...,
         alone: _builtins.bool = ...,
         prefix_scope: _builtins.bytes = ...,
+        forks: _builtins.int = ...,
+        fork_of: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_local_prefill", b"allow_local_prefill", "alone", b"alone", "codec", b"codec", "emitted_token_ids", b"emitted_token_ids", "model_fingerprint", b"model_fingerprint", "page_hashes", b"page_hashes", "prefill_addresses", b"prefill_addresses", "prefix_scope", b"prefix_scope", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "protocol_version", b"protocol_version", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_local_prefill", b"allow_local_prefill", "alone", b"alone", "codec", b"codec", "emitted_token_ids", b"emitted_token_ids", "fork_of", b"fork_of", "forks", b"forks", "model_fingerprint", b"model_fingerprint", "page_hashes", b"page_hashes", "prefill_addresses", b"prefill_addresses", "prefix_scope", b"prefix_scope", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "protocol_version", b"protocol_version", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

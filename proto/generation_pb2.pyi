@@ -305,7 +305,9 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class GenerateEvent(_message.Message):
-    """One or more tokens as they come; the last event has a finish reason, usage and timings."""
+    """One or more tokens as they come; the last event of each answer has a finish reason and timings, the last one of all
+    answers their usage: the prompt, once, and all output.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from . import common_pb2 as isthmus_dot_proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bisthmus/proto/prefill.proto\x12\nisthmus.v1\x1a\x1aisthmus/proto/common.proto\"\x81\x03\n\x0ePrefillRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\r\n\x05\x63odec\x18\x05 \x01(\t\x12\x12\n\ncodec_hash\x18\x06 \x01(\t\x12\x13\n\x0bpage_tokens\x18\x07 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x08 \x03(\r\x12\x13\n\x0bpage_hashes\x18\t \x01(\x0c\x12\x12\n\nheld_pages\x18\n \x01(\r\x12,\n\x08sampling\x18\x0b \x01(\x0b\x32\x1a.isthmus.v1.SamplingParams\x12&\n\x08priority\x18\x0c \x01(\x0e\x32\x14.isthmus.v1.Priority\x12\x0e\n\x06tenant\x18\r \x01(\t\x12\r\n\x05\x61lone\x18\x0f \x01(\x08\x12\x14\n\x0cprefix_scope\x18\x10 \x01(\x0c\x12\x0f\n\x07resumes\x18\x0e \x01(\x08\"\xfc\x01\n\x0cPrefillEvent\x12/\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1b.isthmus.v1.PrefillAcceptedH\x00\x12$\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x13.isthmus.v1.KvFrameH\x00\x12-\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x16.isthmus.v1.FirstTokenH\x00\x12&\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x14.isthmus.v1.KvCommitH\x00\x12\x35\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x1a.isthmus.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\";\n\x0fPrefillAccepted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rqueued_tokens\x18\x02 \x01(\r\"<\n\x07KvFrame\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\"v\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12+\n\x08logprobs\x18\x02 \x01(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12\x17\n\x0fsampled_unix_ns\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"^\n\x0ePromptLogprobs\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12+\n\x08logprobs\x18\x02 \x03(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\"k\n\x08KvCommit\x12\x0e\n\x06\x66rames\x18\x01 \x01(\r\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12(\n\x05stats\x18\x04 \x01(\x0b\x32\x19.isthmus.v1.TransferStats2L\n\x07Prefill\x12\x41\n\x07Prefill\x12\x1a.isthmus.v1.PrefillRequest\x1a\x18.isthmus.v1.PrefillEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bisthmus/proto/prefill.proto\x12\nisthmus.v1\x1a\x1aisthmus/proto/common.proto\"\x90\x03\n\x0ePrefillRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\r\n\x05\x63odec\x18\x05 \x01(\t\x12\x12\n\ncodec_hash\x18\x06 \x01(\t\x12\x13\n\x0bpage_tokens\x18\x07 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x08 \x03(\r\x12\x13\n\x0bpage_hashes\x18\t \x01(\x0c\x12\x12\n\nheld_pages\x18\n \x01(\r\x12,\n\x08sampling\x18\x0b \x01(\x0b\x32\x1a.isthmus.v1.SamplingParams\x12&\n\x08priority\x18\x0c \x01(\x0e\x32\x14.isthmus.v1.Priority\x12\x0e\n\x06tenant\x18\r \x01(\t\x12\r\n\x05\x61lone\x18\x0f \x01(\x08\x12\x14\n\x0cprefix_scope\x18\x10 \x01(\x0c\x12\r\n\x05\x66orks\x18\x11 \x01(\r\x12\x0f\n\x07resumes\x18\x0e \x01(\x08\"\xfc\x01\n\x0cPrefillEvent\x12/\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1b.isthmus.v1.PrefillAcceptedH\x00\x12$\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x13.isthmus.v1.KvFrameH\x00\x12-\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x16.isthmus.v1.FirstTokenH\x00\x12&\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x14.isthmus.v1.KvCommitH\x00\x12\x35\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x1a.isthmus.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\";\n\x0fPrefillAccepted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rqueued_tokens\x18\x02 \x01(\r\"<\n\x07KvFrame\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\"\xa0\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12+\n\x08logprobs\x18\x02 \x01(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12\x17\n\x0fsampled_unix_ns\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\x12(\n\x08of_forks\x18\x05 \x03(\x0b\x32\x16.isthmus.v1.DrawnToken\"K\n\nDrawnToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12+\n\x08logprobs\x18\x02 \x01(\x0b\x32\x19.isthmus.v1.TokenLogprobs\"^\n\x0ePromptLogprobs\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12+\n\x08logprobs\x18\x02 \x03(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\"k\n\x08KvCommit\x12\x0e\n\x06\x66rames\x18\x01 \x01(\r\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12(\n\x05stats\x18\x04 \x01(\x0b\x32\x19.isthmus.v1.TransferStats2L\n\x07Prefill\x12\x41\n\x07Prefill\x12\x1a.isthmus.v1.PrefillRequest\x1a\x18.isthmus.v1.PrefillEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'isthmus.proto.prefill_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=72
-  _globals['_PREFILLREQUEST']._serialized_end=457
-  _globals['_PREFILLEVENT']._serialized_start=460
-  _globals['_PREFILLEVENT']._serialized_end=712
-  _globals['_PREFILLACCEPTED']._serialized_start=714
-  _globals['_PREFILLACCEPTED']._serialized_end=773
-  _globals['_KVFRAME']._serialized_start=775
-  _globals['_KVFRAME']._serialized_end=835
-  _globals['_FIRSTTOKEN']._serialized_start=837
-  _globals['_FIRSTTOKEN']._serialized_end=955
-  _globals['_PROMPTLOGPROBS']._serialized_start=957
-  _globals['_PROMPTLOGPROBS']._serialized_end=1051
-  _globals['_KVCOMMIT']._serialized_start=1053
-  _globals['_KVCOMMIT']._serialized_end=1160
-  _globals['_PREFILL']._serialized_start=1162
-  _globals['_PREFILL']._serialized_end=1238
+  _globals['_PREFILLREQUEST']._serialized_end=472
+  _globals['_PREFILLEVENT']._serialized_start=475
+  _globals['_PREFILLEVENT']._serialized_end=727
+  _globals['_PREFILLACCEPTED']._serialized_start=729
+  _globals['_PREFILLACCEPTED']._serialized_end=788
+  _globals['_KVFRAME']._serialized_start=790
+  _globals['_KVFRAME']._serialized_end=850
+  _globals['_FIRSTTOKEN']._serialized_start=853
+  _globals['_FIRSTTOKEN']._serialized_end=1013
+  _globals['_DRAWNTOKEN']._serialized_start=1015
+  _globals['_DRAWNTOKEN']._serialized_end=1090
+  _globals['_PROMPTLOGPROBS']._serialized_start=1092
+  _globals['_PROMPTLOGPROBS']._serialized_end=1186
+  _globals['_KVCOMMIT']._serialized_start=1188
+  _globals['_KVCOMMIT']._serialized_end=1295
+  _globals['_PREFILL']._serialized_start=1297
+  _globals['_PREFILL']._serialized_end=1373
 # @@protoc_insertion_point(module_scope)

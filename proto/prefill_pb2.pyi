@@ -38,6 +38,7 @@ class PrefillRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     ALONE_FIELD_NUMBER: _builtins.int
     PREFIX_SCOPE_FIELD_NUMBER: _builtins.int
+    FORKS_FIELD_NUMBER: _builtins.int
     RESUMES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     request_id: _builtins.str
@@ -57,6 +58,8 @@ class PrefillRequest(_message.Message):
     """an engine died that computed it: in steps of its own"""
     prefix_scope: _builtins.bytes
     """as in DecodeRequest; part of the salt too"""
+    forks: _builtins.int
+    """Answers to the same prompt, with the same sampling but the seeds after its own, whose first tokens are drawn too."""
     resumes: _builtins.bool
     """its client is in the middle of the answer: before all others, but for batch work"""
     @_builtins.property
@@ -81,11 +84,12 @@ class PrefillRequest(_message.Message):
         tenant: _builtins.str = ...,
         alone: _builtins.bool = ...,
         prefix_scope: _builtins.bytes = ...,
+        forks: _builtins.int = ...,
         resumes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "attempt", b"attempt", "codec", b"codec", "codec_hash", b"codec_hash", "held_pages", b"held_pages", "model_fingerprint", b"model_fingerprint", "page_hashes", b"page_hashes", "page_tokens", b"page_tokens", "prefix_scope", b"prefix_scope", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "protocol_version", b"protocol_version", "request_id", b"request_id", "resumes", b"resumes", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "attempt", b"attempt", "codec", b"codec", "codec_hash", b"codec_hash", "forks", b"forks", "held_pages", b"held_pages", "model_fingerprint", b"model_fingerprint", "page_hashes", b"page_hashes", "page_tokens", b"page_tokens", "prefix_scope", b"prefix_scope", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "protocol_version", b"protocol_version", "request_id", b"request_id", "resumes", b"resumes", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -189,12 +193,17 @@ class FirstToken(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     SAMPLED_UNIX_NS_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
+    OF_FORKS_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     sampled_unix_ns: _builtins.int
     checksum: _builtins.int
-    """xxh3-64 of what the transfer is for and of the fields above"""
+    """xxh3-64 of what the transfer is for and of the other fields"""
     @_builtins.property
     def logprobs(self) -> _common_pb2.TokenLogprobs: ...
+    @_builtins.property
+    def of_forks(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrawnToken]:
+        """with the seeds `seed` + 1, `seed` + 2, ..."""
+
     def __init__(
         self,
         *,
@@ -202,14 +211,38 @@ class FirstToken(_message.Message):
         logprobs: _common_pb2.TokenLogprobs | None = ...,
         sampled_unix_ns: _builtins.int = ...,
         checksum: _builtins.int = ...,
+        of_forks: _abc.Iterable[Global___DrawnToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "logprobs", b"logprobs", "sampled_unix_ns", b"sampled_unix_ns", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "logprobs", b"logprobs", "of_forks", b"of_forks", "sampled_unix_ns", b"sampled_unix_ns", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FirstToken: _TypeAlias = FirstToken  # noqa: Y015
+
+@_typing.final
+class DrawnToken(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    @_builtins.property
+    def logprobs(self) -> _common_pb2.TokenLogprobs: ...
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprobs: _common_pb2.TokenLogprobs | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrawnToken: _TypeAlias = DrawnToken  # noqa: Y015
 
 @_typing.final
 class PromptLogprobs(_message.Message):

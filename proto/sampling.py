@@ -3,7 +3,7 @@
 import math
 from array import array
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
@@ -113,6 +113,18 @@ _SCALARS = (
     *("frequency_penalty", "seed", "max_tokens", "min_tokens", "logprobs"),
     *("n", "prompt_logprobs"),
 )
+
+
+def checked_forks(forks: int) -> int:
+    """The same; InvalidRequest where more answers follow a first one than a request may have."""
+    if forks >= MAX_CHOICES:
+        raise InvalidRequest(f"forks is {forks}; allowed: at most {MAX_CHOICES - 1}")
+    return forks
+
+
+def fork_sampling(sampling: Sampling, number: int) -> Sampling:
+    """Of an answer that follows the first one to the same prompt, by its number, from 1 on."""
+    return replace(sampling, seed=(sampling.seed + number) & MAX_SEED, prompt_logprobs=None)
 
 
 def check_token_ids(what: str, ids: Collection[int], vocab_size: int) -> None:

@@ -59,9 +59,11 @@ class Cluster:
         assert not left
         return answer
 
-    def request(self, sampling: dict[str, Any], codec: str, tenant: str = "") -> GenerateRequest:
-        """For PROMPT, of a tenant of its own."""
-        request = build_request(token_ids=PROMPT, sampling=sampling, codec=codec)
+    def request(
+        self, sampling: dict[str, Any], codec: str, tenant: str = "", *, tokens: int = len(PROMPT)
+    ) -> GenerateRequest:
+        """For PROMPT, or its beginning, of a tenant of its own."""
+        request = build_request(token_ids=PROMPT[:tokens], sampling=sampling, codec=codec)
         # No page of an answer before: what is computed on packed pages differs from what was computed at once.
         self.asked, request.tenant = self.asked + 1, tenant or f"tenant-{self.asked}"
         return request
@@ -80,10 +82,13 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(*, store: Path | None = None, **gateway_settings: Any) -> AsyncIterator[Cluster]:
+async def cluster(
+    *, store: Path | None = None, decode: dict[str, Any] | None = None, **gateway_settings: Any
+) -> AsyncIterator[Cluster]:
     shared = {"model": model_path("tiny-llama"), "dtype": "fp32", "tls": "off"}
     prefill = PrefillWorker(PrefillConfig(**shared, store_dir=None if store is None else str(store)))
-    decodes = [DecodeWorker(DecodeConfig(**shared)) for _ in range(2)]
+    of_decode = shared | (decode or {})
+    decodes = [DecodeWorker(DecodeConfig(**of_decode)) for _ in range(2)]
     for worker in (prefill, *decodes):
         await worker.start()
     addresses = [worker.address for worker in (prefill, *decodes)]
@@ -97,7 +102,7 @@ async def cluster(*, store: Path | None = None, **gateway_settings: Any) -> Asyn
             while len(gateway.fleet.table.routing.decode) < 2 or not gateway.fleet.table.routing.prefill:
                 await gateway.fleet.change.wait()
         async with Client(gateway.address) as client:
-            yield Cluster(shared, prefill, by_address, client)
+            yield Cluster(of_decode, prefill, by_address, client)
     finally:
         await gateway.stop()
         for worker in (prefill, *by_address.values()):

@@ -67,10 +67,9 @@ class Receiving:
             **{"priority": Priority.PRIORITY_STANDARD, **fields},
         )
 
-    async def receive(self, request: PrefillRequest) -> Received:
-        """Runs one transfer to its end; every frame is checked as a decode worker checks it."""
-        worker, tokens = self.worker, len(request.prompt_token_ids)
-        codec, layers = worker._codecs.get(request.codec), worker._model.layers
+    def receiver(self, request: PrefillRequest, *, prompt_logprobs: int | None = None) -> KvReceiver:
+        """What checks the transfer of a request."""
+        codec = self.worker._codecs.get(request.codec)
         salt = page_salt(request.model_fingerprint, codec.name, codec.params_hash, request.tenant)
         binding = Binding(
             request_id=request.request_id,
@@ -80,8 +79,13 @@ class Receiving:
             codec_hash=codec.params_hash,
             prompt_hash=prompt_hash(request.prompt_token_ids, salt),
         )
-        held = request.held_pages * request.page_tokens
-        receiver = KvReceiver(binding, codec, layers, request.page_tokens, tokens, held)
+        tokens, held = len(request.prompt_token_ids), request.held_pages * request.page_tokens
+        layers = self.worker._model.layers
+        return KvReceiver(binding, codec, layers, request.page_tokens, tokens, held, prompt_logprobs)
+
+    async def receive(self, request: PrefillRequest) -> Received:
+        """Runs one transfer to its end; every frame is checked as a decode worker checks it."""
+        receiver, layers, tokens = self.receiver(request), self.worker._model.layers, len(request.prompt_token_ids)
         kv = torch.full((len(layers), 2, tokens, layers[0].kv_heads, layers[0].head_dim), float("nan"))
         first, encoded = -1, dict[tuple[int, int], bytes]()
         event: PrefillEvent

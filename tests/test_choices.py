@@ -11,7 +11,7 @@ from isthmus.cluster.client.client import Answer
 from isthmus.proto.generation_pb2 import GenerateEvent
 
 PAGE = 64
-FULL, REST = divmod(len(PROMPT), PAGE)
+FULL = len(PROMPT) // PAGE
 GREEDY = {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
 SEEDED = {"temperature": 0.9, "top_p": 0.9, "seed": 5, "max_tokens": 60, "ignore_eos": True, "logit_bias": {7: 2.0}}
 
@@ -41,14 +41,27 @@ class Watched:
         return answers
 
 
-async def alone(running: Cluster, sampling: dict[str, Any], codec: str, number: int) -> Answer:
+async def alone(
+    running: Cluster, sampling: dict[str, Any], codec: str, number: int, tokens: int = len(PROMPT)
+) -> Answer:
     own = {**sampling, "seed": sampling.get("seed", 0) + number}
-    return await running.answer(own, codec)
+    return await running.client.answer(running.request(own, codec, tokens=tokens), timeout_s=60)
 
 
-@pytest.mark.parametrize("codec", ["raw", "tq-k4v4"])
-async def test_each_answer_is_that_of_a_request_of_its_own(codec: str) -> None:
-    async with cluster(local_prefill="never") as running:
+PLACES = {  # codec, and who computes the prompt
+    "raw, sent": ("raw", "never", {}),
+    "raw, here": ("raw", "always", {}),
+    "packed, sent": ("tq-k4v4", "never", {}),
+    "packed, here": ("tq-k4v4", "always", {}),
+    "packed pool, sent": ("tq-k4v4", "never", {"pool": "packed", "dtype": "bf16"}),
+    "packed pool, here": ("tq-k4v4", "always", {"pool": "packed", "dtype": "bf16"}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_each_answer_is_that_of_a_request_of_its_own(place: str) -> None:
+    codec, local, decode = PLACES[place]
+    async with cluster(local_prefill=local, decode=decode) as running:
         for sampling in (GREEDY, SEEDED):
             expected = [await alone(running, sampling, codec, number) for number in range(3)]
             answers = await Watched(running).answers({**sampling, "n": 3}, codec)
@@ -58,7 +71,22 @@ async def test_each_answer_is_that_of_a_request_of_its_own(codec: str) -> None:
             assert answers[0].usage.output_tokens == 180
             distinct = {tuple(answer.token_ids) for answer in answers}
             assert len(distinct) == (1 if sampling is GREEDY else 3)
+            assert [answer.timings.transfer.held_tokens for answer in answers] == [0, len(PROMPT), len(PROMPT)]
+        forked = [worker.server.report().counters["forked_prompts"] for worker in running.decodes.values()]
+        assert sum(forked) == 4
         await running.idle()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 63, 64, 65, 128, 129, 192])
+@pytest.mark.parametrize("codec", ["raw", "tq-k4v4"])
+async def test_prompts_of_any_length_are_shared_whole(codec: str, tokens: int) -> None:
+    async with cluster(local_prefill="never") as running:
+        sampling = {**SEEDED, "max_tokens": 8, "logprobs": 2}
+        expected = [await alone(running, sampling, codec, number, tokens) for number in range(2)]
+        request = running.request({**sampling, "n": 2}, codec, tokens=tokens)
+        answers = await running.client.answers(request, timeout_s=60)
+        assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+        assert [answer.timings.transfer.held_tokens for answer in answers] == [0, tokens]
 
 
 @pytest.mark.parametrize("sharing", ["tenant", "none"])
@@ -67,19 +95,26 @@ async def test_the_prompt_is_computed_once_and_its_pages_are_shared(sharing: str
         watched = Watched(running)
         answers = await watched.answers({**SEEDED, "n": 4}, "raw")
         transfers = [answer.timings.transfer for answer in answers]
-        assert [t.held_tokens for t in transfers] == [0, FULL * PAGE, FULL * PAGE, FULL * PAGE]
+        assert [t.held_tokens for t in transfers] == [0, *[len(PROMPT)] * 3]
         assert len({answer.timings.decode_worker for answer in answers}) == 1
         counters = running.prefill.server.report().counters
-        assert counters["prompt_tokens"] == len(PROMPT) + 3 * REST  # computed
-        assert max(t.kv_bytes_bf16 for t in transfers[1:]) * len(PROMPT) == transfers[0].kv_bytes_bf16 * REST
+        assert (counters["prompts"], counters["prompt_tokens"]) == (1, len(PROMPT))
         own = -(-(len(PROMPT) + 60) // PAGE) - FULL
         assert watched.pages == FULL + 4 * own
         await running.idle()
 
 
+async def test_where_nothing_is_kept_the_prompt_is_sent_again() -> None:
+    async with cluster(local_prefill="never", decode={"prefix_cache": 0}) as running:
+        expected = [await alone(running, SEEDED, "raw", number) for number in range(3)]
+        answers = await Watched(running).answers({**SEEDED, "n": 3}, "raw")
+        assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+        assert [answer.timings.transfer.held_tokens for answer in answers] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("codec", ["raw", "tq-k4v4"])
 async def test_a_killed_decode_worker_changes_no_answer(codec: str) -> None:
-    async with cluster(local_prefill="never") as running:
+    async with cluster() as running:
         long = {**SEEDED, "max_tokens": 150}
         expected = [await alone(running, long, codec, number) for number in range(3)]
         for kill_at in (1, 60):

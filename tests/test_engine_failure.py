@@ -246,9 +246,9 @@ async def test_a_prefill_step_without_memory_is_made_in_halves(monkeypatch: pyte
             if layer == 1 and seen[-1] > 1:  # after frames of two layers have left
                 raise MemoryError
 
-        def counted(batch: StepBatch, after_layer: Any) -> Any:
+        def counted(batch: StepBatch, *others: Any) -> Any:
             seen.append(len(batch.sequences))
-            return run(batch, after_layer)
+            return run(batch, *others)
 
         def hold() -> None:
             gate.wait()
@@ -282,11 +282,11 @@ async def test_a_decode_step_without_memory_ends_one_request_at_most(
         engine = pair.decode._engine
         run = engine._runner.run
 
-        def small(batch: StepBatch) -> Any:
+        def small(batch: StepBatch, *others: Any) -> Any:
             if len(batch.sequences) > 1 or is_poison(engine, batch):
-                run(batch)  # what such a step has written is written again
+                run(batch, *others)  # what such a step has written is written again
                 raise error
-            return run(batch)
+            return run(batch, *others)
 
         monkeypatch.setattr(engine._runner, "run", small)
         asking = [asyncio.create_task(pair.generate(prompt, GREEDY)) for prompt in prompts]

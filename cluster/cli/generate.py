@@ -42,6 +42,9 @@ def generate(
     stop_token_id: opt.StopTokenId = None,
     ignore_eos: opt.IgnoreEos = False,
     logprobs: opt.Logprobs = None,
+    prompt_logprobs: opt.PromptLogprobs = None,
+    n: opt.Choices = None,
+    logit_bias: opt.LogitBias = None,
     codec: opt.RequestCodec = "",
     model: opt.RequestModel = "",
     request_id: Annotated[str, typer.Option(help="Your own id of the request, for the logs.")] = "",
@@ -83,6 +86,9 @@ def generate(
         "stop_token_ids": stop_token_id or [],
         "ignore_eos": ignore_eos,
         "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "n": n,
+        "logit_bias": opt.logit_bias(logit_bias or []),
     }
     request = build_request(
         prompt=None if chat else text,
@@ -94,11 +100,15 @@ def generate(
     )
     request.request_id = request_id
     events: list[GenerateEvent] = []
-    answer = _run(server, request, timeout, events.append if as_json else _show)
+    one = (n or 1) == 1
+    answers = _run(server, request, timeout, _show if one and not as_json else events.append)
     if as_json:
-        print(json.dumps(_as_json(answer, events)))
-    if stats:
-        print(_stats(answer), file=sys.stderr)
+        print(json.dumps(_as_json(answers, events)))
+    for number, answer in enumerate(answers, start=1):
+        if not (one or as_json):
+            print(f"[{number}] {answer.text}")
+        if stats:
+            print(_stats(answer), file=sys.stderr)
 
 
 def chat(
@@ -129,13 +139,13 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         request = build_request(chat=messages, sampling=sampling, codec=codec)
-        answer = _run(server, request, timeout, _show)
+        (answer,) = _run(server, request, timeout, _show)
         if stats:
             print(_stats(answer), file=sys.stderr)
         messages.append({"role": "assistant", "content": answer.text})
 
 
-def _run(server: str, request: "GenerateRequest", timeout_s: float | None, on_event: OnEvent) -> "Answer":
+def _run(server: str, request: "GenerateRequest", timeout_s: float | None, on_event: OnEvent) -> "list[Answer]":
     """One request to its end. A line that was begun on stdout is ended, whatever happens."""
     shown = False
 
@@ -151,9 +161,9 @@ def _run(server: str, request: "GenerateRequest", timeout_s: float | None, on_ev
             print(flush=True)
 
 
-async def _ask(server: str, request: "GenerateRequest", timeout_s: float | None, on_event: OnEvent) -> "Answer":
+async def _ask(server: str, request: "GenerateRequest", timeout_s: float | None, on_event: OnEvent) -> "list[Answer]":
     async with opt.gateway_client(server) as client:
-        return await client.answer(request, on_event=on_event, timeout_s=timeout_s)
+        return await client.answers(request, on_event=on_event, timeout_s=timeout_s)
 
 
 def _show(event: "GenerateEvent") -> None:
@@ -173,12 +183,19 @@ def _read_line() -> str | None:
     return None if line.strip() == "/exit" else line
 
 
-def _as_json(answer: "Answer", events: "list[GenerateEvent]") -> dict[str, Any]:
+def _as_json(answers: "list[Answer]", events: "list[GenerateEvent]") -> dict[str, Any]:
+    """The answer; where there are several, the first one, and all of them as `choices`."""
+    made = [_choice(answer, [e for e in events if e.choice == number]) for number, answer in enumerate(answers)]
+    whole = {"request_id": events[-1].request_id if events else "", **made[0]}
+    return whole if len(made) == 1 else {**whole, "choices": made}
+
+
+def _choice(answer: "Answer", events: "list[GenerateEvent]") -> dict[str, Any]:
     from google.protobuf.json_format import MessageToDict
 
     logprobs = [MessageToDict(entry) for event in events for entry in event.logprobs]
+    of_prompt = [MessageToDict(entry) for entry in answer.prompt_logprobs]
     return {
-        "request_id": events[-1].request_id if events else "",
         "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish,
@@ -188,7 +205,9 @@ def _as_json(answer: "Answer", events: "list[GenerateEvent]") -> dict[str, Any]:
         "itl_ms": answer.itl_ms,
         "handover_ms": answer.handover_ms,
         "timings": MessageToDict(answer.timings, preserving_proto_field_name=True),
+        **({"stop_text": answer.stop_text} if answer.stop_text else {}),
         **({"logprobs": logprobs} if logprobs else {}),
+        **({"prompt_logprobs": of_prompt} if of_prompt else {}),
     }
 
 

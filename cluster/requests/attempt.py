@@ -48,6 +48,7 @@ class Attempts:
             raise Unavailable(f"decode worker {worker} left") from None
         call = DecodeStub(channel).Generate(message, timeout=timeout_s, metadata=trace or None)
         session.decode_worker = worker
+        session.begin_attempt()
 
         def give_up() -> None:
             nonlocal lost

@@ -121,8 +121,9 @@ class _Ahead:
         """Where the prompt is, as soon as it is there."""
         await self._has_kv.wait()
         assert self._session is not None
-        transfer = self._session.transfer
-        return Near(self._session.decode_worker, by_transfer=transfer is not None and not transfer.local_tokens)
+        session, transfer = self._session, self._session.transfer
+        by_transfer = transfer is not None and not transfer.local_tokens
+        return Near(session.decode_worker, session.decode_request_id, by_transfer=by_transfer)
 
 
 async def _after(ahead: _Ahead, run: Callable[..., Awaitable[None]], choice: ResolvedRequest, write: PassOn) -> None:

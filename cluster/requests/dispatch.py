@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...kvtransfer.frame import PROTOCOL_VERSION
 from ...proto.common_pb2 import Candidate
@@ -54,6 +54,7 @@ class Near:
     """Where the prompt of a request is already."""
 
     decode: str  # address of the worker that holds its pages
+    request_id: str  # by which that knows the request that brought them
     by_transfer: bool  # from a prefill worker, which has them too: as computed, where the decode worker's are packed
 
 
@@ -131,6 +132,8 @@ class Dispatcher:
                 pages = self._preparation.hash_pages(session.request, layout)
             message = self._message(session, placement, pages.hashes, failures.count)
             message.alone = suspicion.alone
+            session.decode_request_id = message.request_id
+            message.fork_of = "" if near is None else near.request_id
             try:
                 await self._attempts.run(session, placement, message, pass_on, time_left(), trace)
                 self._fleet.table.routing.record_answer(len(session.token_ids))
@@ -220,7 +223,9 @@ class Dispatcher:
             log.warning("a request is tried alone", extra={"fields": {"request_id": request_id, "why": str(error)}})
 
     def _message(self, session: Session, placement: Placement, hashes: bytes, attempt: int) -> DecodeRequest:
-        request = session.request
+        request, sampling = session.request, session.request.sampling
+        if session.token_ids:  # the log-probabilities of the prompt came before them
+            sampling = replace(sampling, prompt_logprobs=None)
         return DecodeRequest(
             protocol_version=PROTOCOL_VERSION,
             request_id=f"{request.call_id}.{attempt}" if attempt else request.call_id,
@@ -228,11 +233,12 @@ class Dispatcher:
             codec=request.codec,
             prompt_token_ids=request.prompt_token_ids,
             page_hashes=hashes,
-            sampling=request.sampling.to_pb(),
+            sampling=sampling.to_pb(),
             prefill_addresses=self._fleet.table.peer_addresses(placement.prefill),
             emitted_token_ids=session.token_ids,
             allow_local_prefill=self._config.local_prefill != "never",
             priority=request.priority,
             tenant=request.tenant,
             prefix_scope=request.prefix_scope,
+            forks=request.sampling.n - 1 if request.choice == 0 else 0,
         )

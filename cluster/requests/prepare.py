@@ -44,12 +44,13 @@ class Preparation:
         layouts = self._workers.routing.codec_support(request.codec).layouts
         pages = self.hash_pages(request, layouts[0]) if layouts else HashedPages(layout=(0, ""), hashes=b"")
         beginning = array("I", request.prompt_token_ids[:AFFINITY_TOKENS]).tobytes()
+        is_scored = request.sampling.prompt_logprobs is not None  # computed whole, whoever has pages of it
         demand = Demand(
             prompt_tokens=len(request.prompt_token_ids),
             max_tokens=request.sampling.max_tokens,
             codec=request.codec,
             affinity=int.from_bytes(blake2b(beginning, digest_size=8).digest(), "big"),
-            prefix_keys=prefix_keys_of(pages.hashes, pages.layout[0]),
+            prefix_keys=() if is_scored else prefix_keys_of(pages.hashes, pages.layout[0]),
             priority=request.priority,
             number=next(self._numbers),
         )

@@ -13,6 +13,7 @@ from ...proto.common_pb2 import (
     FINISH_REASON_UNSPECIFIED,
     Candidate,
     FinishReason,
+    TokenLogprobs,
     TransferStats,
 )
 from ...proto.decode_pb2 import DecodeEvent
@@ -30,6 +31,7 @@ class Session:
     stops: StopMatcher | None  # None where the request has no stop strings
     arrived_s: float  # on the clock that `push` is given
     decode_worker: str = ""
+    decode_request_id: str = ""  # by which that knows the request
     replays: int = 0  # times that the answer went on on another decode worker
     token_ids: list[int] = field(default_factory=list)  # the output so far
     finish_reason: FinishReason.ValueType = FINISH_REASON_UNSPECIFIED
@@ -37,6 +39,8 @@ class Session:
     transfer: TransferStats | None = None
     candidates: tuple[Candidate, ...] = ()  # of the first placement, where the request asks for them
     told: bool = False  # an event was made
+    prompt_logprobs: int = 0  # of the prompt's tokens, from its second on, that were passed on
+    _of_attempt: int = 0  # and that came in this attempt
 
     @property
     def has_kv(self) -> bool:
@@ -47,6 +51,10 @@ class Session:
     def finished(self) -> bool:
         """Whether the answer is complete."""
         return self.finish_reason != FINISH_REASON_UNSPECIFIED
+
+    def begin_attempt(self) -> None:
+        """What comes from now on is of another decode worker."""
+        self._of_attempt = 0
 
     def resume(self, token_ids: Sequence[int]) -> str:
         """Takes in output that was passed on before; returns its certain text, which was passed on with it.
@@ -74,6 +82,7 @@ class Session:
             finish_reason=self.finish_reason,
             choice=self.request.choice or 0,
         )
+        made.prompt_logprobs.extend(self._take_prompt(event.prompt_logprobs))
         if self.request.return_prompt_token_ids and not self.told:
             made.prompt_token_ids.extend(self.request.prompt_token_ids)
         self.told = True
@@ -111,6 +120,13 @@ class Session:
             self.transfer = transfer
             if self.replays:
                 self.transfer.ClearField("first_token_unix_ns")
+
+    def _take_prompt(self, logprobs: Sequence[TokenLogprobs]) -> Sequence[TokenLogprobs]:
+        """Those that were not passed on in an attempt before."""
+        fresh = logprobs[max(0, self.prompt_logprobs - self._of_attempt) :]
+        self._of_attempt += len(logprobs)
+        self.prompt_logprobs += len(fresh)
+        return fresh
 
     def _take(self, token_ids: Sequence[int]) -> tuple[list[int], str]:
         """Consumes tokens up to the one that completes a stop string; returns them and their certain text."""

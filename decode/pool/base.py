@@ -166,6 +166,10 @@ class KvPool(Protocol):
         """Keys and values [tokens, KV heads, D] of the first tokens, whole pages, of a sequence."""
         ...
 
+    def read_raw(self, pages: SequencePages, start: int, end: int, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [tokens, KV heads, D] of tokens in raw pages; `start` is the first of a page."""
+        ...
+
     def write_section(
         self, pages: SequencePages, layer: int, section: Section, keys_THD: Tensor, values_THD: Tensor
     ) -> None:

@@ -176,6 +176,9 @@ class DenseKvPool:
     def read_prefix(self, pages: SequencePages, tokens: int, layer: int) -> tuple[Tensor, Tensor]:
         return self._pool.read(layer, _runs_of(pages.slots), 0, tokens)
 
+    def read_raw(self, pages: SequencePages, start: int, end: int, layer: int) -> tuple[Tensor, Tensor]:
+        return self._pool.read(layer, _runs_of(pages.slots), start, end)
+
     def write_section(
         self, pages: SequencePages, layer: int, section: Section, keys_THD: Tensor, values_THD: Tensor
     ) -> None:

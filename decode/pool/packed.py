@@ -109,6 +109,11 @@ class PackedKvPool(PackedPages):
         keys, values = (torch.cat(parts) for parts in zip(raw, rest, strict=True))
         return keys, values
 
+    def read_raw(self, pages: SequencePages, start: int, end: int, layer: int) -> tuple[Tensor, Tensor]:
+        slots = torch.tensor(self._slots(pages.slots, start, end - start), device=self._model.device, dtype=torch.long)
+        keys, values = (pool[layer][slots].flatten(0, 1) for pool in (self._raw_keys, self._raw_values))
+        return keys[: end - start], values[: end - start]
+
     def write_section(
         self, pages: SequencePages, layer: int, section: Section, keys_THD: Tensor, values_THD: Tensor
     ) -> None:

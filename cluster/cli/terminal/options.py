@@ -83,6 +83,19 @@ StopTokenId = Annotated[
 ]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end.", rich_help_panel=SAMPLING)]
 Logprobs = Annotated[int | None, typer.Option(min=0, help="Top log-probabilities in --json.", rich_help_panel=SAMPLING)]
+PromptLogprobs = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Log-probabilities of the prompt in --json, with as many top ones.", rich_help_panel=SAMPLING
+    ),
+]
+Choices = Annotated[int | None, typer.Option("--n", min=1, help="So many answers.", rich_help_panel=SAMPLING)]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TOKEN=BIAS", help="Added to the logit of a token id; may be repeated.", rich_help_panel=SAMPLING
+    ),
+]
 RequestCodec = Annotated[str, typer.Option("--codec", help="Of this request's KV; default: the cluster's.")]
 RequestModel = Annotated[str, typer.Option("--model", help="Fails unless the cluster serves this one.")]
 Timeout = Annotated[float | None, typer.Option(min=0.001, help="Give up after so many seconds.")]
@@ -107,6 +120,18 @@ DryRun = Annotated[
 ]
 
 JobPriority = Annotated[str, typer.Option(help="interactive, standard, or batch, which yields to the others.")]
+
+
+def logit_bias(values: list[str]) -> dict[int, float]:
+    """Of TOKEN=BIAS; a mistake of the user where one is not that."""
+    biases: dict[int, float] = {}
+    for value in values:
+        token, _, bias = value.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise typer.BadParameter(f"{value!r}; allowed: TOKEN=BIAS, as 42=-1.5", param_hint="--logit-bias") from None
+    return biases
 
 
 @asynccontextmanager

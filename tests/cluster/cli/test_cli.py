@@ -71,6 +71,15 @@ def test_generate_json(server: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert answer["usage"] == {"prompt_tokens": len("<user>hi"), "output_tokens": 5}
 
 
+def test_generate_several_answers(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("generate", "--server", server, "--n", "3", "--seed", "7", "--logit-bias", "42=-1.5", "hi")
+    assert outcome(capsys, *arguments) == (0, "[1] hello\n[2] hello\n[3] hello\n", "")
+    code, out, _ = outcome(capsys, *arguments, "--json")
+    answer = json.loads(out)
+    assert (code, answer["seed"], [choice["seed"] for choice in answer["choices"]]) == (0, 7, [7, 8, 9])
+    assert answer["usage"] == {"prompt_tokens": 2, "output_tokens": 15}
+
+
 def test_generate_from_a_file(server: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("näive", encoding="utf-8")
     code, out, _ = outcome(capsys, "generate", "--server", server, "--json", "--file", str(tmp_path / "prompt.txt"))
@@ -176,6 +185,9 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
         (["flip", "decode-0", "cook"], 2, "error: "),
         (["scale", "decode=3"], 1, "error: FAILED_PRECONDITION: this gateway was given a list of workers"),
         (["scale", "decode"], 2, "error: "),
+        (["generate", "--logit-bias", "a=1", "x"], 2, "error: Invalid value for --logit-bias: 'a=1'; allowed: TOKEN="),
+        (["generate", "--logit-bias", "300=1", "x"], 1, "error: INVALID_ARGUMENT: logit_bias has token id 300"),
+        (["generate", "--n", "65", "x"], 1, "error: INVALID_ARGUMENT: n is 65; allowed: 1 to 64"),
         (["scale", "decode=1", "decode=2"], 2, "error: "),
     ],
 )

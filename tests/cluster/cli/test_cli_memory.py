@@ -17,7 +17,7 @@ from isthmus.proto.worker_pb2 import ClusterStatus, MemoryUse, WorkerReport
         ("prefill", ["process", "weights", "KV pages", "activations", "send buffer", "page cache", "in all"]),
         (
             "decode",
-            ["process", "weights", "KV pages", "local prompts", "activations", "preempted", "inbox", "in all"],
+            ["process", "weights", "KV pages", "local prompts", "activations", "preempted", "inbox", "forks", "in all"],
         ),
     ],
 )

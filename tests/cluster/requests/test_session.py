@@ -112,3 +112,19 @@ def test_the_prompt_is_told_once_and_only_where_asked_for() -> None:
     asks.request = replace(asks.request, return_prompt_token_ids=True)
     assert [list(event.prompt_token_ids) for event in run(asks, "ab")] == [[1, 2, 3], [], []]
     assert not any(event.prompt_token_ids for event in run(session(), "ab"))
+
+
+def test_log_probabilities_of_the_prompt_come_once_whatever_is_lost() -> None:
+    asks = session()
+    all_of_them = [TokenLogprobs(logprob=-float(number)) for number in range(5)]
+
+    def push(*numbers: int) -> list[float]:
+        event = asks.push(DecodeEvent(prompt_logprobs=[all_of_them[number] for number in numbers]), 10.5)
+        return [-token.logprob for token in event.prompt_logprobs]
+
+    asks.begin_attempt()
+    assert [push(0, 1), push(2)] == [[0, 1], [2]]
+    asks.begin_attempt()  # it is computed once more, in other pieces
+    assert [push(0), push(1, 2, 3), push(4)] == [[], [3], [4]]
+    asks.begin_attempt()
+    assert push(0, 1, 2, 3, 4) == []

@@ -275,6 +275,8 @@ async def test_ten_thousand_requests_are_one_job(url: str) -> None:
             SubmitJobRequest(requests=[request()], retention=Duration(seconds=1 << 62)),
             "retention of 461168",
         ),
+        (SubmitJobRequest(requests=[request(n=2)]), "n is 2; allowed in a job: 1, and as many requests as answers"),
+        (SubmitJobRequest(requests=[request(prompt_logprobs=1)]), "prompt_logprobs is set; allowed: not in a job"),
         (SubmitJobRequest(requests=[request(stop=["x"] * 17)]), "17 stop strings; allowed: at most 16"),
         (SubmitJobRequest(requests=[request(stop_token_ids=[1] * 257)]), "257 stop token ids; allowed: at most 256"),
         (
