@@ -104,6 +104,9 @@ class GatewayConfig(Settings):
         default=InputLimits.parse_special,
         description="Whether control tokens spelled in a chat message are such, not text.",
     )
+    chat_template: str | None = Field(
+        default=None, description="File of a chat template that is used instead of the model's own."
+    )
     preflight: bool = Field(
         default=True, description="Whether a worker must pass a canary request before it gets others."
     )

@@ -89,7 +89,7 @@ def gateway(
     check_listen(settings.gateway.access, settings.listen)
     supervisor = settings.gateway.supervisor
     workers = () if supervisor else _workers(settings.gateway)
-    served = load_served_model(settings.model, settings.model_manifest)
+    served = load_served_model(settings.model, settings.model_manifest, settings.gateway.chat_template)
     running = Gateway(
         *(settings.listen, served, list(workers), settings.gateway),
         log_content=settings.log_content,

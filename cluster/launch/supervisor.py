@@ -73,10 +73,10 @@ class Supervisor:
 
     async def _start_gateway(self) -> Gateway:
         with self._step(f"model {self._config.model}"):
-            model: ServedModel = await asyncio.to_thread(
-                load_served_model, self._config.model, self._config.model_manifest
-            )
             config = self._config
+            model: ServedModel = await asyncio.to_thread(
+                load_served_model, config.model, config.model_manifest, config.gateway.chat_template
+            )
             self.gateway = Gateway(
                 *(config.listen, model),
                 config=config.gateway,

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from ...model.text.conversation import Conversation
@@ -81,14 +82,15 @@ class ServedModel:
         return self.answers.grammar(tools, choice, parallel=parallel)
 
 
-def load_served_model(source: str, manifest: str | None = None) -> ServedModel:
+def load_served_model(source: str, manifest: str | None = None, chat_template: str | None = None) -> ServedModel:
     """Reads description and tokenizer of a model; a GGUF is converted once. NotFound for no such model; InvalidRequest
-    where it is not what the file `manifest` says."""
+    where it is not what the file `manifest` says. `chat_template`: a file instead of the model's own."""
+    from ...model.files.bounded import read_chat_template
     from ...model.load.describe import describe_model
     from ...model.text.tokenizer import Detokenizer, StopStrings, Tokenizer
 
     described = describe_model(source, manifest)
-    tokenizer = Tokenizer(described.path)
+    tokenizer = Tokenizer(described.path, read_chat_template(Path(chat_template)) if chat_template else None)
     _ = tokenizer.bound  # takes a while once, as the first chat does; no client should wait for them
     if tokenizer.has_chat_template:
         with contextlib.suppress(InvalidRequest):

@@ -10,6 +10,7 @@ from ...proto.generation_pb2 import Tool
 
 MAX_TOOLS = 128
 MAX_NESTING = 64  # of any JSON that a client sends
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -21,6 +22,8 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
         raise InvalidRequest(f"{what} is nested too deep; allowed: {MAX_NESTING} levels") from None
     except ValueError as error:
         raise InvalidRequest(f"{what} is not JSON: {str(error)[:100]}; allowed: a JSON object") from None
+    if _SURROGATE.search(text):  # half of one is no character
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     if not isinstance(value, dict):
         raise InvalidRequest(f"{what} is {shown(text)}; allowed: a JSON object")
     level: list[Any] = [value]

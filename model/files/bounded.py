@@ -31,6 +31,16 @@ def read_json(path: Path, most: int = MAX_JSON) -> Any:
         return parse_json(file.read(most), str(path))
 
 
+def read_chat_template(path: Path) -> str:
+    """A chat template in a file of its own; InvalidRequest where it cannot be read as one."""
+    try:
+        size_of_file(path, MAX_TEMPLATE)
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise InvalidRequest(f"the chat template {path} cannot be read: {reason}") from None
+
+
 def parse_json(text: bytes, name: str) -> Any:
     """What a JSON text holds, errors as `read_json`."""
     try:

@@ -9,6 +9,7 @@ characters, as transformers does for `sanitize_control_tokens`: what is rendered
 writes itself.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,6 +26,16 @@ from .template_traits import TemplateTraits
 MAX_STEPS = 200_000  # turns of all loops and macros of one rendering: some tenths of a second
 _SHOWN = 300  # characters of a reason that a template gives
 _FINAL = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where the last message ends
+_CALLED = Conversation(
+    messages=[
+        {"role": "user", "content": "x"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "012345678", "type": "function", "function": {"name": "x", "arguments": {"x": "x"}}}],
+        },
+    ]
+)
 
 
 class ChatTemplate:
@@ -55,7 +66,9 @@ class ChatTemplate:
         """
         conversation.check(self.traits)
         check_variables(conversation.variables, self._taken)
-        given = [conversation.for_template(self.traits), list(conversation.tools), dict(conversation.variables)]
+        as_text = conversation.has_calls and self._arguments_as_text
+        messages = conversation.for_template(self.traits, arguments_as_text=as_text)
+        given = [messages, list(conversation.tools), dict(conversation.variables)]
         messages, tools, variables = given if parse_special else self._marked(given)
         final = messages[-1]["content"]
         if conversation.continue_final:
@@ -70,6 +83,18 @@ class ChatTemplate:
             "add_generation_prompt": prompted,
         })  # fmt: skip
         return self._cut(text, final) if conversation.continue_final else text
+
+    @functools.cached_property
+    def _arguments_as_text(self) -> bool:
+        """Whether the template takes the arguments of calls as JSON text alone, as some do; others want an object."""
+        for as_text in (False, True):
+            messages = _CALLED.for_template(self.traits, arguments_as_text=as_text)
+            try:
+                self._run({**self._special, "messages": messages, "tools": None, "add_generation_prompt": False})
+            except InvalidRequest:
+                continue
+            return as_text
+        return False
 
     def _run(self, variables: dict[str, Any]) -> str:
         try:

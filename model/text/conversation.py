@@ -1,5 +1,6 @@
 """A conversation as callers give it, and as a chat template is given it."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,9 +42,19 @@ class Conversation:
         if self.tools and not traits.tools:
             raise InvalidRequest(NO_TOOLS)
 
-    def for_template(self, traits: TemplateTraits) -> list[dict[str, Any]]:
+    @property
+    def has_calls(self) -> bool:
+        """Whether a message calls a tool."""
+        return any(message.get("tool_calls") for message in self.messages)
+
+    def for_template(self, traits: TemplateTraits, *, arguments_as_text: bool = False) -> list[dict[str, Any]]:
         """The messages under the names that a template with these traits knows."""
-        return [_for_template(message, traits) for message in self.messages]
+        made = [_for_template(message, traits) for message in self.messages]
+        if arguments_as_text:
+            for message in made:
+                if calls := message.get("tool_calls"):
+                    message["tool_calls"] = [_with_text(call) for call in calls]
+        return made
 
 
 def check_variables(names: Collection[str], taken: Collection[str]) -> None:
@@ -53,6 +64,12 @@ def check_variables(names: Collection[str], taken: Collection[str]) -> None:
             raise InvalidRequest(
                 f"template_kwargs has {shown(name)}; allowed: variables that the chat template has no other use for"
             )
+
+
+def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 def _for_template(message: Mapping[str, Any], traits: TemplateTraits) -> dict[str, Any]:

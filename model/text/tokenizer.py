@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
@@ -23,9 +23,6 @@ from .marked_text import MarkedText
 from .marks import END, START
 from .text_bounds import BYTE_OF, TextBound, bound_of
 
-if TYPE_CHECKING:
-    from .answers.form import AnswerForm
-
 # One text at a time uses one core, and a process that used its threads once warns at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -35,10 +32,13 @@ _TOOL_USE = "tool_use"  # of several templates that one for conversations with t
 class Tokenizer:
     """The tokenizer and the chat template of a model's folder. Any thread may use it."""
 
-    def __init__(self, folder: Path) -> None:
-        """InvalidRequest where the folder has no tokenizer that can be used."""
+    def __init__(self, folder: Path, chat_template: str | None = None) -> None:
+        """`chat_template`: instead of what the folder has. InvalidRequest where the folder has no tokenizer that can
+        be used."""
         read = _read_converted if Note.read(folder) else _read_by_transformers
-        self._backend, self._templates, self._special, self._response_template = read(folder)
+        self._backend, self._templates, self._special, self.response_template = read(folder)
+        if chat_template is not None:
+            self._templates, self.response_template = {"default": chat_template}, None
         self._backend.no_truncation()  # of the text that it was made on, not of prompts
         self._backend.no_padding()
         self._bytes_of: dict[int, bytes] = {}
@@ -118,21 +118,22 @@ class Tokenizer:
             return error
         return template, MarkedText(self._backend, template.control_tokens)
 
-    @functools.cached_property
-    def answer_form(self) -> "AnswerForm | None":
-        """How answers to chats are read; None: they are text. Takes a while once, where the chat template has tools.
+    @property
+    def has_tools(self) -> bool:
+        """Whether its chat template has a place for tools."""
+        found = self._compiled.get(_TOOL_USE, self._compiled.get("default"))
+        return isinstance(found, tuple) and found[0].traits.tools
 
-        InvalidRequest where the model comes with a response template that is not valid.
-        """
-        try:
-            plain, with_tools = (self.chat_template(tools)[0] for tools in (False, True))
-        except InvalidRequest:
-            return None
-        if self._response_template is None and not (with_tools.traits.tools or plain.traits.thinks):
-            return None
-        from .answers.recognition import answer_form  # imports transformers
+    @property
+    def may_tell_apart(self) -> bool:
+        """Whether a chat template has tools, or marks what the model thinks."""
+        sound = [found[0].traits for found in self._compiled.values() if not isinstance(found, InvalidRequest)]
+        return any(traits.tools or traits.thinks for traits in sound)
 
-        return answer_form(self._response_template, plain, with_tools, self.special_tokens)
+    @property
+    def end(self) -> str:
+        """The name of the token that ends a sequence; empty where it is not known."""
+        return str(self._special.get("eos_token") or "")
 
     @functools.cached_property
     def special_tokens(self) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """How models write calls of tools: what stands around a name and its arguments, for grammars."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -27,7 +28,7 @@ PLAIN = CallSyntax(
 
 def deepseek(text: str) -> str:
     """The same with the bars of DeepSeek's tokens."""
-    return text.replace("|", "\N{FULLWIDTH VERTICAL LINE}")
+    return re.sub(r"<\|([^|]*)\|>", "<\N{FULLWIDTH VERTICAL LINE}\\1\N{FULLWIDTH VERTICAL LINE}>", text)
 
 
 _DEEPSEEK = {"opening": deepseek("<|tool▁calls▁begin|>"), "closing": deepseek("<|tool▁calls▁end|>")}

@@ -16,7 +16,9 @@ from transformers.utils.chat_parsing.response_templates import (
 )
 
 from ....proto.errors import InvalidRequest
+from .arguments import head_keys
 from .call_syntax import CallSyntax
+from .forms import AFTER_CALLS
 
 SEARCH_S = 0.25  # of one search for a delimiter
 _MAX_PATTERN = 1000  # characters
@@ -53,7 +55,7 @@ class AnswerForm:
             raise InvalidRequest(f"the model's response template is not valid: {str(error)[:200]}") from None
         fields = {name: _bounded(field, name == loaded.implicit) for name, field in loaded.fields.items()}
         self._with_tools = replace(loaded, fields=fields, start_anchor_re=BoundedPattern(loaded.start_anchor_re))
-        kept = {name: field for name, field in fields.items() if name != TOOL_CALLS}
+        kept = {name: field for name, field in fields.items() if name not in (TOOL_CALLS, AFTER_CALLS)}
         self._without_tools = replace(self._with_tools, fields=kept)
         said = "\0".join(_texts({name: field for name, field in spec["fields"].items() if name != loaded.implicit}))
         said += "\0" + said.replace("\\", "")  # as patterns spell it
@@ -69,6 +71,11 @@ class AnswerForm:
     def tools(self) -> bool:
         """Whether it knows calls of tools."""
         return TOOL_CALLS in self._with_tools.fields
+
+    @property
+    def wants_schemas(self) -> bool:
+        """Whether arguments are no JSON that is passed on as it is: their types are those of the tool's schema."""
+        return self.tools and head_keys(self._with_tools.fields[TOOL_CALLS]) is None
 
     def prefix(self, prompt: str) -> str | None:
         """Of a prompt what stands after the beginning of the assistant's turn; None where that is not in it."""

@@ -1,13 +1,15 @@
 """How models write reasoning and calls of tools: response templates, in the language of transformers' parser.
 
 The first three are those of transformers itself, which keeps them where torch is imported
-(`transformers.cli.serving.utils`). The others are of models that come without one.
+(`transformers.cli.serving.utils`); names of tools may have a hyphen in all. The others are of models that come without
+one. None ends in what may be there or not: where an output comes in pieces, the parser takes the shorter match.
 """
 
 from typing import Any
 
 from .call_syntax import deepseek
 
+AFTER_CALLS = "after_calls"  # a field for what ends several calls; text after that is content
 _FUNCTION = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 _THINK = {"open": "<think>", "close": "</think>", "content": "text"}
 _ASSISTANT = {"role": "assistant"}
@@ -49,7 +51,7 @@ GEMMA: dict[str, Any] = {
     "fields": {
         "reasoning_content": {"open": "<|channel>thought\n", "close": "<channel|>", "content": "text"},
         "tool_calls": {
-            "open_pattern": r"<\|tool_call>call:(?P<name>\w+)",
+            "open_pattern": r"<\|tool_call>call:(?P<name>[\w-]+)",
             "close": "<tool_call|>",
             "repeats": True,
             "content": "json",
@@ -137,7 +139,8 @@ MISTRAL: dict[str, Any] = {
 }
 _DEEPSEEK_ANCHOR = [deepseek(f"<|{name}|>") for name in ("Assistant", "tool▁outputs▁end", "tool▁output▁end")]
 _CALL_BEGIN = deepseek(r"\s*(?:<|tool▁calls▁begin|>)?\s*<|tool▁call▁begin|>")
-_CALL_END = deepseek(r"<|tool▁call▁end|>(?:\s*<|tool▁calls▁end|>)?")
+_CALL_END = deepseek(r"<|tool▁call▁end|>")
+_AFTER_CALLS = {"open": deepseek("<|tool▁calls▁end|>"), "content": "text"}
 DEEPSEEK: dict[str, Any] = {
     "defaults": _ASSISTANT,
     "start_anchor": _DEEPSEEK_ANCHOR,
@@ -145,11 +148,12 @@ DEEPSEEK: dict[str, Any] = {
         "reasoning_content": _THINK,
         "tool_calls": {
             "open_pattern": _CALL_BEGIN + deepseek(r"(?P<name>[\w-]+)<|tool▁sep|>(?=\{)"),
-            "close_pattern": _CALL_END,
+            "close": _CALL_END,
             "repeats": True,
             "content": "json",
             "transform": _FUNCTION,
         },
+        AFTER_CALLS: _AFTER_CALLS,
         "content": {"content": "text"},
     },
 }
@@ -165,6 +169,7 @@ DEEPSEEK_FENCED: dict[str, Any] = {
             "content": "json",
             "transform": _FUNCTION,
         },
+        AFTER_CALLS: _AFTER_CALLS,
         "content": {"content": "text"},
     },
 }

@@ -74,7 +74,7 @@ class TolerantParser(ResponseParser):
         super()._open_explicit(events, field, m)
         self._region_start, self._body_start = m.start(), m.end()
         self._string, self._string_place = JsonText(), m.end()
-        events[-1]["name"] = self._captures.get("name", "")
+        events[-1] |= {"name": self._captures.get("name", ""), "opening": m[0]}
 
     def _accumulate(self, events: list[dict[str, Any]], text: str) -> None:
         if self._current is None:

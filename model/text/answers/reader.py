@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from .arguments import ArgumentsStream, calls_of, head_keys
 from .form import REASONING, TOOL_CALLS, AnswerForm
+from .forms import AFTER_CALLS
 from .parser import TolerantParser
 
 _SLICE = 4096  # characters that are parsed at once
@@ -23,16 +24,19 @@ class Part:
 class AnswerReader:
     """Reads one output. What cannot be parsed is content; nothing that a model writes raises an error."""
 
-    def __init__(self, form: AnswerForm, *, prefix: str, tools: Sequence[dict[str, Any]]) -> None:
-        """`prefix`: what stands in the prompt after the beginning of the assistant's turn. `tools`: those that it may
-        call, as templates have them; none: what looks like a call is content."""
-        template = form.template(bool(tools))
+    def __init__(self, form: AnswerForm, *, prefix: str, calls: bool, tools: Sequence[dict[str, Any]] = ()) -> None:
+        """`prefix`: what stands in the prompt after the beginning of the assistant's turn. `calls`: whether it may call
+        tools; if not, what looks like a call is content. `tools`: as templates have them, for a form that wants their
+        schemas: arguments that it has as text become what their schema says."""
+        template = form.template(calls)
         self._parser: TolerantParser | None = TolerantParser(template, prefix, tools)
+        self._of_prompt = self._parser.held  # characters of the prefix that the parser has not let go: no output
         field = template.fields.get(TOOL_CALLS)
         self._keys = head_keys(field) if field else None
         self._stream: ArgumentsStream | None = None
         self._streamed = False  # the call in this region was begun
-        self._content, self._reasoning = _Trimmed(), _Trimmed()
+        self._called = False
+        self._content, self._reasoning = _Trimmed(), _Trimmed(begins=True)
 
     def push(self, text: str) -> Iterator[Part]:
         """What became certain."""
@@ -55,15 +59,20 @@ class AnswerReader:
         if not sound or parser.held > _MAX_HELD:  # no delimiter is so long
             self._parser = None
             rest = "" if parser.in_call and self._streamed else parser.rest()
-            yield from self._part("content", self._content.push(rest))
+            yield from self._part("content", self._content.push(self._own(rest)))
 
     def _on(self, event: dict[str, Any]) -> Iterator[Part]:
         kind, field = event["type"], event["field"]
+        if kind == "region_chunk" and self._of_prompt and field != TOOL_CALLS:
+            event["text"] = self._own(event["text"])
         if field == TOOL_CALLS:
             yield from self._on_call(kind, event)
-        elif kind == "region_open" and field in REASONING:
+        elif kind in ("region_open", "region_close") and field in REASONING:
             self._reasoning = _Trimmed(begins=True)
             self._content.interrupt()
+            self._of_prompt = 0
+        elif kind == "region_open" and field == AFTER_CALLS and not self._called:  # there are none that it could end
+            yield from self._part("content", self._content.push(event["opening"]))
         elif kind == "region_chunk" and field in REASONING:
             yield from self._part("reasoning", self._reasoning.push(event["text"]))
         elif kind == "region_chunk":
@@ -83,16 +92,24 @@ class AnswerReader:
             try:
                 calls = calls_of(event["value"])
             except (ValueError, RecursionError):
-                yield from self._part("content", self._content.push(event["raw"]))
+                yield from self._part("content", self._content.push(self._own(event["raw"])))
                 return
+            self._of_prompt = 0
             for name, arguments in calls:
                 yield from self._begin(name)
                 yield from self._part("arguments", arguments)
         elif kind == "unparsed" and not self._streamed:
-            yield from self._part("content", self._content.push(event["text"]))
+            yield from self._part("content", self._content.push(self._own(event["text"])))
+
+    def _own(self, text: str) -> str:
+        """The output's part of the next text that the parser gives."""
+        dropped = min(self._of_prompt, len(text))
+        self._of_prompt -= dropped
+        return text[dropped:]
 
     def _begin(self, name: str) -> Iterator[Part]:
         self._content.interrupt()
+        self._of_prompt, self._called = 0, True
         yield Part("call", name)
 
     @staticmethod

@@ -6,11 +6,11 @@ the same call back is the right one.
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from ....proto.errors import InvalidRequest
 from ..chat_template import ChatTemplate
 from ..conversation import Conversation
+from ..tokenizer import Tokenizer
 from .call_syntax import SYNTAXES
 from .form import AnswerForm
 from .forms import CHATML, FORMS, thinking
@@ -30,20 +30,23 @@ _TOOL = {
 _CALLED = [Part("call", _NAME), Part("arguments", json.dumps(_ARGUMENTS))]
 
 
-def answer_form(
-    own: Mapping[str, Any] | None, plain: ChatTemplate, with_tools: ChatTemplate, special: Mapping[str, int]
-) -> AnswerForm | None:
-    """How a model's answers are read; None: they are content. `own`: the response template that it comes with, if any.
+def answer_form(tokenizer: Tokenizer) -> AnswerForm | None:
+    """How a model's answers to chats are read; None: they are content. Takes a while.
 
-    `special`: ids of the tokens that have no text in an output. InvalidRequest where `own` is not valid.
+    InvalidRequest where the model comes with a response template that is not valid.
     """
-    if own is not None:
-        return _with_syntax(AnswerForm(own, special))
+    try:
+        plain, with_tools = (tokenizer.chat_template(tools)[0] for tools in (False, True))
+    except InvalidRequest:  # it answers no chats
+        return None
+    special = tokenizer.special_tokens
+    if tokenizer.response_template is not None:
+        return _with_syntax(AnswerForm(tokenizer.response_template, special))
     if with_tools.traits.tools and (rendered := _rendered_call(with_tools)):
         for spec in FORMS:
             form = AnswerForm(spec, special)
             turn = form.prefix(rendered)
-            if turn is not None and _read(form, turn)[: len(_CALLED)] == _CALLED:
+            if turn is not None and _read(form, turn.removesuffix(tokenizer.end))[: len(_CALLED)] == _CALLED:
                 return _with_syntax(form)
     anchor = _thinking_anchor(plain) if plain.traits.thinks else ""
     return AnswerForm(thinking(anchor), special) if anchor else None
@@ -63,7 +66,7 @@ def _read(form: AnswerForm, text: str) -> list[Part]:
     """What a form makes of a text; neighbouring parts of a kind are one."""
     if not form.tools:
         return []
-    reader = AnswerReader(form, prefix="", tools=[_TOOL])
+    reader = AnswerReader(form, prefix="", calls=True, tools=[_TOOL])
     return merged([*reader.push(text), *reader.finish()])
 
 

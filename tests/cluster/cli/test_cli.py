@@ -271,7 +271,7 @@ def test_flags_of_the_gateway_reach_it(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     monkeypatch.setattr("isthmus.cluster.cli.up._serve_cluster", serves)
     monkeypatch.setattr("isthmus.cluster.frontend.gateway.Gateway", gateway)
-    monkeypatch.setattr("isthmus.cluster.text.served.load_served_model", lambda name, manifest: name)
+    monkeypatch.setattr("isthmus.cluster.text.served.load_served_model", lambda name, *_: name)
     (tmp_path / "c.yaml").write_text("gateway:\n  replays: 3\n  overcommit: 4\n")
     flags = ["--policy", "least-requests", "--local-prefill", "never", "--replays", "2", "--max-request-s", "1.5"]
     flags += ["--tenant-weights", "a=2,b=0.5", "--tenant-weights", "c=1", "--no-preflight"]

@@ -103,7 +103,7 @@ class FakeLauncher:
 
 @pytest.fixture(autouse=True)
 def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "load_served_model", lambda source, manifest: served())
+    monkeypatch.setattr(supervisor_module, "load_served_model", lambda *_: served())
 
 
 async def test_up_answer_and_down() -> None:
