@@ -86,7 +86,7 @@ async def test_sizes_are_bounded_before_any_work(request_: GenerateRequest, mess
         def encode(self, text: str, **_how: Any) -> list[int]:
             raise AssertionError("tokenized")
 
-        def encode_chat(self, messages: Any, **_how: Any) -> list[int]:
+        def encode_chat(self, conversation: Any, **_how: Any) -> list[int]:
             raise AssertionError("tokenized")
 
     model = served(tokenizer=Untouched(), limits=InputLimits(max_prompt_bytes=101, max_chat_messages=3))
