@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Awaitable, Callable
@@ -30,6 +31,7 @@ from isthmus.cluster.client.client import Client, build_request
 
 MODEL = "smollm2-135m"
 START_S = 120.0
+BEGIN_S = 1.0  # in which all streams at a pace begin
 
 
 @dataclass
@@ -96,9 +98,16 @@ async def over_grpc(client: Client, number: int, tokens: int) -> Stream:
     return stream
 
 
-async def together(streams: int, ask: Callable[[int], Awaitable[Stream]]) -> list[Stream]:
-    """So many streams at once."""
-    return list(await asyncio.gather(*(ask(number) for number in range(streams))))
+async def together(streams: int, within_s: float, ask: Callable[[int], Awaitable[Stream]]) -> list[Stream]:
+    """So many streams at once, which begin at random times, the same in each round."""
+    draw = random.Random(streams)
+    begins_s = [draw.uniform(0, within_s) for _ in range(streams)]
+
+    async def one(number: int) -> Stream:
+        await asyncio.sleep(begins_s[number])
+        return await ask(number)
+
+    return list(await asyncio.gather(*map(one, range(streams))))
 
 
 async def measure(
@@ -111,12 +120,14 @@ async def measure(
             "http": lambda number: over_http(port, number, options.tokens),
         }
         await _ready(client)
+        for ask in ways.values():
+            await ask(0)
         streams: dict[str, list[Stream]] = {name: [] for name in ways}
         took_s, cpu_s = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
         for turn in range(options.rounds):
             for name, ask in ways.items():
                 before_s, used_s = time.perf_counter(), sum(gateway.cpu_times()[:2])
-                streams[name] += await together(options.streams, ask)
+                streams[name] += await together(options.streams, BEGIN_S if step_ms else 0, ask)
                 took_s[name] += time.perf_counter() - before_s
                 cpu_s[name] += sum(gateway.cpu_times()[:2]) - used_s
             say(f"{f'a step each {step_ms:g} ms' if step_ms else 'full speed'}: round {turn + 1} of {options.rounds}")

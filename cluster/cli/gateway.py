@@ -72,7 +72,7 @@ def gateway(
 
     [bold]Examples[/]
 
-      isthmus gateway --workers 127.0.0.1:7001,127.0.0.1:7002
+      isthmus gateway --workers 127.0.0.1:7001,127.0.0.1:7002 --http-port 8000
 
       isthmus gateway --cluster-id prod --supervisor 127.0.0.1:50053    # of isthmus supervise
 
@@ -107,8 +107,7 @@ def gateway(
 
     async def start() -> None:
         await running.start()
-        http = f", HTTP: {running.http_url}" if running.http_url else ""
-        where = f"{running.address} (admin: {running.admin_address}{http})"
+        where = f"{running.address} (admin: {running.admin_address}, HTTP: {running.http_url or 'none'})"
         whose = f"workers of {supervisor}" if supervisor else f"{len(workers)} workers"
         opt.say(f"gateway for {served.name} on {where}, {whose}")
         for line in hints(settings, running.address):

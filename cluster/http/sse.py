@@ -58,48 +58,63 @@ class EventStream(Response):
         self.status_code, self.background = 200, None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started, last_s, one_at_once = False, self._call.arrived_s, asyncio.Lock()
+        write = _Writer(self._call, send)
+        try:
+            await self._run(write)
+        except Stalled as error:
+            log.warning("a stream is ended: %s", error)
+            raise ClientGone from None
 
-        async def write(event: bytes) -> None:
-            nonlocal started, last_s
-            if not event:
-                if time.monotonic() - last_s < SILENCE_S:
-                    return
-                event = COMMENT
-            async with one_at_once:
-                if not started:
-                    headers = {**_HEADERS, **self._call.headers}
-                    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-                    await send({"type": "http.response.start", "status": 200, "headers": raw})
-                    started = True
-                await _in_time(send, event)
-            last_s = time.monotonic()
-
+    async def _run(self, write: "_Writer") -> None:
         end = self._last
         try:
             async with self._call.alive():
                 await self._produce(write)
-        except Stalled as error:
-            log.warning("a stream is ended: %s", error)
-            raise ClientGone from None
+        except (Stalled, ClientGone):
+            raise
         except asyncio.CancelledError:  # the server stops
-            if started:
-                with contextlib.suppress(TimeoutError):
+            if write.started:
+                with contextlib.suppress(TimeoutError, Stalled):
                     async with asyncio.timeout(_LAST_WORD_S):
                         await write(self._failed(Unavailable("the gateway stops")))
             raise
         except Exception as error:
-            if not started:
+            if not write.started:
                 raise
             end = self._failed(error)
         await write(end)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await write.end()
 
 
-async def _in_time(send: Send, event: bytes) -> None:
-    """Sends an event; Stalled where the client has taken nothing for STALL_S and no more of it may wait here."""
-    try:
-        async with asyncio.timeout(STALL_S):
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-    except TimeoutError:
-        raise Stalled(f"nothing was read from this stream for {STALL_S:g} s") from None
+class _Writer:
+    """Writes the events of one stream; several tasks may."""
+
+    def __init__(self, call: Call, send: Send) -> None:
+        self._call, self._send = call, send
+        self._one_at_once, self._last_s = asyncio.Lock(), call.arrived_s
+        self.started = False
+
+    async def __call__(self, event: bytes) -> None:
+        """Stalled where the client has taken nothing for STALL_S and no more of it may wait here."""
+        if not event:
+            if time.monotonic() - self._last_s < SILENCE_S:
+                return
+            event = COMMENT
+        try:
+            async with self._one_at_once, asyncio.timeout(STALL_S):
+                if not self.started:
+                    await self._start()
+                await self._send({"type": "http.response.body", "body": event, "more_body": True})
+        except TimeoutError:
+            raise Stalled(f"nothing was read from this stream for {STALL_S:g} s") from None
+        self._last_s = time.monotonic()
+
+    async def end(self) -> None:
+        """After the last event."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _start(self) -> None:
+        headers = {**_HEADERS, **self._call.headers}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+        self.started = True

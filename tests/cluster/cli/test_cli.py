@@ -251,7 +251,7 @@ def command(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[
 @pytest.mark.parametrize("name", ["up", "gateway"])
 def test_settings_of_the_gateway_are_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = outcome(capsys, name, "--help")
-    no_flags = {"access", "jobs", "jobs_db", "workers", "supervisor", "wait_for_scale"}
+    no_flags = {"access", "http", "http_listen", "jobs", "jobs_db", "workers", "supervisor", "wait_for_scale"}
     settings = set(GatewayConfig.model_fields) - no_flags
     assert {flag.setting for flag in GATEWAY_FLAGS} == {f"gateway.{setting}" for setting in settings}
     for setting in settings:

@@ -52,9 +52,8 @@ async def test_greedy_answers_are_those_of_grpc_token_for_token() -> None:
             messages=MESSAGES, stream=True, stream_options={"include_usage": True}, **greedy
         )
         chunks: list[Any] = [chunk async for chunk in streamed]
-        assert [token for chunk in chunks for choice in chunk.choices for token in choice.token_ids or ()] == (
-            expected.token_ids
-        )
+        told = [getattr(choice, "token_ids", None) or [] for chunk in chunks for choice in chunk.choices]
+        assert [token for tokens in told for token in tokens] == expected.token_ids
         text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
         assert text == expected.text
         assert chunks[0].choices[0].delta.role == "assistant"
@@ -63,8 +62,8 @@ async def test_greedy_answers_are_those_of_grpc_token_for_token() -> None:
         assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
         tokens = (await plain.post("/tokenize", json={"messages": MESSAGES})).json()["tokens"]
         assert whole.prompt_token_ids == tokens and len(tokens) == whole.usage.prompt_tokens
-        told = (await plain.post("/detokenize", json={"tokens": expected.token_ids})).json()["prompt"]
-        assert told == expected.text
+        text = (await plain.post("/detokenize", json={"tokens": expected.token_ids})).json()["prompt"]
+        assert text == expected.text
 
 
 async def test_completions_of_texts_and_tokens_with_logprobs_and_echo() -> None:
@@ -192,3 +191,34 @@ async def test_a_named_tool_is_a_matter_of_the_grammar_and_history_goes_through_
         with pytest.raises(openai.BadRequestError, match="tool_choice names 'sea'"):
             named: Any = {"type": "function", "function": {"name": "sea"}}
             await client.chat.completions.create(model=model, messages=history, tools=tools, tool_choice=named)
+
+
+async def test_prompts_can_be_scored() -> None:
+    """As lm-eval does it: token ids, echo, one token of output, of which nothing is looked at; or none at all."""
+    async with served() as (gateway, client, plain):
+        model = (await client.models.list()).data[0].id
+        tokens = (await plain.post("/tokenize", json={"prompt": PROMPT})).json()["tokens"]
+        scored: Any = {"model": model, "prompt": [tokens], "echo": True, "logprobs": 2, "temperature": 0}
+        one = (await client.completions.create(max_tokens=1, **scored)).choices[0]
+        logprobs = one.logprobs
+        assert logprobs is not None and logprobs.tokens is not None and logprobs.token_logprobs is not None
+        assert logprobs.text_offset is not None and logprobs.top_logprobs is not None
+        assert len(logprobs.tokens) == len(tokens) + 1
+        assert (logprobs.token_logprobs[0], logprobs.top_logprobs[0]) == (None, None)
+        assert all(logprob < 0 for logprob in logprobs.token_logprobs[1:])
+        assert logprobs.text_offset[-1] == len(PROMPT)
+        assert one.text.startswith(PROMPT)
+        expected = await over_grpc(gateway, prompt=PROMPT, sampling={"max_tokens": 1, "prompt_logprobs": 2})
+        assert logprobs.token_logprobs[1:-1] == [each.logprob for each in expected.prompt_logprobs]
+        none = await client.completions.create(max_tokens=0, **scored)
+        assert (none.choices[0].text, none.choices[0].finish_reason) == (PROMPT, "length")
+        assert none.choices[0].logprobs is not None
+        assert none.choices[0].logprobs.token_logprobs == logprobs.token_logprobs[:-1]
+        assert none.usage is not None and none.usage.completion_tokens == 0
+        chat: Any = {"model": model, "messages": MESSAGES, "max_tokens": 2, "prompt_logprobs": 1}
+        for stream in (False, True):
+            response = await plain.post("/v1/chat/completions", json={**chat, "stream": stream})
+            first = response.text.partition("\n\n")[0].removeprefix("data: ")
+            found = (ChatChunk if stream else ChatCompletion).model_validate_json(first).prompt_logprobs
+            assert found is not None and found[0] is None and len(found) > len(tokens)
+            assert all(each is not None and 1 <= len(each) <= 2 for each in found[1:])
