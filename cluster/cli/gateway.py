@@ -35,7 +35,7 @@ GATEWAY_FLAGS = tuple(
         *("overcommit", "propagation_s", "tenant_weights", "prefix_sharing", "max_request_tokens"),
         "max_request_kv_mib",
         *("max_request_s", "sign_of_life_s"),
-        *("max_prompt_bytes", "max_chat_messages", "parse_special", "preflight"),
+        *("max_prompt_bytes", "max_chat_messages", "parse_special", "chat_template", "preflight"),
     )
 )
 

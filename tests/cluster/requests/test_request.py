@@ -12,6 +12,7 @@ from isthmus.cluster.router.routing_table import RoutingTable
 from isthmus.cluster.router.worker_columns import WorkerLoad
 from isthmus.cluster.text.served import InputLimits, ServedModel
 from isthmus.kvtransfer.codecs.registry import codec_names
+from isthmus.model.text.conversation import Conversation
 from isthmus.proto.errors import InvalidRequest, IsthmusError, NotFound, Unavailable
 from isthmus.proto.generation_pb2 import GenerateRequest
 
@@ -86,7 +87,7 @@ async def test_sizes_are_bounded_before_any_work(request_: GenerateRequest, mess
         def encode(self, text: str, **_how: Any) -> list[int]:
             raise AssertionError("tokenized")
 
-        def encode_chat(self, conversation: Any, **_how: Any) -> list[int]:
+        def encode_chat(self, conversation: Conversation, **_how: Any) -> list[int]:
             raise AssertionError("tokenized")
 
     model = served(tokenizer=Untouched(), limits=InputLimits(max_prompt_bytes=101, max_chat_messages=3))
