@@ -60,4 +60,8 @@ class Preparation:
         """The hashes of a request's full pages in one layout."""
         page_tokens, codec_hash = layout
         salt = page_salt(self._fingerprint, request.codec, codec_hash, request.tenant, request.prefix_scope)
-        return HashedPages(layout=layout, hashes=page_hashes(request.prompt_token_ids, page_tokens, salt))
+        hashes = request.hashed.get((page_tokens, salt))  # the answers to one prompt have the same pages
+        if hashes is None:
+            hashes = page_hashes(request.prompt_token_ids, page_tokens, salt)
+            request.hashed[page_tokens, salt] = hashes
+        return HashedPages(layout=layout, hashes=hashes)

@@ -3,7 +3,7 @@
 import functools
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ...kvtransfer.codecs.registry import codec_names
@@ -38,6 +38,8 @@ class ResolvedRequest:
     return_prompt_token_ids: bool = False
     choice: int | None = None  # which of `sampling.n` answers this is the request for; None: for all of them
     limits: Limits = NO_LIMITS  # its caller's own, beside those of the gateway
+    # Hashes of its pages, by their size and salt, once they were needed; requests for answers to one prompt share it.
+    hashed: dict[tuple[int, bytes], bytes] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def output_tokens(self) -> int:

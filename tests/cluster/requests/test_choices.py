@@ -1,6 +1,7 @@
 """Several answers to one prompt, against workers that follow a script."""
 
 import asyncio
+from collections.abc import Sequence
 
 import grpc
 import grpc.aio
@@ -8,6 +9,7 @@ import pytest
 from scripted import Script, scripted_cluster
 
 from isthmus.cluster.client.client import Client, build_request
+from isthmus.cluster.requests import prepare
 from isthmus.proto.common_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_UNSPECIFIED, TransferStats
 from isthmus.proto.decode_pb2 import DecodeEvent, DecodeRequest
 from isthmus.proto.errors import InvalidRequest
@@ -66,6 +68,24 @@ async def test_the_others_wait_for_the_prompt_and_go_where_it_is() -> None:
         kv.set()
         assert [answer.finish for answer in await running] == ["length"] * 5
         assert sorted(len(worker.requests) for worker in cluster.decodes) == [0, 0, 5]
+
+
+async def test_pages_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = list[int]()
+    own = prepare.page_hashes
+
+    def counted(token_ids: Sequence[int], page_tokens: int, salt: bytes) -> bytes:
+        hashed.append(len(token_ids))
+        return own(token_ids, page_tokens, salt)
+
+    monkeypatch.setattr(prepare, "page_hashes", counted)
+    async with scripted_cluster(tells_its_seed()) as cluster, Client(cluster.gateway.address) as client:
+        for tenant in ("a", "b"):
+            request = asked(5)
+            request.tenant = tenant
+            await client.answers(request)
+        assert hashed == [70, 70]
+        assert [len(request.page_hashes) for request in cluster.decodes[0].requests] == [16] * 10
 
 
 async def test_one_that_fails_ends_all() -> None:
