@@ -1,6 +1,7 @@
 """`isthmus gateway`, and the flags that it shares with `isthmus up`."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from .terminal.flags import Flag, command_with, given
 from .terminal.hints import hints
 
 if TYPE_CHECKING:
+    from ..config import ClusterConfig
     from ..gateway_config import GatewayConfig
 
 
@@ -57,6 +59,16 @@ def _workers(settings: "GatewayConfig") -> tuple[str, ...]:
     return settings.workers
 
 
+def _settings(config: Path | None, flags: dict[str, Any], listen: str | None) -> "ClusterConfig":
+    from ...proto.rpc.addresses import parse_address
+    from ..config import load_config
+
+    if listen is not None:
+        host, port = parse_address(opt.address(listen, option="--listen"))
+        flags |= {"host": host, "port": port}
+    return load_config(config, flags).with_jobs()
+
+
 def gateway(
     ctx: typer.Context,
     listen: Annotated[
@@ -83,17 +95,11 @@ def gateway(
       isthmus gateway --workers 127.0.0.1:7001,127.0.0.1:7002 --local-prefill never --max-request-s 60
     """
     opt.configure_logs(log_level)
-    from ...proto.rpc.addresses import parse_address
     from ..access.access import check_listen
-    from ..config import load_config
     from ..frontend.gateway import Gateway
     from ..text.served import load_served_model
 
-    flags = given(ctx)
-    if listen is not None:
-        host, port = parse_address(opt.address(listen, option="--listen"))
-        flags |= {"host": host, "port": port}
-    settings = load_config(config, flags).with_jobs().with_http(http_port, none=no_http)
+    settings = _settings(config, given(ctx), listen).with_http(http_port, none=no_http)
     opt.configure_logs(log_level, settings)
     check_listen(settings.gateway.access, settings.listen)
     supervisor = settings.gateway.supervisor

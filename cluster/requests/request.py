@@ -16,8 +16,8 @@ from ..access.settings import NO_LIMITS, Limits
 from ..router.policies import LocalPrefill
 from ..router.router import servable_codecs, token_limit
 from ..router.routing_table import Limit, RoutingTable
+from ..text.chat_input import check_size, conversation_of
 from ..text.served import ServedModel
-from .chat_input import check_size, conversation_of
 
 T = TypeVar("T", int, float)
 

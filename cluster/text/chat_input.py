@@ -5,8 +5,8 @@ from typing import Any
 from ...model.text.conversation import ROLES, Conversation
 from ...proto.errors import InvalidRequest, shown
 from ...proto.generation_pb2 import Chat, ChatMessage, ToolCall
-from ..text.served import ServedModel
-from ..text.tools import checked_name, for_template, parse_object
+from .served import ServedModel
+from .tools import checked_name, for_template, parse_object
 
 
 def check_size(chat: Chat, model: ServedModel) -> int:
