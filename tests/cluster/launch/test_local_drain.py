@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc.aio
@@ -118,22 +118,29 @@ def test_a_folder_that_cannot_hold_sockets_is_told_in_one_line(
     assert "Errno" not in str(raised.value) and "ISTHMUS_RUNTIME names another folder" in str(raised.value)
 
 
-async def test_workers_of_a_service_are_found_from_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose name leaves room for that of a socket: 107 bytes for both."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+async def test_workers_of_a_service_are_found_from_a_login(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service has no XDG_RUNTIME_DIR; one of another user, as su leaves it, is not used."""
     monkeypatch.delenv("ISTHMUS_RUNTIME")
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-    (tmp_path / "login").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(short / "tmp"))
+    (short / "tmp").mkdir()
+    (short / "login").mkdir()
     host = Host()
     task = asyncio.create_task(host.run())
-    service = tmp_path / "tmp" / f"isthmus-{os.getuid()}"
+    service = short / "tmp" / f"isthmus-{os.getuid()}"
     await until(lambda: service.is_dir() and list(service.glob("*.sock")))
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "login"))
-    assert runtime_folder() == tmp_path / "login" / "isthmus"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short / "login"))
+    assert runtime_folder() == short / "login" / "isthmus"
     assert next(service.glob("*.sock")) in list(sockets())
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert local_orders._folders()[0] == tmp_path / "tmp" / "isthmus-12345"
+    assert local_orders._folders()[0] == short / "tmp" / "isthmus-12345"
     monkeypatch.undo()
     host.left()
     await task
