@@ -29,7 +29,7 @@ def test_every_method_of_every_service_is_called_somewhere() -> None:
     assert len(ours) > 20
     assert ours == {path for path in paths if path.startswith("/isthmus.")}
     assert {path for path in paths if path.startswith("/grpc.")} >= {"/grpc.health.v1.Health/Check"}
-    orders = {method.path.rpartition("/")[2]: method.addresses for method in methods if "orders:1" in method.addresses}
+    orders = {method.path.rpartition("/")[2]: method.addresses for method in methods if "o:1" in method.addresses}
     assert set(orders) == {"DrainWorker", "FlipWorker", "Scale"}
 
 
