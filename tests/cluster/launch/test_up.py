@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from models import model_path
@@ -93,9 +94,20 @@ def test_it_answers(up: Up) -> None:
     assert json.loads(done.stdout)["usage"]["output_tokens"] == 5
 
 
+def test_it_answers_over_http(up: Up) -> None:
+    """On a free port, as its other ports are, and in plain text: it is on loopback."""
+    found = re.search(r"HTTP, as OpenAI's API: (http://127\.0\.0\.1:\d+/v1)", up.log.read_text())
+    assert found is not None
+    body = {"prompt": "hello", "max_tokens": 5, "ignore_eos": True}
+    with httpx.Client(trust_env=False, timeout=30) as client:
+        answer = client.post(f"{found[1]}/completions", json=body).json()
+    assert answer["usage"]["completion_tokens"] == 5
+
+
 def test_output_is_quiet(up: Up) -> None:
     lines = up.log.read_text().splitlines()
-    known = ("✓ ", "… ", "ready on ", "status and orders on ", "try: ")  # …: a slow start
+    # …: a slow start
+    known = ("✓ ", "… ", "ready on ", "status and orders on ", "HTTP, as OpenAI's API: ", "try: ")
     assert all(line.startswith(known) for line in lines), lines
 
 
