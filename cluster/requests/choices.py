@@ -1,7 +1,7 @@
 """Several answers to one prompt: as many requests that share it, told apart in their events by `choice`.
 
-The first one goes ahead. The others are placed where the KV of its prompt is, once it is there: they hold its pages
-too, so that no more of the prompt than its last pages is sent, and computed, again for each of them (docs/reuse.md).
+The first one goes ahead. The others are placed where the KV of its prompt is, once it is there: they share its pages
+and copy the end of the prompt that is no shared page, so that nothing is computed or sent again (docs/reuse.md).
 All of them come to their ends together: where one fails, or the caller goes away, the others are cancelled.
 """
 
