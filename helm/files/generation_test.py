@@ -1,4 +1,4 @@
-"""Asks the gateway over HTTP for its models, where its first argument is the address of that port; and over gRPC, until an
+"""Asks the gateway for its models over HTTP, where an argument is the address of that port, and over gRPC until an
 answer came whose KV moved between workers. Ends with 0 then."""
 
 import json
