@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 from cryptography import x509
 from helm.cases import cluster_of
-from helm.charts import CHART, VALUES, Object, name_of, only, rendered_case
+from helm.charts import CHART, ROOT, VALUES, Object, name_of, only, rendered_case
 from helm.told import (
     OWN_WITH_CERTIFICATES,
     PLAIN_WITH_KEYS,
@@ -66,6 +66,11 @@ def test_the_port_leads_to_gateways_as_they_serve_it(values: Path, tmp_path: Pat
     assert [port["port"] for port in shown if port["port"] != service_ports(objects)["http"]] in ([], [PORT])
     assert gateway.ports()["http"] == PORT
     assert (f'"port": {PORT}' in opened) == (name != "plain-text")  # which has no policies
+
+
+def test_the_docs_tell_the_same_as_the_notes() -> None:
+    (line,) = (line for line in commands(notes("default")) if "curl" in line)
+    assert line in " ".join((ROOT / "docs" / "kubernetes.md").read_text().replace("\\\n", " ").split())
 
 
 def test_without_http_nobody_is_told_to_use_it() -> None:
