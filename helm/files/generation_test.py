@@ -1,5 +1,5 @@
-"""Asks the gateway for its models over HTTP, where an argument is the address of that port, and over gRPC until an
-answer came whose KV moved between workers. Ends with 0 then."""
+"""Asks the gateway until an answer came whose KV moved between workers; then over HTTP for its models, where an
+argument is the address of that port. Ends with 0 where both were answered."""
 
 import json
 import os
@@ -46,9 +46,9 @@ def generate() -> None:
 
 
 if __name__ == "__main__":
+    generate()
     for url in sys.argv[1:]:
         try:
             print(f"models at {url}: {', '.join(models_over_http(url))}")
         except OSError as error:
             sys.exit(f"no models at {url}: {error}")
-    generate()
