@@ -70,6 +70,15 @@
 {{- if and $values.inferencePool.enabled (not $values.inferencePool.endpointPicker.name) -}}
 {{- fail "inferencePool.enabled: name the Service that picks endpoints in inferencePool.endpointPicker.name" -}}
 {{- end -}}
+{{- if eq (int $values.service.port) (int $values.service.httpPort) -}}
+{{- fail (printf "service.port and service.httpPort are both %d: set one of them to another port" (int $values.service.port)) -}}
+{{- end -}}
+{{- if and $values.httpRoute.enabled (not $values.service.httpPort) -}}
+{{- fail "httpRoute.enabled: gateways do not answer HTTP; set service.httpPort too" -}}
+{{- end -}}
+{{- if and $values.httpRoute.enabled (not $values.httpRoute.parentRefs) -}}
+{{- fail "httpRoute.enabled: name the Gateway in httpRoute.parentRefs" -}}
+{{- end -}}
 {{- if and $values.grpcRoute.enabled (not $values.grpcRoute.parentRefs) -}}
 {{- fail "grpcRoute.enabled: name the Gateway in grpcRoute.parentRefs" -}}
 {{- end -}}

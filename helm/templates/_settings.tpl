@@ -16,6 +16,9 @@
 {{- if and (has "tls" $given) (or (eq .Values.tls.mode "off") (not (kindIs "map" .Values.settings.tls))) -}}
 {{- fail "settings.tls is set by the chart: use tls.mode" -}}
 {{- end -}}
+{{- if and (has "gateway.http.tls" $given) (eq .Values.tls.mode "off") -}}
+{{- fail "settings.gateway.http.tls is set by the chart: use tls.mode" -}}
+{{- end -}}
 {{- end }}
 
 {{/* Every key of a map and of maps in it, a line each: "gateway", "gateway.replays". */}}
@@ -52,6 +55,7 @@ gateway.supervisor: it is the release's own
 gateway.workers: the supervisor tells gateways their workers
 gateway.admin_listen: it is on loopback, for kubectl port-forward
 gateway.health_listen: probes name its port
+gateway.http_listen: use service.httpPort
 gateway.propagation_s: use gateway.propagationSeconds
 gateway.jobs_db: use jobs.existingSecret, for its URL may hold a password
 gateway.access.keys_file: use auth.existingSecret
@@ -102,6 +106,11 @@ gateway:
   supervisor: {{ include "isthmus.fullname" . }}-supervisor:50053
   admin_listen: 127.0.0.1:50052
   health_listen: 0.0.0.0:50054
+  http_listen: {{ empty .Values.service.httpPort | ternary "none" "0.0.0.0:8000" }}
+  {{- if eq .Values.tls.mode "off" }}
+  http:
+    tls: "off"
+  {{- end }}
   {{- if not .Values.jobs.existingSecret }}
   jobs_db: none
   {{- end }}

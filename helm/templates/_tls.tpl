@@ -67,3 +67,9 @@ data:
 {{- $tls := .Values.settings.tls -}}
 {{- and (ne .Values.tls.mode "off") (kindIs "map" $tls) (get (kindIs "map" $tls | ternary $tls dict) "client_certificates") -}}
 {{- end }}
+
+{{/* Whether HTTP is encrypted; YAML reads `off` as false. */}}
+{{- define "isthmus.httpTls" -}}
+{{- $word := dig "gateway" "http" "tls" "auto" .Values.settings | toString -}}
+{{- and (ne .Values.tls.mode "off") (not (has $word (list "off" "false"))) -}}
+{{- end }}

@@ -311,7 +311,24 @@ def a_service_finds_nobody(objects: list[Object]) -> None:
 
 @finds("Service prod-isthmus: leads to port")
 def a_service_names_no_port_of_its_pods(objects: list[Object]) -> None:
-    only(objects, "Service", "prod-isthmus")["spec"]["ports"][0]["targetPort"] = "http"
+    only(objects, "Service", "prod-isthmus")["spec"]["ports"][0]["targetPort"] = "https"
+
+
+@finds("HTTPRoute prod-isthmus: leads to the port grpc, which does not speak http")
+def a_route_of_http_leads_to_grpc(objects: list[Object]) -> None:
+    only(objects, "HTTPRoute")["spec"]["rules"][0]["backendRefs"][0]["port"] = 50051
+
+
+@finds("HTTPRoute prod-isthmus: leads to prod-isthmus:8000, which is no Service here")
+def a_route_names_the_port_of_the_pods(objects: list[Object]) -> None:
+    only(objects, "HTTPRoute")["spec"]["rules"][0]["backendRefs"][0]["port"] = 8000
+
+
+@finds("Service prod-isthmus: leads to port http, where nothing listens", case="no-autoscaling")
+def a_service_has_http_and_gateways_have_none(objects: list[Object]) -> None:
+    only(objects, "Service", "prod-isthmus")["spec"]["ports"].append(
+        {"name": "http", "port": 8000, "targetPort": "http"}
+    )
 
 
 @finds("which is for people who operate it")
@@ -417,6 +434,16 @@ def pods_carry_the_version_of_the_chart(objects: list[Object]) -> None:
 @finds("lets everybody in")
 def everybody_reaches_prefill_workers(objects: list[Object]) -> None:
     del policy(objects, "prefill")["ingress"][0]["from"]
+
+
+@finds("Service prod-isthmus: leads to port http, which no policy opens")
+def a_policy_forgets_http(objects: list[Object]) -> None:
+    policy(objects, "gateway")["ingress"][0]["ports"].pop()
+
+
+@finds("lets everybody in at other ports than those of clients", case="default")
+def everybody_reaches_the_port_for_health(objects: list[Object]) -> None:
+    policy(objects, "gateway")["ingress"][0]["ports"].append({"port": 50054})
 
 
 @finds("a rule opens every port")

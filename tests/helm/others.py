@@ -1,6 +1,6 @@
 """Schemas of kinds whose CRDs are not at hand: what the chart uses of them, written from their projects' reference.
 
-cert-manager v1 (Certificate, Issuer), KEDA v1alpha1 (ScaledObject), Gateway API v1 (GRPCRoute).
+cert-manager v1 (Certificate, Issuer), KEDA v1alpha1 (ScaledObject), Gateway API v1 (GRPCRoute, HTTPRoute).
 """
 
 from typing import Any
@@ -23,6 +23,8 @@ def _kind(spec: Schema) -> Schema:
 
 _ISSUER_REF = _object("name", name=_TEXT, kind={"enum": ["Issuer", "ClusterIssuer"]}, group=_TEXT)
 _USAGES = {"enum": ["digital signature", "key encipherment", "server auth", "client auth"]}
+_BACKENDS = {"type": "array", "items": _object("name", name=_TEXT, port=_COUNT)}
+_TIMEOUT: Schema = {"type": "string", "pattern": r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"}  # GEP-2257
 _PARENT = _object("name", group=_TEXT, kind=_TEXT, namespace=_TEXT, name=_TEXT, sectionName=_TEXT, port=_COUNT)
 
 SCHEMAS: dict[tuple[str, str], Schema] = {
@@ -76,9 +78,16 @@ SCHEMAS: dict[tuple[str, str], Schema] = {
         _object(
             parentRefs={"type": "array", "items": _PARENT},
             hostnames=_TEXTS,
+            rules={"type": "array", "items": _object(backendRefs=_BACKENDS)},
+        )
+    ),
+    ("gateway.networking.k8s.io/v1", "HTTPRoute"): _kind(
+        _object(
+            parentRefs={"type": "array", "items": _PARENT},
+            hostnames=_TEXTS,
             rules={
                 "type": "array",
-                "items": _object(backendRefs={"type": "array", "items": _object("name", name=_TEXT, port=_COUNT)}),
+                "items": _object(backendRefs=_BACKENDS, timeouts=_object(request=_TIMEOUT, backendRequest=_TIMEOUT)),
             },
         )
     ),

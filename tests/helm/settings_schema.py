@@ -41,6 +41,8 @@ def _part(part: Schema) -> Schema:
     if choices:
         return _either([_part(choice) for choice in choices])
     found = {key: part[key] for key in ("type", *_LIMITS, *_SIZES) if key in part}
+    if {"on", "off"} <= {*part.get("enum", ())}:
+        found |= {"type": ["string", "boolean"], "enum": [*part["enum"], True, False]}  # as YAML reads on and off
     if "properties" in part:
         found |= {"additionalProperties": False, "properties": {k: _part(v) for k, v in part["properties"].items()}}
     elif isinstance(part.get("additionalProperties"), dict):

@@ -157,7 +157,8 @@ def test_ports_are_those_of_the_settings(values: Path, tmp_path: Path) -> None:
     cluster = cluster_of(name, objects)
     for pod in cluster.pods:
         if pod.role == "gateway" and pod.owner["kind"] == "Deployment":
-            assert pod.ports() == {"grpc": 50051, "health": port("gateway", "health_listen")}
+            http = {} if settings["gateway"]["http_listen"] == "none" else {"http": port("gateway", "http_listen")}
+            assert pod.ports() == {"grpc": 50051, **http, "health": port("gateway", "health_listen")}
             assert "0.0.0.0:50051" in pod.spec["containers"][0]["args"]
             ready = pod.spec["containers"][0]["readinessProbe"]["grpc"]
             assert ready["service"] == GENERATION.full_name  # not all services: requests need no database of jobs

@@ -119,6 +119,7 @@ def test_what_the_product_takes_is_taken_and_arrives(tmp_path: Path) -> None:
         "gateway": {
             "tenant_weights": "web=4,research=1",
             "max_request_s": None,
+            "http": {"tls": False, "cors_origins": "https://a.example"},  # off, as YAML reads it
             "jobs": {"max_jobs": 2_000_000, "max_stored_bytes": 1 << 32},
         },
         "decode_worker": {"pool_gib": 40.5, "codecs": ["fp8"], "pool_tokens": None},
@@ -132,6 +133,7 @@ def test_what_the_product_takes_is_taken_and_arrives(tmp_path: Path) -> None:
     assert (config.codecs, config.decode_worker.codecs) == (("raw", "fp8"), ("fp8",))
     assert config.gateway.tenant_weights == {"web": 4, "research": 1}
     assert (config.gateway.jobs.max_jobs, config.gateway.jobs.max_stored_bytes) == (2_000_000, 1 << 32)
+    assert (config.gateway.http.tls, config.gateway.http.cors_origins) == ("off", ("https://a.example",))
     assert config.decode_worker.pool_gib == 40.5
     assert config.tls.client_certificates  # pyright: ignore
 

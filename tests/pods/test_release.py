@@ -97,22 +97,25 @@ def test_a_client_reaches_the_gateway_and_nothing_else(cluster: Cluster, client:
     targets = [f"{pod.endpoint.address}:{port}" for pod in cluster.of(NAME) for port in open_ports(pod)]
     assert len(targets) > 20, "Ray and the health ports alone have more"
     (gateway,) = cluster.of("gateway")
-    served = f"{gateway.endpoint.address}:50051"
-    assert connections(client, [f"{NAME}:50051"]) == {f"{NAME}:50051": ""}
-    assert connections(client, targets) == {target: "" if target == served else NO_ROUTE for target in targets}
+    served = [f"{gateway.endpoint.address}:{port}" for port in (50051, 8000)]
+    for port in (50051, 8000):
+        assert connections(client, [f"{NAME}:{port}"]) == {f"{NAME}:{port}": ""}
+    assert {*served} <= {*targets}
+    assert connections(client, targets) == {target: "" if target in served else NO_ROUTE for target in targets}
     assert connections(client, [f"{NAME}-supervisor:50053"])[f"{NAME}-supervisor:50053"] == NO_ROUTE
 
 
 def test_pods_reach_what_they_need_and_not_more(cluster: Cluster) -> None:
     pods = {part: cluster.of(f"-{part}-")[0] for part in ("head", "prefill", "decode", "gateway")}
-    ports = {"head": (6379, 50053), "prefill": (6700, 50061), "decode": (6700, 50061), "gateway": (50051, 50054)}
+    ports = {"head": (6379, 50053), "prefill": (6700, 50061), "decode": (6700, 50061)}
+    ports["gateway"] = (50051, 8000, 50054)
     targets = {
         (part, port): f"{pods[part].endpoint.address}:{port}" for part, all_of in ports.items() for port in all_of
     }
     answers = {part: connections(pod, list(targets.values())) for part, pod in pods.items()}
     reached = {part: {target for target in targets if not answer[targets[target]]} for part, answer in answers.items()}
     ray = {("head", 6379), ("prefill", 6700), ("decode", 6700)}
-    workers, everybody = {("prefill", 50061), ("decode", 50061)}, {("gateway", 50051)}
+    workers, everybody = {("prefill", 50061), ("decode", 50061)}, {("gateway", 50051), ("gateway", 8000)}
     own = {part: {(part, port) for port in ports[part]} for part in ports}  # what no rule is between
     assert reached == {
         "head": ray | workers | everybody | own["head"],

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .objects import Cluster, Object, Pod, where
 
-CLIENT_PORT = 50051  # the only one that anybody may reach
+CLIENT_PORTS = frozenset({50051, 8000})  # the only ones that anybody may reach: gRPC and HTTP
 _LABELS = re.compile(r'\{[^}]*\}|\b(?:by|without) \([^)]*\)|"[^"]*"')  # beside the metrics of an expression
 _METRIC = re.compile(r"\b(?:ray|kube|kubelet|isthmus)_\w+")
 
@@ -24,6 +24,9 @@ def problems(cluster: Cluster) -> Iterator[str]:
     for pod in cluster.pods:
         if pod.role == "test" and not _reaches_gateways(cluster, pod):
             yield f"{pod.where}: no policy lets it reach the gateways that it tests"
+    for each in cluster.of("Service"):
+        for found in _shut(cluster, each):
+            yield f"{where(each)}: {found}"
     for each in cluster.of("PodDisruptionBudget"):
         for found in _budget(cluster, each):
             yield f"{where(each)}: {found}"
@@ -46,17 +49,34 @@ def _policy(cluster: Cluster, each: Object) -> Iterator[str]:
     if "Ingress" not in spec.get("policyTypes", ()):
         yield "is not for what comes in"
     for rule in spec.get("ingress", ()):
-        ports = [range(port["port"], port.get("endPort", port["port"]) + 1) for port in rule.get("ports", ())]
+        ports = _ranges(rule)
         if not ports:
             yield "a rule opens every port"
         for number in (number for port in ports for number in (port[0], port[-1])):
             if not all(pod.has_port(number) for pod in pods):
                 yield f"opens port {number}, where nothing listens"
         peers = rule.get("from")
-        if not peers and [number for port in ports for number in port] != [CLIENT_PORT]:
-            yield "a rule lets everybody in at other ports than that of clients"
+        if not peers and not (ports and {number for port in ports for number in port} <= CLIENT_PORTS):
+            yield "a rule lets everybody in at other ports than those of clients"
         for peer in peers or ():
             yield from _peer(cluster, peer)
+
+
+def _ranges(rule: Object) -> list[range]:
+    """The ports that a rule opens; none where it opens all."""
+    return [range(port["port"], port.get("endPort", port["port"]) + 1) for port in rule.get("ports", ())]
+
+
+def _shut(cluster: Cluster, service: Object) -> Iterator[str]:
+    """Ports of a Service that the policies of its pods open for nobody."""
+    for pod in cluster.selected(service["spec"]["selector"]):
+        policies = [each["spec"] for each in cluster.of("NetworkPolicy") if _finds(each["spec"]["podSelector"], pod)]
+        opened = [_ranges(rule) for spec in policies for rule in spec.get("ingress", ())]
+        for port in service["spec"]["ports"] if policies else ():
+            target = port.get("targetPort", port["port"])
+            number = pod.ports().get(target, 0) if isinstance(target, str) else target
+            if not any(not ranges or any(number in found for found in ranges) for ranges in opened):
+                yield f"leads to port {target}, which no policy opens"
 
 
 def _peer(cluster: Cluster, peer: Object) -> Iterator[str]:

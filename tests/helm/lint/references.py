@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from .objects import Cluster, Object, Pod, where
 
+_ROUTES = {"GRPCRoute": "grpc", "HTTPRoute": "http"}  # to ports of these names
 # What cert-manager writes into the Secret of a Certificate.
 _OF_CERTIFICATES = {"ca.crt", "tls.crt", "tls.key"}
 
@@ -24,11 +25,9 @@ def problems(cluster: Cluster) -> Iterator[str]:
     for each in cluster.of("Deployment"):
         for found in _deployment(cluster, each):
             yield f"{where(each)}: {found}"
-    for each in cluster.of("GRPCRoute"):
-        for backend in (backend for rule in each["spec"]["rules"] for backend in rule["backendRefs"]):
-            service = cluster.find("Service", backend["name"])
-            if service is None or backend["port"] not in [port["port"] for port in service["spec"]["ports"]]:
-                yield f"{where(each)}: leads to {backend['name']}:{backend['port']}, which is no Service here"
+    for each in cluster.of(*_ROUTES):
+        for found in _route(cluster, each):
+            yield f"{where(each)}: {found}"
     for each in cluster.of("InferencePool"):
         selected = cluster.selected(each["spec"]["selector"]["matchLabels"])
         if not selected or not all(
@@ -112,6 +111,16 @@ def _service(cluster: Cluster, each: Object) -> Iterator[str]:
             yield f"leads to port {target}, where nothing listens"
         if target in (50052, 8265, 6379) or port["port"] in (50052, 8265, 6379):
             yield f"shows port {target}, which is for people who operate it"
+
+
+def _route(cluster: Cluster, each: Object) -> Iterator[str]:
+    for backend in (backend for rule in each["spec"]["rules"] for backend in rule["backendRefs"]):
+        service = cluster.find("Service", backend["name"])
+        ports = {port["port"]: port.get("name") for port in service["spec"]["ports"]} if service else {}
+        if backend["port"] not in ports:
+            yield f"leads to {backend['name']}:{backend['port']}, which is no Service here"
+        elif ports[backend["port"]] != _ROUTES[each["kind"]]:
+            yield f"leads to the port {ports[backend['port']]}, which does not speak {_ROUTES[each['kind']]}"
 
 
 def _deployment(cluster: Cluster, each: Object) -> Iterator[str]:
