@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 WAIT_S = 20.0
+_LEVELS = ("WARNING", "SEVERE")  # of what the console has: violations of the policy are severe
 
 
 @contextmanager
@@ -82,4 +83,4 @@ class Page:
     async def complaints(self) -> list[str]:
         """What the console has, since the last call; failed requests, which the page tells itself, left out."""
         told = await asyncio.to_thread(self._driver.get_log, "browser")
-        return [entry["message"] for entry in told if entry["source"] != "network"]
+        return [each["message"] for each in told if each["source"] != "network" and each["level"] in _LEVELS]
