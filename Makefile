@@ -4,8 +4,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-integration test-chaos test-fuzz test-postgres test-pods test-lanes test-smg \
-  test-lane-avx2 test-lane-plain lint format stubs clean gpu-check image image-check
+.PHONY: help setup demo test test-unit test-integration test-chaos test-fuzz test-postgres test-pods test-browser test-lanes \
+  test-smg test-lane-avx2 test-lane-plain lint format stubs clean gpu-check image image-check
 .NOTPARALLEL:
 
 PYTHON ?= python3
@@ -55,6 +55,9 @@ test-smg: .venv/.installed .venv/.smg  ## SGLang's gateway in front of a cluster
 
 test-pods: .venv/.installed .venv/.kuberay .venv/.helm  ## The rendered chart as pods in network namespaces (root only)
 	@tests/with-pods $(BIN)/pytest --suite=pods
+
+test-browser: .venv/.installed .venv/.selenium  ## The page at / in headless Chromium, from Debian's packages
+	@PYTHONPATH=$$(echo .venv/selenium/lib/python*/site-packages) tests/with-chromium $(BIN)/pytest --suite=browser
 
 # What differs with the instructions of a CPU: the model, its kernels, the codecs, exactness. Of no use a second time:
 # Triton's interpreter and PTX, where compiled code is kept, files, sources and texts, which ask no CPU. Of the real
@@ -124,6 +127,12 @@ clean:  ## Remove .venv and all caches of the build and the tests (converted mod
 	@echo "Installing SGLang's gateway for its tests"
 	@$(BIN)/python -m venv .venv/smg
 	@.venv/smg/bin/pip install smg==1.13.0
+	@touch $@
+
+# Beside the environment, which needs nothing of it.
+.venv/.selenium: | .venv/.installed
+	@echo "Installing Selenium for the tests of the page"
+	@$(BIN)/pip install --prefix .venv/selenium selenium==4.51.0
 	@touch $@
 
 gpu-check: .venv/.installed  ## Check kernels, CUDA graphs and chunks on this machine's GPU against references; time them

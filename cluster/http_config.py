@@ -35,6 +35,8 @@ class HttpConfig(BaseModel):
         default=1024, ge=1, description="Most output of a chat that says no max_tokens; less where the context ends."
     )
 
+    page: bool = Field(default=True, description="Whether / is a page to try the cluster in a browser.")
+
     @field_validator("cors_origins")
     @classmethod
     def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@
     process  starts processes, which have deadlines and want the cores: one after the other
     chaos    is in tests/chaos: a target of its own
     pods     is in tests/pods: root and namespaces of its own, by tests/with-pods
+    browser  is in tests/browser: Chromium, by tests/with-chromium
 
 Read from the source, so that pytest imports nothing of the suites that are left out: what loads models takes seconds.
 """
@@ -13,7 +14,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-SUITES = ("unit", "model", "process", "chaos", "image", "pods")
+SUITES = ("unit", "model", "process", "chaos", "image", "pods", "browser")
 
 TESTS = Path(__file__).parent
 _FOLDERS = (TESTS, TESTS.parent, TESTS.parent / "benchmarks")  # where helpers are imported from
@@ -23,7 +24,7 @@ _MODEL = {"models"}
 
 def suite_of(file: Path) -> str:
     """One of SUITES."""
-    for folder in ("chaos", "image", "pods"):
+    for folder in ("chaos", "image", "pods", "browser"):
         if file.is_relative_to(TESTS / folder):
             return folder
     names = imported(file)

@@ -41,7 +41,7 @@ def test_wheel_holds_every_file_under_one_name(tmp_path: Path) -> None:
         f"isthmus/{path.relative_to(ROOT)}"
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".proto", ".pyi", ".mako")
+        if path.suffix in (".py", ".proto", ".pyi", ".mako", ".html")
     }
     assert held == expected
 

@@ -18,6 +18,7 @@ from suites import SUITES, TESTS, suite_of
         ("chaos/test_frames.py", "chaos"),
         ("image/test_image.py", "image"),
         ("pods/test_release.py", "pods"),
+        ("browser/test_page.py", "browser"),
     ],
 )
 def test_a_file_is_of_its_suite(file: str, suite: str) -> None:

@@ -10,6 +10,7 @@ from ..gateway_config import GatewayConfig
 from ..http.app import build_app
 from ..http.door import Door
 from ..http.openai.endpoints import ENDPOINTS as OPENAI
+from ..http.page.route import page_endpoints
 from ..http.server import HttpServer
 from ..http.tls import security_for
 from ..text.served import ServedModel
@@ -47,7 +48,8 @@ async def listen_http(
         config=config.http,
         started_unix_s=round(time.time()),
     )
-    app = build_app(door, (*OPENAI,), cluster=encrypted.cluster if encrypted is not None else "")
+    pages = page_endpoints() if config.http.page else ()
+    app = build_app(door, (*OPENAI, *pages), cluster=encrypted.cluster if encrypted is not None else "")
     try:
         return await HttpServer.listen(listen, app, encrypted)
     except OSError as error:

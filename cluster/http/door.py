@@ -61,4 +61,5 @@ class Endpoint:
     response: type[BaseModel] | None = None
     chunk: type[BaseModel] | None = None  # of its stream, where the request asks for one
     open: bool = False  # answered to everybody, as probes have no keys
+    documented: bool = True  # in the OpenAPI document
     errors: tuple[int, ...] = ()  # statuses of its own, beside those of every endpoint

@@ -30,8 +30,8 @@ _MEANING = {
 
 
 def document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
-    """An OpenAPI 3.1 document of these endpoints."""
-    endpoints = list(endpoints)
+    """An OpenAPI 3.1 document of those of these endpoints that are part of the API."""
+    endpoints = [each for each in endpoints if each.documented]
     sent = {each.request for each in endpoints if each.request is not None}
     told = {kind for each in endpoints for kind in (each.response, each.chunk) if kind is not None} | {ErrorBody}
     _, schemas = models_json_schema(
