@@ -28,7 +28,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Disaggregated prefill/decode inference: compressed KV pages over plain TCP.",
+    help="Disaggregated prefill/decode inference: compressed KV pages over gRPC.",
     epilog="Start with [bold]isthmus demo[/], or [bold]isthmus up[/] and then [bold]isthmus generate[/].",
 )
 app.command("up", cls=up.UpCommand)(up.up)

@@ -13,6 +13,7 @@ import grpc.aio
 
 from ...proto.backoff import backoff_s
 from ...proto.errors import Unavailable
+from ...proto.rpc.statuses import is_unreached, tls_problem
 from ...proto.rpc.transport import Transport
 from ...proto.tasks import Tasks
 from ...proto.worker_pb2 import WORKER_HEALTH_DRAINING, WatchRequest, WorkerHealth, WorkerReport
@@ -245,6 +246,8 @@ class Fleet:
 
 def _one_line(error: grpc.aio.AioRpcError) -> str:
     if error.code() is grpc.StatusCode.UNAVAILABLE:
+        if is_unreached(error) and (problem := tls_problem(error)):
+            return f"answers, but {problem}"
         return "cannot be reached (no process there, or no way to it)"
     details = (error.details() or "").splitlines() or [""]
     return f"{error.code().name}: {details[0]}"

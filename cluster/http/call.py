@@ -14,18 +14,19 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ...proto.errors import Expired
+from ...proto.errors import Expired, InvalidRequest
 from ...proto.generation_pb2 import GenerateRequest
 from ...proto.names import check_name
 from ...proto.rpc.timeouts import MAX_TIMEOUT_S
 from ...proto.rpc.trace import TraceContext, trace_of
+from ..access.caller import calling
 from ..requests.attempt import PassOn
 from ..requests.request import ResolvedRequest
 from .body import parse_body, read_body
@@ -48,7 +49,7 @@ class Call:
         self.request_id: str = request.state.request_id
         self.arrived_s = time.monotonic()
         self.explain = _flag(request, EXPLAIN)
-        self.tenant = check_name(TENANT, request.headers.get(TENANT, ""))
+        self.tenant = name_in(request.headers, TENANT)
         self.trace: TraceContext = trace_of(request.headers.items())
         timeout_s = _timeout_s(request)
         self._deadline_s = None if timeout_s is None else self.arrived_s + timeout_s
@@ -109,11 +110,25 @@ class Call:
 
     def _allowance(self) -> dict[str, str]:
         found: dict[str, str] = {}
+        if calling.get() is None:  # of a path that is open to everybody: nobody has looked who asks
+            return found
         for name, left in self.door.access.allowance().items():
             found[f"x-ratelimit-limit-{name}"] = str(left.limit)
             found[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(left.remaining)))
             found[f"x-ratelimit-reset-{name}"] = f"{left.reset_s:.3f}s"
         return found
+
+
+def name_in(headers: Mapping[str, str], header: str) -> str:
+    """The name that a header has, "" where it has none; BadField where it is too long, or not ASCII: clients send other
+    characters in encodings that nothing tells."""
+    name = headers.get(header, "")
+    if not name.isascii():
+        raise BadField(f"{header} has a character that is not ASCII; allowed: ASCII", header)
+    try:
+        return check_name(header, name)
+    except InvalidRequest as error:
+        raise BadField(str(error), header) from None
 
 
 @contextlib.asynccontextmanager

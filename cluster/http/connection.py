@@ -9,7 +9,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ...proto.rpc.limits import connection_limit
+from ...proto.rpc.limits import MAX_METADATA_BYTES, connection_limit
 from ...proto.rpc.streams import STALL_S
 
 HEADERS_S = 30.0  # from a connection, or the first byte of its next request, to the end of the request's headers
@@ -64,6 +64,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is answered as other mistakes are; h11 has given up on the connection."""
+        msg = f"{msg} Allowed: HTTP/1.1 with one host, and headers of at most {MAX_METADATA_BYTES} bytes"
         body = json.dumps(
             {"error": {"message": msg, "type": "invalid_request_error", "param": None, "code": "not_http"}}
         ).encode()

@@ -10,8 +10,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...proto.errors import InvalidRequest, IsthmusError
-from ...proto.names import check_name
+from ...proto.rpc.limits import MAX_METADATA_BYTES
+from ...proto.rpc.statuses import status_of_bug
 from .auth import authenticate
+from .call import name_in
 from .door import Door
 from .errors import CLIENT_GONE, ClientGone, response_of
 
@@ -34,6 +36,7 @@ class Guard:
         began_s = time.monotonic()
         try:
             scope["state"]["request_id"] = answer.request_id = _request_id(scope)
+            _check_head(scope)
             await self._app(scope, answer.receive, answer.send)
         except InvalidRequest as error:
             await response_of(error)(scope, answer.receive, answer.send)
@@ -41,8 +44,9 @@ class Guard:
             answer.gone()
         except asyncio.CancelledError:
             answer.gone()  # the server stops; uvicorn would log a trace
-        except Exception:  # a bug: told and logged by then (`errors.py`), and its answer is not whole
+        except Exception as error:  # a bug: told and logged by then (`errors.py`) where its answer is whole
             if not answer.complete:
+                status_of_bug(error, "an answer over HTTP")
                 answer.gone()
                 answer.status = 500
         finally:
@@ -123,6 +127,18 @@ class Entrance:
         await self._app(scope, receive, send)
 
 
+def _check_head(scope: Scope) -> None:
+    """InvalidRequest for what h11 lets through: a head that came at once, however large, and a body that ends at two
+    places, of which a proxy in front may have taken the other."""
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in scope["headers"])
+    if size > MAX_METADATA_BYTES:
+        raise InvalidRequest(f"path and headers of {size} bytes; allowed: at most {MAX_METADATA_BYTES}")
+    headers = Headers(scope=scope)
+    if "content-length" in headers and "transfer-encoding" in headers:
+        raise InvalidRequest("content-length and transfer-encoding are both set; allowed: one of them")
+
+
 def _request_id(scope: Scope) -> str:
     """The client's own, or one that is drawn; InvalidRequest where it cannot be one."""
-    return check_name("x-request-id", Headers(scope=scope).get("x-request-id", "")) or secrets.token_hex(12)
+    return name_in(Headers(scope=scope), "x-request-id") or secrets.token_hex(12)

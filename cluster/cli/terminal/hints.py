@@ -16,13 +16,19 @@ def hints(settings: "ClusterConfig", address: str) -> list[str]:
     here = str(bound._replace(host=defaults.HOST)) if bound.is_any else address
     server = [] if here == defaults.SERVER else ["--server", here]
     key = ["--api-key", "@FILE"] if settings.gateway.access.guarded else []
-    here_ca = ["--ca", str(settings.tls.ca)] if not isinstance(settings.tls, str) else []
-    lines = [" ".join(["try: isthmus generate --chat", *server, *here_ca, *key, '"Why is the sky blue?"'])]
+    files = None if isinstance(settings.tls, str) else settings.tls
+    here_ca = [] if files is None else ["--ca", str(files.ca)]
+    own = [] if files is None or not files.client_certificates else ["--cert", "tls.crt", "--key", "tls.key"]
+    lines = [" ".join(["try: isthmus generate --chat", *server, *here_ca, *own, *key, '"Why is the sky blue?"'])]
+    if own:
+        lines.append("tls.crt and tls.key are of `isthmus certs issue --role client`")
     if key:
         lines.append(f"@FILE is a file with {_credential(settings)}; ISTHMUS_API_KEY has the same")
     if not bound.is_loopback:
-        options = ["--server", str(address_for_others(bound)), *_ca_options(settings), *key]
-        lines.append(f"from other hosts: {' '.join(options)}{_about_ca(settings)}")
+        there = str(address_for_others(bound)) if files is None else f"HOST:{bound.port}"
+        options = ["--server", there, *_ca_options(settings), *own, *key]
+        about = "" if files is None else f", and HOST one that {files.cert} is for"
+        lines.append(f"from other hosts: {' '.join(options)}{_about_ca(settings)}{about}")
     return lines
 
 

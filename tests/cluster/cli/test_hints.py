@@ -43,6 +43,16 @@ def test_with_other_certificates_or_none() -> None:
     anonymous = {"access": {"anonymous": True}}
     first, second = told("10.0.0.5:7000", gateway=anonymous, tls=FILES)
     assert first == 'try: isthmus generate --chat --server 10.0.0.5:7000 --ca /etc/ca.crt "Why is the sky blue?"'
-    assert second.endswith("--server 10.0.0.5:7000 --ca ca.crt, where ca.crt is a copy of /etc/ca.crt of this host")
+    about = "where ca.crt is a copy of /etc/ca.crt of this host, and HOST one that c is for"
+    assert second == f"from other hosts: --server HOST:7000 --ca ca.crt, {about}"
     plain = told("0.0.0.0:7000", gateway=anonymous, tls="off")[1]
     assert plain == "from other hosts: --server 10.0.0.5:7000, with ISTHMUS_TLS=off: in plain text"
+
+
+def test_a_client_is_told_to_show_a_certificate_where_it_must() -> None:
+    asking = FILES.model_copy(update={"client_certificates": True})
+    first, second, third, fourth = told("0.0.0.0:7000", gateway=KEYS, tls=asking)
+    assert "--ca /etc/ca.crt --cert tls.crt --key tls.key --api-key @FILE" in first
+    assert "certs issue --role client" in second
+    assert third.startswith(ABOUT_KEY)
+    assert "--server HOST:7000 --ca ca.crt --cert tls.crt --key tls.key --api-key @FILE" in fourth

@@ -4,11 +4,14 @@ import asyncio
 import logging
 
 import pytest
+from certified import security, transport
+from support.certificates import CLUSTER
 
 from isthmus.cluster.fleet.compatibility import Requirements
 from isthmus.cluster.fleet.registry import Fleet
 from isthmus.kvtransfer.frame import PROTOCOL_VERSION
 from isthmus.proto.rpc.transport import Transport
+from isthmus.proto.security.certificates import make_ca
 from isthmus.proto.worker_pb2 import WORKER_HEALTH_DRAINING, WORKER_HEALTH_READY, WorkerHealth, WorkerReport
 
 NOBODY = "127.0.0.1:9"
@@ -64,3 +67,19 @@ async def test_only_a_worker_that_was_not_told_to_leave_is_lost(
         fleet._lost(NOBODY, "ended its report stream")
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == logged
     await fleet.close()
+
+
+async def test_why_there_is_no_encrypted_connection_is_told() -> None:
+    """Not that nobody is there: an operator would look for a process that runs."""
+    server = await Transport(security(make_ca(CLUSTER), "decode")).listen("127.0.0.1:0", {})
+    fleet = Fleet(
+        Requirements(protocol_version=PROTOCOL_VERSION, model="m", fingerprint="f"),
+        transport(make_ca(CLUSTER), "gateway"),
+    )
+    fleet.add(f"127.0.0.1:{server.port}")
+    async with asyncio.timeout(10):
+        while "none of the CAs" not in fleet.statuses()[0].reason:
+            await asyncio.sleep(0.05)
+    assert fleet.statuses()[0].reason.startswith("answers, but ")
+    await fleet.close()
+    await server.stop()

@@ -353,7 +353,32 @@ async def test_slow_headers_and_what_is_no_http_are_ended(monkeypatch: pytest.Mo
         whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
         assert (await said(whole, b"GET /he")).count(b"200 OK") == 1  # the second one never ends
         assert b'"code": "not_http"' in await said(b"\x16\x03\x01 nonsense\r\n\r\n")
-        assert b" 400 " in await said(b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 20_000 + b"\r\n\r\n")
+        large = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx: " + b"y" * 20_000 + b"\r\n\r\n"
+        for pieces in ((large,), (large[:17_000], large[17_000:])):  # all at once, and in two
+            answer = await said(*pieces, pause_s=0.05)
+            assert b" 400 " in answer
+            assert b"at most 16384" in answer
+        both = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"
+        answer = await said(both + b"0\r\n\r\n" + whole)
+        assert b"content-length and transfer-encoding" in answer
+        assert answer.count(b"HTTP/1.1 ") == 1  # and what stands behind is no request
+
+
+async def test_a_probe_hears_of_a_drain_where_keys_are_asked_for(tmp_path: Path) -> None:
+    keys = Keys(tmp_path / "keys.json")
+    keys.add("acme")
+    async with http_cluster(says("hello"), access=AccessSettings(keys_file=str(keys.path))) as (cluster, client):
+        await cluster.gateway.drain(0)
+        response = await client.get("/ready")
+        assert (response.status_code, error_of(response)["code"]) == (503, "unavailable")
+
+
+async def test_names_in_headers_are_named_where_they_cannot_be() -> None:
+    async with http_cluster(says("hello")) as (_, client):
+        for header in ("x-request-id", "x-isthmus-tenant"):
+            for value in (b"x" * 129, "\u00e4".encode()):
+                response = await client.post(CHATS, json=CHAT, headers=[(header.encode(), value)])
+                assert (response.status_code, error_of(response)["param"]) == (400, header)
 
 
 async def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
