@@ -67,8 +67,15 @@ def take_over() -> None:
     process that does nothing else."""
     root, handlers = logging.getLogger(), logging.getLogger("isthmus").handlers
     root.handlers[:] = handlers
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_this_side)
     logging.captureWarnings(True)
     threading.excepthook = _log_exception
+
+
+def _is_of_this_side(record: logging.LogRecord) -> bool:
+    """Not what gRPC says, as errors with a trace, of bytes that a peer has sent, and of answers to peers that are gone:
+    anybody who reaches a port could fill the log with it."""
+    return not record.getMessage().startswith(("Invalid encoding on ", "ExecuteBatchError raised in core "))
 
 
 def _log_exception(args: threading.ExceptHookArgs) -> None:

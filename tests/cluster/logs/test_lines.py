@@ -13,6 +13,8 @@ from isthmus.cluster.config import ClusterConfig
 from isthmus.cluster.launch.progress import StartProgress
 from isthmus.cluster.logs.configure import take_over
 
+GRPC = logging.getLogger("grpc._cython.cygrpc")
+
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
@@ -21,6 +23,7 @@ def _as_before() -> Iterator[None]:
     yield
     logging.captureWarnings(False)
     root.handlers[:], threading.excepthook = handlers, hook
+    GRPC.filters.clear()
     options.configure_logs("warning")
 
 
@@ -59,3 +62,12 @@ def test_what_libraries_say_is_logged_too(capsys: pytest.CaptureFixture[str]) ->
     assert found[0] == ("error", "Task exception was never retrieved")
     assert found[1][0] == "warning" and "DeprecationWarning: old" in found[1][1]
     assert found[2] == ("error", "reader has raised")
+
+
+def test_what_grpc_says_of_peers_fills_no_log(capsys: pytest.CaptureFixture[str]) -> None:
+    options.configure_logs("error", ClusterConfig(log_format="json"), audit=False)
+    take_over()
+    GRPC.error("Invalid encoding on %s", b"\xff\xfe")
+    GRPC.error("ExecuteBatchError raised in core by servicer method [%s]", "/isthmus.v1.Worker/GetReport")
+    GRPC.error("Unexpected [%s] raised by servicer method", "ValueError")
+    assert [message for _, message in messages(capsys)] == ["Unexpected [ValueError] raised by servicer method"]
