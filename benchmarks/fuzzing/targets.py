@@ -20,7 +20,9 @@ def main() -> None:
     model, folder = (Path(name) for name in sys.argv[1:])
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    _read("config", model / "config.json", model, folder / "as-it-is")  # imports all there is to import
+    # Imports all there is to import, and compiles what a model's first load compiles.
+    _read("config", model / "config.json", model, folder / "as-it-is")
+    _read("safetensors", model / "model.safetensors", model, folder / "as-it-is")
     _bound_memory()
     print("ready", file=told, flush=True)
     for line in sys.stdin:
