@@ -107,8 +107,8 @@ def test_a_client_reaches_the_gateway_and_nothing_else(cluster: Cluster, client:
 
 def test_pods_reach_what_they_need_and_not_more(cluster: Cluster) -> None:
     pods = {part: cluster.of(f"-{part}-")[0] for part in ("head", "prefill", "decode", "gateway")}
-    ports = {"head": (6379, 50053), "prefill": (6700, 50061), "decode": (6700, 50061)}
-    ports["gateway"] = (50051, 8000, 50054)
+    of_workers, of_gateways = (6700, 50061), (50051, 8000, 50054)
+    ports = {"head": (6379, 50053), "prefill": of_workers, "decode": of_workers, "gateway": of_gateways}
     targets = {
         (part, port): f"{pods[part].endpoint.address}:{port}" for part, all_of in ports.items() for port in all_of
     }
