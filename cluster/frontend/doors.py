@@ -7,6 +7,7 @@ from ...proto.security.credentials import Security
 from ..access.access import Access, check_listen
 from ..access.refusals import Refusals
 from ..gateway_config import GatewayConfig
+from ..http.anthropic.messages import ENDPOINTS as ANTHROPIC
 from ..http.app import build_app
 from ..http.door import Door
 from ..http.openai.endpoints import ENDPOINTS as OPENAI
@@ -47,7 +48,7 @@ async def listen_http(
         config=config.http,
         started_unix_s=round(time.time()),
     )
-    app = build_app(door, (*OPENAI,), cluster=encrypted.cluster if encrypted is not None else "")
+    app = build_app(door, (*OPENAI, *ANTHROPIC), cluster=encrypted.cluster if encrypted is not None else "")
     try:
         return await HttpServer.listen(listen, app, encrypted)
     except OSError as error:
