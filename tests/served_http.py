@@ -22,20 +22,21 @@ TEMPLATE = (
 )
 
 
-def chat_model() -> str:
-    """The folder of a small model with a chat template."""
+def chat_model(template: str = TEMPLATE, name: str = "tiny-llama-chat") -> str:
+    """The folder, of that name, of a small model with a chat template."""
 
     def make(folder: Path) -> None:
         shutil.copytree(model_path("tiny-llama"), folder, dirs_exist_ok=True)
-        (folder / "chat_template.jinja").write_text(TEMPLATE)
+        (folder / "chat_template.jinja").write_text(template)
 
-    return str(made("tiny-llama-chat", make))
+    return str(made(name, make))
 
 
 @asynccontextmanager
-async def served_http(**settings: Any) -> AsyncIterator[tuple[Gateway, Pair]]:
-    """The gateway, ready, and its workers; `settings` are the gateway's. At the end nothing may be held any more."""
-    path = chat_model()
+async def served_http(model: str | None = None, **settings: Any) -> AsyncIterator[tuple[Gateway, Pair]]:
+    """The gateway, ready, and its workers; `settings` are the gateway's. `model`: a folder instead of that of
+    `chat_model`. At the end nothing may be held any more."""
+    path = model or chat_model()
     async with worker_pair(path) as pair:
         gateway = Gateway(
             *("127.0.0.1:0", load_served_model(path), [pair.prefill.address, pair.decode.address]),

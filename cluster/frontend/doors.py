@@ -7,6 +7,7 @@ from ...proto.security.credentials import Security
 from ..access.access import Access, check_listen
 from ..access.refusals import Refusals
 from ..gateway_config import GatewayConfig
+from ..http.anthropic.messages import ENDPOINTS as ANTHROPIC
 from ..http.app import build_app
 from ..http.door import Door
 from ..http.openai.endpoints import ENDPOINTS as OPENAI
@@ -49,7 +50,8 @@ async def listen_http(
         started_unix_s=round(time.time()),
     )
     pages = page_endpoints() if config.http.page else ()
-    app = build_app(door, (*OPENAI, *pages), cluster=encrypted.cluster if encrypted is not None else "")
+    endpoints = (*OPENAI, *ANTHROPIC, *pages)
+    app = build_app(door, endpoints, cluster=encrypted.cluster if encrypted is not None else "")
     try:
         return await HttpServer.listen(listen, app, encrypted)
     except OSError as error:

@@ -13,12 +13,15 @@ from starlette.types import ASGIApp
 from ...proto.errors import IsthmusError
 from .call import Call
 from .door import Door, Endpoint
-from .errors import on_error, on_routing
+from .errors import OPENAI, on_error, on_routing
 from .guard import Entrance, Guard
 from .openapi import document
 
-_ALLOWED_HEADERS = ("authorization", "x-api-key", "content-type", "x-request-id", "x-request-timeout")
-_SHOWN_HEADERS = ("x-request-id", "retry-after", "retry-after-ms")
+_ALLOWED_HEADERS = (
+    *("authorization", "x-api-key", "content-type", "x-request-id", "x-request-timeout"),
+    *("anthropic-version", "anthropic-beta", "anthropic-dangerous-direct-browser-access"),
+)
+_SHOWN_HEADERS = ("x-request-id", "request-id", "retry-after", "retry-after-ms")
 
 
 def build_app(door: Door, endpoints: Iterable[Endpoint], *, cluster: str = "") -> ASGIApp:
@@ -40,7 +43,8 @@ def build_app(door: Door, endpoints: Iterable[Endpoint], *, cluster: str = "") -
             allow_headers=_ALLOWED_HEADERS,
             expose_headers=_SHOWN_HEADERS,
         )
-    return Guard(app, quiet=open_paths)
+    dialects = {each.path: each.dialect for each in endpoints if each.dialect is not OPENAI}
+    return Guard(app, quiet=open_paths, dialects=dialects)
 
 
 def routes(door: Door, endpoints: Iterable[Endpoint]) -> list[Route]:

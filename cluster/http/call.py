@@ -12,7 +12,6 @@ A stream is an `EventStream` (`sse.py`), which does the same once its first even
 
 import asyncio
 import contextlib
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
@@ -31,7 +30,7 @@ from ..requests.attempt import PassOn
 from ..requests.request import ResolvedRequest
 from .body import parse_body, read_body
 from .door import Door
-from .errors import BadField, ClientGone
+from .errors import BadField, ClientGone, Dialect
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -47,6 +46,7 @@ class Call:
         """BadField where a header is none that it may be."""
         self.door, self.request = door, request
         self.request_id: str = request.state.request_id
+        self.dialect: Dialect = request.state.dialect
         self.arrived_s = time.monotonic()
         self.explain = _flag(request, EXPLAIN)
         self.tenant = name_in(request.headers, TENANT)
@@ -109,14 +109,9 @@ class Call:
         return self._allowance()
 
     def _allowance(self) -> dict[str, str]:
-        found: dict[str, str] = {}
         if calling.get() is None:  # of a path that is open to everybody: nobody has looked who asks
-            return found
-        for name, left in self.door.access.allowance().items():
-            found[f"x-ratelimit-limit-{name}"] = str(left.limit)
-            found[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(left.remaining)))
-            found[f"x-ratelimit-reset-{name}"] = f"{left.reset_s:.3f}s"
-        return found
+            return {}
+        return self.dialect.allowance(self.door.access.allowance())
 
 
 def name_in(headers: Mapping[str, str], header: str) -> str:

@@ -16,6 +16,7 @@ from ..requests.attempt import PassOn
 from ..requests.dispatch import TimeLeft
 from ..requests.request import ResolvedRequest
 from ..text.served import ServedModel
+from .errors import OPENAI, Dialect
 
 if TYPE_CHECKING:
     from .call import Call
@@ -62,4 +63,5 @@ class Endpoint:
     chunk: type[BaseModel] | None = None  # of its stream, where the request asks for one
     open: bool = False  # answered to everybody, as probes have no keys
     documented: bool = True  # in the OpenAPI document
+    dialect: Dialect = OPENAI  # of this path and what is below it
     errors: tuple[int, ...] = ()  # statuses of its own, beside those of every endpoint

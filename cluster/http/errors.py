@@ -1,4 +1,5 @@
-"""Errors as the API tells them: `{"error": {"message", "type", "param", "code"}}` with its status and headers.
+"""Errors with their status and headers, and the form that a family of the API tells them in (`Dialect`): OpenAI's,
+`{"error": {"message", "type", "param", "code"}}`, where a family has none of its own.
 
 400 InvalidRequest, OutOfRange      403 PermissionDenied    409 AlreadyExists, IllegalState    503 Unavailable
 401 Unauthenticated                 404 NotFound            429 Exhausted                      504 Expired
@@ -7,8 +8,9 @@
 
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -32,6 +34,7 @@ from ...proto.errors import (
     Unavailable,
 )
 from ...proto.rpc.statuses import status_of_bug
+from ..access.usage import Allowance
 
 log = logging.getLogger(__name__)
 
@@ -98,20 +101,51 @@ class BodyTooLarge(InvalidRequest):
     param, code = None, "body_too_large"
 
 
-def status_of(error: Exception) -> int:
-    """The status of an error's answer."""
-    if isinstance(error, BodyTooLarge):
-        return 413
-    return next((status for kind, status, _, _ in _KINDS if isinstance(error, kind)), 500)
+class Problem(NamedTuple):
+    """An error that is to be told."""
+
+    status: int
+    type: ErrorType
+    message: str
+    param: str | None
+    code: str
 
 
-def body_of(error: Exception) -> dict[str, Any]:
-    """The object that tells an error; a bug is logged here, under an incident that the text names."""
-    for kind, _, type_, code in _KINDS:
+def problem_of(error: Exception) -> Problem:
+    """What an error is; a bug is logged here, under an incident that the text names."""
+    for kind, status, type_, code in _KINDS:
         if isinstance(error, kind):
+            status = 413 if isinstance(error, BodyTooLarge) else status
             param = getattr(error, "param", None)
-            return _body(str(error), type_, param, getattr(error, "code", None) or code)
-    return _bug(error)
+            return Problem(status, type_, str(error), param, getattr(error, "code", None) or code)
+    return Problem(500, "server_error", status_of_bug(error, "a request over HTTP").details, None, "internal_error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """How a family of the API tells what all of them have to tell."""
+
+    error: type[BaseModel]  # for the document
+    error_body: Callable[[Problem], dict[str, Any]]
+    allowance: Callable[[Mapping[str, Allowance]], dict[str, str]]  # headers: what is left of a caller's limits
+    request_id: str = "x-request-id"  # a header that the id of the request is in too
+
+
+def _body(problem: Problem) -> dict[str, Any]:
+    found = {"message": problem.message, "type": problem.type, "param": problem.param, "code": problem.code}
+    return {"error": found}
+
+
+def _allowance(left: Mapping[str, Allowance]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, each in left.items():
+        found[f"x-ratelimit-limit-{name}"] = str(each.limit)
+        found[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(each.remaining)))
+        found[f"x-ratelimit-reset-{name}"] = f"{each.reset_s:.3f}s"
+    return found
+
+
+OPENAI = Dialect(error=ErrorBody, error_body=_body, allowance=_allowance)
 
 
 def headers_of(error: Exception) -> dict[str, str]:
@@ -125,11 +159,12 @@ def headers_of(error: Exception) -> dict[str, str]:
     return {"retry-after": str(math.ceil(wait_s)), "retry-after-ms": str(round(wait_s * 1000))}
 
 
-def response_of(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
+def response_of(error: Exception, dialect: Dialect, headers: Mapping[str, str] | None = None) -> Response:
     """The answer that tells an error."""
     if isinstance(error, IsthmusError) and error.private:
         log.warning("refused a request", extra={"fields": {"why": str(error), "private": error.private}})
-    return JSONResponse(body_of(error), status_of(error), {**(headers or {}), **headers_of(error)})
+    problem = problem_of(error)
+    return JSONResponse(dialect.error_body(problem), problem.status, {**(headers or {}), **headers_of(error)})
 
 
 async def on_error(request: Request, error: Exception) -> Response:
@@ -137,7 +172,7 @@ async def on_error(request: Request, error: Exception) -> Response:
     allowance = getattr(request.state, "allowance", dict)
     if isinstance(error, InvalidRequest) and not hasattr(error, "param"):
         error = BadField(str(error), _param_of(error, getattr(request.state, "fields", {})))
-    return response_of(error, allowance())
+    return response_of(error, request.state.dialect, allowance())
 
 
 def _param_of(error: Exception, fields: Mapping[str, str]) -> str | None:
@@ -149,18 +184,11 @@ def _param_of(error: Exception, fields: Mapping[str, str]) -> str | None:
 async def on_routing(request: Request, error: Exception) -> Response:
     """The answer where no handler was found."""
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}"
-    if error.status_code == 404:
-        body = _body(f"no {what} here; /openapi.json has all that is", "invalid_request_error", None, "unknown_url")
+    what, status = f"{request.method} {request.url.path}", error.status_code
+    if status == 404:
+        text, code = f"no {what} here; /openapi.json has all that is", "unknown_url"
     else:
         allowed = (error.headers or {}).get("Allow", "none")
-        body = _body(f"{what} is not allowed; allowed: {allowed}", "invalid_request_error", None, "method_not_allowed")
-    return JSONResponse(body, error.status_code, error.headers)
-
-
-def _bug(error: Exception) -> dict[str, Any]:
-    return _body(status_of_bug(error, "a request over HTTP").details, "server_error", None, "internal_error")
-
-
-def _body(message: str, type_: str, param: str | None, code: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+        text, code = f"{what} is not allowed; allowed: {allowed}", "method_not_allowed"
+    problem = Problem(status, "invalid_request_error", text, None, code)
+    return JSONResponse(request.state.dialect.error_body(problem), status, error.headers)

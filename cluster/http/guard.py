@@ -5,6 +5,7 @@ import contextlib
 import logging
 import secrets
 import time
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +16,7 @@ from ...proto.rpc.statuses import status_of_bug
 from .auth import authenticate
 from .call import name_in
 from .door import Door
-from .errors import CLIENT_GONE, ClientGone, response_of
+from .errors import CLIENT_GONE, OPENAI, ClientGone, Dialect, response_of
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +26,15 @@ _LINGER_S = 1.0
 class Guard:
     """Gives every request an id, a line of the log and a bounded end. Outermost."""
 
-    def __init__(self, app: ASGIApp, quiet: frozenset[str]) -> None:
-        """`quiet`: paths of which no line is written, for probes ask them all the time."""
-        self._app, self._quiet = app, quiet
+    def __init__(self, app: ASGIApp, quiet: frozenset[str], dialects: Mapping[str, Dialect]) -> None:
+        """`quiet`: paths of which no line is written, for probes ask them all the time. `dialects`: of paths, and of
+        all below them, that have one of their own."""
+        self._app, self._quiet, self._dialects = app, quiet, dialects
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        dialect = scope["state"]["dialect"] = self._dialect_of(scope["path"])
         answer = _Answer(scope, receive, send)
         began_s = time.monotonic()
         try:
@@ -39,7 +42,7 @@ class Guard:
             _check_head(scope)
             await self._app(scope, answer.receive, answer.send)
         except InvalidRequest as error:
-            await response_of(error)(scope, answer.receive, answer.send)
+            await response_of(error, dialect)(scope, answer.receive, answer.send)
         except ClientGone:
             answer.gone()
         except asyncio.CancelledError:
@@ -52,6 +55,10 @@ class Guard:
         finally:
             if scope["path"] not in self._quiet:
                 answer.log(time.monotonic() - began_s)
+
+    def _dialect_of(self, path: str) -> Dialect:
+        found = (each for own, each in self._dialects.items() if f"{path}/".startswith(f"{own}/"))
+        return next(found, OPENAI)
 
 
 class _Answer:
@@ -74,7 +81,8 @@ class _Answer:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             if self.request_id:
-                headers["x-request-id"] = self.request_id
+                for name in ("x-request-id", self._scope["state"]["dialect"].request_id):
+                    headers[name] = self.request_id
             if not self._read:  # what comes of it still would be taken for the next request
                 headers["connection"] = "close"
         elif not message.get("more_body", False):
@@ -122,7 +130,7 @@ class Entrance:
             try:
                 await authenticate(self._door, scope, self._cluster)
             except IsthmusError as error:
-                await response_of(error)(scope, receive, send)
+                await response_of(error, scope["state"]["dialect"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

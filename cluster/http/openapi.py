@@ -9,7 +9,6 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from .door import Endpoint
-from .errors import ErrorBody
 
 _REF = "#/components/schemas/{model}"
 # Of every endpoint but those that are open to everybody, and of every one with a body besides.
@@ -33,7 +32,7 @@ def document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
     """An OpenAPI 3.1 document of those of these endpoints that are part of the API."""
     endpoints = [each for each in endpoints if each.documented]
     sent = {each.request for each in endpoints if each.request is not None}
-    told = {kind for each in endpoints for kind in (each.response, each.chunk) if kind is not None} | {ErrorBody}
+    told = {kind for each in endpoints for kind in (each.response, each.chunk, each.dialect.error) if kind is not None}
     _, schemas = models_json_schema(
         [
             *((model, "validation") for model in sorted(sent, key=_name)),
@@ -88,10 +87,8 @@ def _responses(endpoint: Endpoint) -> dict[str, Any]:
     statuses = set(endpoint.errors)
     if not endpoint.open:
         statuses |= {*_ALWAYS, *(_OF_BODIES if endpoint.request is not None else ())}
-    errors = {
-        str(status): {"description": _MEANING[status], "content": {"application/json": {"schema": _ref(ErrorBody)}}}
-        for status in sorted(statuses)
-    }
+    error = {"application/json": {"schema": _ref(endpoint.dialect.error)}}
+    errors = {str(status): {"description": _MEANING[status], "content": error} for status in sorted(statuses)}
     return {"200": {"description": _MEANING[200], "content": content}, **errors}
 
 

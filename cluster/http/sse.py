@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from ...proto.errors import Unavailable
 from ...proto.rpc.streams import STALL_S, Stalled
 from .call import Call
-from .errors import ClientGone, body_of
+from .errors import ClientGone, Dialect, problem_of
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +30,15 @@ _LAST_WORD_S = 1.0  # for the error of a stream that the server ends
 Write = Callable[[bytes], Awaitable[None]]
 
 
-def data(text: str) -> bytes:
-    """An event with this JSON."""
-    return f"data: {text}\n\n".encode()
+def data(text: str, name: str = "") -> bytes:
+    """An event with this JSON; `name`: of events that have one."""
+    named = f"event: {name}\n" if name else ""
+    return f"{named}data: {text}\n\n".encode()
 
 
-def error_event(error: Exception) -> bytes:
+def error_event(error: Exception, dialect: Dialect) -> bytes:
     """The event that ends a stream that has failed: it has a name, and the object that any answer has of an error."""
-    return f"event: error\ndata: {json.dumps(body_of(error))}\n\n".encode()
+    return data(json.dumps(dialect.error_body(problem_of(error))), "error")
 
 
 class EventStream(Response):
@@ -49,16 +50,18 @@ class EventStream(Response):
         produce: Callable[[Write], Awaitable[None]],
         *,
         last: bytes = DONE,
-        failed: Callable[[Exception], bytes] = error_event,
+        failed: Callable[[Exception, Dialect], bytes] = error_event,
+        alive: bytes = COMMENT,
     ) -> None:
-        """`produce` is given what to write events with, within `Call.alive`; nothing (b"") is a comment where there was
+        """`produce` is given what to write events with, within `Call.alive`; nothing (b"") is `alive` where there was
         silence for SILENCE_S. An error before the first event is answered with its status, a later one by the event of
         `failed`, and no `last`."""
         self._call, self._produce, self._last, self._failed = call, produce, last, failed
+        self._alive = alive
         self.status_code, self.background = 200, None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        write = _Writer(self._call, send)
+        write = _Writer(self._call, send, self._alive)
         try:
             await self._run(write)
         except Stalled as error:
@@ -76,12 +79,12 @@ class EventStream(Response):
             if write.started:
                 with contextlib.suppress(TimeoutError, Stalled):
                     async with asyncio.timeout(_LAST_WORD_S):
-                        await write(self._failed(Unavailable("the gateway stops")))
+                        await write(self._failed(Unavailable("the gateway stops"), self._call.dialect))
             raise
         except Exception as error:
             if not write.started:
                 raise
-            end = self._failed(error)
+            end = self._failed(error, self._call.dialect)
         await write(end)
         await write.end()
 
@@ -89,8 +92,8 @@ class EventStream(Response):
 class _Writer:
     """Writes the events of one stream; several tasks may."""
 
-    def __init__(self, call: Call, send: Send) -> None:
-        self._call, self._send = call, send
+    def __init__(self, call: Call, send: Send, alive: bytes) -> None:
+        self._call, self._send, self._alive = call, send, alive
         self._one_at_once, self._last_s = asyncio.Lock(), call.arrived_s
         self.started = False
 
@@ -99,7 +102,7 @@ class _Writer:
         if not event:
             if time.monotonic() - self._last_s < SILENCE_S:
                 return
-            event = COMMENT
+            event = self._alive
         try:
             async with self._one_at_once, asyncio.timeout(STALL_S):
                 if not self.started:

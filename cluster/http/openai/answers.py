@@ -1,43 +1,18 @@
 """Events of an answer as the API tells them: what a whole answer and a stream of it have in common."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from google.protobuf.message import Message
-
-from ....proto.common_pb2 import FINISH_REASON_LENGTH, FinishReason, TokenLogprobs
-from ....proto.generation_pb2 import GenerateEvent, Timings
+from ....proto.common_pb2 import FINISH_REASON_LENGTH, FinishReason
+from ....proto.generation_pb2 import GenerateEvent
+from ..call import Call
+from ..common.events import Tally, dumps, is_of_answer
 from ..sse import COMMENT, data
 
 
-@dataclass
-class Tally:
-    """What one request to the model has come to, over all of its answers."""
-
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    cached_tokens: int = 0
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    timings: Timings | None = None  # of the first answer
-
-    def push(self, event: GenerateEvent) -> None:
-        """Takes in an event."""
-        self.output_tokens += len(event.token_ids)
-        if event.prompt_logprobs:
-            self.prompt_logprobs.extend(event.prompt_logprobs)
-        if event.finish_reason:
-            self.prompt_tokens = event.usage.prompt_tokens or self.prompt_tokens
-            if not event.choice:
-                self.timings = event.timings
-                transfer = event.timings.transfer
-                self.cached_tokens = transfer.held_tokens + transfer.cached_tokens + transfer.stored_tokens
-
-
-def is_of_answer(event: GenerateEvent) -> bool:
-    """Whether an event has something of an answer: not where it is a sign of life, or tells of the prompt."""
-    return bool(event.token_ids or event.text or event.finish_reason)
+def fingerprint_of(call: Call) -> str:
+    """What the model's outputs depend on besides the request, as the API names it."""
+    return f"isthmus-{call.door.model.fingerprint[:16]}"
 
 
 def silence_of(event: GenerateEvent) -> bytes:
@@ -64,27 +39,6 @@ def finish_of(event: GenerateEvent, *, calls_tools: bool = False) -> str | None:
     if reason == FINISH_REASON_LENGTH:
         return "length"
     return "tool_calls" if calls_tools else "stop"
-
-
-def explained(timings: Timings | None) -> dict[str, Any] | None:
-    """What an answer took, as plain data."""
-    return None if timings is None else plain(timings)
-
-
-def plain(message: Message) -> dict[str, Any]:
-    """The fields of a message that are set, by their names; numbers stay numbers, as `MessageToDict` has them not."""
-    return {field.name: _plain(value) for field, value in message.ListFields()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Message):
-        return plain(value)
-    return [_plain(each) for each in value] if hasattr(value, "extend") else value
-
-
-def dumps(value: Any) -> str:
-    """As JSON, without blanks."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 class Chunks:

@@ -8,15 +8,15 @@ from typing import Any
 from starlette.responses import Response
 
 from ....proto.generation_pb2 import GenerateEvent, GenerateRequest
-from ...requests.request import ResolvedRequest
-from ...text.answer_parser import AnswerParser, Delta, ToolChoice
+from ...text.answer_parser import Delta, ToolChoice
 from ..call import Call
+from ..common.checks import check_model, require_call
+from ..common.events import explained, is_of_answer
+from ..common.reading import ChatReader
 from ..door import Endpoint
-from ..errors import BadField
 from ..sse import EventStream
-from .answers import Tally, explained, finish_of, is_of_answer, usage_of
+from .answers import fingerprint_of, finish_of, usage_of
 from .chat_stream import ChatStream
-from .common import check_model, fingerprint_of, in_field
 from .conversation import chat_of, tool_choice_of
 from .logprobs import chat_logprobs, prompt_logprobs
 from .sampling import chat_logprobs as asked_logprobs
@@ -41,7 +41,7 @@ async def create(call: Call) -> Response:
         return EventStream(call, ChatStream(call, body, request, choice, about).produce)
     answers = Answers(call, body, request, choice)
     async with call.alive():
-        await call.answer(request, answers.push, answers.accept)
+        await call.answer(request, answers.push, answers.reader.accept)
     return call.json({**about, **answers.whole()})
 
 
@@ -50,13 +50,7 @@ def _request(call: Call, body: ChatRequest) -> tuple[GenerateRequest, ToolChoice
     sampling = sampling_of(call, body, max_tokens=most, logprobs=asked_logprobs(body))
     chat, choice = chat_of(body), tool_choice_of(body)
     call.name_fields(**dict.fromkeys(("prompt", "chat", "unknown"), "messages"), template_kwargs="chat_template_kwargs")
-    with in_field("tools" if choice.mode == "auto" else "tool_choice"):
-        grammar = call.door.model.tool_grammar(chat.tools, choice, parallel=body.parallel_tool_calls is not False)
-    if grammar is not None:
-        if sampling.HasField("grammar"):
-            raise BadField("tool_choice and another field both say what the output must be", "tool_choice")
-        sampling.grammar.CopyFrom(grammar)
-        call.name_fields(grammar="tool_choice")
+    require_call(call, sampling, chat, choice, parallel=body.parallel_tool_calls is not False)
     request = call.generate_request(
         chat=chat,
         model=body.model or "",
@@ -72,7 +66,6 @@ def _request(call: Call, body: ChatRequest) -> tuple[GenerateRequest, ToolChoice
 class _One:
     """One of the answers, as far as it has come."""
 
-    parser: AnswerParser
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -96,40 +89,32 @@ class Answers:
     """Collects the answers of one call that is not a stream."""
 
     def __init__(self, call: Call, body: ChatRequest, request: GenerateRequest, choice: ToolChoice) -> None:
-        self._call, self._body, self._request, self._choice = call, body, request, choice
-        self._prompt: list[int] = []
+        self._call, self._body = call, body
         self._answers: dict[int, _One] = {}
-        self._tally = Tally()
-
-    def accept(self, resolved: ResolvedRequest) -> None:
-        self._prompt = resolved.prompt_token_ids
+        self.reader = ChatReader(call.door.model, request, choice)
 
     async def push(self, event: GenerateEvent) -> None:
-        self._tally.push(event)
+        deltas = self.reader.read(event)
         if not is_of_answer(event):
             return
-        one = self._answers.get(event.choice)
-        if one is None:
-            model = self._call.door.model
-            parser = model.new_answer_parser(self._request.chat, self._choice, self._prompt)
-            one = self._answers[event.choice] = _One(parser)
-        one.take(one.parser.push(event.text, event.token_ids))
+        one = self._answers.setdefault(event.choice, _One())
+        one.take(deltas)
         one.token_ids += event.token_ids
         one.logprobs += event.logprobs
         if event.finish_reason:
-            one.take(one.parser.finish())
-            one.finish, one.stop = finish_of(event, calls_tools=bool(one.parser.tool_calls)), event.stop_text
+            one.finish = finish_of(event, calls_tools=self.reader.calls_tools(event.choice))
+            one.stop = event.stop_text
 
     def whole(self) -> dict[str, Any]:
         """All answers, once they are complete."""
-        tally, body = self._tally, self._body
+        tally, body, prompt = self.reader.tally, self._body, self.reader.prompt
         tokenizer = self._call.door.model.tokenizer
         choices = [self._told(index, self._answers[index]) for index in sorted(self._answers)]
         found: dict[str, Any] = {"choices": choices, "usage": usage_of([tally])}
         if body.prompt_logprobs is not None:
-            found["prompt_logprobs"] = prompt_logprobs(tokenizer, self._prompt, tally.prompt_logprobs)
+            found["prompt_logprobs"] = prompt_logprobs(tokenizer, prompt, tally.prompt_logprobs)
         if body.return_token_ids:
-            found["prompt_token_ids"] = self._prompt
+            found["prompt_token_ids"] = prompt
         if self._call.explain:
             found["isthmus"] = explained(tally.timings)
         return found

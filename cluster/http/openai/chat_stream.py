@@ -3,11 +3,12 @@
 from typing import Any
 
 from ....proto.generation_pb2 import GenerateEvent, GenerateRequest
-from ...requests.request import ResolvedRequest
-from ...text.answer_parser import AnswerParser, Delta, ToolChoice
+from ...text.answer_parser import Delta, ToolChoice
 from ..call import Call
+from ..common.events import dumps, explained, is_of_answer
+from ..common.reading import ChatReader
 from ..sse import Write
-from .answers import Chunks, Tally, dumps, explained, finish_of, is_of_answer, silence_of, usage_of
+from .answers import Chunks, finish_of, silence_of, usage_of
 from .logprobs import chat_logprobs, prompt_logprobs
 from .schema.requests import ChatRequest
 
@@ -18,14 +19,12 @@ class ChatStream:
     def __init__(
         self, call: Call, body: ChatRequest, request: GenerateRequest, choice: ToolChoice, about: dict[str, Any]
     ) -> None:
-        self._call, self._body, self._request, self._choice = call, body, request, choice
+        self._call, self._body, self._request = call, body, request
         options = body.stream_options
         self._last_usage = options is not None and bool(options.include_usage)
         self._every_usage = options is not None and bool(options.continuous_usage_stats)
         self._chunks = Chunks(about=about, with_usage=self._last_usage)
-        self._prompt: list[int] = []
-        self._parsers: dict[int, AnswerParser] = {}
-        self._tally = Tally()
+        self._reader = ChatReader(call.door.model, request, choice)
         self._tells_tokens = bool(body.logprobs or body.return_token_ids)
 
     async def produce(self, write: Write) -> None:
@@ -34,35 +33,26 @@ class ChatStream:
         async def push(event: GenerateEvent) -> None:
             await write(self._told(event) or silence_of(event))
 
-        await self._call.answer(self._request, push, self._accept)
+        await self._call.answer(self._request, push, self._reader.accept)
         if self._last_usage:
-            await write(self._chunks.chunk("", self._explanation(), usage_of([self._tally])))
-
-    def _accept(self, resolved: ResolvedRequest) -> None:
-        self._prompt = resolved.prompt_token_ids
+            await write(self._chunks.chunk("", self._explanation(), usage_of([self._reader.tally])))
 
     def _told(self, event: GenerateEvent) -> bytes:
         """The chunks of one event; empty where it makes none."""
-        self._tally.push(event)
+        index, told = event.choice, b""
+        begins = not self._reader.has_begun(index)
+        deltas = self._reader.read(event)
         if not is_of_answer(event):
             return b""
-        index, told = event.choice, b""
-        parser = self._parsers.get(index)
-        if parser is None:
-            model = self._call.door.model
-            parser = self._parsers[index] = model.new_answer_parser(self._request.chat, self._choice, self._prompt)
+        if begins:
             told = self._chunk(index, '{"role":"assistant","content":""}', more=self._of_prompt())
         extra, more = self._extra(event)
-        for delta in parser.push(event.text, event.token_ids):
+        for delta in deltas:
             if (text := self._delta(delta)) is not None:
                 told += self._chunk(index, text, **extra)
                 extra = {}
         if event.finish_reason:
-            for delta in parser.finish():
-                if (text := self._delta(delta)) is not None:
-                    told += self._chunk(index, text, **extra)
-                    extra = {}
-            finish = finish_of(event, calls_tools=bool(parser.tool_calls))
+            finish = finish_of(event, calls_tools=self._reader.calls_tools(index))
             stop = dumps(event.stop_text or None)
             return told + self._chunk(index, "{}", **extra, finish=f'"{finish}","stop_reason":{stop}', more=more)
         if extra and self._tells_tokens:
@@ -103,23 +93,23 @@ class ChatStream:
         return self._chunks.chunk(choice, more, usage)
 
     def _running_usage(self) -> dict[str, Any]:
-        self._tally.prompt_tokens = len(self._prompt)
-        return usage_of([self._tally])
+        self._reader.tally.prompt_tokens = len(self._reader.prompt)
+        return usage_of([self._reader.tally])
 
     def _of_prompt(self) -> str:
         """What the first chunk of the first answer tells of the prompt."""
         told = ""
-        if len(self._parsers) > 1:
+        if self._reader.begun > 1:
             return told
         if self._body.prompt_logprobs is not None:
             tokenizer = self._call.door.model.tokenizer
-            found = prompt_logprobs(tokenizer, self._prompt, self._tally.prompt_logprobs)
+            found = prompt_logprobs(tokenizer, self._reader.prompt, self._reader.tally.prompt_logprobs)
             told += f',"prompt_logprobs":{dumps(found)}'
         if self._body.return_token_ids:
-            told += f',"prompt_token_ids":{dumps(self._prompt)}'
+            told += f',"prompt_token_ids":{dumps(self._reader.prompt)}'
         return told
 
     def _explanation(self) -> str:
-        if not self._call.explain or self._tally.timings is None:
+        if not self._call.explain or self._reader.tally.timings is None:
             return ""
-        return f',"isthmus":{dumps(explained(self._tally.timings))}'
+        return f',"isthmus":{dumps(explained(self._reader.tally.timings))}'

@@ -9,10 +9,11 @@ from starlette.responses import Response
 
 from ....proto.generation_pb2 import GenerateRequest, TokenIds
 from ..call import Call
+from ..common.checks import check_model
+from ..common.events import dumps, explained
 from ..door import Endpoint
 from ..sse import EventStream, Write
-from .answers import Chunks, dumps, explained, silence_of, usage_of
-from .common import check_model, fingerprint_of
+from .answers import Chunks, fingerprint_of, silence_of, usage_of
 from .sampling import check_completion, priority_of, sampling_of
 from .schema.requests import CompletionRequest
 from .schema.responses import Completion

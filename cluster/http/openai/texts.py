@@ -5,7 +5,8 @@ from typing import Any
 from ....proto.generation_pb2 import GenerateEvent, GenerateRequest
 from ...requests.request import ResolvedRequest
 from ...text.served import ServedModel
-from .answers import Tally, finish_of, is_of_answer
+from ..common.events import Tally, is_of_answer
+from .answers import finish_of
 from .logprobs import TextLogprobs, joined, prompt_logprobs
 from .schema.requests import CompletionRequest
 

@@ -8,9 +8,9 @@ from starlette.responses import Response
 from ....proto.generation_pb2 import GenerateRequest
 from ...requests.request import validate
 from ..call import Call
+from ..common.checks import check_model
 from ..door import Endpoint
 from ..errors import BadField
-from .common import check_model
 from .conversation import chat_of
 from .logprobs import token_text
 from .schema.requests import DetokenizeRequest, TokenizeRequest

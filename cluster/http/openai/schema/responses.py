@@ -2,15 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from ...common.told import Told
 
 Finish = Literal["stop", "length", "tool_calls"]
-
-
-class Told(BaseModel):
-    """A JSON object that the gateway sends."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class PromptDetails(Told):
