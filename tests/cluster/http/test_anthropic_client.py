@@ -122,7 +122,8 @@ async def test_a_tool_is_called_where_it_must_be_and_what_it_answers_is_read() -
             assert 1 <= len(whole.content) <= most
             async with client.messages.stream(tool_choice=choice, **asked) as stream:
                 streamed = await stream.get_final_message()
-            for found, again in zip(whole.content, streamed.content, strict=True):
+            blocks: list[tuple[Any, Any]] = list(zip(whole.content, streamed.content, strict=True))
+            for found, again in blocks:
                 assert found.type == again.type == "tool_use"
                 assert (found.name, found.input) == (again.name, again.input)
                 assert found.input in ({"at": "noon"}, {"at": "night"})
