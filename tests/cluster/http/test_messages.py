@@ -114,7 +114,7 @@ async def test_keys_are_asked_for_and_limits_told(tmp_path: Path) -> None:
         asking = anthropic.AsyncAnthropic(**own)
         asked: Any = {"model": "", **BODY}
         answered = await asking.messages.with_raw_response.create(**asked)
-        assert answered.parse().to_dict()["content"] == [{"type": "text", "text": "hello"}]
+        assert (await answered.parse()).to_dict()["content"] == [{"type": "text", "text": "hello"}]
         assert answered.headers["anthropic-ratelimit-requests-limit"] == "1"
         assert answered.headers["anthropic-ratelimit-requests-remaining"] == "0"
         assert answered.headers["anthropic-ratelimit-requests-reset"].endswith("Z")
