@@ -2,10 +2,13 @@
 once."""
 
 import asyncio
+import os
 import signal
 from collections.abc import Awaitable, Callable
 
 DONE, INTERRUPTED = 0, 130
+GIVE_UP_S = 30.0  # after a signal while it starts
+AT_ONCE_S = 5.0  # after a second signal
 
 
 def run_service(
@@ -19,6 +22,10 @@ def run_service(
     `stop` is called in every case, with 0 where there is no time: start failed, or a second signal came. `drained` ends
     it as a first signal does. The code is INTERRUPTED where a signal came before everything ran or while it was ending.
     Raises what `start` or `stop` raises.
+
+    A thread that waits in a library (Ray looks ten minutes for a head) cannot be stopped and holds up the end of its
+    process: so the process ends, with INTERRUPTED and whatever still hangs, GIVE_UP_S after a signal that came while it
+    was starting, and AT_ONCE_S after a second one.
     """
     return asyncio.run(_run(start, stop, drain_s, drained))
 
@@ -31,13 +38,20 @@ async def _run(
 ) -> int:
     first, second = asyncio.Event(), asyncio.Event()
 
-    def on_signal() -> None:
-        (second if first.is_set() else first).set()
-
     loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if first.is_set():
+            second.set()
+            loop.call_later(AT_ONCE_S, os._exit, INTERRUPTED)
+        else:
+            first.set()
+            if not starting.done():
+                loop.call_later(GIVE_UP_S, os._exit, INTERRUPTED)
+
+    starting = asyncio.ensure_future(start())
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-    starting = asyncio.ensure_future(start())
     if not await _before(starting, first):
         await stop(0)
         return INTERRUPTED

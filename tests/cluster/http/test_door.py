@@ -323,9 +323,13 @@ async def test_pages_of_other_sites_are_kept_out() -> None:
             ({"origin": "https://app.example"}, 200),
         ):
             assert (await client.get("/v1/models", headers=headers)).status_code == status, headers
-        asked = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+        asked = {
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,x-stainless-os",
+        }
         allowed = await client.options(CHATS, headers={"origin": "https://app.example", **asked})
         assert allowed.headers["access-control-allow-origin"] == "https://app.example"
+        assert "x-stainless-os" in allowed.headers["access-control-allow-headers"]  # what clients add of their own
         refused = await client.options(CHATS, headers={"origin": "https://evil.example", **asked})
         assert "access-control-allow-origin" not in refused.headers
 
