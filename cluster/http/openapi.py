@@ -78,12 +78,20 @@ def _operation(endpoint: Endpoint, path: str) -> dict[str, Any]:
     return found
 
 
+# One event of a stream. Its data is JSON, described by `x-event`; but for the end of OpenAI's streams, `[DONE]`.
+_EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+
+
 def _responses(endpoint: Endpoint) -> dict[str, Any]:
     content: dict[str, Any] = {
         "application/json": {"schema": _ref(endpoint.response) if endpoint.response is not None else {}}
     }
     if endpoint.chunk is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}, "x-event": _ref(endpoint.chunk)}
+        content["text/event-stream"] = {"schema": _EVENT, "x-event": _ref(endpoint.chunk)}
     statuses = set(endpoint.errors)
     if not endpoint.open:
         statuses |= {*_ALWAYS, *(_OF_BODIES if endpoint.request is not None else ())}

@@ -86,7 +86,7 @@ def test_counted_work_says_where_it_is(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_every_benchmark_reports_in_this_way() -> None:
     programs = {"chaos", "fuzz", "handover", "jobs", "kernel_speed", "page_store", "quality", "reuse", "router"}
-    programs |= {"security", "serving", "soak", "steps"}
+    programs |= {"http_api", "security", "serving", "soak", "steps", "structured"}
     for path in BENCHMARKS.rglob("*.py"):
         text = path.read_text()
         assert "rich" not in text, f"{path.name} shows progress where there is a terminal only"

@@ -130,7 +130,7 @@ BAD: list[tuple[GenerateRequest, str, str]] = [
     (GenerateRequest(prompt="x", sampling=SamplingParams(temperature=-1)), "INVALID_ARGUMENT", "temperature is -1"),
     (GenerateRequest(prompt="x", sampling=SamplingParams(top_p=0)), "INVALID_ARGUMENT", "top_p is 0"),
     (GenerateRequest(prompt="x", sampling=SamplingParams(max_tokens=0)), "INVALID_ARGUMENT", "max_tokens is 0"),
-    (GenerateRequest(prompt="x", sampling=SamplingParams(n=2)), "INVALID_ARGUMENT", "n is 2; allowed: 1"),
+    (GenerateRequest(prompt="x", sampling=SamplingParams(n=65)), "INVALID_ARGUMENT", "n is 65; allowed: 1 to 64"),
     (GenerateRequest(prompt="x", codec="zip"), "NOT_FOUND", "no codec 'zip'"),
     (GenerateRequest(prompt="x", model="gpt"), "NOT_FOUND", "gpt"),
     (
