@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 REFRESH_S = 1.0  # between looks at the files: so long a key that was revoked may still be let in
 NO_KEY_WAIT_S = 5.0  # between looks for a valid key of a tenant whose job waits for one
 MAX_CREDENTIALS = 7_000  # characters; of all metadata together gRPC refuses 8 KiB at random
-SEND = "send metadata authorization: Bearer KEY (isthmus: ISTHMUS_API_KEY, or --api-key)"
+SEND = "send authorization: Bearer KEY (isthmus: ISTHMUS_API_KEY, or --api-key)"
 
 
 class Claimed(NamedTuple):

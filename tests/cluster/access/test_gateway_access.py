@@ -144,7 +144,7 @@ async def test_reflection_is_for_who_has_a_key(keys: Keys) -> None:
 @pytest.mark.parametrize(
     ("values", "why"),
     [
-        ((), "no API key or token: send metadata authorization: Bearer KEY"),
+        ((), "no API key or token: send authorization: Bearer KEY"),
         (("",), "this is no key or token"),
         (("Bearer",), "this is no key or token"),
         (("Bearer ",), "this is no key or token"),
