@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,3 +134,16 @@ class Tasks:
                 steady = time.monotonic() - record.began_s >= STEADY_S
                 record.failures = 1 if steady else record.failures + 1
                 await asyncio.sleep(backoff_s(record.failures, FIRST_PAUSE_S, LAST_PAUSE_S))
+
+
+async def together(runs: Sequence[Awaitable[None]]) -> None:
+    """All of them to their ends; where one fails the others are cancelled, and its error is raised."""
+    tasks = [asyncio.ensure_future(run) for run in runs]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()

@@ -6,7 +6,7 @@ All of them come to their ends together: where one fails, or the caller goes awa
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from ...proto.common_pb2 import FINISH_REASON_UNSPECIFIED
 from ...proto.generation_pb2 import GenerateEvent, Usage
 from ...proto.rpc.trace import TraceContext
 from ...proto.sampling import MAX_SEED
+from ...proto.tasks import together
 from .attempt import PassOn
 from .dispatch import Near, TimeLeft
 from .request import ResolvedRequest
@@ -60,7 +61,7 @@ async def run_choices(
     choices = [_choice(request, number) for number in range(request.sampling.n)]
     counted = _Counted(pass_on, len(choices))
     ahead = _Ahead(counted)
-    await _together(
+    await together(
         [
             run(choices[0], ahead, begun=ahead.begin),
             *(_after(ahead, run, choice, counted) for choice in choices[1:]),
@@ -128,16 +129,3 @@ class _Ahead:
 
 async def _after(ahead: _Ahead, run: Callable[..., Awaitable[None]], choice: ResolvedRequest, write: PassOn) -> None:
     await run(choice, write, near=await ahead.place())
-
-
-async def _together(runs: Sequence[Awaitable[None]]) -> None:
-    """All of them to their ends; where one fails the others are cancelled, and its error is raised."""
-    tasks = [asyncio.ensure_future(run) for run in runs]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()

@@ -6,7 +6,7 @@ from typing import Any
 from ....proto.common_pb2 import FINISH_REASON_LENGTH, FinishReason
 from ....proto.generation_pb2 import GenerateEvent
 from ..call import Call
-from ..common.events import Tally, dumps, is_of_answer
+from ..common.events import Tally, dumps, explained, is_of_answer
 from ..sse import COMMENT, data
 
 
@@ -39,6 +39,14 @@ def finish_of(event: GenerateEvent, *, calls_tools: bool = False) -> str | None:
     if reason == FINISH_REASON_LENGTH:
         return "length"
     return "tool_calls" if calls_tools else "stop"
+
+
+def explanation_of(call: Call, tally: Tally) -> str:
+    """A field of a chunk with what the answer took, behind a comma; empty where that was not asked for, or is not known
+    yet."""
+    if not call.explain or tally.timings is None:
+        return ""
+    return f',"isthmus":{dumps(explained(tally.timings))}'
 
 
 class Chunks:

@@ -5,10 +5,10 @@ from typing import Any
 from ....proto.generation_pb2 import GenerateEvent, GenerateRequest
 from ...text.answer_parser import Delta, ToolChoice
 from ..call import Call
-from ..common.events import dumps, explained, is_of_answer
+from ..common.events import dumps, is_of_answer
 from ..common.reading import ChatReader
 from ..sse import Write
-from .answers import Chunks, finish_of, silence_of, usage_of
+from .answers import Chunks, explanation_of, finish_of, silence_of, usage_of
 from .logprobs import chat_logprobs, prompt_logprobs
 from .schema.requests import ChatRequest
 
@@ -110,6 +110,4 @@ class ChatStream:
         return told
 
     def _explanation(self) -> str:
-        if not self._call.explain or self._reader.tally.timings is None:
-            return ""
-        return f',"isthmus":{dumps(explained(self._reader.tally.timings))}'
+        return explanation_of(self._call, self._reader.tally)

@@ -2,18 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.responses import Response
 
 from ....proto.generation_pb2 import GenerateRequest, TokenIds
+from ....proto.tasks import together
 from ..call import Call
 from ..common.checks import check_model
 from ..common.events import dumps, explained
 from ..door import Endpoint
 from ..sse import EventStream, Write
-from .answers import Chunks, fingerprint_of, silence_of, usage_of
+from .answers import Chunks, explanation_of, fingerprint_of, silence_of, usage_of
 from .sampling import check_completion, priority_of, sampling_of
 from .schema.requests import CompletionRequest
 from .schema.responses import Completion
@@ -118,9 +119,7 @@ class _Stream:
         return usage_of([each.tally for each in self._texts])
 
     def _explanation(self) -> str:
-        if not self._call.explain or self._texts[0].tally.timings is None:
-            return ""
-        return f',"isthmus":{dumps(explained(self._texts[0].tally.timings))}'
+        return explanation_of(self._call, self._texts[0].tally)
 
 
 async def _answer(
@@ -144,19 +143,7 @@ async def _answer(
 
     if len(requests) == 1:
         return await one(requests[0], texts[0])
-    await _all([one(request, each) for request, each in zip(requests, texts, strict=True)])
-
-
-async def _all(runs: Sequence[Awaitable[None]]) -> None:
-    tasks = [asyncio.ensure_future(run) for run in runs]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()
+    await together([one(request, each) for request, each in zip(requests, texts, strict=True)])
 
 
 ENDPOINTS = (
